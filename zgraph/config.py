@@ -1,0 +1,72 @@
+"""Every option of ``zgraph.compile``, once: name, default, unit, meaning, range."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass, fields
+from typing import Any
+
+from zgraph.errors import OptionError
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(value: int | str, option: str) -> int:
+    """Bytes as an integer, from an integer or a string such as ``"16MiB"`` or ``"2GB"``.
+
+    Raises:
+        OptionError: the value is not a positive number of bytes.
+    """
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+        if match and match[2].upper() in _UNITS:
+            value = round(float(match[1]) * _UNITS[match[2].upper()])
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise OptionError(
+            f"{option}={value!r} is not a positive number of bytes",
+            fix=f"write an integer or a string such as {option}='16MiB'",
+        )
+    return value
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of ``zgraph.compile``.
+
+    Attributes:
+        zero: ZeRO stage (Rajbhandari et al., 2020): 0 averages gradients; 1 also shards optimizer
+            state; 2 also shards gradients; 3 also shards parameters.
+        bucket_bytes: parameters that are used near each other share one flat buffer of about this many
+            bytes, and travel together. A parameter larger than this has a bucket of its own.
+        prefetch: how many buckets ahead of their first use parameters are gathered (ZeRO-3).
+    """
+
+    zero: int = 3
+    bucket_bytes: int = 16 * 2**20
+    prefetch: int = 1
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> Config:
+        """Build from keyword options, refusing unknown names and values out of range.
+
+        Raises:
+            OptionError: naming the option, what was given, and what is allowed.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                raise OptionError(
+                    f"unknown option {name!r}",
+                    fix=(f"did you mean {near[0]!r}? " if near else "") + f"options are: {', '.join(known)}",
+                )
+        values = dict(options)
+        if "bucket_bytes" in values:
+            values["bucket_bytes"] = parse_bytes(values["bucket_bytes"], "bucket_bytes")
+        config = cls(**values)
+        for name, low, high in (("zero", 0, 3), ("prefetch", 0, 64)):
+            value = getattr(config, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise OptionError(f"{name}={value!r} is out of range", fix=f"give an integer from {low} to {high}")
+        return config

@@ -1,0 +1,49 @@
+"""Errors a user can meet: each says what went wrong, where in their code, and what to do about it.
+
+``ZgraphError`` subclasses are for users; a failed ``assert`` anywhere in zgraph is a bug in zgraph.
+"""
+
+from __future__ import annotations
+
+
+class ZgraphError(Exception):
+    """Base of every error zgraph raises on purpose.
+
+    Args:
+        what: one sentence naming the cause, with the numbers or names involved.
+        where: the user's source position, ``file:line (function): code``, when one is known.
+        fix: what to do about it.
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
+        self.what, self.where, self.fix = what, where, fix
+        lines = [what]
+        if where:
+            lines.append(f"  at:  {where}")
+        if fix:
+            lines.append(f"  fix: {fix}")
+        super().__init__("\n".join(lines))
+
+
+class OptionError(ZgraphError):
+    """An option of ``zgraph.compile`` is unknown or out of range."""
+
+
+class CaptureError(ZgraphError):
+    """The model's training step cannot be captured as one graph."""
+
+
+class OptimizerError(ZgraphError):
+    """The optimizer does not fit the model, or its update cannot be captured or sharded."""
+
+
+class StateError(ZgraphError):
+    """Parameters, buffers or optimizer state cannot be stored, loaded or initialised."""
+
+
+class RankError(ZgraphError):
+    """The ranks of a job disagree, or another rank failed."""
+
+
+class VerifyError(ZgraphError):
+    """A pass produced a program that breaks a rule; the program was not run."""
