@@ -1,0 +1,72 @@
+# Every target sets up what it needs in .venv on a fresh machine; stamps make a second run start at once.
+#   make demo     train the same GPT with zgraph on two ranks and with plain PyTorch, and compare
+#   make test     every test; `make quick` only those that together take less than a minute
+#   make lint     ruff and strict mypy
+#   make bench    zgraph beside DDP, FSDP2 and plain PyTorch
+# PYTHON=python3.12 make test   chooses the interpreter (3.10 to 3.13); changing it makes .venv anew.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# Installed before anything that depends on torch, so that no dependency pulls a CUDA build onto a CPU machine.
+NVIDIA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)$(wildcard /proc/driver/nvidia/version)
+TORCH := $(if $(NVIDIA),torch>=2.13,torch==2.13.0)
+
+PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+ifeq ($(filter 3.10 3.11 3.12 3.13,$(PYTHON_VERSION)),)
+ifneq ($(MAKECMDGOALS),clean)
+$(error $(PYTHON) is Python '$(PYTHON_VERSION)'; zgraph needs 3.10 to 3.13: PYTHON=python3.12 make $(MAKECMDGOALS))
+endif
+endif
+INTERPRETER := $(VENV)/python-$(PYTHON_VERSION)
+
+# One thread per process: ranks and test workers share the cores.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := test
+.PHONY: demo test quick lint bench types clean
+
+demo: $(VENV)/for-demo
+	$(BIN)/zgraph demo
+
+test: $(VENV)/for-test
+	$(BIN)/python -m pytest
+
+quick: $(VENV)/for-test
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: types $(VENV)/for-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy finds zgraph.passes and zgraph.codegen only in a tree of package shape: build/types is one, made of links.
+types: $(VENV)/for-lint
+	rm -rf build/types
+	mkdir -p build/types/zgraph
+	ln -s $(CURDIR)/zgraph/* $(CURDIR)/passes $(CURDIR)/codegen build/types/zgraph/
+	MYPYPATH=build/types $(BIN)/mypy -p zgraph
+
+bench: $(VENV)/for-bench
+	$(BIN)/python benchmarks/step.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(INTERPRETER):
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/torch: $(INTERPRETER)
+	$(BIN)/python -m pip install '$(TORCH)'
+	touch $@
+
+$(VENV)/for-demo: $(VENV)/torch pyproject.toml
+	$(BIN)/python -m pip install --editable .
+	touch $@
+
+$(VENV)/for-%: $(VENV)/torch pyproject.toml
+	$(BIN)/python -m pip install --editable '.[$*]'
+	touch $@
