@@ -25,6 +25,7 @@ INTERPRETER := $(VENV)/python-$(PYTHON_VERSION)
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := test
+.NOTPARALLEL:
 .PHONY: demo test quick lint bench types clean
 
 demo: $(VENV)/for-demo
@@ -54,9 +55,9 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
+# Cleared only if it was made here with another interpreter.
 $(INTERPRETER):
-	rm -rf $(VENV)
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(if $(wildcard $(VENV)/python-*),--clear) $(VENV)
 	touch $@
 
 $(VENV)/torch: $(INTERPRETER)
