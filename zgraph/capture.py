@@ -1,0 +1,315 @@
+"""Capture a whole training step, forward, backward and optimizer update, as one CAPTURED ``Program``.
+
+The user's model runs once on fake tensors, so no memory is used, ``meta`` models work, and no process group is needed.
+Forward and backward are one trace, the optimizer's own ``step()`` is another; both are made functional and joined.
+The user's model, optimizer and random state are as before, whatever happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from zgraph.errors import CaptureError, OptimizerError, ZgraphError
+from zgraph.functional import make_functional
+from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage
+from zgraph.tracing import Recorder, fake_mode, source_of_error, trace
+from zgraph.update import StateSpec, Update, trace_update
+
+aten = torch.ops.aten
+
+LossFunction = Callable[..., torch.Tensor]
+
+
+def capture(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    loss: LossFunction | None = None,
+    state: StateSpec | None = None,
+    device: torch.device | None = None,
+) -> Program:
+    """Capture one training step of ``model`` on a batch.
+
+    Args:
+        model: parameters may be on ``meta``; they are taken to live on ``device``.
+        optimizer: holds (some of) the model's parameters.
+        args, kwargs: the batch, passed to the model.
+        loss: ``loss(output, *args, **kwargs)``; by default the output itself or its ``.loss``.
+        state: optimizer state that exists already.
+        device: where ``meta`` parameters will live; the batch's device by default.
+
+    Raises:
+        CaptureError: control flow or shapes depend on tensor values, the loss is not a scalar, ...
+        OptimizerError: see ``trace_update``.
+    """
+    params = dict(model.named_parameters())
+    device = device or _batch_device((args, kwargs))
+    check_optimizer(model, optimizer)
+    mode = fake_mode(scalars=False)
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    tensor_at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    buffers = dict(model.named_buffers())
+    for name, tensor in [*params.items(), *buffers.items()]:
+        if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):
+            raise CaptureError(f"{name} is a {type(tensor).__name__}; only plain tensors can be captured")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    wanted = [name for name, p in params.items() if p.requires_grad and id(p) in held]
+    if not wanted:
+        raise CaptureError(
+            "there is nothing to train: the optimizer holds no parameter that requires a gradient",
+            fix="pass model.parameters() to the optimizer and leave requires_grad=True on what should train",
+        )
+    with mode:
+        fake_params = {name: _blank(p, device) for name, p in params.items()}
+        fake_buffers = {name: _blank(b, device) for name, b in buffers.items()}
+        fake_batch = [_blank(leaves[i], device) for i in tensor_at]
+    recorder = Recorder(Phase.FORWARD, {id(m): name for name, m in model.named_modules()})
+    found: dict[str, Any] = {}
+
+    def run(params_in: dict[str, torch.Tensor], buffers_in: dict[str, torch.Tensor], batch: list[torch.Tensor]) -> Any:
+        whole = list(leaves)
+        for i, tensor in zip(tensor_at, batch, strict=True):
+            whole[i] = tensor
+        inner_args, inner_kwargs = pytree.tree_unflatten(whole, spec)
+        leaf = {name: t.detach().requires_grad_(params[name].requires_grad) for name, t in params_in.items()}
+        swapped = {**leaf, **buffers_in}
+        output = torch.func.functional_call(model, swapped, inner_args, inner_kwargs)
+        value = _loss_of(output, loss, inner_args, inner_kwargs)
+        recorder.enter_backward(value)
+        grads = torch.autograd.grad(value, [leaf[name] for name in wanted], allow_unused=True)
+        found["grads"] = [name for name, g in zip(wanted, grads, strict=True) if g is not None]
+        for name, g in zip(wanted, grads, strict=True):
+            if g is not None and g.layout is not torch.strided:
+                raise CaptureError(
+                    f"the gradient of {name} is {g.layout}, not a dense tensor",
+                    fix="use dense gradients, e.g. nn.Embedding(..., sparse=False)",
+                )
+        replaced = {name: swapped[name] for name in buffers_in if swapped[name] is not buffers_in[name]}
+        found["replaced"] = list(replaced)
+        return [value.detach().reshape(()), *[g for g in grads if g is not None], *replaced.values()]
+
+    with _untouched(model), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            graph, constants = trace(run, (fake_params, fake_buffers, fake_batch), mode, recorder)
+        except ZgraphError:
+            raise
+        except Exception as error:
+            raise _explain(error) from error
+    inputs = [Input(Role.PARAM, name) for name in params]
+    inputs += [Input(Role.BUFFER, name) for name in buffers]
+    inputs += [Input(Role.BATCH, str(i)) for i in range(len(tensor_at))]
+    for node, what in zip(graph.find_nodes(op="placeholder"), inputs, strict=False):
+        node.meta["input"] = what
+    graph, mutated = make_functional(graph, mode, constants)
+    written = {node.meta["input"]: value for node, value in mutated.items()}
+    for what in written:
+        if what.role in (Role.PARAM, Role.BATCH):
+            raise CaptureError(
+                f"forward writes to {what} in place",
+                fix="only buffers may be changed by forward; clone a parameter or an input before writing to it",
+            )
+    if not found["grads"]:
+        raise CaptureError(
+            "there is nothing to train: the loss depends on no parameter that the optimizer holds",
+            fix="check that the loss is computed from the model's output, without detach() on the way",
+        )
+    results = list(graph.output_node().args[0])  # type: ignore[arg-type]
+    num_grads = len(found["grads"])
+    grads = dict(zip(found["grads"], results[1 : 1 + num_grads], strict=True))
+    for name, value in zip(found["replaced"], results[1 + num_grads :], strict=True):
+        written[Input(Role.BUFFER, name)] = value
+    update = trace_update(optimizer, params, found["grads"], state or {}, device)
+    return _join(graph, results[0], grads, written, constants, update, mode)
+
+
+def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer that holds parameters which are not the model's.
+
+    Raises:
+        OptimizerError: with the group and shape of the first such parameter.
+    """
+    names = {id(p) for p in model.parameters()}
+    for index, group in enumerate(optimizer.param_groups):
+        for p in group["params"]:
+            if id(p) not in names:
+                raise OptimizerError(
+                    f"group {index} of the optimizer holds a parameter of shape {tuple(p.shape)} "
+                    "that is not one of the model's",
+                    fix="build the optimizer from model.parameters() of this model, after the model is complete",
+                )
+
+
+def _blank(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A fake tensor like ``tensor``; to be called inside the fake mode."""
+    place = device if tensor.is_meta else tensor.device
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=place)
+
+
+def _batch_device(batch: Any) -> torch.device:
+    for leaf in pytree.tree_leaves(batch):
+        if isinstance(leaf, torch.Tensor) and not leaf.is_meta:
+            return leaf.device
+    return torch.device("cpu")
+
+
+def _loss_of(
+    output: Any, loss: LossFunction | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.Tensor:
+    if loss is not None:
+        value = loss(output, *args, **kwargs)
+    elif isinstance(output, torch.Tensor):
+        value = output
+    elif isinstance(output, dict) and "loss" in output:
+        value = output["loss"]
+    else:
+        value = getattr(output, "loss", None)
+    if not isinstance(value, torch.Tensor):
+        raise CaptureError(
+            f"the model returned a {type(output).__name__} without a loss",
+            fix="return the loss, return an object with a .loss tensor (pass labels=... to Hugging Face models), "
+            "or give zgraph.compile(..., loss=callable)",
+        )
+    if value.numel() != 1 or not value.is_floating_point():
+        raise CaptureError(
+            f"the loss is not a scalar: it has shape {tuple(value.shape)} and dtype {value.dtype}",
+            fix="reduce it to one floating-point number, e.g. loss.mean()",
+        )
+    if not value.requires_grad:
+        raise CaptureError(
+            "there is nothing to train: the loss does not depend on any parameter that requires a gradient",
+            fix="check requires_grad of the parameters and that the loss is not detached",
+        )
+    return value
+
+
+def _explain(error: Exception) -> CaptureError:
+    where = source_of_error(error)
+    if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
+        operator = getattr(error, "func", "an operator")
+        what = (
+            "control flow in forward depends on the value of a tensor"
+            if operator in (aten._local_scalar_dense.default, aten.is_nonzero.default)
+            else f"the shape of the result of {operator} depends on the value of a tensor"
+        )
+        return CaptureError(
+            f"{what}, so the step is not one fixed graph",
+            where=where,
+            fix="use torch.where or masking instead of a Python branch or a data-dependent shape",
+        )
+    first = (str(error).strip().splitlines() or [""])[0]
+    return CaptureError(
+        f"the training step cannot be captured: {type(error).__name__}: {first}",
+        where=where,
+        fix="check that the same call works eagerly; if it does, the operator at this line does not trace",
+    )
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Put back every attribute of every module afterwards: forward may store fake tensors on them."""
+    before = [
+        (m, dict(m.__dict__), dict(m._parameters), dict(m._buffers), dict(m._modules)) for m in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for module, attributes, parameters, buffers, children in before:
+            for registry, saved in (
+                (module._parameters, parameters),
+                (module._buffers, buffers),
+                (module._modules, children),
+            ):
+                registry.clear()
+                registry.update(saved)
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+
+
+def _join(
+    graph: fx.Graph,
+    loss: fx.Node,
+    grads: dict[str, fx.Node],
+    written: dict[Input, fx.Node],
+    constants: dict[str, torch.Tensor],
+    update: Update,
+    mode: FakeTensorMode,
+) -> Program:
+    """One graph: placeholders, forward and backward, update, output."""
+    joined = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    by_input: dict[Input, fx.Node] = {}
+    all_constants: dict[str, torch.Tensor] = {}
+
+    def real(val: Any) -> Any:
+        if not isinstance(val, torch.Tensor):
+            return val
+        return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
+
+    def add_inputs(source: fx.Graph, values: dict[str, torch.Tensor], prefix: str, skip: set[fx.Node]) -> None:
+        for node in source.find_nodes(op="placeholder"):
+            if node in skip:
+                continue
+            what: Input = node.meta["input"]
+            if what.role is Role.CONSTANT:
+                all_constants[prefix + what.name] = values[what.name]
+                what = replace(what, name=prefix + what.name)
+            if what not in by_input:
+                by_input[what] = joined.placeholder(what.role.value)
+                by_input[what].meta.update(input=what, val=real(node.meta["val"]))
+            copies[node] = by_input[what]
+
+    gradient_nodes = {node: name for name, node in update.gradients.items()}
+    with mode:
+        add_inputs(graph, constants, "step.", set())
+        add_inputs(update.graph, update.constants, "update.", set(gradient_nodes))
+        for node in graph.nodes:
+            if node.op == "call_function":
+                copies[node] = joined.node_copy(node, copies.__getitem__)
+        for node, name in gradient_nodes.items():
+            copies[node] = copies[grads[name]]
+        for node in update.graph.nodes:
+            if node.op == "call_function":
+                copy = copies[node] = joined.node_copy(node, copies.__getitem__)
+                val = copy.meta.get("val")
+                copy.meta["val"] = tuple(map(real, val)) if isinstance(val, (tuple, list)) else real(val)
+    outputs: list[Input | None] = [None]
+    results: list[Any] = [copies[loss]]
+    for what, value in [*written.items(), *update.results.items()]:
+        if what.role is Role.CONSTANT:
+            what = replace(what, name="step." + what.name)
+        outputs.append(what)
+        results.append(copies[value] if isinstance(value, fx.Node) else value)
+    joined.output(results)
+    owned: set[fx.Node] = set()
+    for what, result in zip(outputs[1:], results[1:], strict=True):
+        if what is not None and what.role in (Role.PARAM, Role.OPT_STATE):
+            _own(result, what.name, owned)
+    init = {(what.name, what.key): start for what, start in (update.init or {}).items()}
+    return Program(
+        joined, Stage.CAPTURED, Mesh(1), outputs, mode, all_constants, init, update.guards,
+    )  # fmt: skip
+
+
+def _own(result: Any, name: str, owned: set[fx.Node]) -> None:
+    """Give the update's nodes the name of the parameter they serve, as their module."""
+    stack = [result]
+    while stack:
+        node = stack.pop()
+        if not isinstance(node, fx.Node) or node in owned or node.op != "call_function":
+            continue
+        origin: Origin = node.meta["origin"]
+        if origin.phase is not Phase.UPDATE:
+            continue
+        owned.add(node)
+        node.meta["origin"] = replace(origin, module=name)
+        stack.extend(node.all_input_nodes)

@@ -1,0 +1,180 @@
+"""Make a traced graph functional: every in-place operator becomes its out-of-place twin.
+
+Straight-line code without views of mutated tensors, which is nearly all of it (dropout, ``relu_``, optimizers), is
+renamed in one linear walk that tracks the current version of every storage. Code that writes through views is
+traced once more under ``torch.func.functionalize``. Writes to placeholders come back as their new values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from zgraph.program import Phase
+from zgraph.tracing import Recorder, trace
+
+aten = torch.ops.aten
+
+_TWINS = {
+    aten.bernoulli_.float: aten.bernoulli.p,
+    aten.bernoulli_.Tensor: aten.bernoulli.Tensor,
+    aten.normal_.default: aten.normal_functional.default,
+}
+_SAME_VALUE = (aten.detach.default, aten.alias.default, aten.lift_fresh.default)
+
+
+class _WritesThroughView(Exception):
+    """The one-walk method does not apply."""
+
+
+def make_functional(
+    graph: fx.Graph, mode: FakeTensorMode, constants: dict[str, torch.Tensor]
+) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """Rewrite ``graph`` without in-place operators.
+
+    Returns:
+        The functional graph (same placeholders in the same order) and the new value of each placeholder that was
+        written to.
+    """
+    _expose_batch_norm(graph)
+    if not any(_is_mutable(node) for node in graph.nodes):
+        return graph, {}
+    try:
+        return _rename(graph)
+    except _WritesThroughView:
+        return _retrace(graph, mode, constants)
+
+
+def _is_mutable(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _expose_batch_norm(graph: fx.Graph) -> None:
+    """Show the writes that ``native_batch_norm`` does not declare: it updates running statistics."""
+    for node in graph.find_nodes(op="call_function", target=aten.native_batch_norm.default):
+        x, weight, bias, mean, var, training, momentum, eps = node.args
+        if not training or mean is None:
+            continue
+        node.target = aten._native_batch_norm_legit_functional.default
+        with graph.inserting_before(node.next):
+            for index, buffer in ((3, mean), (4, var)):
+                import operator
+
+                new = graph.call_function(operator.getitem, (node, index))
+                new.meta.update(val=buffer.meta["val"], origin=node.meta["origin"])
+                write = graph.call_function(aten.copy_.default, (buffer, new))
+                write.meta.update(val=buffer.meta["val"], origin=node.meta["origin"])
+        node.meta["val"] = (*node.meta["val"], mean.meta["val"], var.meta["val"])
+
+
+def _twin(op: torch._ops.OpOverload) -> torch._ops.OpOverload:
+    """The out-of-place operator of an in-place one."""
+    if op in _TWINS:
+        return _TWINS[op]
+    name = op._schema.name.split("::")[1]
+    if not name.endswith("_"):
+        raise _WritesThroughView(op)
+    packet = getattr(torch.ops.aten, name[:-1], None)
+    twin = getattr(packet, op._overloadname, None) if packet is not None else None
+    if twin is None:
+        raise _WritesThroughView(op)
+    return twin
+
+
+def _rename(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    last_use = {node: max((position[u] for u in node.users), default=-1) for node in graph.nodes}
+    root: dict[fx.Node, fx.Node] = {}  # node -> the node whose storage it is
+    views: dict[fx.Node, list[fx.Node]] = {}  # root -> views of part of it, or in another shape
+    is_view: set[fx.Node] = set()
+    # All refusals are found before the first rewrite, so that the other method starts from the graph as it was.
+    plan: list[tuple[fx.Node, torch._ops.OpOverload | None]] = []
+    for node in graph.nodes:
+        op = node.target
+        if node.op != "call_function" or not isinstance(op, torch._ops.OpOverload) or op.namespace != "aten":
+            continue
+        if op._schema.is_mutable:
+            written = [a for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+            target = node.args[0] if node.args else None
+            if len(written) != 1 or written[0] is not op._schema.arguments[0] or not isinstance(target, fx.Node):
+                raise _WritesThroughView(op)
+            base = root.get(target, target)
+            if target in is_view or any(last_use[v] > position[node] for v in views.get(base, ())):
+                raise _WritesThroughView(op)
+            root[node] = base
+            plan.append((node, None if op is aten.copy_.default else _twin(op)))
+        elif op in _SAME_VALUE:
+            source = node.args[0]
+            root[node] = root.get(source, source)
+            if source in is_view:
+                is_view.add(node)
+                views[root[node]].append(node)
+        elif node.args and any(r.alias_info is not None for r in op._schema.returns):
+            source = node.args[0]
+            if isinstance(source, fx.Node):
+                root[node] = root.get(source, source)
+                is_view.add(node)
+                views.setdefault(root[node], []).append(node)
+    replaced = dict(plan)
+    version: dict[fx.Node, fx.Node] = {}  # root -> the node that holds its current value
+
+    def current(node: fx.Node) -> fx.Node:
+        if node in is_view:
+            return node
+        base = root.get(node, node)
+        return version.get(base, node)
+
+    for node in graph.nodes:
+        if version:
+            node.args = fx.map_arg(node.args, current)  # type: ignore[assignment]
+            node.kwargs = fx.map_arg(node.kwargs, current)  # type: ignore[assignment]
+        if node in replaced:
+            twin = replaced[node]
+            base = root[node]
+            if twin is None:
+                node.target = aten.copy.default
+            else:
+                node.target = twin
+            version[base] = node
+    mutated = {base: new for base, new in version.items() if base.op == "placeholder"}
+    return graph, mutated
+
+
+class _Replay(fx.Interpreter):
+    """Run a graph again, giving the new nodes the origins of the old."""
+
+    def __init__(self, graph: fx.Graph, recorder: Recorder) -> None:
+        super().__init__(torch.nn.Module(), graph=graph)
+        self._recorder = recorder
+
+    def run_node(self, n: fx.Node) -> Any:
+        with self._recorder.as_if(n.meta.get("origin")):
+            return super().run_node(n)
+
+
+def _retrace(
+    graph: fx.Graph, mode: FakeTensorMode, constants: dict[str, torch.Tensor]
+) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    recorder = Recorder(Phase.FORWARD)
+    placeholders = list(graph.find_nodes(op="placeholder"))
+    values = [node.meta["val"] for node in placeholders]
+
+    def run(*args: Any) -> Any:
+        return _Replay(graph, recorder).run(*args)
+
+    with torch.no_grad():
+        again, further = trace(torch.func.functionalize(run), tuple(values), mode, recorder)
+    assert not further, further
+    mutated: dict[fx.Node, fx.Node] = {}
+    for old, new in zip(placeholders, again.find_nodes(op="placeholder"), strict=True):
+        if "input" in old.meta:
+            new.meta["input"] = old.meta["input"]
+    for node in list(again.nodes):
+        if node.target is aten.copy_.default and node.args[0].op == "placeholder":
+            mutated[node.args[0]] = node.args[1]
+            node.replace_all_uses_with(node.args[1])
+            again.erase_node(node)
+    return again, mutated

@@ -1,0 +1,331 @@
+"""The only intermediate representation: one ``torch.fx`` graph of a whole training step, plus its facts.
+
+State and batch come in as placeholders with roles; the loss and the new state go out. The graph is functional
+until the last stage: an output that is the new value of an input is *donated* to it. Node order is issue order.
+Everything a pass needs to know sits on nodes (``Input``, ``Origin``, ``val``) or on the ``Program``, by type.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from zgraph.layout import Layout
+
+Target = Callable[..., Any]
+
+
+class Stage(enum.IntEnum):
+    """How far a program has come. Passes say which stage they take and which they give."""
+
+    CAPTURED = 0
+    BUCKETED = 1
+    SHARDED = 2
+    SCHEDULED = 3
+    INPLACE = 4
+
+
+class Phase(enum.Enum):
+    """Part of the training step a node belongs to."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    UPDATE = "update"
+
+
+class Role(enum.Enum):
+    """What a placeholder stands for."""
+
+    PARAM = "param"
+    OPT_STATE = "opt_state"
+    BUFFER = "buffer"
+    CONSTANT = "constant"
+    BATCH = "batch"
+    HYPER = "hyper"
+
+
+@dataclass(frozen=True)
+class Input:
+    """The meaning of a placeholder.
+
+    Attributes:
+        role: what kind of value it is.
+        name: parameter, buffer or bucket name; batch leaf path; hyperparameter path (``group0.lr``).
+        key: the optimizer-state key (``exp_avg``) for OPT_STATE, else empty.
+    """
+
+    role: Role
+    name: str
+    key: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.role.value}:{self.name}" + (f":{self.key}" if self.key else "")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a node came from.
+
+    Attributes:
+        phase: part of the step.
+        module: path of the user's module (``blocks.3.attn``), empty at top level or in the update.
+        source: the user's source position, ``file:line (function)``; None where unknown.
+        made_by: the pass that created the node; ``capture`` for captured ones.
+    """
+
+    phase: Phase
+    module: str = ""
+    source: str | None = None
+    made_by: str = "capture"
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The ranks a program runs on: one axis of ``size`` ranks, named for collectives."""
+
+    size: int
+    axis: str = "data"
+
+
+@dataclass(frozen=True)
+class StateInit:
+    """Initial value of an optimizer-state entry: filled with ``fill``, or a copy of the parameter if None.
+
+    ``dtype`` is that of the tensor; None for a plain Python number.
+    """
+
+    fill: float | int | None
+    dtype: torch.dtype | None
+
+
+@dataclass
+class Program:
+    """A training step.
+
+    Attributes:
+        graph: ATen, collective, ``zgraph::`` and Python-scalar operators; the output node's single argument
+            is a list aligned with ``outputs``.
+        stage: how far it has come.
+        mesh: the ranks it runs on.
+        outputs: what each output is: ``None`` for the loss (always first), else the Input whose new value it is.
+        fake_mode: the mode in which values (``node.meta["val"]``) live: FakeTensor, or a sample Python number.
+        constants: values of CONSTANT placeholders by name.
+        init: how absent optimizer state starts; empty for a program that creates its own.
+        guards: expressions over HYPER and numeric OPT_STATE inputs that held at capture and must hold to run.
+        layout: buckets; None before bucketing.
+    """
+
+    graph: fx.Graph
+    stage: Stage
+    mesh: Mesh
+    outputs: list[Input | None]
+    fake_mode: FakeTensorMode
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    init: dict[tuple[str, str], StateInit] = field(default_factory=dict)
+    guards: tuple[Guard, ...] = ()
+    layout: Layout | None = None
+    _made_by: str = "capture"
+
+    # -- reading ------------------------------------------------------------------------------------------
+
+    def placeholders(self) -> Iterator[tuple[fx.Node, Input]]:
+        """All placeholders with their meaning, in order."""
+        for node in self.graph.find_nodes(op="placeholder"):
+            yield node, node.meta["input"]
+
+    def inputs(self, role: Role) -> dict[tuple[str, str], fx.Node]:
+        """Placeholders of one role by (name, key)."""
+        return {(i.name, i.key): node for node, i in self.placeholders() if i.role is role}
+
+    @property
+    def output_node(self) -> fx.Node:
+        return next(iter(self.graph.find_nodes(op="output")))
+
+    def results(self) -> list[fx.Node]:
+        """The nodes returned, aligned with ``outputs``."""
+        return list(self.output_node.args[0])  # type: ignore[arg-type]
+
+    def num_nodes(self) -> int:
+        return len(self.graph.nodes)
+
+    # -- writing ------------------------------------------------------------------------------------------
+
+    def clone(self) -> Program:
+        """A copy that shares no node with this program; values, constants and facts are shared."""
+        graph = fx.Graph()
+        node_map: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.nodes:
+            node_map[node] = graph.node_copy(node, node_map.__getitem__)
+        return replace(
+            self,
+            graph=graph,
+            outputs=list(self.outputs),
+            constants=dict(self.constants),
+            init=dict(self.init),
+        )
+
+    @contextmanager
+    def made_by(self, name: str) -> Iterator[None]:
+        """Nodes created inside are recorded as made by the pass called ``name``."""
+        before, self._made_by = self._made_by, name
+        try:
+            yield
+        finally:
+            self._made_by = before
+
+    def call(
+        self,
+        target: Target,
+        *args: Any,
+        origin: Origin,
+        before: fx.Node | None = None,
+        **kwargs: Any,
+    ) -> fx.Node:
+        """Create a call of ``target``; its value is inferred, its origin recorded.
+
+        Args:
+            target: an ATen, collective, ``zgraph::`` or Python scalar operator.
+            args, kwargs: nodes and literals.
+            origin: the origin of what it is derived from; ``made_by`` is replaced.
+            before: insertion point; the graph's current one if None.
+        """
+        if before is None:
+            node = self.graph.call_function(target, args, kwargs)
+        else:
+            with self.graph.inserting_before(before):
+                node = self.graph.call_function(target, args, kwargs)
+        node.meta["val"] = self.infer(node)
+        node.meta["origin"] = replace(origin, made_by=self._made_by)
+        return node
+
+    def placeholder(self, what: Input, val: Any, *, before: fx.Node | None = None) -> fx.Node:
+        """Create a placeholder, before ``before`` or after the last existing placeholder."""
+        last = None
+        for last in self.graph.find_nodes(op="placeholder"):
+            pass
+        if before is not None:
+            context = self.graph.inserting_before(before)
+        elif last is not None:
+            context = self.graph.inserting_after(last)
+        else:
+            context = self.graph.inserting_before(next(iter(self.graph.nodes)))
+        with context:
+            node = self.graph.placeholder(what.role.value)
+        node.meta.update(input=what, val=val)
+        return node
+
+    def infer(self, node: fx.Node) -> Any:
+        """The value of a call from its arguments' values: shapes, dtypes and devices, or a sample number."""
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+        assert callable(node.target), node.target
+        with self.fake_mode, torch.no_grad():
+            return node.target(*args, **kwargs)
+
+    def empty(self, shape: Iterable[int], dtype: torch.dtype, device: torch.device) -> FakeTensor:
+        """A fake tensor of this program's mode, to be a placeholder's value."""
+        with self.fake_mode:
+            tensor = torch.empty(tuple(shape), dtype=dtype, device=device)
+        assert isinstance(tensor, FakeTensor)
+        return tensor
+
+    def set_results(self, results: list[fx.Node], outputs: list[Input | None]) -> None:
+        """Replace what the program returns."""
+        self.output_node.args = (list(results),)
+        self.outputs = list(outputs)
+
+    # -- showing ------------------------------------------------------------------------------------------
+
+    def text(self, *, origins: bool = False) -> str:
+        """The program as text, independent of node names; ``origins`` appends phase, module, source, pass."""
+        number = {node: f"%{i}" for i, node in enumerate(self.graph.nodes)}
+        lines = []
+        for node in self.graph.nodes:
+            args = ", ".join(
+                [_show(a, number) for a in node.args]
+                + [f"{k}={_show(v, number)}" for k, v in sorted(node.kwargs.items())]
+            )
+            if node.op == "placeholder":
+                line = f"{number[node]}: {describe(node.meta['val'])} = input {node.meta['input']}"
+            elif node.op == "output":
+                named = ", ".join("loss" if o is None else str(o) for o in self.outputs)
+                line = f"return {args}  # {named}"
+            else:
+                line = f"{number[node]}: {describe(node.meta['val'])} = {target_name(node.target)}({args})"
+            if origins and "origin" in node.meta:
+                o = node.meta["origin"]
+                line += f"  # {o.phase.value} {o.module or '-'} {o.source or '-'} [{o.made_by}]"
+            lines.append(line)
+        return "\n".join(lines)
+
+    def digest(self) -> bytes:
+        """SHA-256 of the program text and layout: equal on ranks that will issue the same operations."""
+        return hashlib.sha256((self.text() + repr(self.layout)).encode()).digest()
+
+    def __str__(self) -> str:
+        return self.text()
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A condition on scalar inputs that was decided while capturing; if it changes, the step is recaptured.
+
+    Attributes:
+        names: ``str(Input)`` of the inputs it reads.
+        holds: called with their values, in that order.
+        text: for messages.
+    """
+
+    names: tuple[str, ...]
+    holds: Callable[..., bool]
+    text: str
+
+
+def target_name(target: Any) -> str:
+    """``aten.mm.default`` for operator overloads, ``operator.mul`` for Python functions."""
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    module = getattr(target, "__module__", "").removeprefix("_")
+    return f"{module}.{getattr(target, '__name__', target)}"
+
+
+_SHORT = {
+    torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16",
+    torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8",
+    torch.bool: "b8", torch.complex64: "c64", torch.complex128: "c128",
+}  # fmt: skip
+
+
+def describe(val: Any) -> str:
+    """``f32[8, 4]`` for a tensor, the type's name for a number, a tuple of these for several results."""
+    if isinstance(val, torch.Tensor):
+        return f"{_SHORT.get(val.dtype, str(val.dtype))}[{', '.join(map(str, val.shape))}]"
+    if isinstance(val, (tuple, list)):
+        return "(" + ", ".join(map(describe, val)) + ")"
+    return type(val).__name__
+
+
+def _show(arg: Any, number: dict[fx.Node, str]) -> str:
+    if isinstance(arg, fx.Node):
+        return number[arg]
+    if isinstance(arg, (list, tuple)):
+        return "[" + ", ".join(_show(a, number) for a in arg) + "]"
+    return repr(arg)
+
+
+def shallow_origin(node: fx.Node) -> Origin:
+    """The node's origin; placeholders have none and count as forward."""
+    origin = node.meta.get("origin")
+    return origin if origin is not None else Origin(Phase.FORWARD)
+
+
+__all__ = [
+    "Guard", "Input", "Mesh", "Origin", "Phase", "Program", "Role", "Stage", "StateInit", "describe", "target_name",
+]  # fmt: skip

@@ -1,0 +1,215 @@
+"""The one place that touches torch's tracing internals: run a function on fake tensors, get an ATen graph.
+
+``trace`` records for every node where it came from: the phase of the step, the path of the user's module and the
+user's source line. Backward nodes inherit both from the forward operator that they differentiate, joined by
+autograd's sequence number.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from zgraph.program import Input, Origin, Phase, Role
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_OPTIM = os.path.join(_TORCH, "optim") + os.sep
+_OPTIM_BASE = os.path.join(_OPTIM, "optimizer.py")
+_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+
+
+def is_user_file(filename: str) -> bool:
+    """Whether a source file is the user's (or an optimizer's), rather than torch's or zgraph's machinery."""
+    if filename.startswith(_OPTIM):
+        return filename != _OPTIM_BASE
+    return not filename.startswith((_TORCH, "<")) and (not filename.startswith(_HERE) or filename.endswith("demo.py"))
+
+
+def user_source() -> str | None:
+    """``file:line (function)`` of the innermost user frame on the stack, if there is one."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if is_user_file(code.co_filename):
+            return f"{code.co_filename}:{frame.f_lineno} ({code.co_name})"
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def source_of_error(error: BaseException) -> str | None:
+    """The innermost user frame of an exception's traceback, with its line of code."""
+    import linecache
+
+    found, traceback = None, error.__traceback__
+    while traceback is not None:
+        code = traceback.tb_frame.f_code
+        if is_user_file(code.co_filename):
+            line = linecache.getline(code.co_filename, traceback.tb_lineno).strip()
+            found = f"{code.co_filename}:{traceback.tb_lineno} ({code.co_name}): {line}"
+        traceback = traceback.tb_next
+    return found
+
+
+class Recorder:
+    """Gives every node created during a trace its ``Origin``."""
+
+    def __init__(self, phase: Phase, names: dict[int, str] | None = None) -> None:
+        self.phase = phase
+        self._names = names or {}
+        self._modules: list[str] = [""]
+        self._by_sequence_nr: dict[int, Origin] = {}
+        self._override: Origin | None = None
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Record the nodes of the trace that is running now; to be entered inside the traced function."""
+        mode = get_proxy_mode()
+        assert mode is not None
+        tracer = mode.tracer
+        original = tracer.create_node
+
+        def create_node(*args: Any, **kwargs: Any) -> fx.Node:
+            node = original(*args, **kwargs)
+            if node.op != "placeholder":
+                node.meta["origin"] = self._origin()
+            return node
+
+        tracer.create_node = create_node  # type: ignore[method-assign]
+        enter = torch.nn.modules.module.register_module_forward_pre_hook(self._enter)
+        leave = torch.nn.modules.module.register_module_forward_hook(self._leave, always_call=True)
+        try:
+            yield
+        finally:
+            enter.remove()
+            leave.remove()
+            del tracer.create_node  # type: ignore[attr-defined]
+
+    @contextmanager
+    def as_if(self, origin: Origin | None) -> Iterator[None]:
+        """Nodes created inside take this origin (used when a graph is traced again)."""
+        before, self._override = self._override, origin
+        try:
+            yield
+        finally:
+            self._override = before
+
+    def enter_backward(self, loss: torch.Tensor) -> None:
+        """Join every autograd node below ``loss`` to its forward operator; later nodes are BACKWARD ones."""
+        self.phase = Phase.BACKWARD
+        seen: set[Any] = set()
+        stack = [loss.grad_fn]
+        while stack:
+            function = stack.pop()
+            if function is None or function in seen:
+                continue
+            seen.add(function)
+            origin = self._by_sequence_nr.get(function._sequence_nr())
+            if origin is not None:
+                function.register_prehook(self._joined(origin))
+            stack.extend(next_function for next_function, _ in function.next_functions)
+
+    def _joined(self, origin: Origin) -> Callable[[Any], None]:
+        backward = Origin(Phase.BACKWARD, origin.module, origin.source)
+
+        def before(_: Any) -> None:
+            self._override = backward
+
+        return before
+
+    def _origin(self) -> Origin:
+        if self._override is not None:
+            return self._override
+        origin = Origin(self.phase, self._modules[-1], user_source())
+        if self.phase is Phase.FORWARD:
+            self._by_sequence_nr.setdefault(torch.autograd._get_sequence_nr() - 1, origin)  # type: ignore[attr-defined]
+        return origin
+
+    def _enter(self, module: torch.nn.Module, _: Any) -> None:
+        self._modules.append(self._names.get(id(module), self._modules[-1]))
+
+    def _leave(self, module: torch.nn.Module, _args: Any, _output: Any) -> None:
+        self._modules.pop()
+
+
+def fake_mode(*, scalars: bool) -> FakeTensorMode:
+    """A mode whose tensors have shapes but no data; with ``scalars``, ``.item()`` gives a symbolic number."""
+    if scalars:
+        return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True, static_shapes=True)
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def trace(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    mode: FakeTensorMode,
+    recorder: Recorder,
+    *,
+    fold_literals: bool = True,
+) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
+    """Run ``function`` on fake ``args`` and record its ATen operators.
+
+    With ``fold_literals`` (torch's own behaviour) ``torch.tensor(3).item()`` is 3 while tracing; without, it is a
+    symbolic number like any other.
+
+    Returns:
+        The graph (placeholders are the flattened leaves of ``args``; real tensors met on the way become further
+        CONSTANT placeholders at the end) and those constants by name.
+    """
+
+    def recorded(*inner: Any) -> Any:
+        with recorder.attached():
+            return function(*inner)
+
+    collecting = gc.isenabled()
+    gc.disable()  # the trace allocates many long-lived objects and no garbage; collections only walk them again
+    try:
+        limit = int(fold_literals)  # elements up to which a literal's value is tracked
+        with (
+            mock.patch("torch._subclasses.fake_tensor.CONSTANT_NUMEL_LIMIT", limit),
+            mock.patch("torch.fx.experimental.proxy_tensor.CONSTANT_NUMEL_LIMIT", limit),
+            mode,
+            torch.autograd.set_multithreading_enabled(False),
+        ):
+            module = make_fx(recorded, tracing_mode="fake")(*args)
+    finally:
+        if collecting:
+            gc.enable()
+    graph = fx.Graph()
+    graph.graph_copy(module.graph, node_map := {})  # type: ignore[arg-type]
+    last = module.graph.output_node()
+    graph.output(fx.map_arg(last.args[0], lambda n: node_map[n]))
+    return graph, _lift_constants(graph, module, mode)
+
+
+def _lift_constants(graph: fx.Graph, module: fx.GraphModule, mode: FakeTensorMode) -> dict[str, torch.Tensor]:
+    """Turn ``get_attr`` nodes into CONSTANT placeholders after the existing ones."""
+    constants: dict[str, torch.Tensor] = {}
+    by_attribute: dict[str, fx.Node] = {}
+    last = None
+    for last in graph.find_nodes(op="placeholder"):
+        pass
+    for node in list(graph.find_nodes(op="get_attr")):
+        attribute = str(node.target)
+        if attribute not in by_attribute:
+            name = f"constant{len(constants)}"
+            value = getattr(module, attribute)
+            constants[name] = value.detach()
+            context = graph.inserting_after(last) if last is not None else graph.inserting_before(None)
+            with context:
+                last = by_attribute[attribute] = graph.placeholder(name)
+            last.meta["input"] = Input(Role.CONSTANT, name)
+            last.meta["val"] = mode.from_tensor(value.detach())
+        node.replace_all_uses_with(by_attribute[attribute])
+        graph.erase_node(node)
+    return constants

@@ -1,0 +1,439 @@
+"""Trace an optimizer's own ``step()`` into a functional graph, with its hyperparameters as scalar inputs.
+
+Nothing is known about particular optimizers. The plain per-parameter code path runs on fake tensors; every float in
+``param_groups`` is a symbolic number, so ``1 - lr * weight_decay`` becomes Python-scalar nodes that compute in
+double precision exactly as eager does. Conditions on such numbers (``if weight_decay != 0``) become guards.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import sympy
+import torch
+from torch import fx
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.symbolic_shapes import DimDynamic, GuardOnDataDependentSymNode, ShapeEnv
+from torch.utils import _pytree as pytree
+
+from zgraph.errors import OptimizerError, ZgraphError
+from zgraph.functional import make_functional
+from zgraph.program import Guard, Input, Phase, Role, StateInit
+from zgraph.tracing import Recorder, fake_mode, source_of_error, trace
+
+aten = torch.ops.aten
+
+Number = int | float
+
+
+@dataclass(frozen=True)
+class StateEntry:
+    """One value of ``optimizer.state[param]``: a tensor of ``shape`` and ``dtype``, or a number (dtype None)."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    sample: Number = 1
+
+
+StateSpec = dict[str, dict[str, StateEntry]]
+"""Parameter name -> state key -> entry. A parameter without state is absent."""
+
+
+@dataclass
+class Update:
+    """A traced optimizer update.
+
+    Attributes:
+        graph: functional; each placeholder has an ``Input`` in its meta. Gradients are CONSTANT-free placeholders
+            listed in ``gradients``.
+        gradients: parameter name -> its gradient placeholder.
+        results: PARAM and OPT_STATE inputs -> the node (or number) that is their new value.
+        init: initial values under which this update also serves as the first one; None if the first differs.
+        guards: conditions decided while tracing.
+        constants: values of CONSTANT placeholders.
+    """
+
+    graph: fx.Graph
+    gradients: dict[str, fx.Node]
+    results: dict[Input, fx.Node | Number]
+    init: dict[Input, StateInit] | None
+    guards: tuple[Guard, ...]
+    constants: dict[str, torch.Tensor]
+    state: StateSpec
+
+
+def hyperparameters(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Every float in ``param_groups``, by path: ``group0.lr``, ``group1.betas[0]``. Read anew each step."""
+    found: dict[str, float] = {}
+    for index, group in enumerate(optimizer.param_groups):
+        for key, value in group.items():
+            if key == "params":
+                continue
+            for suffix, leaf in _leaves(value):
+                number = _as_float(leaf)
+                if number is not None:
+                    found[f"group{index}.{key}{suffix}"] = number
+    return found
+
+
+def structure(optimizer: torch.optim.Optimizer) -> tuple[Any, ...]:
+    """What a traced update is specialised on besides its float hyperparameters."""
+    groups = []
+    for group in optimizer.param_groups:
+        fixed = []
+        for key, value in sorted(group.items(), key=lambda item: item[0]):
+            if key != "params":
+                fixed.append((key, tuple("float" if _as_float(v) is not None else repr(v) for _, v in _leaves(value))))
+        groups.append(tuple(fixed))
+    return (type(optimizer).__module__, type(optimizer).__qualname__, tuple(groups))
+
+
+def _leaves(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, (tuple, list)):
+        for i, v in enumerate(value):
+            yield f"[{i}]", v
+    else:
+        yield "", value
+
+
+def _as_float(value: Any) -> float | None:
+    if isinstance(value, float):
+        return value
+    if isinstance(value, torch.Tensor) and value.dim() == 0 and value.is_floating_point():
+        return float(value)
+    return None
+
+
+def trace_update(
+    optimizer: torch.optim.Optimizer,
+    params: dict[str, torch.nn.Parameter],
+    trained: Sequence[str],
+    state: StateSpec,
+    device: torch.device,
+) -> Update:
+    """Trace ``optimizer.step()``.
+
+    Args:
+        optimizer: the user's; it is not touched.
+        params: the model's parameters by name.
+        trained: names of those that have a gradient, all of them held by the optimizer.
+        state: state that exists already; a parameter that is absent starts with none, as in a first step.
+        device: where parameters on ``meta`` will live.
+
+    Raises:
+        OptimizerError: the update depends on values of tensors, or fails on fake tensors.
+    """
+    first = _trace_once(optimizer, params, trained, state, device)
+    fresh = [name for name in trained if name not in state and first.state.get(name)]
+    if not fresh:
+        first.init = {}
+        return first
+    later = _trace_once(optimizer, params, trained, first.state, device)
+    later.init = _initial_values(first, later)
+    if later.init is not None:
+        return later
+    return first
+
+
+def _trace_once(
+    optimizer: torch.optim.Optimizer,
+    params: dict[str, torch.nn.Parameter],
+    trained: Sequence[str],
+    state: StateSpec,
+    device: torch.device,
+) -> Update:
+    mode = fake_mode(scalars=True)
+    assert mode.shape_env is not None
+    names = {id(p): name for name, p in params.items()}
+    symbols: dict[sympy.Symbol, Input] = {}
+
+    def symbolic(what: Input, value: Number) -> Any:
+        return _symbolic(mode.shape_env, symbols, what, value)  # type: ignore[arg-type]
+
+    inputs: list[Input | str] = []  # a str is the name of a parameter whose gradient this is
+    values: list[Any] = []
+
+    def add(what: Input | str, value: Any) -> int:
+        inputs.append(what)
+        values.append(value)
+        return len(values) - 1
+
+    with mode:
+        where: dict[str, tuple[int, int, dict[str, int]]] = {}
+        for name in trained:
+            p = params[name]
+            target = device if p.is_meta else p.device
+            blank = lambda: torch.empty(p.shape, dtype=p.dtype, device=target)  # noqa: B023, E731
+            at_param, at_grad = add(Input(Role.PARAM, name), blank()), add(name, blank())
+            at_state = {}
+            for key, entry in state.get(name, {}).items():
+                what = Input(Role.OPT_STATE, name, key)
+                if entry.dtype is None:
+                    at_state[key] = add(what, symbolic(what, entry.sample))
+                else:
+                    place = torch.device("cpu") if entry.shape == () else target
+                    at_state[key] = add(what, torch.empty(entry.shape, dtype=entry.dtype, device=place))
+            where[name] = (at_param, at_grad, at_state)
+    hypers = {
+        path: add(Input(Role.HYPER, path), symbolic(Input(Role.HYPER, path), v))
+        for path, v in hyperparameters(optimizer).items()
+    }
+    produced: list[Input] = []
+    new_state: StateSpec = {}
+
+    def run(arguments: list[Any]) -> list[Any]:
+        fake = copy.copy(optimizer)
+        for attribute in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+            setattr(fake, attribute, OrderedDict())
+        fake.state = defaultdict(dict)
+        fake.param_groups = []
+        leaves: dict[str, torch.Tensor] = {}
+        for index, group in enumerate(optimizer.param_groups):
+            members = []
+            for p in group["params"]:
+                name = names[id(p)]
+                if name not in where:
+                    continue
+                at_param, at_grad, at_state = where[name]
+                leaf = arguments[at_param]
+                leaf.requires_grad_()
+                leaf.grad = arguments[at_grad]
+                leaves[name] = leaf
+                if at_state:
+                    fake.state[leaf].update({key: arguments[i] for key, i in at_state.items()})
+                members.append(leaf)
+            fake.param_groups.append({**_plain(group, index, hypers, arguments), "params": members})
+        with _symbolic_math():
+            type(optimizer).step(fake)
+        results: list[Any] = []
+        for name in trained:
+            leaf = leaves[name]
+            produced.append(Input(Role.PARAM, name))
+            results.append(leaf)
+            new_state[name] = {}
+            for key, value in fake.state.get(leaf, {}).items():
+                entry = _entry(value)
+                if entry is None:
+                    continue
+                new_state[name][key] = entry
+                produced.append(Input(Role.OPT_STATE, name, key))
+                results.append(value)
+        return results
+
+    recorder = Recorder(Phase.UPDATE)
+    try:
+        # A step count that was just created must stay an input, not become the literal it was created from.
+        graph, constants = trace(run, (values,), mode, recorder, fold_literals=False)
+    except ZgraphError:
+        raise
+    except GuardOnDataDependentSymNode as error:
+        raise OptimizerError(
+            f"{type(optimizer).__name__}.step() decides by the value of a tensor or of the step count, "
+            "so it is not one fixed graph",
+            where=source_of_error(error),
+            fix="make the branch a torch.where, or use an optimizer without it",
+        ) from error
+    except Exception as error:
+        raise OptimizerError(
+            f"{type(optimizer).__name__}.step() cannot be traced: {type(error).__name__}: {_first_line(error)}",
+            where=source_of_error(error),
+            fix="the update must be made of torch operators on parameters, gradients and state",
+        ) from error
+    placeholders = list(graph.find_nodes(op="placeholder"))
+    gradients = {}
+    for node, what in zip(placeholders, inputs, strict=False):
+        if isinstance(what, str):
+            gradients[what] = node
+        else:
+            node.meta["input"] = what
+    order = {node: i for i, node in enumerate(placeholders)}
+    graph, mutated = make_functional(graph, mode, constants)
+    again = list(graph.find_nodes(op="placeholder"))
+    gradients = {name: again[order[node]] for name, node in gradients.items()}
+    out = graph.output_node().args[0]
+    results: dict[Input, fx.Node | Number] = {}
+    for what, result in zip(produced, out, strict=True):  # type: ignore[arg-type]
+        result = mutated.get(result, result) if isinstance(result, fx.Node) else result
+        results[what] = result  # type: ignore[assignment]
+    for node in graph.nodes:
+        if "val" in node.meta:
+            node.meta["val"] = pytree.tree_map(_sample, node.meta["val"])
+    return Update(graph, gradients, results, None, _guards(mode.shape_env, symbols), constants, new_state)
+
+
+def _plain(group: dict[str, Any], index: int, hypers: dict[str, int], arguments: list[Any]) -> dict[str, Any]:
+    """A parameter group with symbolic floats, and torch's multi-tensor and fused code paths switched off."""
+    plain: dict[str, Any] = {}
+    for key, value in group.items():
+        if key == "params":
+            continue
+        leaves = [
+            arguments[hypers[path]] if (path := f"group{index}.{key}{suffix}") in hypers else leaf
+            for suffix, leaf in _leaves(value)
+        ]
+        plain[key] = type(value)(leaves) if isinstance(value, (tuple, list)) else leaves[0]
+    for switch in ("foreach", "fused", "capturable", "differentiable"):
+        if switch in plain:
+            plain[switch] = False
+    return plain
+
+
+def _entry(value: Any) -> StateEntry | None:
+    if isinstance(value, torch.Tensor):
+        return StateEntry(tuple(value.shape), value.dtype)
+    if isinstance(value, bool) or value is None:
+        return None
+    if isinstance(value, (int, torch.SymInt)):
+        return StateEntry((), None, 2)
+    if isinstance(value, (float, torch.SymFloat)):
+        return StateEntry((), None, 2.0)
+    raise OptimizerError(
+        f"the optimizer keeps a {type(value).__name__} in its state, which cannot be an input of a graph",
+        fix="keep tensors and numbers in optimizer.state",
+    )
+
+
+def _sample(value: Any) -> Any:
+    """A plain number in place of a symbolic one; shapes and dtypes are what matters of the rest."""
+    if isinstance(value, torch.SymFloat):
+        return 0.5
+    if isinstance(value, torch.SymInt):
+        return 2
+    return value
+
+
+def _symbolic(env: ShapeEnv, symbols: dict[sympy.Symbol, Input], what: Input, value: Number) -> Any:
+    source = ConstantSource(str(what))
+    symbol = env.create_unspecified_symbol(value, source=source, dynamic_dim=DimDynamic.DYNAMIC)
+    if isinstance(symbol, sympy.Symbol):
+        symbols[symbol] = what
+    if isinstance(value, int):
+        return env.create_symintnode(symbol, hint=value, source=source)
+    return env.create_symfloatnode(symbol, hint=value, source=source)
+
+
+def _guards(env: ShapeEnv, symbols: dict[sympy.Symbol, Input]) -> tuple[Guard, ...]:
+    guards = []
+    for guard in env.guards:
+        free = sorted(guard.expr.free_symbols, key=str)
+        if not free or any(symbol not in symbols for symbol in free):
+            continue
+        text = str(guard.expr.xreplace({s: sympy.Symbol(str(symbols[s])) for s in free}))
+        guards.append(Guard(tuple(str(symbols[s]) for s in free), _holds(guard.expr, free), text))
+    return tuple(guards)
+
+
+def _holds(expression: Any, free: list[sympy.Symbol]) -> Callable[..., bool]:
+    def holds(*values: Number) -> bool:
+        return bool(expression.xreplace({s: sympy.sympify(v) for s, v in zip(free, values, strict=True)}))
+
+    return holds
+
+
+@contextmanager
+def _symbolic_math() -> Iterator[None]:
+    """Let ``math.sqrt`` and its kin take symbolic numbers while an optimizer is traced."""
+
+    def symbolic_or(name: str) -> Callable[..., Any]:
+        plain, symbolic = getattr(math, name), getattr(torch, f"_sym_{name}")
+        return lambda x: symbolic(x) if isinstance(x, (torch.SymFloat, torch.SymInt)) else plain(x)
+
+    names = [name for name in ("sqrt", "cos", "sin", "tanh") if hasattr(torch, f"_sym_{name}")]
+    patches: dict[str, Any] = {name: symbolic_or(name) for name in names}
+    patches["pow"] = lambda x, y: x**y
+    with mock.patch.multiple(math, **patches):
+        yield
+
+
+def _initial_values(first: Update, later: Update) -> dict[Input, StateInit] | None:
+    """State values under which ``later`` computes what ``first`` does; None if there are none.
+
+    The two graphs are walked together from their results. Where ``later`` reads a state placeholder, whatever
+    ``first`` has there is that state's initial value; everywhere else they must be the same operator.
+    """
+    bound: dict[fx.Node, Any] = {}
+    done: set[tuple[fx.Node, Any]] = set()
+    gradient_of = {node: name for u in (first, later) for name, node in u.gradients.items()}
+
+    def same_leaf(a: fx.Node, b: fx.Node) -> bool:
+        if a in gradient_of or b in gradient_of:
+            return gradient_of.get(a) == gradient_of.get(b)
+        if a.meta["input"].role is Role.CONSTANT and b.meta["input"].role is Role.CONSTANT:
+            return torch.equal(first.constants[a.meta["input"].name], later.constants[b.meta["input"].name])
+        return bool(a.meta["input"] == b.meta["input"])
+
+    stack: list[tuple[Any, Any]] = [(first.results[what], result) for what, result in later.results.items()]
+    while stack:
+        a, b = stack.pop()
+        if isinstance(b, fx.Node):
+            if (b, a) in done:
+                continue
+            done.add((b, a))
+            if b.op == "placeholder" and b not in gradient_of and b.meta["input"].role is Role.OPT_STATE:
+                if not isinstance(a, fx.Node) or b not in bound:
+                    if b in bound and bound[b] != a:
+                        return None
+                    bound[b] = a
+                elif bound[b] is not a:
+                    return None
+                continue
+            if not isinstance(a, fx.Node) or a.op != b.op:
+                return None
+            if b.op == "placeholder":
+                if not same_leaf(a, b):
+                    return None
+                continue
+            if a.target is not b.target or len(a.args) != len(b.args) or a.kwargs.keys() != b.kwargs.keys():
+                return None
+            stack.extend(zip(a.args, b.args, strict=True))
+            stack.extend((a.kwargs[key], b.kwargs[key]) for key in b.kwargs)
+        elif isinstance(b, (list, tuple)):
+            if not isinstance(a, (list, tuple)) or len(a) != len(b):
+                return None
+            stack.extend(zip(a, b, strict=True))
+        elif a != b:
+            return None
+    init: dict[Input, StateInit] = {}
+    for node, value in bound.items():
+        start = _start(value, node.meta["val"], first)
+        if start is None:
+            return None
+        init[node.meta["input"]] = start
+    return init
+
+
+def _start(value: Any, like: Any, first: Update) -> StateInit | None:
+    """A created tensor or number as a StateInit, if it is a plain fill or a copy of the parameter."""
+    dtype = like.dtype if isinstance(like, torch.Tensor) else None
+    while isinstance(value, fx.Node) and value.target in (
+        aten.lift_fresh_copy.default, aten.clone.default, aten.detach.default, aten._to_copy.default,
+    ):  # fmt: skip
+        value = value.args[0]
+    if isinstance(value, (int, float)):
+        return StateInit(value, dtype)
+    if value.op == "placeholder":
+        what = value.meta.get("input")
+        if what is None:
+            return None  # a gradient
+        if what.role is Role.PARAM:
+            return StateInit(None, dtype)
+        if what.role is Role.CONSTANT and first.constants[what.name].numel() == 1:
+            return StateInit(first.constants[what.name].item(), dtype)
+        return None
+    fills = {aten.zeros_like.default: 0, aten.ones_like.default: 1, aten.zeros.default: 0, aten.ones.default: 1}
+    if value.target in fills:
+        return StateInit(fills[value.target], dtype)
+    if value.target in (aten.full_like.default, aten.full.default) and isinstance(value.args[1], (int, float)):
+        return StateInit(value.args[1], dtype)
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
