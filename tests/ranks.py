@@ -9,7 +9,7 @@ pickle: define functions at the top of their module.
 from __future__ import annotations
 
 import contextlib
-import datetime
+import datetime as dt
 import faulthandler
 import gc
 import itertools
@@ -40,7 +40,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "torch.fx.experimental.proxy_tensor"])
 
 
-class RanksFailed(Exception):
+class RanksError(Exception):
     """Some rank raised, died or hung; the message says for each what it did, earliest first."""
 
 
@@ -78,7 +78,7 @@ class Ranks:
             What each rank returned, in order of rank.
 
         Raises:
-            RanksFailed: a rank raised, died or hung.
+            RanksError: a rank raised, died or hung.
         """
         serial = next(self._serial)
         with_group = world > 1 if group is None else group
@@ -136,7 +136,7 @@ class Ranks:
                     failures.append(f"rank {rank} of {world} {value}")
                     deadline = min(deadline, time.monotonic() + GRACE_S)
         if failures:
-            raise RanksFailed("\n" + "\n".join(failures))
+            raise RanksError("\n" + "\n".join(failures))
         return results
 
     def _stack(self, rank: int) -> str:
@@ -175,7 +175,7 @@ def _do(rank: int, world: int, rendezvous: str | None, timeout_s: float, job: by
     torch.set_default_dtype(torch.float32)
     if rendezvous is not None:
         # Longer than the parent waits, so that the parent's report of who hangs where comes first.
-        timeout = datetime.timedelta(seconds=timeout_s + 2 * GRACE_S)
+        timeout = dt.timedelta(seconds=timeout_s + 2 * GRACE_S)
         dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=world, timeout=timeout)
     function, args, kwargs = pickle.loads(job)  # noqa: S301, our own parent wrote it
     result = function(*args, **kwargs)

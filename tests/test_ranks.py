@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.ranks import Ranks, RanksFailed
+from tests.ranks import Ranks, RanksError
 
 
 def sum_over_ranks(value: float) -> tuple[int, float, float]:
@@ -53,18 +53,18 @@ def test_one_rank_has_a_group_only_when_asked(ranks: Ranks) -> None:
 
 def test_an_exception_names_its_rank_and_the_pool_recovers(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.ranks.GRACE_S", 0.5)
-    with pytest.raises(RanksFailed, match=r"(?s)rank 1 of 2 raised.*raise_on_last_rank.*the last rank's own words"):
+    with pytest.raises(RanksError, match=r"(?s)rank 1 of 2 raised.*raise_on_last_rank.*the last rank's own words"):
         ranks.run(raise_on_last_rank)
     assert len(ranks.run(sum_over_ranks, 1.0)) == 2
 
 
 def test_a_hang_names_its_rank_and_stack(ranks: Ranks) -> None:
-    with pytest.raises(RanksFailed, match=r"(?s)rank 0 had not returned after 2 s.*in hang_on_first_rank"):
+    with pytest.raises(RanksError, match=r"(?s)rank 0 had not returned after 2 s.*in hang_on_first_rank"):
         ranks.run(hang_on_first_rank, timeout_s=2)
     assert len(ranks.run(sum_over_ranks, 1.0)) == 2
 
 
 def test_a_death_names_its_rank_and_exit_code(ranks: Ranks) -> None:
-    with pytest.raises(RanksFailed, match="rank 0 of 2 died with exit code 7"):
+    with pytest.raises(RanksError, match="rank 0 of 2 died with exit code 7"):
         ranks.run(die_on_first_rank)
     assert len(ranks.run(sum_over_ranks, 1.0)) == 2
