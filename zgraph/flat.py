@@ -1,0 +1,136 @@
+"""Flat buffers at run time: what one rank stores of every bucket, and how to read and write parameters in it.
+
+``FlatTensors`` holds one value (the parameters, or one kind of optimizer state) for all buckets of a layout, whole on
+every rank or divided. The collectives here serve rare operations (building, loading and saving state), so they are
+plain and synchronous; the training step has its own. Values travel as bytes, so that every dtype works.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from zgraph.layout import Bucket, Layout
+
+
+def broadcast(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> None:
+    """Give every rank the value that rank 0 has, in place; nothing without a group."""
+    if group is None:
+        return
+    carried = tensor.detach().to(_carrier(tensor.device, group)).contiguous()
+    dist.broadcast(_bytes(carried), group_src=0, group=group)
+    if carried.data_ptr() != tensor.data_ptr():
+        tensor.copy_(carried)
+
+
+def gather(shard: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """All ranks' shards, concatenated: a new tensor, unless there is one rank only."""
+    if group is None:
+        return shard
+    carried = shard.detach().to(_carrier(shard.device, group))
+    whole = carried.new_empty(dist.get_world_size(group) * shard.numel())
+    dist.all_gather_single(_bytes(whole), _bytes(carried), group=group)
+    return whole.to(shard.device)
+
+
+def place(tensor: torch.Tensor, data: torch.Tensor) -> None:
+    """Let ``tensor``, a leaf, have the memory of ``data``; its identity, class and attributes stay.
+
+    Its gradient is dropped, since it may no longer fit.
+    """
+    tensor.grad = None
+    if tensor.device.type == data.device.type:
+        tensor.data = data
+    else:
+        # ``tensor.data = data`` refuses to cross between meta and real memory, and torch.utils.swap_tensors refuses
+        # parameters that have weak references (those of nn.LSTM have) and swaps the attributes too.
+        torch._C._swap_tensor_impl(tensor, data.detach().requires_grad_(tensor.requires_grad))
+
+
+def without_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """A meta tensor of the same shape and dtype."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+class FlatTensors:
+    """One flat tensor per bucket of a layout.
+
+    Args:
+        layout: the buckets.
+        sharded: each rank stores 1/world of every bucket; otherwise all of it.
+        group: the ranks; None for a single process.
+        tensors: flat tensors that exist already, by bucket name.
+        num_cached: how many gathered buckets ``read`` keeps at most.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        sharded: bool,
+        group: dist.ProcessGroup | None,
+        tensors: dict[str, torch.Tensor] | None = None,
+        num_cached: int = 1,
+    ) -> None:
+        self.layout, self.group, self.num_cached = layout, group, num_cached
+        self.sharded = sharded and layout.world > 1
+        self.tensors = {} if tensors is None else tensors
+        self._rank = dist.get_rank(group) if group is not None else 0
+        self._gathered: OrderedDict[str, torch.Tensor] = OrderedDict()
+
+    def allocate(self, bucket: Bucket, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """This rank's flat tensor for a bucket; zeros (so the padding is zero) if there was none."""
+        if bucket.name not in self.tensors:
+            numel = bucket.numel // self.layout.world if self.sharded else bucket.numel
+            self.tensors[bucket.name] = torch.zeros(numel, dtype=dtype or bucket.dtype, device=bucket.device)
+        return self.tensors[bucket.name]
+
+    def write(self, name: str, value: torch.Tensor) -> None:
+        """Store this rank's part of the value of a parameter (or of its state)."""
+        bucket, segment = self.layout.find(name)
+        flat = self.allocate(bucket)
+        start = self._rank * flat.numel() if self.sharded else 0
+        low, high = max(segment.offset, start), min(segment.offset + segment.numel, start + flat.numel())
+        if low < high:
+            source = value.reshape(-1)[low - segment.offset : high - segment.offset]
+            flat[low - start : high - start].copy_(source)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The full value, a view of a bucket; a collective where the bucket is divided and not in the cache."""
+        bucket, segment = self.layout.find(name)
+        whole = self._whole(bucket)
+        return whole[segment.offset : segment.offset + segment.numel].view(segment.shape)
+
+    def copies(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every full value in memory of its own, bucket by bucket; a collective where buckets are divided."""
+        for bucket in self.layout.buckets:
+            if bucket.name in self.tensors:
+                for segment in bucket.segments:
+                    yield segment.name, self.read(segment.name).clone()
+        self._gathered.clear()
+
+    def _whole(self, bucket: Bucket) -> torch.Tensor:
+        if not self.sharded:
+            return self.tensors[bucket.name]
+        if bucket.name in self._gathered:
+            self._gathered.move_to_end(bucket.name)
+        else:
+            while len(self._gathered) >= self.num_cached:
+                self._gathered.popitem(last=False)
+            self._gathered[bucket.name] = gather(self.tensors[bucket.name], self.group)
+        return self._gathered[bucket.name]
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _carrier(device: torch.device, group: dist.ProcessGroup) -> torch.device:
+    """The device from which a value on ``device`` can be sent: NCCL, for one, takes no CPU tensors."""
+    served = [part.partition(":")[0] for part in dist.get_backend_config(group).split(",")]
+    if device.type in served:
+        return device
+    return torch.device(served[0], torch.get_device_module(served[0]).current_device())

@@ -1,0 +1,309 @@
+"""Optimizer state in flat buckets, and in torch's own format when the user asks for it.
+
+Per bucket and key there is one flat tensor (``exp_avg`` of all its parameters) or one number (``step``), whatever
+the optimizer. The user's ``optimizer.state`` is empty meanwhile: hooks fill it for the moment of
+``optimizer.state_dict()`` and empty it again after ``optimizer.load_state_dict()``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from zgraph.errors import StateError
+from zgraph.flat import FlatTensors, place, without_memory
+from zgraph.layout import Layout
+
+Value = torch.Tensor | int | float | None
+"""One entry of a parameter's optimizer state."""
+
+Params = Mapping[str, nn.Parameter]
+
+
+@dataclass(frozen=True)
+class StateForm:
+    """What parameters of one bucket must agree on, for one key of their optimizer state.
+
+    Attributes:
+        elementwise: a tensor shaped like the parameter, stored flat; otherwise a single number.
+        dtype: of the tensor; None for a plain number.
+        value: the single number (a step count, for one).
+    """
+
+    elementwise: bool
+    dtype: torch.dtype | None
+    value: int | float | None = None
+
+    def __str__(self) -> str:
+        if self.elementwise:
+            return f"a {self.dtype} tensor shaped like the parameter"
+        return str(self.value) if self.dtype is None else f"{self.value} ({self.dtype})"
+
+
+Forms = dict[str, dict[str, StateForm]]
+"""Parameter name -> state key -> form; empty for a parameter without state."""
+
+
+class OptimizerState:
+    """The state of one optimizer, stored as a layout says.
+
+    Args:
+        optimizer: the user's; without one there is no state.
+        group: the ranks; None for a single process.
+
+    Attributes:
+        stored: bucket name -> state key -> this rank's flat tensor, a 0-dim tensor, or a number.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer | None, group: dist.ProcessGroup | None) -> None:
+        self.stored: dict[str, dict[str, Value]] = {}
+        self._optimizer, self._group = optimizer, group
+        self._layout = Layout((), world=1)
+        self._params: Params = {}
+        self._hooked = False
+
+    def forms(self, params: Params) -> Forms:
+        """The state that exists, in the user's optimizer or stored. Involves no other rank.
+
+        Raises:
+            StateError: an entry is neither elementwise nor a number, or belongs to no parameter.
+        """
+        given = self._given(params)
+        forms = _forms_of(given, params)
+        for name, param in params.items():
+            if name not in given and self._params.get(name) is param:
+                bucket, _ = self._layout.find(name)
+                forms[name] = {key: _stored_form(value) for key, value in self.stored[bucket.name].items()}
+        return forms
+
+    @torch.no_grad()
+    def move(self, layout: Layout, params: Params, forms: Forms) -> None:
+        """Take over what the user's optimizer holds, and lay out anew what is stored already.
+
+        Args:
+            layout: the new layout.
+            params: the model's parameters.
+            forms: from ``forms``; equal within each bucket (see ``check_agreement``).
+        """
+        readers: dict[str, FlatTensors] = {}
+        moved: dict[str, dict[str, Value]] = {}
+        for bucket in layout.buckets:
+            names = [segment.name for segment in bucket.segments]
+            entries = moved[bucket.name] = {}
+            for key, form in forms[names[0]].items():
+                if form.elementwise:
+                    flat = FlatTensors(layout, sharded=layout.shard_state, group=self._group)
+                    entries[key] = flat.allocate(bucket, form.dtype)
+                    for name in names:
+                        value = self._value(name, params[name], key, readers)
+                        assert isinstance(value, torch.Tensor)
+                        flat.write(name, value)
+                else:
+                    entries[key] = _copy(self._value(names[0], params[names[0]], key, readers))
+            if self._optimizer is not None:
+                for name in names:
+                    self._optimizer.state.pop(params[name], None)
+        self.stored, self._layout, self._params = moved, layout, params
+        self._hook()
+
+    def _given(self, params: Params) -> dict[str, dict[str, Value]]:
+        """State in the user's optimizer, by parameter name."""
+        if self._optimizer is None:
+            return {}
+        names = {id(p): name for name, p in params.items()}
+        given = {}
+        for param, entries in self._optimizer.state.items():
+            if id(param) not in names:
+                key: Any = param  # torch allows anything
+                what = f"a parameter of shape {tuple(key.shape)}" if isinstance(key, torch.Tensor) else repr(key)
+                raise StateError(
+                    f"optimizer.state has an entry for {what}, which is not one of the model's parameters",
+                    fix="zgraph stores state that belongs to parameters; remove the entry",
+                )
+            if any(isinstance(value, torch.Tensor) and value.is_meta and not value.dim() for value in entries.values()):
+                entries = {**entries, **{k: v for k, v in self._initial(param).items() if entries[k].is_meta}}
+            if entries:
+                given[names[id(param)]] = entries
+        return given
+
+    def _value(self, name: str, param: nn.Parameter, key: str, readers: dict[str, FlatTensors]) -> Value:
+        """An entry's full value, from the user's optimizer or else from where it is stored."""
+        given: dict[str, Value] = self._optimizer.state.get(param, {}) if self._optimizer is not None else {}
+        if given:
+            value = given[key]
+            return self._initial(param)[key] if isinstance(value, torch.Tensor) and value.is_meta else value
+        bucket, _ = self._layout.find(name)
+        value = self.stored[bucket.name][key]
+        if not _is_flat(value):
+            return value
+        if key not in readers:
+            flats = {name: v for name, entries in self.stored.items() if _is_flat(v := entries.get(key))}
+            readers[key] = self._flat(flats)
+        return readers[key].read(name)
+
+    def _flat(self, tensors: dict[str, Any]) -> FlatTensors:
+        return FlatTensors(self._layout, sharded=self._layout.shard_state, group=self._group, tensors=tensors)
+
+    def _initial(self, param: torch.Tensor) -> dict[str, Value]:
+        """The state that the optimizer's constructor gives a parameter, where the user's was built on meta.
+
+        Adagrad, for one, creates its state there.
+        """
+        optimizer = self._optimizer
+        assert optimizer is not None
+        group = next(group for group in optimizer.param_groups if any(p is param for p in group["params"]))
+        options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        stand_in = nn.Parameter(torch.empty(param.shape, dtype=param.dtype), requires_grad=param.requires_grad)
+        try:
+            fresh = type(optimizer)([{**options, "params": [stand_in]}], **optimizer.defaults)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise StateError(
+                f"{type(optimizer).__name__} created state on meta, which has no values, and cannot be built again "
+                f"for one parameter: {type(error).__name__}: {error}",
+                fix="build the model on a real device, or create the state in step()",
+            ) from error
+        state: dict[str, Value] = fresh.state[stand_in]
+        return state
+
+    # -- torch's own format -------------------------------------------------------------------------------
+
+    def _hook(self) -> None:
+        if self._optimizer is not None and not self._hooked:
+            self._optimizer.register_state_dict_pre_hook(self._before_save)
+            self._optimizer.register_state_dict_post_hook(self._after_save)
+            self._optimizer.register_load_state_dict_pre_hook(self._before_load)
+            self._optimizer.register_load_state_dict_post_hook(self._after_load)
+            self._hooked = True
+
+    @torch.no_grad()
+    def _before_save(self, optimizer: torch.optim.Optimizer) -> None:
+        full: dict[int, dict[str, Value]] = {}
+        for bucket in self._layout.buckets:
+            params = [self._params[segment.name] for segment in bucket.segments]
+            for key, value in self.stored[bucket.name].items():
+                if _is_flat(value):
+                    for name, copy in self._flat({bucket.name: value}).copies():
+                        full.setdefault(id(self._params[name]), {})[key] = copy
+                else:
+                    for param in params:
+                        full.setdefault(id(param), {})[key] = _copy(value)
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                if id(param) in full:
+                    optimizer.state[param] = full[id(param)]
+
+    def _after_save(self, optimizer: torch.optim.Optimizer, _: dict[str, Any]) -> None:
+        optimizer.state.clear()
+
+    def _before_load(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        """Refuse what does not fit before torch changes anything."""
+        saved = [len(group["params"]) for group in state_dict["param_groups"]]
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        if saved != [len(group["params"]) for group in optimizer.param_groups]:
+            return  # torch refuses it
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        names = {id(p): name for name, p in self._params.items()}
+        by_key = {key: names[id(param)] for key, param in zip(keys, params, strict=True) if id(param) in names}
+        given = {}
+        for key, entries in state_dict["state"].items():
+            if key not in by_key:
+                raise StateError(
+                    f"the loaded optimizer state has an entry {key!r} that belongs to no parameter of the model",
+                    fix="zgraph stores state that belongs to parameters; remove the entry from state_dict['state']",
+                )
+            given[by_key[key]] = entries
+        check_agreement(self._layout, _forms_of(given, self._params))
+        for name, param in self._params.items():
+            if param.is_meta:
+                # torch moves loaded state to the device of its parameter, which must be a real one meanwhile.
+                device = self._layout.find(name)[0].device
+                place(param, torch.zeros((), dtype=param.dtype, device=device).expand(param.shape))
+
+    def _after_load(self, _: torch.optim.Optimizer) -> None:
+        if self._layout.shard_params and self._layout.world > 1:
+            for param in self._params.values():
+                place(param, without_memory(param))
+        self.stored = {bucket.name: {} for bucket in self._layout.buckets}
+        self.move(self._layout, self._params, self.forms(self._params))
+
+
+def check_agreement(layout: Layout, forms: Forms) -> None:
+    """Parameters of one bucket must have optimizer state of the same form.
+
+    Raises:
+        StateError: naming two parameters that differ.
+    """
+    for bucket in layout.buckets:
+        first = bucket.segments[0].name
+        for name in (segment.name for segment in bucket.segments):
+            for key in forms[first].keys() | forms[name].keys():
+                one, other = forms[first].get(key), forms[name].get(key)
+                if one != other:
+                    raise StateError(
+                        f"optimizer state {key!r} of {first!r} is {one or 'absent'} and of {name!r} "
+                        f"{other or 'absent'}, but {bucket.name} stores both together",
+                        fix="load optimizer state in which parameters of one kind have made the same number of steps",
+                    )
+
+
+def _forms_of(entries: Mapping[str, Mapping[str, Any]], params: Params) -> Forms:
+    elementwise_keys = _elementwise_keys(entries, params)
+    return {
+        name: {
+            key: _form(name, key, value, params[name].shape, key in elementwise_keys)
+            for key, value in entries.get(name, {}).items()
+        }
+        for name in params
+    }
+
+
+def _elementwise_keys(entries: Mapping[str, Mapping[str, Any]], params: Params) -> set[str]:
+    """Keys of tensors that are shaped like their parameter.
+
+    For a 0-dim parameter a moment and a step count look the same, so the other parameters tell; if there are none,
+    the name does, as in torch's own ``Optimizer.load_state_dict``.
+    """
+    known, elementwise = set(), set()
+    for name, own in entries.items():
+        for key, value in own.items():
+            if params[name].dim() and isinstance(value, torch.Tensor):
+                known.add(key)
+                if value.shape == params[name].shape:
+                    elementwise.add(key)
+    return elementwise | {key for own in entries.values() for key in own if key not in known and key != "step"}
+
+
+def _form(name: str, key: str, value: Any, shape: torch.Size, elementwise: bool) -> StateForm:
+    if isinstance(value, torch.Tensor):
+        if elementwise and value.shape == shape:
+            return StateForm(True, value.dtype)
+        if not value.dim():
+            return StateForm(False, value.dtype, value.item())
+        what = f"has shape {tuple(value.shape)}, neither the parameter's {tuple(shape)} nor that of a single number"
+    elif value is None or isinstance(value, (int, float)):
+        return StateForm(False, None, value)
+    else:
+        what = f"is a {type(value).__name__}, neither a tensor nor a number"
+    raise StateError(
+        f"optimizer state {key!r} of {name!r} {what}, so it cannot be stored flat",
+        fix="use an optimizer whose state is elementwise, such as SGD, Adam, AdamW, Adagrad or RMSprop",
+    )
+
+
+def _stored_form(value: Value) -> StateForm:
+    if isinstance(value, torch.Tensor):
+        return StateForm(True, value.dtype) if value.dim() else StateForm(False, value.dtype, value.item())
+    return StateForm(False, None, value)
+
+
+def _is_flat(value: Value) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 0
+
+
+def _copy(value: Value) -> Value:
+    return value.clone() if isinstance(value, torch.Tensor) else value

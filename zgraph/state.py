@@ -1,0 +1,225 @@
+"""Where a compiled model's parameters, optimizer state and buffers live at run time.
+
+``TrainingState`` moves them from the user's objects into the flat buckets of a ``Layout``, and back out for
+``state_dict``. The user's ``nn.Parameter`` objects stay the same objects: views of a bucket where each rank stores
+whole buckets, on meta (a shape without memory) where buckets are divided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from zgraph.eager import getter
+from zgraph.errors import StateError
+from zgraph.flat import FlatTensors, broadcast, place, without_memory
+from zgraph.initialise import find_meta_modules, initialise
+from zgraph.layout import Layout
+from zgraph.optimizer_state import Forms, OptimizerState, Value, check_agreement
+
+
+class TrainingState:
+    """Parameters, optimizer state and buffers of one model on one rank.
+
+    Creating one has no effect; ``commit`` takes the user's values over. All that reads full values is a collective
+    where buckets are divided: all ranks do it together.
+
+    Args:
+        model: the user's model; parameters may be on meta.
+        optimizer: the user's optimizer, if there is one.
+        group: the ranks; None for a single process.
+
+    Attributes:
+        layout: the buckets; None before the first ``commit``.
+        params: bucket name -> this rank's flat parameters.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, group: dist.ProcessGroup | None
+    ) -> None:
+        self.model, self.optimizer, self.group = model, optimizer, group
+        self.layout: Layout | None = None
+        self.params: dict[str, torch.Tensor] = {}
+        self._optimizer_state = OptimizerState(optimizer, group)
+        self._placed: dict[str, nn.Parameter] = {}
+
+    @property
+    def opt(self) -> dict[str, dict[str, Value]]:
+        """Bucket name -> state key -> this rank's flat state, a 0-dim tensor, or a number.
+
+        Whoever runs the first step adds what it creates.
+        """
+        return self._optimizer_state.stored
+
+    @torch.no_grad()
+    def commit(self, layout: Layout) -> None:
+        """Move parameters and optimizer state into the buckets of ``layout``, and initialise what is on meta.
+
+        The first call makes rank 0's parameters and buffers those of all ranks. A later one, with another layout,
+        keeps every value. Gradients are dropped: a compiled step makes its own.
+
+        Raises:
+            StateError: a module cannot be initialised, or optimizer state does not fit; nothing has changed then.
+        """
+        current = dict(self.model.named_parameters())
+        assert current.keys() == {s.name for b in layout.buckets for s in b.segments}, "the layout of another model"
+        kept = {name for name, param in self._placed.items() if current.get(name) is param}
+        if layout == self.layout and len(kept) == len(current):
+            return
+        meta_modules = find_meta_modules(self.model, except_for=[current[name] for name in kept])
+        forms = self._optimizer_state.forms(current)
+        check_agreement(layout, forms)
+
+        old = None if self.layout is None else self._stored_params(num_cached=2)
+        new = FlatTensors(layout, sharded=layout.shard_params, group=self.group)
+        initialise(meta_modules, {id(param): name for name, param in current.items()}, new)
+        initialised = {id(param) for module in meta_modules for param in module.params.values()}
+        for bucket in layout.buckets:
+            new.allocate(bucket)
+            for segment in bucket.segments:
+                param = current[segment.name]
+                if id(param) in initialised:
+                    continue
+                if old is not None and old.sharded and segment.name in kept:
+                    value = old.read(segment.name)
+                else:
+                    value = param.detach()
+                    if segment.name not in kept:
+                        broadcast(value, self.group)
+                new.write(segment.name, value)
+                place(param, without_memory(param) if new.sharded else new.read(segment.name))
+        self._optimizer_state.move(layout, current, forms)
+        if old is None:
+            for buffer in self.model.buffers():
+                broadcast(buffer, self.group)
+        self.layout, self.params, self._placed = layout, new.tensors, current
+
+    def buffer(self, name: str) -> torch.Tensor:
+        """The module's buffer as it is now."""
+        return self.model.get_buffer(name)
+
+    def full_params(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter's full value, in memory of its own, gathered bucket by bucket."""
+        return self._stored_params().copies()
+
+    def state_forms(self) -> Forms:
+        """The optimizer state that exists, by parameter name and key. Involves no other rank.
+
+        Parameters may share a bucket only if their forms are equal: one that was frozen until now, for one, has no
+        step count where its neighbour has.
+        """
+        return self._optimizer_state.forms(dict(self.model.named_parameters()))
+
+    def state_dict(self, original: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What the module's own ``state_dict`` method, ``original``, gives when parameters are whole.
+
+        Divided parameters are fresh full tensors (with ``keep_vars`` too). Others, and buffers, are references to
+        live memory, as in plain PyTorch.
+        """
+        if self.layout is None or not self._stored_params().sharded:
+            return original(*args, **kwargs)
+        with torch.no_grad(), self._whole():
+            result = original(*args, **kwargs)
+            result.update({key: value.detach() for key, value in result.items() if isinstance(value, nn.Parameter)})
+        return result
+
+    def load_state_dict(
+        self,
+        original: Callable[..., Any],
+        state_dict: Mapping[str, Any],
+        strict: bool = True,
+        assign: bool = False,
+    ) -> Any:
+        """Run the module's own ``load_state_dict`` method, ``original``; each rank stores its part.
+
+        Nothing is written unless all of torch's checks pass, so hooks that run after loading see the values from
+        before. Involves no other rank.
+
+        Raises:
+            StateError: ``assign=True``.
+            RuntimeError: torch's own, listing missing and unexpected keys and mismatched shapes.
+        """
+        if self.layout is None:
+            return original(state_dict, strict=strict, assign=assign)
+        if assign:
+            raise StateError(
+                "load_state_dict(assign=True) would replace the model's parameters, which are stored in buckets",
+                fix="leave assign out: values are copied to where each rank stores them",
+            )
+        stored = self._stored_params()
+        names = {id(param): name for name, param in self._placed.items()} if stored.sharded else {}
+        deferred = _DeferredCopies([*self._placed.values(), *self.model.buffers()])
+        with torch.no_grad(), _copying_not_swapping(), deferred:
+            result = original(state_dict, strict=strict)
+        with torch.no_grad():
+            for target, value in deferred.copies:
+                if id(target) in names:
+                    stored.write(names[id(target)], value)
+                else:
+                    target.copy_(value)
+        return result
+
+    def _stored_params(self, num_cached: int = 1) -> FlatTensors:
+        assert self.layout is not None, "nothing is stored before commit"
+        return FlatTensors(
+            self.layout,
+            sharded=self.layout.shard_params,
+            group=self.group,
+            tensors=self.params,
+            num_cached=num_cached,
+        )
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Divided parameters have their full values for a while."""
+        try:
+            for name, value in self.full_params():
+                place(self._placed[name], value)
+            yield
+        finally:
+            for param in self._placed.values():
+                place(param, without_memory(param))
+
+
+@contextmanager
+def _copying_not_swapping() -> Iterator[None]:
+    """``load_state_dict`` copies to parameters, whatever the user chose for plain modules."""
+    chosen = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(False)
+    try:
+        yield
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(chosen)
+
+
+class _DeferredCopies(TorchFunctionMode):
+    """While active, copies to the given tensors are noted instead of made."""
+
+    def __init__(self, targets: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._targets = {id(target) for target in targets}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if args and id(args[0]) in self._targets:
+            if func == getter("is_meta"):
+                return False  # or torch warns that copying to it has no effect
+            if func == torch.Tensor.copy_:
+                target, value = args
+                if value.is_meta:
+                    raise NotImplementedError("it is on meta, which has no values")  # torch adds which one it is
+                self.copies.append((target, value))
+                return target
+        return func(*args, **(kwargs or {}))
