@@ -1,0 +1,44 @@
+"""The passes, and the order they run in."""
+
+from __future__ import annotations
+
+from zgraph.config import Config
+from zgraph.layout import Layout
+from zgraph.passes.bucket import FormBuckets
+from zgraph.passes.inplace import UpdateInPlace
+from zgraph.passes.schedule import Overlap
+from zgraph.passes.shard import AverageGradients, ShardGradients, ShardOptimizer, ShardParams
+from zgraph.passes.tidy import Tidy
+from zgraph.pipeline import Pass
+from zgraph.program import Mesh
+
+
+def default_passes(config: Config, mesh: Mesh, layout: Layout | None = None) -> tuple[Pass, ...]:
+    """The passes for a configuration, in order; ZeRO-n is the first n + 1 of the four sharding passes.
+
+    Args:
+        config: options.
+        mesh: the ranks.
+        layout: buckets that exist already and are to be kept if the program allows it.
+    """
+    zero: tuple[Pass, ...] = (AverageGradients(mesh), ShardOptimizer(mesh), ShardGradients(mesh), ShardParams(mesh))
+    return (
+        Tidy(),
+        FormBuckets(mesh.size, config.bucket_bytes, layout),
+        *zero[: config.zero + 1],
+        Overlap(config.prefetch, config.bucket_bytes),
+        UpdateInPlace(),
+    )
+
+
+__all__ = [
+    "AverageGradients",
+    "FormBuckets",
+    "Overlap",
+    "ShardGradients",
+    "ShardOptimizer",
+    "ShardParams",
+    "Tidy",
+    "UpdateInPlace",
+    "default_passes",
+]

@@ -1,0 +1,29 @@
+"""zgraph: train models that do not fit, by compiling the whole training step as one graph."""
+
+from zgraph.compiler import compile  # noqa: A004
+from zgraph.config import Config
+from zgraph.errors import (
+    CaptureError,
+    OptimizerError,
+    OptionError,
+    RankError,
+    StateError,
+    VerifyError,
+    ZgraphError,
+)
+from zgraph.pipeline import Pass
+from zgraph.program import Program
+
+__all__ = [
+    "CaptureError",
+    "Config",
+    "OptimizerError",
+    "OptionError",
+    "Pass",
+    "Program",
+    "RankError",
+    "StateError",
+    "VerifyError",
+    "ZgraphError",
+    "compile",
+]

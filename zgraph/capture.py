@@ -70,7 +70,11 @@ def capture(
             fix="pass model.parameters() to the optimizer and leave requires_grad=True on what should train",
         )
     with mode:
-        fake_params = {name: _blank(p, device) for name, p in params.items()}
+        # Parameters will be views of flat buffers, hence contiguous whatever they are now.
+        fake_params = {
+            name: torch.empty(p.shape, dtype=p.dtype, device=device if p.is_meta else p.device)
+            for name, p in params.items()
+        }
         fake_buffers = {name: _blank(b, device) for name, b in buffers.items()}
         fake_batch = [_blank(leaves[i], device) for i in tensor_at]
     recorder = Recorder(Phase.FORWARD, {id(m): name for name, m in model.named_modules()})
@@ -295,9 +299,13 @@ def _join(
         if what is not None and what.role in (Role.PARAM, Role.OPT_STATE):
             _own(result, what.name, owned)
     init = {(what.name, what.key): start for what, start in (update.init or {}).items()}
-    return Program(
-        joined, Stage.CAPTURED, Mesh(1), outputs, mode, all_constants, init, update.guards,
-    )  # fmt: skip
+    numbers = {
+        (name, key): entry.sample
+        for name, entries in update.given.items()
+        for key, entry in entries.items()
+        if entry.shape == ()
+    }
+    return Program(joined, Stage.CAPTURED, Mesh(1), outputs, mode, all_constants, init, numbers, update.guards)
 
 
 def _own(result: Any, name: str, owned: set[fx.Node]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from zgraph import ops
 from zgraph.layout import Layout
 
 Target = Callable[..., Any]
@@ -106,6 +108,13 @@ class StateInit:
     dtype: torch.dtype | None
 
 
+@dataclass(frozen=True)
+class FlatGradient:
+    """Fact on a node (``meta["holds"]``): its value is the whole flat gradient of a bucket, on this rank."""
+
+    bucket: str
+
+
 @dataclass
 class Program:
     """A training step.
@@ -119,6 +128,7 @@ class Program:
         fake_mode: the mode in which values (``node.meta["val"]``) live: FakeTensor, or a sample Python number.
         constants: values of CONSTANT placeholders by name.
         init: how absent optimizer state starts; empty for a program that creates its own.
+        numbers: step counts and the like at capture; parameters share a bucket only if theirs are equal.
         guards: expressions over HYPER and numeric OPT_STATE inputs that held at capture and must hold to run.
         layout: buckets; None before bucketing.
     """
@@ -130,6 +140,7 @@ class Program:
     fake_mode: FakeTensorMode
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     init: dict[tuple[str, str], StateInit] = field(default_factory=dict)
+    numbers: dict[tuple[str, str], int | float] = field(default_factory=dict)
     guards: tuple[Guard, ...] = ()
     layout: Layout | None = None
     _made_by: str = "capture"
@@ -224,6 +235,10 @@ class Program:
 
     def infer(self, node: fx.Node) -> Any:
         """The value of a call from its arguments' values: shapes, dtypes and devices, or a sample number."""
+        if ops.is_scalar_op(node.target) and node.target is not operator.getitem:
+            # The number itself is not known; what operators make of it depends on its type alone.
+            whole = all(map(_is_whole, node.args))
+            return 2 if whole and node.target is not operator.truediv else 0.5
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
         assert callable(node.target), node.target
         with self.fake_mode, torch.no_grad():
@@ -288,12 +303,26 @@ class Guard:
     text: str
 
 
+def update_nodes(program: Program) -> dict[str, list[fx.Node]]:
+    """The optimizer update's nodes by the bucket (or, before bucketing, parameter) they serve, in order."""
+    found: dict[str, list[fx.Node]] = {}
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node.meta["origin"].phase is Phase.UPDATE and node.meta["origin"].module:
+            found.setdefault(node.meta["origin"].module, []).append(node)
+    return found
+
+
 def target_name(target: Any) -> str:
     """``aten.mm.default`` for operator overloads, ``operator.mul`` for Python functions."""
     if isinstance(target, torch._ops.OpOverload):
         return str(target)
     module = getattr(target, "__module__", "").removeprefix("_")
     return f"{module}.{getattr(target, '__name__', target)}"
+
+
+def _is_whole(arg: Any) -> bool:
+    val = arg.meta["val"] if isinstance(arg, fx.Node) else arg
+    return not val.is_floating_point() if isinstance(val, torch.Tensor) else isinstance(val, int)
 
 
 _SHORT = {
@@ -320,12 +349,6 @@ def _show(arg: Any, number: dict[fx.Node, str]) -> str:
     return repr(arg)
 
 
-def shallow_origin(node: fx.Node) -> Origin:
-    """The node's origin; placeholders have none and count as forward."""
-    origin = node.meta.get("origin")
-    return origin if origin is not None else Origin(Phase.FORWARD)
-
-
 __all__ = [
-    "Guard", "Input", "Mesh", "Origin", "Phase", "Program", "Role", "Stage", "StateInit", "describe", "target_name",
+    "FlatGradient", "Guard", "Input", "Mesh", "Origin", "Phase", "Program", "Role", "Stage", "StateInit", "describe", "target_name", "update_nodes",
 ]  # fmt: skip

@@ -35,7 +35,10 @@ Number = int | float
 
 @dataclass(frozen=True)
 class StateEntry:
-    """One value of ``optimizer.state[param]``: a tensor of ``shape`` and ``dtype``, or a number (dtype None)."""
+    """One value of ``optimizer.state[param]``: a tensor of ``shape`` and ``dtype``, or a number (dtype None).
+
+    ``sample`` is the current value of a single number; conditions on it are decided by it.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
@@ -58,6 +61,8 @@ class Update:
         init: initial values under which this update also serves as the first one; None if the first differs.
         guards: conditions decided while tracing.
         constants: values of CONSTANT placeholders.
+        given: state that was there before the step.
+        state: state that is there after it.
     """
 
     graph: fx.Graph
@@ -66,6 +71,7 @@ class Update:
     init: dict[Input, StateInit] | None
     guards: tuple[Guard, ...]
     constants: dict[str, torch.Tensor]
+    given: StateSpec
     state: StateSpec
 
 
@@ -138,6 +144,7 @@ def trace_update(
     later = _trace_once(optimizer, params, trained, first.state, device)
     later.init = _initial_values(first, later)
     if later.init is not None:
+        later.given = state
         return later
     return first
 
@@ -265,7 +272,7 @@ def _trace_once(
     for node in graph.nodes:
         if "val" in node.meta:
             node.meta["val"] = pytree.tree_map(_sample, node.meta["val"])
-    return Update(graph, gradients, results, None, _guards(mode.shape_env, symbols), constants, new_state)
+    return Update(graph, gradients, results, None, _guards(mode.shape_env, symbols), constants, state, new_state)
 
 
 def _plain(group: dict[str, Any], index: int, hypers: dict[str, int], arguments: list[Any]) -> dict[str, Any]:

@@ -1,0 +1,92 @@
+"""Emit a program as one readable Python function.
+
+Each value is dropped right after its last use, and the argument list is emptied on entry, so that a buffer is free as
+soon as the program is done with it. Collectives go through a ``comm`` object; everything else is a plain call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from zgraph import ops
+from zgraph.codegen.source import SourceWriter
+from zgraph.program import Phase, Program, describe
+
+
+@dataclass(frozen=True)
+class Step:
+    """An emitted program: its source and the function ``step(inputs, comm) -> results``."""
+
+    source: str
+    function: Callable[[list[Any], Any], list[Any]]
+
+
+def emit(program: Program) -> Step:
+    """Write and compile ``program``."""
+    writer = SourceWriter()
+    names: dict[fx.Node, str] = {node: f"v{i}" for i, node in enumerate(program.graph.nodes)}
+    dying = _last_uses(program)
+    lines = ["def step(inputs, comm):"]
+    placeholders = list(program.placeholders())
+    for node, what in placeholders:
+        lines.append(f"    # {names[node]}: {describe(node.meta['val'])} is {_comment(str(what))}")
+    lines.append(f"    [{', '.join(names[node] for node, _ in placeholders)}] = inputs")
+    lines.append("    inputs.clear()")
+    phase: Phase | None = None
+    module = ""
+    for node in program.graph.nodes:
+        if node.op == "output":
+            lines.append(f"    return {writer.argument(node.args[0], names)}")
+        if node.op != "call_function":
+            continue
+        origin = node.meta["origin"]
+        if origin.phase is not phase or origin.module != module:
+            phase, module = origin.phase, origin.module
+            lines.append(f"    # {phase.value} {_comment(module)}".rstrip())
+        lines.append(f"    {names[node]} = {_expression(writer, node, names)}")
+        dead = [names[n] for n in dying.get(node, ())]
+        if dead:
+            lines.append(f"    del {', '.join(dead)}")
+    source = "\n".join(lines) + "\n"
+    return Step(source, writer.compile(source, "step", f"<zgraph step {id(program):x}>"))
+
+
+def _expression(writer: SourceWriter, node: fx.Node, names: dict[fx.Node, str]) -> str:
+    arg = lambda i: writer.argument(node.args[i], names)  # noqa: E731
+    if node.target is ops.all_gather:
+        return f"comm.all_gather({arg(0)})"
+    if node.target is ops.all_gather_into:
+        return f"comm.all_gather({arg(0)}, out={names[node.kwargs['out']]})"  # type: ignore[index]
+    if node.target is ops.reduce_scatter:
+        return f"comm.reduce_scatter({arg(0)}, {arg(1)})"
+    if node.target is ops.all_reduce:
+        return f"comm.all_reduce({arg(0)}, {arg(1)})"
+    if node.target is ops.wait:
+        return f"comm.wait({arg(0)})"
+    if node.target is ops.shard:
+        return f"comm.shard({arg(0)})"
+    return writer.call(node, names)
+
+
+def _last_uses(program: Program) -> dict[fx.Node, list[fx.Node]]:
+    """For each call, the values that nothing reads after it (its own, if nothing reads it at all)."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.nodes:
+        if node.op != "placeholder":
+            last[node] = node
+        for source in node.all_input_nodes:
+            last[source] = node
+    dying: dict[fx.Node, list[fx.Node]] = {}
+    for value, node in last.items():
+        if node.op == "call_function":
+            dying.setdefault(node, []).append(value)
+    return dying
+
+
+def _comment(text: str) -> str:
+    """Text that stays inside a comment, whatever a model's names contain."""
+    return ascii(text)[1:-1]

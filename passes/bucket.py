@@ -1,0 +1,364 @@
+"""Lay parameters, gradients and optimizer state out in flat buckets, and update each bucket as one vector.
+
+Which parameters may share a bucket is read from the captured update: it must be the same elementwise expression of
+the same hyperparameters. Nothing is known about particular optimizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from zgraph import ops
+from zgraph.errors import OptimizerError
+from zgraph.layout import Bucket, Layout, ParamSpec, make_buckets
+from zgraph.passes.tidy import remove_dead
+from zgraph.pipeline import Pass
+from zgraph.program import FlatGradient, Input, Origin, Phase, Program, Role, Stage, StateInit, target_name
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class FormBuckets(Pass):
+    """Give each bucket one flat buffer per kind of state; parameters become views of it.
+
+        w: f32[8, 4], b: f32[8]              flat: f32[48]
+        gw, gb = backward(w, b)        ->    gw, gb = backward(view(flat[0:32]), view(flat[32:40]))
+        w' = update(w, gw)                   flat' = update(flat, cat(gw, gb, zeros))
+        b' = update(b, gb)
+
+    Args:
+        world: the number of ranks that every bucket must divide into.
+        bucket_bytes: target size of a bucket.
+        layout: use these buckets instead of forming new ones, if the update allows it.
+    """
+
+    world: int
+    bucket_bytes: int
+    layout: Layout | None = None
+
+    takes, gives = Stage.CAPTURED, Stage.BUCKETED
+
+    def rewrite(self, program: Program) -> None:
+        updates = _Updates(program)
+        specs = _specs(program, updates)
+        if self.layout is not None and _fits(self.layout, specs):
+            layout = self.layout
+        else:
+            layout = Layout(make_buckets(specs, self.world, self.bucket_bytes), self.world)
+        _Flattener(program, updates, layout).run()
+        program.layout = replace(layout, shard_params=False, shard_state=False)
+
+
+def _fits(layout: Layout, specs: list[ParamSpec]) -> bool:
+    """Whether existing buckets hold exactly these parameters, none mixing different updates."""
+    by_name = {spec.name: spec for spec in specs}
+    if {s.name for b in layout.buckets for s in b.segments} != set(by_name):
+        return False
+    for bucket in layout.buckets:
+        kinds = {(by_name[s.name].group, by_name[s.name].trainable, by_name[s.name].shape) for s in bucket.segments}
+        groups = {kind[:2] for kind in kinds}
+        if len(groups) != 1 or any(by_name[s.name].shape != s.shape for s in bucket.segments):
+            return False
+        if next(iter(groups))[1] != bucket.trainable:
+            return False
+    return True
+
+
+class _Updates:
+    """The optimizer update of every parameter, as a hash-consed elementwise expression.
+
+    Two parameters have equal ``expression`` exactly when their updates are the same operators on the same
+    hyperparameters, each reading its own parameter, gradient and state.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.gradient: dict[str, fx.Node] = {}
+        self.expression: dict[str, Hashable] = {}
+        self.nodes: dict[str, list[fx.Node]] = {}
+        self.results: dict[str, dict[Input, Any]] = {}
+        self._program = program
+        self._terms: dict[Hashable, int] = {}
+        self._term: dict[fx.Node, int] = {}
+        self._owner: dict[fx.Node, str | None] = {}
+        self._vector: set[fx.Node] = set()
+        for what, result in zip(program.outputs, program.results(), strict=True):
+            if what is not None and what.role in (Role.PARAM, Role.OPT_STATE):
+                self.results.setdefault(what.name, {})[what] = result
+        inputs = {what: node for node, what in program.placeholders()}
+        position = {node: i for i, node in enumerate(program.graph.nodes)}
+        for name, results in self.results.items():
+            self.nodes[name] = []
+            shape = inputs[Input(Role.PARAM, name)].meta["val"].shape
+            keys = []
+            for what, result in sorted(results.items(), key=lambda item: str(item[0])):
+                known = program.init.get((name, what.key)), program.numbers.get((name, what.key))
+                keys.append((what.role, what.key, self._visit(result, name, shape), known))
+            self.nodes[name].sort(key=position.__getitem__)
+            if name not in self.gradient:
+                raise OptimizerError(
+                    f"the update of {name} does not read its gradient", fix="this optimizer needs no backward pass"
+                )
+            self.expression[name] = tuple(keys)
+
+    def _visit(self, root: Any, name: str, shape: torch.Size) -> Hashable:
+        if not isinstance(root, fx.Node):
+            return ("literal", root)
+        stack = [root]
+        while stack:
+            node = stack[-1]
+            if node in self._term:
+                stack.pop()
+                continue
+            if self._leaf(node, name):
+                stack.pop()
+                continue
+            waiting = [n for n in node.all_input_nodes if n not in self._term]
+            if waiting:
+                stack.extend(waiting)
+                continue
+            stack.pop()
+            self._add(node, name, shape)
+        if self._owner[root] not in (None, name):
+            raise self._coupled(root, name)
+        return self._term[root]
+
+    def _leaf(self, node: fx.Node, name: str) -> bool:
+        """Give a leaf its term; leaves of a parameter's own are named by what they are, not whose."""
+        if node.op == "placeholder":
+            what: Input = node.meta["input"]
+            if what.role is Role.PARAM:
+                key: Hashable = ("param",)
+                self._vector.add(node)
+            elif what.role is Role.OPT_STATE:
+                key = ("state", what.key)
+                if isinstance(node.meta["val"], torch.Tensor) and node.meta["val"].dim() > 0:
+                    self._vector.add(node)
+            elif what.role is Role.CONSTANT:
+                value = self._program.constants[what.name]
+                key = ("constant", str(value.dtype), tuple(value.shape), tuple(value.flatten().tolist()))
+            else:
+                key = ("input", what)
+            owned = what.role in (Role.PARAM, Role.OPT_STATE)
+            self._set(node, key, what.name if owned else None)
+            return True
+        if node.meta["origin"].phase is not Phase.UPDATE:
+            self._vector.add(node)
+            self._term[node] = self._terms.setdefault(("gradient",), len(self._terms))
+            self._owner[node] = None  # a gradient may be shared: two biases that are added have the same one
+            return True
+        return False
+
+    def _add(self, node: fx.Node, name: str, shape: torch.Size) -> None:
+        vals = [n.meta["val"] for n in (node, *node.all_input_nodes)]
+        shapes = {val.shape for val in vals if isinstance(val, torch.Tensor)}
+        if not ops.is_elementwise(node.target) or shapes - {shape, torch.Size(())}:
+            raise OptimizerError(
+                f"the update of {name} is not elementwise: {target_name(node.target)} mixes elements, "
+                "so it cannot run on slices of a flat bucket",
+                where=node.meta["origin"].source,
+                fix="use an optimizer whose update is elementwise (SGD, Adam, AdamW, Adagrad, RMSprop, Lion, ...)",
+            )
+        owners = {self._owner[n] for n in node.all_input_nodes} - {None}
+        gradients = [n for n in node.all_input_nodes if self._is_gradient(n)]
+        if owners - {name} or any(self.gradient.setdefault(name, g) is not g for g in gradients):
+            raise self._coupled(node, name)
+
+        def term(arg: Any) -> Hashable:
+            if isinstance(arg, fx.Node):
+                return self._term[arg]
+            if isinstance(arg, (list, tuple)):
+                if ops.creates(node.target) and tuple(arg) == tuple(shape):
+                    return "shape"
+                return tuple(term(a) for a in arg)
+            return (type(arg).__name__, arg)
+
+        key = (node.target, tuple(map(term, node.args)), tuple((k, term(v)) for k, v in sorted(node.kwargs.items())))
+        self._set(node, key, name if owners or gradients else None)
+        if any(n in self._vector for n in node.all_input_nodes):
+            self._vector.add(node)
+        self.nodes[name].append(node)
+
+    def _is_gradient(self, node: fx.Node) -> bool:
+        return node.op != "placeholder" and node.meta["origin"].phase is not Phase.UPDATE
+
+    def _set(self, node: fx.Node, key: Hashable, owner: str | None) -> None:
+        self._term[node] = self._terms.setdefault(key, len(self._terms))
+        self._owner[node] = owner
+
+    def is_vector(self, name: str, key: str) -> bool:
+        """Whether a state entry has one element per element of its parameter, rather than one in all.
+
+        Its shape tells, except for the state of 0-dim parameters; there, it is what the gradient flows into.
+        """
+        result = self.results[name][Input(Role.OPT_STATE, name, key)]
+        return isinstance(result, fx.Node) and result in self._vector
+
+    def depends_on_parameter(self, node: fx.Node) -> bool:
+        """False for arithmetic on hyperparameters alone, which all parameters share."""
+        return self._owner.get(node) is not None
+
+    def _coupled(self, node: fx.Node, name: str) -> OptimizerError:
+        origin = node.meta.get("origin")
+        return OptimizerError(
+            f"the update of {name} reads another parameter's value, gradient or state",
+            where=origin.source if origin else None,
+            fix="use an optimizer that updates each parameter from its own gradient and state",
+        )
+
+
+def _specs(program: Program, updates: _Updates) -> list[ParamSpec]:
+    """All parameters in the order in which forward first reads them; unread ones last."""
+    position = {node: i for i, node in enumerate(program.graph.nodes)}
+    found = []
+    for (name, _), node in program.inputs(Role.PARAM).items():
+        reads = [position[u] for u in node.users if u.op == "call_function" and _phase(u) is not Phase.UPDATE]
+        val = node.meta["val"]
+        trainable = name in updates.expression
+        spec = ParamSpec(name, tuple(val.shape), val.dtype, val.device, trainable, updates.expression.get(name))
+        found.append((min(reads, default=len(position)), spec))
+    return [spec for _, spec in sorted(found, key=lambda item: item[0])]
+
+
+def _phase(node: fx.Node) -> Phase:
+    origin: Origin = node.meta["origin"]
+    return origin.phase
+
+
+class _Flattener:
+    def __init__(self, program: Program, updates: _Updates, layout: Layout) -> None:
+        self.program, self.updates, self.layout = program, updates, layout
+        self.position = {node: i for i, node in enumerate(program.graph.nodes)}
+        self.params = program.inputs(Role.PARAM)
+        self.states = program.inputs(Role.OPT_STATE)
+        self.first = next(n for n in program.graph.nodes if n.op == "call_function")
+        self.shared: dict[fx.Node, fx.Node] = {}
+        self.replaced = [node for node, what in program.placeholders() if what.role in (Role.PARAM, Role.OPT_STATE)]
+
+    def run(self) -> None:
+        program = self.program
+        outputs: list[Input | None] = []
+        results: list[Any] = []
+        for what, result in zip(program.outputs, program.results(), strict=True):
+            if what is None or what.role not in (Role.PARAM, Role.OPT_STATE):
+                outputs.append(what)
+                results.append(result)
+        init: dict[tuple[str, str], StateInit] = {}
+        anchor = next(iter(program.graph.nodes))
+        for bucket in self.layout.buckets:
+            flat = program.placeholder(
+                Input(Role.PARAM, bucket.name), program.empty([bucket.numel], bucket.dtype, bucket.device), before=anchor
+            )
+            self._view_segments(bucket, flat)
+            if bucket.trainable:
+                for what, result in self._update(bucket, flat, self._gradient(bucket), anchor).items():
+                    outputs.append(what)
+                    results.append(result)
+                    start = program.init.get((bucket.segments[0].name, what.key))
+                    if start is not None:
+                        init[what.name, what.key] = start
+        program.set_results(results, outputs)
+        program.init = init
+        remove_dead(program)
+        for node in self.replaced:
+            program.graph.erase_node(node)
+        for node, what in list(program.placeholders()):
+            if not node.users and what.role in (Role.CONSTANT, Role.HYPER):
+                program.graph.erase_node(node)
+                program.constants.pop(what.name, None)
+
+    def _view_segments(self, bucket: Bucket, flat: fx.Node) -> None:
+        for segment in bucket.segments:
+            old = self.params[segment.name, ""]
+            readers = [u for u in old.users if u.op == "call_function" and _phase(u) is not Phase.UPDATE]
+            if not readers:
+                continue
+            first = min(readers, key=self.position.__getitem__)
+            origin = Origin(Phase.FORWARD, segment.name.rpartition(".")[0], first.meta["origin"].source)
+            piece = self.program.call(
+                aten.slice.Tensor, flat, 0, segment.offset, segment.offset + segment.numel, origin=origin, before=first
+            )
+            view = self.program.call(aten.view.default, piece, list(segment.shape), origin=origin, before=first)
+            for reader in readers:
+                reader.replace_input_with(old, view)
+
+    def _gradient(self, bucket: Bucket) -> fx.Node:
+        """The bucket's flat gradient, made right after the last of its parts."""
+        program = self.program
+        grads = [self.updates.gradient[s.name] for s in bucket.segments]
+        last = max(grads, key=lambda n: self.position.get(n, -1))
+        before = last.next if last.op != "placeholder" else self.first
+        origin = replace(shallow(last), phase=Phase.BACKWARD, module=bucket.name)
+        parts: list[fx.Node] = []
+        zeros: dict[int, fx.Node] = {}
+
+        def pad(to: int) -> None:
+            gap = to - end
+            if gap:
+                if gap not in zeros:
+                    zeros[gap] = program.call(
+                        aten.full.default, [gap], 0, dtype=bucket.dtype, device=bucket.device, origin=origin, before=before
+                    )
+                parts.append(zeros[gap])
+
+        end = 0
+        for segment, grad in zip(bucket.segments, grads, strict=True):
+            pad(segment.offset)
+            parts.append(program.call(aten.reshape.default, grad, [-1], origin=origin, before=before))
+            end = segment.offset + segment.numel
+        pad(bucket.numel)
+        flat = parts[0]
+        if len(parts) > 1:
+            flat = program.call(aten.cat.default, parts, origin=origin, before=before)
+        flat.meta["holds"] = FlatGradient(bucket.name)
+        return flat
+
+    def _update(self, bucket: Bucket, flat: fx.Node, gradient: fx.Node, anchor: fx.Node) -> dict[Input, Any]:
+        """Copy the update of the bucket's first parameter, on flat buffers, right after the flat gradient."""
+        program = self.program
+        model = bucket.segments[0]
+        copies: dict[fx.Node, fx.Node] = {
+            self.params[model.name, ""]: flat,
+            self.updates.gradient[model.name]: gradient,
+        }
+        for (name, key), node in self.states.items():
+            if name == model.name:
+                val = node.meta["val"]
+                if self.updates.is_vector(name, key):
+                    val = program.empty([bucket.numel], val.dtype, val.device)
+                copies[node] = program.placeholder(Input(Role.OPT_STATE, bucket.name, key), val, before=anchor)
+        before = gradient.next
+
+        def copied(arg: Any) -> Any:
+            if isinstance(arg, fx.Node):
+                return copies.get(arg, self.shared.get(arg, arg))
+            if isinstance(arg, (list, tuple)):
+                if model.shape and tuple(arg) == model.shape:
+                    return [bucket.numel]
+                return type(arg)(copied(a) for a in arg)
+            return arg
+
+        for node in self.updates.nodes[model.name]:
+            origin = replace(node.meta["origin"], module=bucket.name)
+            args = tuple(map(copied, node.args))
+            kwargs = {key: copied(value) for key, value in node.kwargs.items()}
+            if self.updates.depends_on_parameter(node):
+                copies[node] = program.call(node.target, *args, origin=origin, before=before, **kwargs)
+            elif node not in self.shared:
+                self.shared[node] = program.call(
+                    node.target, *args, origin=replace(origin, module=""), before=self.first, **kwargs
+                )
+        return {
+            replace(what, name=bucket.name): copied(result) for what, result in self.updates.results[model.name].items()
+        }
+
+
+def shallow(node: fx.Node) -> Origin:
+    """The node's origin; a placeholder counts as forward."""
+    origin = node.meta.get("origin")
+    return origin if origin is not None else Origin(Phase.FORWARD)

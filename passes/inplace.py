@@ -1,0 +1,77 @@
+"""The last lowering: updates overwrite the state they replace.
+
+Until here a program is functional. Now every bucket's update becomes one kernel that writes parameters and optimizer
+state in place, and gathers of updated parameters land in the buffer the parameters live in.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from zgraph import ops
+from zgraph.codegen.kernel import Kernel, region
+from zgraph.pipeline import Pass
+from zgraph.program import Program, Role, Stage, update_nodes
+
+
+@dataclass(frozen=True)
+class UpdateInPlace(Pass):
+    """Fuse each bucket's elementwise update into a kernel that writes over its inputs.
+
+        m' = lerp(m, g, w)
+        u = div(m', sqrt(v'))        ->    p, m, v = kernel(p, g, m, v, w)    # in place
+        p' = add(p, u)
+    """
+
+    takes, gives = Stage.SCHEDULED, Stage.INPLACE
+
+    def rewrite(self, program: Program) -> None:
+        donors = _donors(program)
+        for name, update in update_nodes(program).items():
+            nodes = [n for n in update if _is_flat(n) and n.target not in (*ops.STARTS, ops.wait, ops.shard)]
+            if nodes:
+                self._fuse(program, name, nodes, donors)
+        for what, result in zip(program.outputs, program.results(), strict=True):
+            if what is not None and what.role is Role.PARAM and result.target is ops.wait:
+                start = result.args[0]
+                start.target = ops.all_gather_into
+                start.kwargs = {"out": program.inputs(Role.PARAM)[what.name, ""]}
+
+    def _fuse(self, program: Program, name: str, nodes: list[fx.Node], donors: dict[fx.Node, fx.Node]) -> None:
+        """Replace ``nodes`` by one kernel call that writes over the donors of its results."""
+        inside = set(nodes)
+        leaving = [n for n in nodes if any(user not in inside for user in n.users)]
+        body, outside = region(nodes, leaving)
+        home = {source.args[0] if source.target is ops.shard else source: i for i, source in enumerate(outside)}
+        writes = tuple(home.get(donors[node]) if node in donors else None for node in leaving)
+        origin = replace(nodes[-1].meta["origin"], made_by=self.name)
+        with program.graph.inserting_after(nodes[-1]):
+            call = program.graph.call_function(Kernel(f"update_{name}", body, len(outside), writes), tuple(outside))
+        call.meta.update(val=tuple(n.meta["val"] for n in leaving), origin=origin)
+        last = call
+        for index, node in enumerate(leaving):
+            with program.graph.inserting_after(last):
+                last = program.graph.call_function(operator.getitem, (call, index))
+            last.meta.update(val=node.meta["val"], origin=origin)
+            node.replace_all_uses_with(last, delete_user_cb=lambda user: user not in inside)
+        for node in reversed(nodes):
+            program.graph.erase_node(node)
+
+
+def _is_flat(node: fx.Node) -> bool:
+    val = node.meta["val"]
+    return isinstance(val, torch.Tensor) and val.dim() == 1
+
+
+def _donors(program: Program) -> dict[fx.Node, fx.Node]:
+    """Nodes that are the new value of a state input, or of this rank's part of it, and that input."""
+    inputs = {what: node for node, what in program.placeholders()}
+    found: dict[fx.Node, fx.Node] = {}
+    for what, result in zip(program.outputs, program.results(), strict=True):
+        if what in inputs and what.role in (Role.PARAM, Role.OPT_STATE) and isinstance(result, fx.Node):
+            found[result.args[0].args[0] if result.target is ops.wait else result] = inputs[what]
+    return found

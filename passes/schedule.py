@@ -1,0 +1,113 @@
+"""Order the nodes: start communication early, wait for it late, update as gradients arrive.
+
+Node order is issue order, so this is the schedule. Collectives keep one order on all ranks because all ranks hold
+the same program.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from zgraph import ops
+from zgraph.pipeline import Pass
+from zgraph.program import Phase, Program, Role, Stage, update_nodes
+
+
+@dataclass(frozen=True)
+class Overlap(Pass):
+    """Issue each gather ``prefetch`` gathers ahead, and take up each reduced gradient one reduction later.
+
+        w1 = wait(gather(s1))              g1, g2 = gather(s1), gather(s2)
+        y1 = mm(x, w1)                     w1 = wait(g1)
+        w2 = wait(gather(s2))       ->     y1 = mm(x, w1)            # while g2 travels
+        y2 = mm(y1, w2)                    w2 = wait(g2)
+                                           y2 = mm(y1, w2)
+
+    Args:
+        prefetch: 0 leaves every wait next to its start.
+        limit_bytes: buckets larger than this are gathered just in time, so that at most one is held early.
+    """
+
+    prefetch: int
+    limit_bytes: int
+
+    takes, gives = Stage.SHARDED, Stage.SCHEDULED
+
+    def rewrite(self, program: Program) -> None:
+        order = {node: i for i, node in enumerate(program.graph.nodes)}
+        place: dict[fx.Node, tuple[int, ...]] = {node: (i,) for node, i in order.items()}
+        self._take_up_reductions(program, order, place)
+        self._prefetch_gathers(program, order, place)
+        output = program.output_node
+        for node in program.graph.find_nodes(op="call_function", target=ops.wait):
+            if set(node.users) == {output}:  # it only leaves the program: wait at the very end
+                place[node] = (order[output] - 1, LAST, order[node])
+        for node in sorted(place, key=place.__getitem__):
+            if node is not output:
+                output.prepend(node)
+
+    def _prefetch_gathers(self, program: Program, order: dict[fx.Node, int], place: Places) -> None:
+        """Place the start of gather i right after the wait of gather i - prefetch."""
+        waits = [
+            node
+            for node in program.graph.find_nodes(op="call_function", target=ops.wait)
+            if node.args[0].target is ops.all_gather and node.meta["origin"].phase is not Phase.UPDATE
+        ]
+        waits.sort(key=order.__getitem__)
+        top = max((order[node] for node, _ in program.placeholders()), default=-1)
+        for i, wait in enumerate(waits if self.prefetch else ()):
+            start, val = wait.args[0], wait.meta["val"]
+            if val.numel() * val.element_size() <= self.limit_bytes:
+                after = order[waits[i - self.prefetch]] if i >= self.prefetch else top
+                place[start] = (after, FIRST, order[start])
+
+    def _take_up_reductions(self, program: Program, order: dict[fx.Node, int], place: Places) -> None:
+        """Place the wait for a reduced gradient, and its update, right after the start of the next reduction.
+
+        An update also stays behind the last read of the parameters that it replaces, so that it can happen in place.
+        """
+        params = {name: node for (name, _), node in program.inputs(Role.PARAM).items()}
+        updates = update_nodes(program)
+        reductions: list[tuple[int, str, fx.Node]] = []
+        for name, update in updates.items():
+            for node in {s for node in update for s in node.all_input_nodes if s.target is ops.wait}:
+                reductions.append((order[node.args[0]], name, node))
+        reductions.sort(key=lambda item: item[0])
+        after = {name: order[update[0]] for name, update in updates.items()}
+        for i, (start, name, _) in enumerate(reductions):
+            last = i + 1 == len(reductions)
+            after[name] = start if last or not self.prefetch else reductions[i + 1][0]
+        groups = {name: list(update) for name, update in updates.items()}
+        for _, name, wait in reductions:
+            groups[name].insert(0, wait)
+        for name, group in groups.items():
+            last_read = max((order[n] for n in readers(params[name], set(group))), default=-1)
+            anchor = max(after[name], last_read)
+            for node in group:
+                place[node] = (anchor, NEXT, order[group[0]], order[node])
+
+
+FIRST, NEXT, LAST = 0, 1, 2
+"""Among nodes placed right after the same one: gathers start first, updates follow, final waits come last."""
+
+Places = dict[fx.Node, tuple[int, ...]]
+"""Where each node goes: its own old position, or that of the node it follows and then a rank among its like."""
+
+
+def readers(flat: fx.Node, update: set[fx.Node]) -> set[fx.Node]:
+    """Everything outside ``update`` that reads a parameter buffer, directly or through views of it.
+
+    A gather reads until it is waited for.
+    """
+    found: set[fx.Node] = set()
+    queue = [flat]
+    while queue:
+        for user in queue.pop().users:
+            if user in update or user in found or user.op != "call_function":
+                continue
+            found.add(user)
+            if ops.is_view(user.target) or user.target in ops.STARTS:
+                queue.append(user)
+    return found

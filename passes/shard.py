@@ -1,0 +1,240 @@
+"""ZeRO (Rajbhandari et al., 2020) as four small rewrites, each taking one more kind of state apart.
+
+Stage 0 is ``AverageGradients``; stage 1 adds ``ShardOptimizer``, stage 2 ``ShardGradients``, stage 3 ``ShardParams``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from zgraph import ops
+from zgraph.layout import Bucket
+from zgraph.passes.tidy import remove_dead
+from zgraph.pipeline import Pass
+from zgraph.program import FlatGradient, Input, Mesh, Origin, Phase, Program, Role, Stage, update_nodes
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class AverageGradients(Pass):
+    """Replace every bucket's local gradient, and the loss, by the mean over the ranks.
+
+        flat' = update(flat, g)    ->    flat' = update(flat, wait(all_reduce(g, "avg")))
+    """
+
+    mesh: Mesh
+    takes, gives = Stage.BUCKETED, Stage.SHARDED
+
+    def rewrite(self, program: Program) -> None:
+        program.mesh = self.mesh
+        if self.mesh.size == 1:
+            return
+        for gradient in list(_flat_gradients(program)):
+            self._average(program, gradient, before=gradient.next)
+        results = program.results()
+        results[0] = self._average(program, results[0], before=program.output_node)
+        program.set_results(results, program.outputs)
+
+    def _average(self, program: Program, value: fx.Node, before: fx.Node) -> fx.Node:
+        origin: Origin = value.meta["origin"]
+        readers = list(value.users)
+        start = program.call(ops.all_reduce, value, "avg", self.mesh.axis, origin=origin, before=before)
+        mean = program.call(ops.wait, start, origin=origin, before=before)
+        for reader in readers:
+            if reader.op == "call_function" and reader.meta["origin"].phase is Phase.UPDATE:
+                reader.replace_input_with(value, mean)
+        return mean
+
+
+@dataclass(frozen=True)
+class ShardOptimizer(Pass):
+    """Each rank keeps 1/N of the optimizer state, updates that slice of the parameters, and shares it.
+
+        flat' = update(flat, g, m)    ->    flat' = wait(all_gather(update(shard(flat), shard(g), m_shard)))
+    """
+
+    mesh: Mesh
+    takes, gives = Stage.SHARDED, Stage.SHARDED
+
+    def rewrite(self, program: Program) -> None:
+        assert program.layout is not None
+        program.layout = replace(program.layout, shard_state=True)
+        if self.mesh.size == 1:
+            return
+        world, axis = self.mesh.size, self.mesh.axis
+        states = program.inputs(Role.OPT_STATE)
+        params = program.inputs(Role.PARAM)
+        updates = update_nodes(program)
+        results, outputs = program.results(), list(program.outputs)
+        for bucket in _trainable(program):
+            nodes = updates[bucket.name]
+            inside = set(nodes)
+            for (name, _), state in states.items():
+                val = state.meta["val"]
+                if name == bucket.name and isinstance(val, torch.Tensor) and val.dim() == 1:
+                    state.meta["val"] = program.empty([bucket.numel // world], val.dtype, val.device)
+            flat = params[bucket.name, ""]
+            gradient = _reduced_gradient(nodes)
+            for source in dict.fromkeys([flat, gradient]):
+                readers = [u for u in source.users if u in inside]
+                if readers:
+                    piece = program.call(
+                        ops.shard, source, world, axis, origin=nodes[0].meta["origin"], before=nodes[0]
+                    )
+                    for reader in readers:
+                        reader.replace_input_with(source, piece)
+            for node in nodes:
+                if ops.creates(node.target):
+                    _resize(node, bucket.numel, bucket.numel // world)
+                node.meta["val"] = program.infer(node)
+            at = outputs.index(Input(Role.PARAM, bucket.name))
+            new = results[at]
+            start = program.call(ops.all_gather, new, world, axis, origin=new.meta["origin"], before=nodes[-1].next)
+            results[at] = program.call(ops.wait, start, origin=new.meta["origin"], before=start.next)
+        program.set_results(results, outputs)
+
+
+@dataclass(frozen=True)
+class ShardGradients(Pass):
+    """A rank that needs only its slice of a mean gradient gets only that slice.
+
+        shard(wait(all_reduce(g, "avg")))    ->    wait(reduce_scatter(g, "avg"))
+    """
+
+    mesh: Mesh
+    takes, gives = Stage.SHARDED, Stage.SHARDED
+
+    def rewrite(self, program: Program) -> None:
+        for node in list(program.graph.find_nodes(op="call_function", target=ops.shard)):
+            mean = node.args[0]
+            if mean.target is not ops.wait or len(mean.users) != 1 or mean.args[0].target is not ops.all_reduce:
+                continue
+            start = mean.args[0]
+            gradient, operation, axis = start.args
+            origin: Origin = start.meta["origin"]
+            scatter = program.call(
+                ops.reduce_scatter, gradient, operation, self.mesh.size, axis, origin=origin, before=start
+            )
+            piece = program.call(ops.wait, scatter, origin=origin, before=mean)
+            node.replace_all_uses_with(piece)
+            for dead in (node, mean, start):
+                program.graph.erase_node(dead)
+
+
+@dataclass(frozen=True)
+class ShardParams(Pass):
+    """Each rank keeps 1/N of the parameters; a bucket is gathered before the forward reads it, and again before
+    the backward does, and is free to go after the last read of each.
+
+        y = mm(x, view(flat))               y = mm(x, view(wait(all_gather(shard))))
+        gx = mm(gy, t(view(flat)))    ->    gx = mm(gy, t(view(wait(all_gather(shard)))))
+        flat' = all_gather(update(shard(flat), g))          shard' = update(shard, g)
+
+    Gathers stand right before the first read. Hiding them is the scheduler's job.
+    """
+
+    mesh: Mesh
+    takes, gives = Stage.SHARDED, Stage.SHARDED
+
+    def rewrite(self, program: Program) -> None:
+        assert program.layout is not None
+        program.layout = replace(program.layout, shard_params=True)
+        if self.mesh.size == 1:
+            return
+        world, axis = self.mesh.size, self.mesh.axis
+        position = {node: i for i, node in enumerate(program.graph.nodes)}
+        params = program.inputs(Role.PARAM)
+        results, outputs = program.results(), list(program.outputs)
+        for bucket in program.layout.buckets:
+            flat = params[bucket.name, ""]
+            for node in list(flat.users):
+                if node.target is ops.shard:
+                    node.replace_all_uses_with(flat)
+                    program.graph.erase_node(node)
+            flat.meta["val"] = program.empty([bucket.numel // world], bucket.dtype, bucket.device)
+            family = _derived(flat, position)
+            readers = [u for node in (flat, *family) for u in node.users if u not in family and u.op == "call_function"]
+            for phase in (Phase.FORWARD, Phase.BACKWARD):
+                mine = sorted(
+                    {u for u in readers if u.meta["origin"].phase is phase}, key=lambda u: position.get(u, 0)
+                )
+                if mine:
+                    self._gather(program, bucket, flat, family, mine, phase)
+            if bucket.trainable:
+                at = outputs.index(Input(Role.PARAM, bucket.name))
+                gathered = results[at]
+                results[at] = gathered.args[0].args[0]
+        program.set_results(results, outputs)
+        remove_dead(program)
+
+    def _gather(
+        self, program: Program, bucket: Bucket, flat: fx.Node, family: list[fx.Node], readers: list[fx.Node], phase: Phase
+    ) -> None:
+        """Let ``readers`` read views of a buffer gathered just before the first of them."""
+        origin = Origin(phase, bucket.name, readers[0].meta["origin"].source)
+        start = program.call(
+            ops.all_gather, flat, self.mesh.size, self.mesh.axis, origin=origin, before=readers[0]
+        )
+        copies: dict[fx.Node, fx.Node] = {flat: program.call(ops.wait, start, origin=origin, before=readers[0])}
+        members = set(family)
+
+        def copied(node: fx.Node, before: fx.Node) -> fx.Node:
+            if node not in copies:
+                args = [copied(a, before) if a in copies or a in members else a for a in node.args]  # type: ignore[arg-type]
+                copies[node] = program.call(
+                    node.target, *args, origin=replace(node.meta["origin"], phase=phase), before=before, **node.kwargs
+                )
+            return copies[node]
+
+        for reader in readers:
+            for source in reader.all_input_nodes:
+                if source in members or source is flat:
+                    reader.replace_input_with(source, copied(source, reader))
+
+
+def _derived(flat: fx.Node, position: dict[fx.Node, int]) -> list[fx.Node]:
+    """Views and casts of a parameter buffer, which any phase can make again from a gathered copy."""
+    family: dict[fx.Node, None] = {}
+    queue = [flat]
+    while queue:
+        for user in queue.pop().users:
+            again = ops.is_view(user.target) or user.target is aten._to_copy.default
+            if again and user.op == "call_function" and len(user.all_input_nodes) == 1 and user not in family:
+                family[user] = None
+                queue.append(user)
+    return sorted(family, key=position.__getitem__)
+
+
+def _flat_gradients(program: Program) -> Iterator[fx.Node]:
+    for node in program.graph.nodes:
+        if isinstance(node.meta.get("holds"), FlatGradient):
+            yield node
+
+
+def _trainable(program: Program) -> list[Bucket]:
+    assert program.layout is not None
+    return [bucket for bucket in program.layout.buckets if bucket.trainable]
+
+
+def _reduced_gradient(nodes: list[fx.Node]) -> fx.Node:
+    """The averaged flat gradient that an update reads."""
+    for node in nodes:
+        for source in node.all_input_nodes:
+            if source.target is ops.wait:
+                return source
+    raise AssertionError(f"no averaged gradient among the inputs of {nodes[0].meta['origin'].module}")
+
+
+def _resize(node: fx.Node, old: int, new: int) -> None:
+    """Let an operator that creates a flat tensor of ``old`` elements create one of ``new``."""
+
+    def resized(arg: Any) -> Any:
+        return [new] if isinstance(arg, (list, tuple)) and list(arg) == [old] else arg
+
+    node.args = tuple(map(resized, node.args))

@@ -1,0 +1,104 @@
+"""Ranks agree before they communicate: a digest is exchanged before every step and after every compile.
+
+Ranks that differ (another model, batch shape, option, learning rate; an error on one of them) would hang in the next
+collective or average unlike things. Here all of them stop with the same explanation instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+
+from zgraph.errors import RankError, ZgraphError
+
+_MAX_BYTES = 4096
+
+
+class Agreement:
+    """Exchanges short messages between all ranks, on a CPU group of its own.
+
+    Args:
+        group: the ranks; None for a single process, which always agrees with itself.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.rank, self.world = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
+        self._group = group
+        if group is not None and dist.get_backend(group) != "gloo":
+            self._group = dist.new_group(dist.get_process_group_ranks(group), backend="gloo")
+
+    def check(self, facts: Mapping[str, str]) -> None:
+        """Raise on all ranks, naming the first fact that differs, unless ``facts`` are the same everywhere.
+
+        Raises:
+            RankError: with the fact's name, this rank's value and the other's.
+        """
+        if self._group is None:
+            return
+        digest = hashlib.sha256(repr(sorted(facts.items())).encode()).digest()
+        if len(set(self._exchange(digest))) == 1:
+            return
+        for name in sorted(facts):
+            values = [raw.decode(errors="replace") for raw in self._exchange_long(facts[name].encode())]
+            for rank, value in enumerate(values):
+                if value != values[0]:
+                    raise RankError(
+                        f"the ranks disagree on {name}: {_difference(values[0], value, rank)}",
+                        fix="run the same script with the same model, options and batch shapes on all ranks",
+                    )
+        raise AssertionError("digests differ but no fact does")
+
+    def share_outcome(self, digest: bytes, error: ZgraphError | None) -> None:
+        """After a part that may fail on one rank alone: raise everywhere if it failed anywhere.
+
+        Args:
+            digest: of what was made; must be the same on all ranks.
+            error: what went wrong on this rank.
+
+        Raises:
+            ZgraphError: this rank's own error, or RankError quoting the first other rank's.
+        """
+        if self._group is None:
+            if error is not None:
+                raise error
+            return
+        status = b"ok" + digest if error is None else b"no" + str(error).encode()[:_MAX_BYTES]
+        everyone = self._exchange_long(status)
+        if error is not None:
+            raise error
+        for rank, other in enumerate(everyone):
+            if other[:2] == b"no":
+                raise RankError(
+                    f"rank {rank} failed: {other[2:].decode(errors='replace')}",
+                    fix="mend what failed there; this rank has stopped with it",
+                )
+        for rank, other in enumerate(everyone):
+            if other != everyone[0]:
+                raise RankError(
+                    f"rank {rank} compiled another program than rank 0",
+                    fix="use the same model, options, and versions of torch and zgraph on all ranks",
+                )
+
+    def _exchange(self, message: bytes) -> list[bytes]:
+        """All ranks' messages; all of one length."""
+        mine = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        theirs = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(theirs, mine, group=self._group)
+        return [bytes(t.tolist()) for t in theirs]
+
+    def _exchange_long(self, message: bytes) -> list[bytes]:
+        """All ranks' messages, of any length."""
+        lengths = [int.from_bytes(raw, "little") for raw in self._exchange(len(message).to_bytes(8, "little"))]
+        padded = self._exchange(message.ljust(max(lengths), b"\0"))
+        return [raw[:length] for raw, length in zip(padded, lengths, strict=True)]
+
+
+def _difference(first: str, other: str, rank: int) -> str:
+    """The part of two long descriptions where they part."""
+    at = next((i for i, (a, b) in enumerate(zip(first, other, strict=False)) if a != b), min(len(first), len(other)))
+    start = max(0, at - 40)
+    cut = lambda text: ("..." if start else "") + text[start : start + 160]  # noqa: E731
+    return f"rank 0 has {cut(first)!r}, rank {rank} has {cut(other)!r}"

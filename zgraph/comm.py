@@ -1,0 +1,200 @@
+"""Collectives of one process group, started and waited for separately.
+
+With NCCL and other backends these are torch's functional collectives. With gloo they are point-to-point transfers
+straight between the tensors concerned: gloo's own all-gather and reduce-scatter stage through a second buffer of full
+size and run reduce-scatter as an all-reduce, which doubles both memory and bytes (measured in benchmarks/comm.py).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from zgraph import ops
+
+
+@dataclass
+class Traffic:
+    """Collectives issued and bytes this rank received through them, by operation."""
+
+    count: Counter[str] = field(default_factory=Counter)
+    received_bytes: Counter[str] = field(default_factory=Counter)
+
+    def add(self, name: str, num_bytes: int) -> None:
+        self.count[name] += 1
+        self.received_bytes[name] += num_bytes
+
+    def clear(self) -> None:
+        self.count.clear()
+        self.received_bytes.clear()
+
+    def as_dict(self) -> dict[str, dict[str, int]]:
+        return {name: {"count": n, "bytes": self.received_bytes[name]} for name, n in sorted(self.count.items())}
+
+
+class Comm(Protocol):
+    """What an emitted step calls."""
+
+    rank: int
+    world: int
+    traffic: Traffic
+
+    def all_gather(self, shard: torch.Tensor, out: torch.Tensor | None = None) -> Any: ...
+    def reduce_scatter(self, full: torch.Tensor, operation: str) -> Any: ...
+    def all_reduce(self, value: torch.Tensor, operation: str) -> Any: ...
+    def wait(self, started: Any) -> torch.Tensor: ...
+    def shard(self, full: torch.Tensor) -> torch.Tensor: ...
+
+
+class _Group:
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group) if group is not None else 0
+        self.world = dist.get_world_size(group) if group is not None else 1
+        self.traffic = Traffic()
+
+    def shard(self, full: torch.Tensor) -> torch.Tensor:
+        """This rank's contiguous 1/world of a flat buffer, as a view."""
+        size = full.shape[0] // self.world
+        return full[self.rank * size : (self.rank + 1) * size]
+
+    def _others(self, num_bytes: int) -> int:
+        return num_bytes * (self.world - 1) // self.world
+
+
+class FunctionalComm(_Group):
+    """torch's functional collectives; the backend orders them on streams of its own."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__(group)
+        self._name = group.group_name
+
+    def all_gather(self, shard: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        self.traffic.add("all_gather", shard.nbytes * (self.world - 1))
+        if out is None:
+            return ops.all_gather(shard, self.world, self._name)
+        return ops.all_gather_into(shard, self.world, self._name, out=out)
+
+    def reduce_scatter(self, full: torch.Tensor, operation: str) -> torch.Tensor:
+        self.traffic.add("reduce_scatter", self._others(full.nbytes))
+        return ops.reduce_scatter(full, operation, self.world, self._name)
+
+    def all_reduce(self, value: torch.Tensor, operation: str) -> torch.Tensor:
+        self.traffic.add("all_reduce", 2 * self._others(value.nbytes))
+        return ops.all_reduce(value, operation, self._name)
+
+    def wait(self, started: torch.Tensor) -> torch.Tensor:
+        return ops.wait(started)
+
+
+@dataclass
+class _Transfer:
+    """A started transfer: requests, tensors that must stay alive and unchanged, and how to finish."""
+
+    works: list[dist.Work]
+    result: torch.Tensor
+    parts: list[torch.Tensor] | None = None
+    keep: torch.Tensor | None = None
+    divide_by: int = 1
+
+
+class PointToPointComm(_Group):
+    """Transfers between pairs of ranks, for gloo."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__(group)
+        self._tag = 0
+        self._peers = [(self.rank + i) % self.world for i in range(1, self.world)]
+
+    def _next_tag(self) -> int:
+        # All ranks issue the same operations in the same order, so equal counts name the same operation.
+        self._tag = (self._tag + 1) % 2**30
+        return self._tag
+
+    def _send(self, tensor: torch.Tensor, peer: int, tag: int) -> dist.Work:
+        work = dist.isend(tensor, group_dst=peer, group=self.group, tag=tag)
+        assert work is not None
+        return work
+
+    def _receive(self, tensor: torch.Tensor, peer: int, tag: int) -> dist.Work:
+        work = dist.irecv(tensor, group_src=peer, group=self.group, tag=tag)
+        assert work is not None
+        return work
+
+    def all_gather(self, shard: torch.Tensor, out: torch.Tensor | None = None) -> _Transfer:
+        tag, size = self._next_tag(), shard.shape[0]
+        self.traffic.add("all_gather", shard.nbytes * (self.world - 1))
+        if out is None:
+            out = shard.new_empty(size * self.world)
+        works = [self._receive(out[p * size : (p + 1) * size], p, tag) for p in self._peers]
+        works += [self._send(shard, p, tag) for p in self._peers]
+        own = self.shard(out)
+        if own.data_ptr() != shard.data_ptr():
+            own.copy_(shard)
+        return _Transfer(works, out, keep=shard)
+
+    def reduce_scatter(self, full: torch.Tensor, operation: str) -> _Transfer:
+        tag, size = self._next_tag(), full.shape[0] // self.world
+        self.traffic.add("reduce_scatter", self._others(full.nbytes))
+        parts = [full.new_empty(size) if p != self.rank else self.shard(full) for p in range(self.world)]
+        works = [self._receive(parts[p], p, tag) for p in self._peers]
+        works += [self._send(full[p * size : (p + 1) * size], p, tag) for p in self._peers]
+        return _Transfer(works, full, parts, divide_by=self._divisor(operation))
+
+    def all_reduce(self, value: torch.Tensor, operation: str) -> _Transfer:
+        self.traffic.add("all_reduce", 2 * self._others(value.nbytes))
+        result = value.clone()
+        work = dist.all_reduce(result, group=self.group, async_op=True)
+        assert work is not None
+        return _Transfer([work], result, divide_by=self._divisor(operation))
+
+    def _divisor(self, operation: str) -> int:
+        assert operation in ("sum", "avg"), operation
+        return self.world if operation == "avg" else 1
+
+    def wait(self, started: _Transfer) -> torch.Tensor:
+        for work in started.works:
+            work.wait()
+        result = started.result
+        if started.parts is not None:
+            # Summed in rank order on every rank, so that the result does not depend on which rank owns it.
+            received = started.parts[0] if self.rank != 0 else started.parts[1]
+            first, second, *rest = started.parts
+            result = torch.add(first, second, out=received)
+            for part in rest:
+                result += part
+        if started.divide_by != 1:
+            result.div_(started.divide_by)
+        return result
+
+
+class SingleComm(_Group):
+    """One rank: there is nothing to send."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    def all_gather(self, shard: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        raise AssertionError("a program for one rank has no collectives")
+
+    def reduce_scatter(self, full: torch.Tensor, operation: str) -> torch.Tensor:
+        raise AssertionError("a program for one rank has no collectives")
+
+    def all_reduce(self, value: torch.Tensor, operation: str) -> torch.Tensor:
+        raise AssertionError("a program for one rank has no collectives")
+
+    def wait(self, started: Any) -> torch.Tensor:
+        raise AssertionError("a program for one rank has no collectives")
+
+
+def make_comm(group: dist.ProcessGroup | None) -> Comm:
+    """The implementation for a group's backend; None is a single process."""
+    if group is None:
+        return SingleComm()
+    if dist.get_backend(group) == "gloo":
+        return PointToPointComm(group)
+    return FunctionalComm(group)

@@ -1,0 +1,332 @@
+"""``zgraph.compile``: capture, passes, code, execution. The table of contents of the project.
+
+``compile`` itself only checks its arguments and gives the model a ``train_step``. The first ``train_step`` knows the
+batch, so there the step is captured, rewritten, verified and emitted, all ranks agree on it, and only then do the
+parameters move into their buckets. Until that moment the user's model and optimizer are untouched.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from zgraph.agreement import Agreement
+from zgraph.capture import capture, check_optimizer
+from zgraph.codegen.emit import emit
+from zgraph.comm import make_comm
+from zgraph.config import Config
+from zgraph.eager import GatherOnUse
+from zgraph.errors import CaptureError, OptimizerError, OptionError, ZgraphError
+from zgraph.execute import Executable
+from zgraph.passes import default_passes
+from zgraph.pipeline import PassRecord, run
+from zgraph.program import Guard, Mesh, Program
+from zgraph.state import TrainingState
+from zgraph.update import StateEntry, StateSpec, hyperparameters, structure
+
+log = logging.getLogger("zgraph")
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def compile(  # noqa: A001
+    model: Model,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    loss: Callable[..., torch.Tensor] | None = None,
+    **options: Any,
+) -> Model:
+    """Give ``model`` a ``train_step`` that runs forward, backward, communication and update as one graph.
+
+    The model stays the same object; like FSDP2's ``fully_shard``, this swaps its class for a subclass.
+
+    Args:
+        model: any module; parameters may be on ``meta`` and are then initialised by each module's own
+            ``reset_parameters``, every rank keeping only its part.
+        optimizer: the user's; it stays the source of hyperparameters.
+        loss: ``loss(output, *args, **kwargs)`` of the model's output and arguments. By default the output
+            itself, or its ``.loss``.
+        options: see ``zgraph.config.Config``.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        OptionError: an unknown option, or one out of range.
+        OptimizerError: the optimizer holds parameters that are not the model's.
+        CaptureError: there is nothing to train.
+    """
+    config = Config.from_options(options)
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"model is a {type(model).__name__}", fix="pass a torch.nn.Module")
+    if isinstance(model, CompiledModule):
+        raise OptionError("this model is compiled already", fix="compile each model once")
+    if optimizer is not None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise OptionError(f"optimizer is a {type(optimizer).__name__}", fix="pass a torch.optim.Optimizer")
+        check_optimizer(model, optimizer)
+        if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
+            raise CaptureError(
+                "there is nothing to train: no parameter of the optimizer requires a gradient",
+                fix="leave requires_grad=True on what should train",
+            )
+    group = _process_group(model)
+    runtime = _Runtime(model, optimizer, loss, config, group)
+    model.__class__ = type(f"Compiled{type(model).__name__}", (CompiledModule, type(model)), {})
+    model.__dict__["_zgraph"] = runtime
+    return model
+
+
+class CompiledModule(nn.Module):
+    """What a compiled model can do besides being the module it was."""
+
+    def train_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One training step on a batch.
+
+        Args:
+            args, kwargs: passed to the model.
+
+        Returns:
+            The loss averaged over the ranks, detached: a 0-dim tensor.
+
+        Raises:
+            ZgraphError: on all ranks, before anything is communicated or changed.
+        """
+        return self.__dict__["_zgraph"].train_step(args, kwargs)  # type: ignore[no-any-return]
+
+    def stats(self) -> dict[str, Any]:
+        """Bytes this rank stores, collectives it issued, and what compiling cost.
+
+        Returns:
+            ``param_bytes``, ``optimizer_state_bytes``, ``buffer_bytes``; ``collectives`` of the last step: operation
+            -> ``count`` and ``bytes`` received or, for all_reduce, received and sent; ``num_nodes``,
+            ``num_captures``, ``capture_s``, ``passes_s``.
+        """
+        return self.__dict__["_zgraph"].stats()  # type: ignore[no-any-return]
+
+    @property
+    def program(self) -> Program:
+        """The program of the last step, after all passes."""
+        return self.__dict__["_zgraph"].last().executable.program  # type: ignore[no-any-return]
+
+    @property
+    def source(self) -> str:
+        """The Python that the last step ran."""
+        return self.__dict__["_zgraph"].last().executable.step.source  # type: ignore[no-any-return]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.__dict__["_zgraph"].eager():
+            return super().__call__(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Full parameters under their original names. All ranks call it together."""
+        return self.__dict__["_zgraph"].state.state_dict(super().state_dict, *args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load full parameters; each rank stores its part."""
+        return self.__dict__["_zgraph"].state.load_state_dict(super().load_state_dict, *args, **kwargs)
+
+
+@dataclass(eq=False)
+class _Compiled:
+    """A step compiled for one kind of batch."""
+
+    executable: Executable
+    guards: tuple[Guard, ...]
+    records: tuple[PassRecord, ...]
+    capture_s: float
+
+
+@dataclass
+class _Runtime:
+    model: nn.Module
+    optimizer: torch.optim.Optimizer | None
+    loss: Callable[..., torch.Tensor] | None
+    config: Config
+    group: dist.ProcessGroup | None
+    cache: dict[str, list[_Compiled]] = field(default_factory=dict)
+    _last: _Compiled | None = None
+    _facts_seen: dict[str, str] = field(default_factory=dict)
+    _capturing: bool = False
+
+    def __post_init__(self) -> None:
+        self.state = TrainingState(self.model, self.optimizer, self.group)
+        self.agreement = Agreement(self.group)
+        self.comm = make_comm(self.group)
+
+    # -- a step ---------------------------------------------------------------------------------------------
+
+    def train_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        if self.optimizer is None:
+            raise OptimizerError(
+                "train_step needs an optimizer", fix="zgraph.compile(model, optimizer=torch.optim.AdamW(...))"
+            )
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        hypers = hyperparameters(self.optimizer)
+        facts = self._facts(leaves, spec)
+        self.agreement.check({**facts, "hyperparameters": repr(hypers), "zgraph options": repr(self.config)})
+        key = repr(facts)
+        values = self._guarded_values(hypers)
+        compiled = next((c for c in self.cache.get(key, ()) if _hold(c.guards, values)), None)
+        if compiled is None:
+            if self._last is not None:
+                log.warning("zgraph: capturing the training step again, because %s", self._what_changed(key, facts))
+            compiled = self._compile(args, kwargs)
+            self.cache.setdefault(key, []).append(compiled)
+        self._last = compiled
+        self.comm.traffic.clear()
+        loss = compiled.executable.run([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], hypers)
+        self._facts_seen = facts = self._facts(leaves, spec)
+        if compiled.executable.reads_all_state():  # what created its state reads it from now on
+            known = self.cache.setdefault(repr(facts), [])
+            if compiled not in known:
+                known.append(compiled)
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # as after optimizer.step(), for schedulers
+        return loss
+
+    def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Compiled:
+        assert self.optimizer is not None
+        error: ZgraphError | None = None
+        digest = b""
+        self._capturing = True
+        try:
+            start = time.perf_counter()
+            program = capture(
+                self.model, self.optimizer, args, kwargs, loss=self.loss, state=self._state_spec(), device=self._device()
+            )
+            capture_s = time.perf_counter() - start
+            mesh = Mesh(self.agreement.world)
+            result = run(default_passes(self.config, mesh, self.state.layout), program)
+            digest = result.program.digest()
+        except ZgraphError as caught:
+            error = caught
+        finally:
+            self._capturing = False
+        self.agreement.share_outcome(digest, error)
+        assert result.program.layout is not None
+        self.state.commit(result.program.layout)
+        executable = Executable(result.program, emit(result.program), self.state, self.comm)
+        return _Compiled(executable, result.program.guards, result.records, capture_s)
+
+    def _device(self) -> torch.device | None:
+        """Where parameters without memory live; None before they have a place."""
+        return self.state.layout.buckets[0].device if self.state.layout is not None else None
+
+    def _state_spec(self) -> StateSpec:
+        """Optimizer state that exists now, for capture."""
+        params = dict(self.model.named_parameters())
+        spec: StateSpec = {}
+        for name, forms in self.state.state_forms().items():
+            entries = {
+                key: StateEntry(
+                    tuple(params[name].shape) if form.elementwise else (), form.dtype, 1 if form.value is None else form.value
+                )
+                for key, form in forms.items()
+            }
+            if entries:
+                spec[name] = entries
+        return spec
+
+    # -- what a compiled step depends on --------------------------------------------------------------------
+
+    def _facts(self, leaves: list[Any], spec: pytree.TreeSpec) -> dict[str, str]:
+        """Everything a captured step is specialised on, in words."""
+        assert self.optimizer is not None
+        params = list(self.model.named_parameters())
+        names = {id(p): name for name, p in params}
+        batch = [
+            f"{t.dtype} {tuple(t.shape)} {tuple(t.stride())} {t.device.type}" if isinstance(t, torch.Tensor) else repr(t)
+            for t in leaves
+        ]
+        members = [[names.get(id(p), "?") for p in group["params"]] for group in self.optimizer.param_groups]
+        modes = [
+            f"{device}: {torch.get_autocast_dtype(device)}"
+            for device in ("cpu", "cuda")
+            if torch.is_autocast_enabled(device)
+        ]
+        state = [] if self.state.layout is None else [(b, sorted(entries)) for b, entries in sorted(self.state.opt.items())]
+        return {
+            "the arguments' structure": str(spec),
+            "the arguments' shapes and values": repr(batch),
+            "the model's parameters": repr([(n, tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in params]),
+            "the model's buffers": repr([(n, tuple(b.shape), str(b.dtype)) for n, b in self.model.named_buffers()]),
+            "training mode": "".join("t" if m.training else "e" for m in self.model.modules()),
+            "the optimizer": repr((structure(self.optimizer), members)),
+            "the optimizer's state": repr(state),
+            "autocast and defaults": repr((modes, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())),
+        }
+
+    def _what_changed(self, key: str, facts: dict[str, str]) -> str:
+        if key in self.cache:
+            return "a hyperparameter crossed a condition in the optimizer's step()"
+        changed = [name for name in facts if facts[name] != self._facts_seen.get(name)]
+        return f"{' and '.join(changed) or 'it was last seen differently'} changed"
+
+    def _guarded_values(self, hypers: dict[str, float]) -> dict[str, float]:
+        values = {f"hyper:{path}": value for path, value in hypers.items()}
+        for bucket, entries in self.state.opt.items():
+            for key, value in entries.items():
+                if isinstance(value, (int, float)):
+                    values[f"opt_state:{bucket}:{key}"] = value
+        return values
+
+    # -- around steps ---------------------------------------------------------------------------------------
+
+    def eager(self) -> Any:
+        """Context in which the model may be called as a plain module."""
+        if self._capturing:
+            return nullcontext()
+        if torch.is_grad_enabled() and self.state.layout is not None:
+            raise ZgraphError(
+                "a compiled model trains through train_step; calling it would record gradients that are never used",
+                fix="call model.train_step(...), or wrap evaluation in torch.no_grad()",
+            )
+        if self.state.layout is None:
+            return nullcontext()
+        return GatherOnUse(self.state)
+
+    def last(self) -> _Compiled:
+        if self._last is None:
+            raise ZgraphError("nothing is compiled yet", fix="call train_step once: the batch is part of what is compiled")
+        return self._last
+
+    def stats(self) -> dict[str, Any]:
+        last = self.last()
+        states = [v for entries in self.state.opt.values() for v in entries.values() if isinstance(v, torch.Tensor)]
+        return {
+            "param_bytes": sum(t.nbytes for t in self.state.params.values()),
+            "optimizer_state_bytes": sum(t.nbytes for t in states),
+            "buffer_bytes": sum(b.nbytes for b in self.model.buffers()),
+            "collectives": self.comm.traffic.as_dict(),
+            "num_nodes": last.executable.program.num_nodes(),
+            "num_captures": len({id(c) for entries in self.cache.values() for c in entries}),
+            "capture_s": last.capture_s,
+            "passes_s": sum(record.time_s + record.verify_s for record in last.records),
+        }
+
+
+def _hold(guards: tuple[Guard, ...], values: dict[str, float]) -> bool:
+    return all(guard.holds(*(values[name] for name in guard.names)) for guard in guards)
+
+
+def _process_group(model: nn.Module) -> dist.ProcessGroup | None:
+    """The default group, made from torchrun's environment if need be; None for a single process."""
+    if not dist.is_available():
+        return None
+    if not dist.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+            return None
+        device = next((p.device.type for p in model.parameters() if not p.is_meta), "cpu")
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    group = dist.group.WORLD
+    return group if group is not None and dist.get_world_size(group) > 1 else None

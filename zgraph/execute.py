@@ -1,0 +1,92 @@
+"""Run an emitted step: fetch its inputs, call it, and store the new state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from zgraph.codegen.emit import Step
+from zgraph.comm import Comm
+from zgraph.program import Input, Program, Role, StateInit
+from zgraph.state import TrainingState
+
+
+class Executable:
+    """A lowered program bound to the state it updates and the ranks it runs on."""
+
+    def __init__(self, program: Program, step: Step, state: TrainingState, comm: Comm) -> None:
+        self.program, self.step = program, step
+        self._state, self._comm = state, comm
+        self._inputs = [what for _, what in program.placeholders()]
+
+    def run(self, batch: Sequence[torch.Tensor], hypers: dict[str, float]) -> torch.Tensor:
+        """One training step.
+
+        Args:
+            batch: the tensors of the batch, in flattening order.
+            hypers: float hyperparameters by path.
+
+        Returns:
+            The loss, averaged over the ranks: a 0-dim tensor.
+        """
+        with torch.no_grad():
+            inputs = [self._fetch(what, batch, hypers) for what in self._inputs]
+            loss, *new = self.step.function(inputs, self._comm)
+            for what, value in zip(self.program.outputs[1:], new, strict=True):
+                assert what is not None
+                self._store(what, value)
+        assert isinstance(loss, torch.Tensor)
+        return loss
+
+    def reads_all_state(self) -> bool:
+        """Whether every optimizer state that the step writes is also one of its inputs."""
+        written = {what for what in self.program.outputs if what is not None and what.role is Role.OPT_STATE}
+        return written <= set(self._inputs)
+
+    def _fetch(self, what: Input, batch: Sequence[torch.Tensor], hypers: dict[str, float]) -> Any:
+        if what.role is Role.PARAM:
+            return self._state.params[what.name]
+        if what.role is Role.OPT_STATE:
+            entries = self._state.opt.setdefault(what.name, {})
+            if what.key not in entries:
+                entries[what.key] = self._initial(what, self.program.init[what.name, what.key])
+            return entries[what.key]
+        if what.role is Role.BUFFER:
+            return self._state.buffer(what.name)
+        if what.role is Role.BATCH:
+            return batch[int(what.name)]
+        if what.role is Role.HYPER:
+            return hypers[what.name]
+        return self.program.constants[what.name]
+
+    def _initial(self, what: Input, start: StateInit) -> torch.Tensor | int | float:
+        val = self.program.inputs(Role.OPT_STATE)[what.name, what.key].meta["val"]
+        if start.fill is None:
+            param = self._state.params[what.name]
+            return (param if param.shape == val.shape else self._comm.shard(param)).to(val.dtype, copy=True)
+        if start.dtype is None:
+            return start.fill
+        return torch.full(val.shape, start.fill, dtype=val.dtype, device=val.device)
+
+    def _store(self, what: Input, value: Any) -> None:
+        if what.role is Role.OPT_STATE:
+            entries = self._state.opt.setdefault(what.name, {})
+            old = entries.get(what.key)
+            if isinstance(old, torch.Tensor) and old.dim() == 1:
+                _copy(old, value)
+            else:
+                entries[what.key] = value
+        elif what.role is Role.PARAM:
+            _copy(self._state.params[what.name], value)
+        elif what.role is Role.BUFFER:
+            _copy(self._state.buffer(what.name), value)
+        else:
+            _copy(self.program.constants[what.name], value)
+
+
+def _copy(target: torch.Tensor, value: torch.Tensor) -> None:
+    """Store a result, unless the step has written it there already."""
+    if target.data_ptr() != value.data_ptr():
+        target.copy_(value)

@@ -1,0 +1,95 @@
+"""The operators a program may hold besides ATen's and Python's scalar ones, and facts about all of them.
+
+Collectives are torch's functional ones (``_c10d_functional``): a start returns a value that may not be read until its
+``wait_tensor``. Groups are named by mesh axis; the runtime binds the name to a process group. ``zgraph::shard`` is the
+slice of a flat buffer that this rank owns: the one operator whose meaning depends on the rank, so that the program
+text is the same on all.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.distributed._functional_collectives  # registers torch.ops._c10d_functional
+from torch import fx
+
+aten = torch.ops.aten
+c10d = torch.ops._c10d_functional
+
+_library = torch.library.Library("zgraph", "DEF")
+_library.define("shard(Tensor(a) x, int world, str axis) -> Tensor(a)")
+
+
+def _shard_shape(x: torch.Tensor, world: int, axis: str) -> torch.Tensor:
+    return x[: x.shape[0] // world]
+
+
+_library.impl("shard", _shard_shape, "Meta")
+
+shard = torch.ops.zgraph.shard.default
+all_gather = c10d.all_gather_into_tensor.default
+all_reduce = c10d.all_reduce.default
+all_gather_into = c10d.all_gather_into_tensor_out.default
+reduce_scatter = c10d.reduce_scatter_tensor.default
+wait = c10d.wait_tensor.default
+
+STARTS = frozenset({all_gather, all_gather_into, all_reduce, reduce_scatter})
+"""Operators that start a collective; each value is waited for exactly once before it is read."""
+
+_CREATES = frozenset(
+    {
+        aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default,
+        aten.zeros.default, aten.ones.default, aten.full.default, aten.new_zeros.default, aten.new_full.default,
+    }
+)  # fmt: skip
+_ELEMENTWISE_TOO = frozenset(
+    {
+        aten._to_copy.default, aten.copy.default, aten.lift_fresh_copy.default, aten.detach.default,
+        aten.alias.default, aten.scalar_tensor.default,
+    }
+)  # fmt: skip
+
+
+def is_scalar_op(target: Any) -> bool:
+    """Python arithmetic on numbers, and reading a 0-dim tensor as one."""
+    return (
+        target is aten._local_scalar_dense.default
+        or (not isinstance(target, torch._ops.OpOverload) and getattr(target, "__module__", "") == "_operator")
+        or getattr(target, "__name__", "").lstrip("_").startswith("sym_")
+    )
+
+
+def is_elementwise(target: Any) -> bool:
+    """Whether element i of the result depends on element i of the tensor arguments only (and is not random)."""
+    if is_scalar_op(target):
+        return target is not operator.getitem
+    if target in _CREATES or target in _ELEMENTWISE_TOO:
+        return True
+    return (
+        isinstance(target, torch._ops.OpOverload)
+        and torch.Tag.pointwise in target.tags
+        and torch.Tag.nondeterministic_seeded not in target.tags
+    )
+
+
+def creates(target: Any) -> bool:
+    """Whether the operator fills a new tensor with one value."""
+    return target in _CREATES
+
+
+def is_random(target: Any) -> bool:
+    """Whether the operator draws from a random generator, so that it must run exactly once, in order."""
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+
+
+def is_view(target: Any) -> bool:
+    """Whether the result shares memory with its first argument."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in target._schema.returns)
+
+
+def is_collective(node: fx.Node) -> bool:
+    return node.target in STARTS
