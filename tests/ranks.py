@@ -80,6 +80,7 @@ class Ranks:
         Raises:
             RanksError: a rank raised, died or hung.
         """
+        __tracebackhide__ = True  # the ranks' tracebacks are what matters
         serial = next(self._serial)
         with_group = world > 1 if group is None else group
         rendezvous = str(Path(self._folder.name, f"rendezvous{serial}")) if with_group else None
@@ -112,6 +113,7 @@ class Ranks:
         return _Worker(process, ours, stacks)
 
     def _collect(self, world: int, timeout_s: float) -> list[Any]:
+        __tracebackhide__ = True
         waiting = {worker.connection: rank for rank, worker in enumerate(self._workers[:world])}
         results: list[Any] = [None] * world
         failures: list[str] = []

@@ -1,0 +1,187 @@
+"""Options, batches and ways to start change how a step runs, never what it computes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import zgraph
+from tests.models import CASES, GPT
+from tests.ranks import Ranks
+from tests.reference import Eager, assert_equal, assert_same_state, train_like_eager, world
+
+
+@pytest.mark.parametrize("zero", [3, pytest.param(2, marks=pytest.mark.slow), pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("bucket_bytes", [1, "1KiB", "1GiB"])
+def test_any_bucket_size_equals_eager(ranks: Ranks, bucket_bytes: int | str, zero: int) -> None:
+    ranks.run(train_like_eager, "gpt_tied", bucket_bytes=bucket_bytes, zero=zero, num_steps=3)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2, 64])
+def test_any_prefetch_equals_eager(ranks: Ranks, prefetch: int) -> None:
+    ranks.run(train_like_eager, "gpt", bucket_bytes="1KiB", prefetch=prefetch, zero=3, num_steps=3)
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_a_group_of_one_rank_equals_eager(ranks: Ranks, zero: int) -> None:
+    ranks.run(train_like_eager, "gpt_tied", zero=zero, num_steps=3, world=1, group=True)
+
+
+def train_on_two_lengths(zero: int) -> None:
+    rank, num_ranks = world()
+    model, reference = CASES["gpt"].model(torch.float64), CASES["gpt"].model(torch.float64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    zgraph.compile(model, optimizer=optimizer, zero=zero)
+    eager = Eager(CASES["gpt"], reference, torch.optim.AdamW(reference.parameters(), lr=1e-2))
+    for step, batch in enumerate(CASES["gpt"].batches(6)):
+        length = (7, 4)[step % 2]
+        batch = batch._replace(args=tuple(t[:, :length] for t in batch.args))
+        loss = model.train_step(*batch.part(rank, num_ranks).args)
+        assert_equal({"loss": loss}, {"loss": eager.step(batch)}, f"step {step}")
+        assert model.stats()["num_captures"] == min(step + 1, 2)
+    assert_same_state(model, optimizer, eager, "at the end")
+
+
+@pytest.mark.parametrize("zero", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_new_shape_is_captured_once_and_keeps_the_state(ranks: Ranks, zero: int) -> None:
+    ranks.run(train_on_two_lengths, zero)
+
+
+class Flagged(nn.Module):
+    """Takes numbers, flags and nested tensors beside plain ones; its output is an object with a loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(7, 5), nn.Linear(5, 3)
+
+    def forward(self, inputs: dict[str, Tensor], *, power: int = 1, double: bool = False) -> dict[str, Tensor]:
+        x = torch.tanh(self.enter(inputs["x"])) ** power
+        loss = F.cross_entropy(self.leave(x), inputs["target"])
+        return {"loss": 2 * loss if double else loss, "hidden": x}
+
+
+def test_numbers_and_flags_are_constants_of_the_captured_step() -> None:
+    torch.manual_seed(0)
+    model = Flagged()
+    reference = Flagged()
+    reference.load_state_dict(model.state_dict())
+    optimizer, eager = torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.SGD(reference.parameters(), lr=0.1)
+    zgraph.compile(model, optimizer=optimizer)
+    batch = {"x": torch.randn(6, 7), "target": torch.randint(3, (6,))}
+    calls: list[dict[str, Any]] = [{}, {"power": 2}, {"power": 3, "double": True}, {"power": 2}, {}]
+    for kwargs in calls:
+        loss = model.train_step(batch, **kwargs)
+        eager.zero_grad()
+        expected = reference(batch, **kwargs)["loss"]
+        expected.backward()
+        eager.step()
+        assert_equal({"loss": loss}, {"loss": expected.detach()}, str(kwargs))
+    assert model.stats()["num_captures"] == 3
+
+
+class MixedPrecision(nn.Module):
+    """Parameters of two dtypes, which no one bucket can hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(7, 5).double(), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(self.leave(torch.tanh(self.enter(x.double())).float()), target)
+
+
+def train_mixed_precision(zero: int) -> None:
+    rank, num_ranks = world()
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(MixedPrecision())
+    optimizer, other = (torch.optim.AdamW(model.parameters(), lr=1e-2) for model in models)
+    zgraph.compile(models[0], optimizer=optimizer, zero=zero)
+    case = CASES["partial"]
+    eager = Eager(case.__class__(MixedPrecision, case.make_batch), models[1], other)
+    for batch in case.batches(5):
+        loss = models[0].train_step(*batch.part(rank, num_ranks).args)
+        assert_equal({"loss": loss}, {"loss": eager.step(batch)}, "loss")
+    expected = {name: t.float() for name, t in models[1].state_dict().items()}  # float32 took part in every gradient
+    assert_equal({name: t.float() for name, t in models[0].state_dict().items()}, expected, "at the end")
+    assert models[0].state_dict()["enter.weight"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("zero", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_parameters_of_two_dtypes_train_together(ranks: Ranks, zero: int) -> None:
+    ranks.run(train_mixed_precision, zero)
+
+
+def build_on_meta(zero: int, learning_rate: float) -> None:
+    case, (rank, num_ranks) = CASES["gpt_tied"], world()
+    batches = case.batches(3)
+    reference = GPT(tied=True).double()
+    torch.manual_seed(3)
+    for module in reference.modules():
+        if callable(getattr(module, "reset_parameters", None)):
+            module.reset_parameters()
+    generator = torch.get_rng_state()
+    eager = Eager(case, reference, torch.optim.AdamW(reference.parameters(), lr=learning_rate))
+    with torch.device("meta"):
+        model = GPT(tied=True).double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    torch.manual_seed(3)
+    zgraph.compile(model, optimizer=optimizer, zero=zero)
+    for step, batch in enumerate(batches):
+        loss = model.train_step(*batch.part(rank, num_ranks).args)
+        assert_equal({"loss": loss}, {"loss": eager.step(batch)}, f"step {step}")
+        assert torch.equal(torch.get_rng_state(), generator)
+    assert_same_state(model, optimizer, eager, "at the end")
+    if learning_rate == 0.0:
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, reference.state_dict()[name]), f"{name} is not initialised as in plain PyTorch"
+
+
+@pytest.mark.parametrize("learning_rate", [0.0, 1e-2])
+@pytest.mark.parametrize(("world", "zero"), [(1, 3), (2, 3), pytest.param(3, 1, marks=pytest.mark.slow), (2, 0)])
+def test_a_model_on_meta_is_initialised_as_a_real_one(
+    ranks: Ranks, world: int, zero: int, learning_rate: float
+) -> None:
+    ranks.run(build_on_meta, zero, learning_rate, world=world)
+
+
+SCRIPT = """
+import json, sys, torch, zgraph
+from tests.models import CASES
+case = CASES["gpt_tied"]
+model = case.model(torch.float64)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+model = zgraph.compile(model, optimizer=optimizer, zero=3)
+distributed = torch.distributed.is_initialized()
+rank = torch.distributed.get_rank() if distributed else 0
+world = torch.distributed.get_world_size() if distributed else 1
+losses = [model.train_step(*batch.part(rank, world).args).item() for batch in case.batches(3)]
+if rank == 0:
+    print(json.dumps([world, losses]))
+"""
+
+
+@pytest.mark.slow
+def test_the_same_script_runs_alone_and_under_torchrun(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    results = []
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]):
+        command = [sys.executable, *launcher, str(script)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads(done.stdout.strip().splitlines()[-1]))
+    (alone, losses), (together, same) = results
+    assert (alone, together) == (1, 2)
+    assert same == pytest.approx(losses, rel=1e-10)

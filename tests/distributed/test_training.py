@@ -1,0 +1,40 @@
+"""Training with zgraph equals plain PyTorch: any number of ranks, any ZeRO stage, any optimizer, at every step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.models import CASES
+from tests.ranks import Ranks
+from tests.reference import train_like_eager
+
+HUGGING_FACE = {"gpt2", "llama", "qwen3", "vit", "t5"}
+OWN = [name for name in CASES if name not in HUGGING_FACE]
+
+
+@pytest.mark.parametrize("case", OWN)
+def test_zero_3_on_two_ranks_equals_eager(ranks: Ranks, case: str) -> None:
+    ranks.run(train_like_eager, case, zero=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["gpt", "gpt_tied"])
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_stage_on_one_to_three_ranks_equals_eager(ranks: Ranks, world: int, zero: int, case: str) -> None:
+    ranks.run(train_like_eager, case, zero=zero, world=world)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["gpt", "gpt_tied", "experts", "recommender"])
+@pytest.mark.parametrize(("world", "zero"), [(2, 3), (3, 1)])
+def test_float32_equals_eager(ranks: Ranks, world: int, zero: int, case: str) -> None:
+    ranks.run(train_like_eager, case, zero=zero, dtype=torch.float32, world=world)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [name for name in OWN if name != "gpt" and name != "gpt_tied"])
+@pytest.mark.parametrize(("world", "zero"), [(3, 3), (2, 2), (2, 0), (1, 3)])
+def test_every_model_equals_eager(ranks: Ranks, world: int, zero: int, case: str) -> None:
+    ranks.run(train_like_eager, case, zero=zero, world=world)

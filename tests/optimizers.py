@@ -1,0 +1,110 @@
+"""Optimizers for tests: every option whose update differs, and one that torch has never seen.
+
+Learning rates are large, so that ten steps move parameters far more than rounding does.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+
+
+class Lion(Optimizer):
+    """Lion (Chen et al., 2023) as a user would write it: ordinary tensor operators, a Python step count, ``math``.
+
+    The learning rate warms up with the square root of the step, so the count matters.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.1,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"] = 0
+                    state["momentum"] = torch.zeros_like(p)
+                state["step"] += 1
+                lr = group["lr"] * min(1.0, math.sqrt(state["step"] / 5))
+                p.mul_(1 - lr * group["weight_decay"])
+                p.add_(torch.sign(beta1 * state["momentum"] + (1 - beta1) * p.grad), alpha=-lr)
+                state["momentum"].mul_(beta2).add_(p.grad, alpha=1 - beta2)
+
+
+def two_groups(model: nn.Module) -> AdamW:
+    """Matrices decay and move slowly; the rest does not decay, with a learning rate and betas of its own."""
+    params = list(model.parameters())
+    slow = {"params": [p for p in params if p.ndim >= 2], "weight_decay": 0.3}
+    fast = {"params": [p for p in params if p.ndim < 2], "lr": 3e-2, "betas": (0.8, 0.9), "weight_decay": 0.0}
+    return AdamW([slow, fast], lr=5e-3)
+
+
+def only_trained(model: nn.Module) -> AdamW:
+    """The optimizer never hears of frozen parameters."""
+    return AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def all_but_last(model: nn.Module) -> AdamW:
+    """The last parameter is left to ``add_param_group``."""
+    return AdamW(list(model.parameters())[:-1], lr=1e-2)
+
+
+def _all(kind: Callable[..., Optimizer], **options: Any) -> Callable[[nn.Module], Optimizer]:
+    return functools.partial(_build, kind, options)
+
+
+def _build(kind: Callable[..., Optimizer], options: dict[str, Any], model: nn.Module) -> Optimizer:
+    return kind(model.parameters(), **options)
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
+    "sgd": _all(SGD, lr=0.1),
+    "sgd_momentum": _all(SGD, lr=0.05, momentum=0.9, dampening=0.2, weight_decay=0.1),
+    "sgd_nesterov": _all(SGD, lr=0.05, momentum=0.9, nesterov=True, maximize=True),
+    "sgd_foreach": _all(SGD, lr=0.05, momentum=0.9, foreach=True),
+    "sgd_fused": _all(SGD, lr=0.05, momentum=0.9, fused=True),
+    "adam": _all(Adam, lr=1e-2, weight_decay=0.1),
+    "adam_amsgrad": _all(Adam, lr=1e-2, amsgrad=True, maximize=True),
+    "adamw": _all(AdamW, lr=1e-2),
+    # Attention's key biases have no gradient but rounding; a larger epsilon keeps Adam from dividing it by itself.
+    "adamw_large_eps": _all(AdamW, lr=1e-2, eps=1e-3),
+    "adamw_foreach": _all(AdamW, lr=1e-2, foreach=True, amsgrad=True),
+    "adamw_fused": _all(AdamW, lr=1e-2, fused=True),
+    "adamw_fused_amsgrad": _all(AdamW, lr=1e-2, fused=True, amsgrad=True, maximize=True),
+    "adamw_groups": two_groups,
+    "adamw_only_trained": only_trained,
+    "adamw_all_but_last": all_but_last,
+    "adagrad": _all(Adagrad, lr=0.1, lr_decay=0.1, weight_decay=0.1, initial_accumulator_value=0.1),
+    "adagrad_maximize": _all(Adagrad, lr=0.1, maximize=True),
+    "rmsprop": _all(RMSprop, lr=1e-2),
+    "rmsprop_centered": _all(RMSprop, lr=1e-2, centered=True, momentum=0.9, weight_decay=0.1),
+    "lion": _all(Lion),
+}
+
+
+def tensors_of(optimizer: Optimizer) -> dict[str, Tensor]:
+    """Every entry of the full optimizer state by name; numbers as float64 tensors."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"state[{index}][{key!r}]": value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+        for index, entries in state.items()
+        for key, value in entries.items()
+    }
