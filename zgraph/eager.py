@@ -35,11 +35,11 @@ _METADATA: frozenset[Function] = frozenset(
         torch.Tensor.requires_grad_, torch.numel, torch.is_floating_point, torch.is_complex,
     }
 )  # fmt: skip
-"""Functions whose answer needs no value: the parameter itself gives it, and nothing is gathered."""
+"""Functions that use no values: they are given the tensor itself."""
 
 
 class OnTouch(TorchFunctionMode):
-    """While active, every tensor that a torch function is given passes through ``touch`` first."""
+    """While active, every tensor whose values a torch function may use passes through ``touch`` first."""
 
     def touch(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor to use in place of ``tensor``."""
@@ -48,6 +48,8 @@ class OnTouch(TorchFunctionMode):
     def __torch_function__(
         self, func: Function, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func in _METADATA:
+            return func(*args, **(kwargs or {}))
         return func(*_map(self.touch, args), **_map(self.touch, kwargs or {}))
 
 
@@ -78,12 +80,11 @@ class GatherOnUse(OnTouch):
         first = args[0] if args else None
         name = self._names.get(id(first))
         if name is not None:
-            if func in _METADATA or func.__name__ == "__set__":
-                return func(*args, **(kwargs or {}))
             if func == getter("device"):
-                assert self._params.layout is not None
                 return self._params.layout.find(name)[0].device
-            if _writes(func):
+            if getattr(func, "__name__", "") == "__set__":  # such as param.grad = None
+                return func(*args, **(kwargs or {}))
+            if _writes(func) and func not in _METADATA:
                 raise StateError(
                     f"{func.__name__} would write to parameter {name!r}, which is divided over the ranks",
                     fix="change parameters through model.load_state_dict(), or before zgraph.compile",
@@ -93,7 +94,7 @@ class GatherOnUse(OnTouch):
 
 def _writes(func: Function) -> bool:
     """Whether a function writes to its first argument, by torch's naming: ``add_``, ``__iadd__``, ``__setitem__``."""
-    name = func.__name__
+    name = getattr(func, "__name__", "")
     if name.startswith("__"):
         return name == "__setitem__" or (name.startswith("__i") and hasattr(torch.Tensor, f"{name[3:-2]}_"))
     return name.endswith("_")

@@ -69,7 +69,7 @@ def find_meta_modules(model: nn.Module, *, except_for: Iterable[nn.Parameter] = 
         listed = "; ".join(f"{m}: {', '.join([*m.params, *m.buffers])}" for m in helpless[:5])
         more = f"; and {len(helpless) - 5} more" if len(helpless) > 5 else ""
         raise StateError(
-            f"no reset_parameters() to initialise tensors on meta in {len(helpless)} modules: {listed}{more}",
+            f"modules that have tensors on meta have no reset_parameters() to initialise them: {listed}{more}",
             fix="give each a reset_parameters() that fills all its parameters and buffers, or build the model on a "
             "real device",
         )

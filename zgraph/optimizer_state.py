@@ -125,8 +125,12 @@ class OptimizerState:
                     f"optimizer.state has an entry for {what}, which is not one of the model's parameters",
                     fix="zgraph stores state that belongs to parameters; remove the entry",
                 )
-            if any(isinstance(value, torch.Tensor) and value.is_meta and not value.dim() for value in entries.values()):
-                entries = {**entries, **{k: v for k, v in self._initial(param).items() if entries[k].is_meta}}
+            on_meta = [key for key, value in entries.items() if isinstance(value, torch.Tensor) and value.is_meta]
+            if on_meta:
+                numbers = [key for key in on_meta if not entries[key].dim()]
+                # Numbers are needed now; of tensors, only that they can be made when their turn comes.
+                initial = self._initial(param, torch.device("cpu" if numbers else "meta"))
+                entries = {**entries, **{key: initial[key] for key in numbers}}
             if entries:
                 given[names[id(param)]] = entries
         return given
@@ -136,7 +140,9 @@ class OptimizerState:
         given: dict[str, Value] = self._optimizer.state.get(param, {}) if self._optimizer is not None else {}
         if given:
             value = given[key]
-            return self._initial(param)[key] if isinstance(value, torch.Tensor) and value.is_meta else value
+            if isinstance(value, torch.Tensor) and value.is_meta:
+                return self._initial(param, torch.device("cpu"))[key]
+            return value
         bucket, _ = self._layout.find(name)
         value = self.stored[bucket.name][key]
         if not _is_flat(value):
@@ -149,7 +155,7 @@ class OptimizerState:
     def _flat(self, tensors: dict[str, Any]) -> FlatTensors:
         return FlatTensors(self._layout, sharded=self._layout.shard_state, group=self._group, tensors=tensors)
 
-    def _initial(self, param: torch.Tensor) -> dict[str, Value]:
+    def _initial(self, param: torch.Tensor, device: torch.device) -> dict[str, Value]:
         """The state that the optimizer's constructor gives a parameter, where the user's was built on meta.
 
         Adagrad, for one, creates its state there.
@@ -158,16 +164,18 @@ class OptimizerState:
         assert optimizer is not None
         group = next(group for group in optimizer.param_groups if any(p is param for p in group["params"]))
         options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        stand_in = nn.Parameter(torch.empty(param.shape, dtype=param.dtype), requires_grad=param.requires_grad)
+        stand_in = nn.Parameter(torch.empty(param.shape, dtype=param.dtype, device=device))
+        why = "its constructor creates other state when called again"
         try:
             fresh = type(optimizer)([{**options, "params": [stand_in]}], **optimizer.defaults)
+            state: dict[str, Value] = fresh.state[stand_in]
         except (TypeError, ValueError, RuntimeError) as error:
+            state, why = {}, f"its constructor cannot be called again: {type(error).__name__}: {error}"
+        if state.keys() != optimizer.state[param].keys():
             raise StateError(
-                f"{type(optimizer).__name__} created state on meta, which has no values, and cannot be built again "
-                f"for one parameter: {type(error).__name__}: {error}",
-                fix="build the model on a real device, or create the state in step()",
-            ) from error
-        state: dict[str, Value] = fresh.state[stand_in]
+                f"{type(optimizer).__name__} created state on meta, where it has no values, and {why}",
+                fix="build the model on a real device before the optimizer, or create the state in step()",
+            )
         return state
 
     # -- torch's own format -------------------------------------------------------------------------------

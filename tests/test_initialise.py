@@ -1,0 +1,339 @@
+"""A model built on meta gets the values, and leaves the random state, of the same resets on a whole model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from tests.layouts import layout_of
+from zgraph.errors import StateError
+from zgraph.state import TrainingState
+
+WORLDS = [1, 2, 3]
+
+
+class Net(nn.Module):
+    """Torch's own modules, a tied head, and module-level oddities, with sizes that divide by nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(23, 10, padding_idx=0)
+        self.block = Block(10)
+        self.convolution = nn.Conv2d(3, 5, 3)
+        self.normalisation = nn.BatchNorm2d(5)
+        self.recurrent = nn.LSTM(7, 5, num_layers=2)
+        self.attention = nn.MultiheadAttention(10, 2)
+        self.activation = nn.PReLU()
+        self.head = nn.Linear(10, 23)
+        self.head.weight = self.embedding.weight
+
+
+class Block(nn.Module):
+    """Its reset draws numbers for its child too, from ``.data`` and through torch.nn.init."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.empty(size))
+        self.register_buffer("frequencies", torch.empty(size), persistent=False)
+        self.register_buffer("causal", torch.empty(size, size, dtype=torch.bool))
+        self.register_buffer("positions", torch.empty(size, dtype=torch.int64))
+        self.linear = nn.Linear(size, size)
+        self.nothing = nn.Parameter(torch.empty(0, size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.linear.weight.data.normal_()
+        nn.init.uniform_(self.linear.bias)
+        nn.init.trunc_normal_(self.gain)
+        self.frequencies = 1 / torch.arange(1.0, len(self.frequencies) + 1)
+        self.causal.fill_(True).tril_()
+        torch.arange(len(self.positions), out=self.positions)
+
+
+def group() -> dist.ProcessGroup | None:
+    return dist.group.WORLD if dist.is_initialized() else None
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def reset_all(model: nn.Module) -> None:
+    for module in model.modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+        if own and reset is not None:
+            with torch.no_grad():
+                reset()
+
+
+def whole(make: Callable[[], nn.Module], seed: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    model = make()
+    torch.manual_seed(seed)
+    reset_all(model)
+    values = {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    return values, torch.get_rng_state()
+
+
+def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.device("meta"):
+        return make()
+
+
+def commit(model: nn.Module, zero: int) -> TrainingState:
+    state = TrainingState(model, None, group())
+    state.commit(layout_of(model, world(), zero))
+    return state
+
+
+def assert_initialised(model: nn.Module, state: TrainingState, expected: dict[str, torch.Tensor]) -> None:
+    found = {**dict(state.full_params()), **dict(model.named_buffers())}
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        assert not found[name].is_meta, name
+        assert torch.equal(found[name], value), name
+
+
+def equal_to_whole(make: Callable[[], nn.Module], zero: int) -> None:
+    model = on_meta(make)
+    params = dict(model.named_parameters())
+    expected, generator = whole(make, seed=5)
+    torch.manual_seed(5)
+    state = commit(model, zero)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert_initialised(model, state, expected)
+    assert dict(model.named_parameters()) == params, "the same objects, by identity"
+    for name, param in params.items():
+        assert type(param) is nn.Parameter
+        assert param.requires_grad
+        if state.layout.shard_params:
+            assert param.is_meta
+        else:
+            bucket, _ = state.layout.find(name)
+            assert param.untyped_storage().data_ptr() == state.params[bucket.name].untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_meta_model_equals_the_whole_model_from_the_same_seed(ranks, world, zero):
+    ranks.run(equal_to_whole, Net, zero, world=world)
+
+
+def different_seeds() -> None:
+    model = on_meta(Net)
+    expected, advanced = whole(Net, seed=1)
+    torch.manual_seed(1 + dist.get_rank())
+    before = torch.get_rng_state()
+    assert_initialised(model, commit(model, 3), expected)
+    after = advanced if dist.get_rank() == 0 else before
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_rank_0s_random_state_is_used_and_others_get_theirs_back(ranks):
+    ranks.run(different_seeds, world=2)
+
+
+def mixed(zero: int) -> None:
+    """Only some modules are on meta: the others keep their values and draw nothing."""
+    torch.manual_seed(3)
+    model = Net()
+    with torch.device("meta"):
+        model.block = Block(10)
+        model.recurrent = nn.LSTM(7, 5)
+    kept = {name: p.detach().clone() for name, p in model.named_parameters() if not p.is_meta}
+    torch.manual_seed(5)
+    reference = nn.ModuleDict({"block": Block(10), "recurrent": nn.LSTM(7, 5)})
+    torch.manual_seed(5)
+    reset_all(reference)
+    torch.manual_seed(5)
+    found = dict(commit(model, zero).full_params())
+    assert len(kept) + len(list(reference.parameters())) == len(found)
+    for name, value in [*kept.items(), *reference.named_parameters()]:
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_modules_with_real_values_keep_them(ranks, zero):
+    ranks.run(mixed, zero, world=2)
+
+
+class Tied(nn.Module):
+    """The second holder of the tied weight changes what the first wrote, long after."""
+
+    class Head(nn.Module):
+        def __init__(self, weight: nn.Parameter) -> None:
+            super().__init__()
+            self.weight = weight
+
+        def reset_parameters(self) -> None:
+            self.weight.mul_(0.5)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(9, 9)
+        self.between = nn.Linear(9, 9)
+        self.head = self.Head(self.first.weight)
+
+
+class Late(nn.Module):
+    """A later module rescales the weight of an earlier one, which is stored by then."""
+
+    class Scaler(nn.Module):
+        def __init__(self, earlier: nn.Linear) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.empty(3))
+            self.earlier = [earlier]
+
+        def reset_parameters(self) -> None:
+            nn.init.normal_(self.gain)
+            self.earlier[0].weight.div_(self.earlier[0].weight.norm())
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(9, 9)
+        self.scaler = self.Scaler(self.linear)
+
+
+@pytest.mark.parametrize("make", [Tied, Late])
+@pytest.mark.parametrize("world", WORLDS)
+def test_what_later_modules_change_is_changed(ranks, world, make):
+    ranks.run(equal_to_whole, make, 3 if world > 1 else 0, world=world)
+
+
+class Watched(nn.Module):
+    """Notes how much memory the parameters of the whole model have while it is being reset."""
+
+    model: nn.Module
+    seen_bytes: list[int]
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight)
+        with torch._C.DisableTorchFunction():  # or to look would be to touch
+            alive = [p for p in Watched.model.parameters() if not p.is_meta]
+            Watched.seen_bytes.append(sum(p.untyped_storage().nbytes() for p in alive))
+            Watched.references += [StorageWeakRef(p.untyped_storage()) for p in alive]
+
+
+def peak_bytes(sizes: list[int]) -> tuple[list[int], bool]:
+    Watched.model = on_meta(lambda: nn.Sequential(*(Watched(size) for size in sizes)))
+    Watched.seen_bytes, Watched.references = [], []
+    state = commit(Watched.model, 3)
+    assert sum(flat.numel() for flat in state.params.values()) < 0.6 * sum(sizes)
+    return Watched.seen_bytes, all(reference.expired() for reference in Watched.references)
+
+
+def test_only_one_module_is_whole_at_a_time(ranks):
+    sizes = [1000, 3000, 500]
+    for seen_bytes, freed in ranks.run(peak_bytes, sizes, world=2):
+        assert seen_bytes == [4 * size for size in sizes]
+        assert freed
+
+
+class Custom(nn.Module):
+    """A module whose reset does what the test says."""
+
+    def __init__(self, reset: Callable[[Custom], None] | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(5, 3))
+        self.register_buffer("table", torch.empty(4, dtype=torch.bool))
+        if reset is not None:
+            self.reset_parameters = lambda: reset(self)
+
+
+def fill_weight_only(module: Custom) -> None:
+    module.weight.normal_()
+
+
+def fill_buffer_only(module: Custom) -> None:
+    assert module.weight.shape == (5, 3)
+    module.table.zero_()
+
+
+def replace_weight(module: Custom) -> None:
+    module.table.zero_()
+    module.weight = nn.Parameter(torch.zeros(5, 3))
+
+
+def leave_buffer_on_meta(module: Custom) -> None:
+    module.weight.zero_()
+    module.table = torch.ones(4, dtype=torch.bool, device="meta")
+
+
+def fail(module: Custom) -> None:
+    module.weight.normal_()
+    module.table = torch.ones(4)
+    raise ValueError("a bug of the user's")
+
+
+BAD = [
+    (fill_weight_only, StateError, "reset_parameters() of 1 (Custom) does not fill table"),
+    (fill_buffer_only, StateError, "reset_parameters() of 1 (Custom) does not fill weight"),
+    (leave_buffer_on_meta, StateError, "reset_parameters() of 1 (Custom) does not fill table"),
+    (replace_weight, StateError, "reset_parameters() of 1 (Custom) replaces parameter 'weight'"),
+    (fail, ValueError, "a bug of the user's"),
+]
+
+
+def refuse(reset: Callable[[Custom], None] | None, error: type[Exception], message: str) -> None:
+    model = on_meta(lambda: nn.Sequential(nn.Linear(3, 3), Custom(reset)))
+    params, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    generator = torch.get_rng_state()
+    state = TrainingState(model, None, group())
+    with pytest.raises(error, match=re.escape(message)):
+        state.commit(layout_of(model, world(), 3))
+    assert state.layout is None
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert dict(model.named_parameters()) == params
+    assert all(model.get_buffer(name) is buffer for name, buffer in buffers.items())
+    assert all(tensor.is_meta for tensor in [*params.values(), *buffers.values()])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(("reset", "error", "message"), BAD, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_reset_that_does_not_do_its_job_is_refused_and_changes_nothing(ranks, world, reset, error, message):
+    ranks.run(refuse, reset, error, message, world=world)
+
+
+def test_modules_without_reset_parameters_are_named_before_anything_is_touched():
+    message = (
+        "modules that have tensors on meta have no reset_parameters() to initialise them: "
+        "0 (Custom): weight, table; 2 (ParameterList): 0, 1"
+    )
+    with torch.device("meta"):
+        unhelped = nn.ParameterList([torch.empty(2), torch.empty(3)])
+        model = nn.Sequential(Custom(), nn.Linear(3, 3), unhelped)
+    with pytest.raises(StateError, match=re.escape(message)):
+        TrainingState(model, None, None).commit(layout_of(model, 1, 0))
+    assert all(p.is_meta for p in model.parameters())
+
+
+def test_a_meta_buffer_without_a_reset_is_refused():
+    model = nn.Linear(3, 3)
+    model.register_module("rotary", nn.Module())
+    model.rotary.register_buffer("frequencies", torch.empty(4, device="meta"), persistent=False)
+    with pytest.raises(StateError, match=re.escape("rotary (Module): frequencies")):
+        TrainingState(model, None, None).commit(layout_of(model, 1, 0))
+
+
+def train_then_change_layout() -> None:
+    """Parameters that are on meta because they are divided are not initialised again."""
+    model = on_meta(Net)
+    state = commit(model, 3)
+    before = dict(state.full_params())
+    state.commit(layout_of(model, world(), 3, bucket_bytes=4096))
+    found = dict(state.full_params())
+    assert all(torch.equal(found[name], value) for name, value in before.items())
+
+
+def test_another_layout_does_not_initialise_again(ranks):
+    ranks.run(train_then_change_layout, world=2)
