@@ -77,18 +77,19 @@ class GatherOnUse(OnTouch):
     def __torch_function__(
         self, func: Function, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        first = args[0] if args else None
+        kwargs = kwargs or {}
+        first = args[0] if args else kwargs.get("tensor")
         name = self._names.get(id(first))
-        if name is not None:
-            if func == getter("device"):
-                return self._params.layout.find(name)[0].device
-            if getattr(func, "__name__", "") == "__set__":  # such as param.grad = None
-                return func(*args, **(kwargs or {}))
-            if _writes(func) and func not in _METADATA:
-                raise StateError(
-                    f"{func.__name__} would write to parameter {name!r}, which is divided over the ranks",
-                    fix="change parameters through model.load_state_dict(), or before zgraph.compile",
-                )
+        if name is not None and func == getter("device"):
+            return self._params.layout.find(name)[0].device
+        if name is not None and getattr(func, "__name__", "") == "__set__":  # such as param.grad = None
+            return func(*args, **kwargs)
+        written = self._names.get(id(kwargs.get("out"))) or (name if _writes(func) else None)
+        if written is not None and func not in _METADATA:
+            raise StateError(
+                f"{func.__name__} would write to parameter {written!r}, which is divided over the ranks",
+                fix="change parameters through model.load_state_dict(), or before zgraph.compile",
+            )
         return super().__torch_function__(func, types, args, kwargs)
 
 
