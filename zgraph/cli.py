@@ -1,0 +1,90 @@
+"""The ``zgraph`` command: one subcommand per question, each with an example in its help.
+
+What a command found goes to standard output, as a table or with ``--json`` as data; progress and errors go to standard
+error. Scripts can rely on the exit status: 0 all is well, 1 a check failed, 2 bad arguments, 3 it could not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import NoReturn
+
+from rich.console import Console
+from torch.distributed.elastic.multiprocessing import SignalException
+
+from zgraph import demo
+from zgraph.errors import ZgraphError
+
+OK, CHECK_FAILED, BAD_ARGUMENTS, COULD_NOT_RUN, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line, without the usage in front of it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_ARGUMENTS, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _integer(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    report = demo.launch(demo.Options(arguments.steps, arguments.ranks, arguments.zero))
+    if arguments.json:
+        print(json.dumps(report.as_dict()))
+    else:
+        Console().print(demo.render(report))
+    if not report.agrees:
+        largest = max(report.differences)
+        print(f"zgraph demo: the losses part by {largest:.1e}, bound {report.bound:.0e}", file=sys.stderr)
+    return OK if report.agrees else CHECK_FAILED
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="zgraph",
+        description="Train models that do not fit, by compiling the whole training step as one graph.",
+        epilog="Example: zgraph demo --steps 5. Exit status: 0 all is well, 1 a check failed, 2 bad arguments, 3 it "
+        "could not run.",
+    )
+    parser.add_argument("--version", action="version", version=f"zgraph {version('zgraph-compiler')}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    command = commands.add_parser(
+        "demo",
+        help="train a GPT with zgraph and with plain PyTorch, and compare",
+        description="Train a byte-level GPT of 10M parameters on the text of Python's standard library, with zgraph on "
+        "several ranks and with plain PyTorch in one process, and compare losses, memory, communication and time. "
+        f"Exits with status {CHECK_FAILED} if a loss differs by more than {demo.BOUND:.0e}, relative.",
+        epilog="Example: zgraph demo --ranks 2 --zero 1 --steps 5",
+    )
+    defaults = demo.Options()
+    command.add_argument("--steps", type=_integer(2, 10_000), default=defaults.steps, help="default: %(default)s")
+    command.add_argument("--ranks", type=_integer(1, 64), default=defaults.ranks, help="default: %(default)s")
+    command.add_argument("--zero", type=_integer(0, 3), default=defaults.zero, help="ZeRO stage; default: %(default)s")
+    command.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    command.set_defaults(run=_demo)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    arguments = _make_parser().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+    except ZgraphError as error:
+        print(f"zgraph: {error}", file=sys.stderr)
+        return COULD_NOT_RUN
+    except (KeyboardInterrupt, SignalException):
+        return INTERRUPTED
+    return status
