@@ -1,0 +1,191 @@
+"""The benchmark's instruments measure what they say, and the whole of it runs on a tiny model."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[dict[str, ModuleType]]:
+    """The benchmark's modules by name. They are scripts beside each other, so they leave ``sys.modules`` after."""
+    names = [path.stem for path in BENCHMARKS.glob("*.py")]
+    before = {name: sys.modules.pop(name, None) for name in names}
+    sys.path.insert(0, str(BENCHMARKS))
+    yield {name: importlib.import_module(name) for name in names}
+    sys.path.remove(str(BENCHMARKS))
+    for name, module in before.items():
+        del sys.modules[name]
+        if module is not None:
+            sys.modules[name] = module
+
+
+def test_live_bytes_follow_each_allocation(bench: dict[str, ModuleType], tmp_path: Path) -> None:
+    library = bench["memory"].compile_malloc_counter(tmp_path)
+    program = """if True:
+        from memory import Meter
+        meter = Meter()
+        first, second = bytearray(3 << 20), bytearray(2 << 20)
+        both = meter.read()
+        first += bytes(4 << 20)
+        del second
+        one = meter.read()
+        del first
+        meter.restart_peaks()
+        small = [bytes(1000) for _ in range(10000)]
+        none = meter.read()
+        for held in both, one, none:
+            print(held.live_bytes >> 20, held.live_peak_bytes >> 20)
+    """
+    environment = {**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": str(BENCHMARKS)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    (both, both_peak), (one, one_peak), (none, none_peak) = (
+        map(int, line.split()) for line in done.stdout.splitlines()
+    )
+    assert (both, both_peak) == (5, 5)
+    assert one == 7
+    assert one_peak >= 9  # before the second was freed
+    assert (none, none_peak) == (0, 0)
+
+
+def test_resident_peak_sees_pages_that_are_gone(bench: dict[str, ModuleType], tmp_path: Path) -> None:
+    library = bench["memory"].compile_malloc_counter(tmp_path)
+    program = """if True:
+        from memory import Meter
+        meter = Meter()
+        pages = bytearray(b"x") * (64 << 20)
+        del pages
+        held = meter.read()
+        print(held.resident_bytes >> 20, held.resident_peak_bytes >> 20)
+    """
+    environment = {**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": str(BENCHMARKS)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    resident, peak = map(int, done.stdout.split())
+    assert resident < 8
+    assert 63 <= peak < 72
+
+
+def test_ratios_pair_rounds(bench: dict[str, ModuleType]) -> None:
+    spread = bench["comparison"].Spread.of_pairs([2.0, 9.0, 4.0], [1.0, 3.0, 4.0])
+    assert (spread.median, spread.low, spread.high) == (2.0, 1.0, 3.0)
+
+
+def test_losses_that_part_are_a_complaint(bench: dict[str, ModuleType]) -> None:
+    results = []
+    for name, losses in (("single", [2.0, 1.0]), ("ddp", [2.0, 1.0 + 1e-6]), ("fsdp2", [2.0, float("nan")])):
+        result = bench["comparison"].Result(name, "", 10, losses=losses, step_s=[1.0], cpu_s=[1.0], live_peak_bytes=1)
+        results.append(result)
+    entries = bench["command"].parse_entries(["single", "ddp", "fsdp2"])
+    _, _, complaints = bench["command"].report_steps(entries, results)
+    assert [complaint.split(":")[0] for complaint in complaints] == ["fsdp2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "64,2,3,32,256,2"], "width 64 is not a multiple of heads 3"),
+        (["--model", "huge"], "'huge' is neither tiny, small, medium, narrow nor 6 integers"),
+        (["--cap", "2 XB"], "'2 XB' is not a number of bytes"),
+        (["--ranks", "0"], "'0' is not a positive integer"),
+        (["--quick", "--peers", "fsdp3"], "no peer is called 'fsdp3'"),
+        (["--quick", "--peers", "ddp:prefetch=2"], "ddp takes no options"),
+        (["--quick", "--peers", "zgraph-3:prefetch"], "'prefetch' in 'zgraph-3:prefetch' is not option=value"),
+        (["--quick", "--slope"], "not allowed with argument"),
+    ],
+)
+def test_bad_arguments_are_named(
+    bench: dict[str, ModuleType], capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        bench["command"].run(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+class Member:
+    """What a rank serves in these tests."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def number(self) -> int:
+        return self.rank
+
+    def refuse(self) -> None:
+        if self.rank == 1:
+            raise ValueError("rank 1 refuses")
+
+    def exit(self) -> None:
+        os.write(1, b"last words\n")
+        os._exit(3)
+
+    def hoard(self) -> int:
+        return len(b"x" * (256 << 20))
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("refuse", "(?s)rank 1 failed during refuse.*ValueError: rank 1 refuses"),
+        ("exit", "(?s)rank [01] exited with status 3 during exit\nlast words"),
+    ],
+)
+def test_a_failing_rank_ends_all_with_its_reason(
+    bench: dict[str, ModuleType], tmp_path: Path, method: str, message: str
+) -> None:
+    ranks = bench["ranks"].Ranks(Member, 2, tmp_path)
+    assert ranks.ask("number", 30) == [0, 1]
+    with pytest.raises(bench["ranks"].RankError, match=message):
+        ranks.ask(method, 30)
+
+
+def test_a_cap_kills_what_outgrows_it(bench: dict[str, ModuleType], tmp_path: Path) -> None:
+    try:
+        cap = bench["cgroups"].MemoryCap(f"zgraph-test-{os.getpid()}", 64 << 20)
+    except bench["cgroups"].CapError as error:
+        pytest.skip(str(error))
+
+    class Capped(Member):
+        def __init__(self, rank: int) -> None:
+            cap.enter()
+            super().__init__(rank)
+
+    ranks = bench["ranks"].Ranks(Capped, 1, tmp_path)
+    try:
+        assert ranks.ask("number", 30) == [0]
+        assert not cap.killed
+        with pytest.raises(bench["ranks"].RankError, match="rank 0 was ended by SIGKILL during hoard"):
+            ranks.ask("hoard", 30)
+        assert cap.killed
+    finally:
+        ranks.end()
+        cap.remove()
+
+
+@pytest.mark.slow
+def test_quick_run_compares_every_peer(tmp_path: Path) -> None:
+    lines = tmp_path / "results.jsonl"
+    command = [sys.executable, str(BENCHMARKS / "step.py"), "--quick", "--json", str(lines)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = {row["name"]: row for row in map(json.loads, lines.read_text().splitlines())}
+    for name in ("local", "ddp", "zero-redundancy", "fsdp2", "zgraph-0", "zgraph-1", "zgraph-2", "zgraph-3"):
+        assert results[name]["problem"] is None
+        assert len(results[name]["losses"]) == 4
+        assert results[name]["live_peak_bytes"] > results[name]["live_bytes"] > 0
+        assert name in done.stdout
+        if name != "local":
+            assert results[name]["collectives"]
+            assert results[name]["losses"] == pytest.approx(results["single"]["losses"], rel=1e-5)
+            if results[name]["settings"]["private_network"]:
+                assert results[name]["wire_bytes"] > results[name]["num_parameters"] * 4
