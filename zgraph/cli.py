@@ -62,6 +62,7 @@ def _make_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "demo",
+        allow_abbrev=False,
         help="train a GPT with zgraph and with plain PyTorch, and compare",
         description="Train a byte-level GPT of 10M parameters on the text of Python's standard library, with zgraph on "
         "several ranks and with plain PyTorch in one process, and compare losses, memory, communication and time. "

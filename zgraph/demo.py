@@ -296,7 +296,9 @@ def launch(options: Options) -> Report:
         reports: dict[int, Report] = elastic_launch(config, train)(options)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        raise RankError(f"rank {rank} of {options.ranks} failed: {failure.message}") from error
+        record: Any = failure.message  # annotated as text, but a dictionary where a function failed
+        message = record["message"] if isinstance(record, dict) else record
+        raise RankError(f"rank {rank} of {options.ranks} failed: {message}") from error
     return reports[0]
 
 
@@ -305,9 +307,9 @@ def render(report: Report) -> Table:
     options, ours, plain = report.options, report.zgraph, report.plain
     table = Table(
         title=f"GPT over bytes, {report.num_parameters:,} parameters, float32, AdamW",
-        caption=f"Measured in this run, steps alternating. zgraph: {options.ranks} gloo rank(s), {ours.threads} thread(s) "
-        f"each; its first step captures ({report.capture_s:.1f} s) and rewrites ({report.passes_s:.1f} s) the graph. Plain "
-        f"PyTorch: eager, one process, {plain.threads} thread(s), the whole batch. Each step learns from "
+        caption=f"In this run, steps alternating. zgraph: {options.ranks} gloo rank(s) of {ours.threads} thread(s); "
+        f"its first step captures ({report.capture_s:.1f} s) and rewrites ({report.passes_s:.1f} s) the graph. "
+        f"Plain PyTorch: eager, one process of {plain.threads} thread(s), the whole batch. Each step learns from "
         f"{report.bytes_per_step:,} of {report.text_bytes:,} bytes of text. Memory is what is kept between steps; "
         "collectives are those of one rank in one step.",
         show_edge=False,
@@ -322,10 +324,8 @@ def render(report: Report) -> Table:
             f"loss, step {step + 1}", f"{ours.losses[step]:.6f}", f"{plain.losses[step]:.6f}", f"{difference:.1e}"
         )
     table.add_section()
-    verdict = "ok" if report.agrees else "TOO LARGE"
-    table.add_row(
-        "largest difference, relative", f"bound {report.bound:.0e}", "", f"{max(report.differences):.1e} {verdict}"
-    )
+    largest = f"{max(report.differences):.1e} {'ok' if report.agrees else 'TOO LARGE'}"
+    table.add_row("largest difference, relative", f"bound {report.bound:.0e}", "", largest)
 
     table.add_section()
     for name, attribute in (("parameters", "param_bytes"), ("optimizer state", "optimizer_state_bytes")):
