@@ -45,7 +45,11 @@ def load_malloc_counter(environment: dict[str, str]) -> None:
     directory = os.environ.pop(_DIRECTORY_VARIABLE, None)
     if directory is None:
         directory = tempfile.mkdtemp(prefix="zgraph-bench-")
-        library = compile_malloc_counter(Path(directory))
+        try:
+            library = compile_malloc_counter(Path(directory))
+        except RuntimeError:
+            shutil.rmtree(directory)
+            raise
         outer = os.environ.get("LD_PRELOAD", "")
         started_anew = {
             _DIRECTORY_VARIABLE: directory,
