@@ -139,7 +139,7 @@ def forward(case: str, training: bool) -> None:
     assert all(p.is_meta for p in model.parameters())
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES)
 def test_forward_equals_that_of_the_whole_model(ranks, case, training):
     ranks.run(forward, case, training, world=2)
@@ -211,18 +211,19 @@ def into_out(p: nn.Parameter) -> None:
     torch.add(torch.ones(5, 4), 1, out=p)
 
 
-def write(how: Callable[[nn.Parameter], None]) -> None:
+def write(ways: list[Callable[[nn.Parameter], None]]) -> None:
     model, _ = made("ways")
     state = divided(model)
     before = dict(state.full_params())
-    with pytest.raises(StateError, match="would write to parameter 'a'"), torch.no_grad(), GatherOnUse(state):
-        how(model.a)
-    assert all(torch.equal(value, before[name]) for name, value in state.full_params())
+    for how in ways:
+        with pytest.raises(StateError, match="would write to parameter 'a'"), torch.no_grad(), GatherOnUse(state):
+            how(model.a)
+        assert all(torch.equal(value, before[name]) for name, value in state.full_params())
 
 
-@pytest.mark.parametrize("how", [add_in_place, augmented, assign_item, initialise, initialise_by_keyword, into_out])
-def test_writing_to_a_divided_parameter_is_refused(ranks, how):
-    ranks.run(write, how, world=2)
+def test_writing_to_a_divided_parameter_is_refused(ranks):
+    ways = [add_in_place, augmented, assign_item, initialise, initialise_by_keyword, into_out]
+    ranks.run(write, ways, world=2)
 
 
 def test_whole_parameters_are_used_as_they_are():

@@ -15,7 +15,7 @@ from tests.layouts import layout_of
 from zgraph.errors import StateError
 from zgraph.state import TrainingState
 
-WORLDS = [1, 2, 3]
+WORLDS = [1, 2, pytest.param(3, marks=pytest.mark.slow)]
 
 
 class Net(nn.Module):
@@ -158,7 +158,7 @@ def mixed(zero: int) -> None:
         assert torch.equal(found[name], value), name
 
 
-@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_modules_with_real_values_keep_them(ranks, zero):
     ranks.run(mixed, zero, world=2)
 
@@ -298,7 +298,7 @@ def refuse(reset: Callable[[Custom], None] | None, error: type[Exception], messa
     assert all(tensor.is_meta for tensor in [*params.values(), *buffers.values()])
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("reset", "error", "message"), BAD, ids=lambda value: getattr(value, "__name__", ""))
 def test_a_reset_that_does_not_do_its_job_is_refused_and_changes_nothing(ranks, world, reset, error, message):
     ranks.run(refuse, reset, error, message, world=world)

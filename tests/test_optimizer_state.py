@@ -130,6 +130,11 @@ def assert_same(found: Any, expected: Any, path: str = "") -> None:
         assert found == expected, path
 
 
+def absorb_all(zero: int) -> None:
+    for make in OPTIMIZERS:
+        absorb(make, zero)
+
+
 def absorb(make: Make, zero: int) -> None:
     model, optimizer = trained(make)
     expected = copy.deepcopy(optimizer.state_dict())
@@ -153,10 +158,16 @@ def is_large(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() > 0
 
 
-@pytest.mark.parametrize(("world", "zero"), [(1, 0), (2, 0), (2, 1), (2, 3), (3, 3)])
+@pytest.mark.parametrize(
+    ("world", "zero"), [(1, 0), (2, 0), (2, 1), (2, 3), pytest.param(3, 3, marks=pytest.mark.slow)]
+)
 def test_existing_state_moves_to_the_buckets_and_is_given_back(ranks, world, zero):
+    ranks.run(absorb_all, zero, world=world)
+
+
+def load_all(zero: int) -> None:
     for make in OPTIMIZERS:
-        ranks.run(absorb, make, zero, world=world)
+        load(make, zero)
 
 
 def load(make: Make, zero: int) -> None:
@@ -183,8 +194,7 @@ def load(make: Make, zero: int) -> None:
 
 @pytest.mark.parametrize(("world", "zero"), [(1, 0), (2, 1), (2, 3)])
 def test_a_loaded_state_dict_is_given_back(ranks, world, zero):
-    for make in OPTIMIZERS:
-        ranks.run(load, make, zero, world=world)
+    ranks.run(load_all, zero, world=world)
 
 
 def load_old_format() -> None:
@@ -223,6 +233,11 @@ def test_loaded_state_takes_the_dtype_of_its_parameter(ranks):
     ranks.run(load_half_precision, world=2)
 
 
+def change_layouts(steps: list[dict[str, Any]]) -> None:
+    for make in (adamw, Lion):
+        change_layout(make, steps)
+
+
 def change_layout(make: Make, steps: list[dict[str, Any]]) -> None:
     model, optimizer = trained(make)
     expected = copy.deepcopy(optimizer.state_dict())
@@ -235,7 +250,7 @@ def change_layout(make: Make, steps: list[dict[str, Any]]) -> None:
         assert_same(optimizer.state_dict(), expected)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_another_layout_keeps_every_value(ranks, world):
     steps = [
         {"zero": 0},
@@ -244,8 +259,7 @@ def test_another_layout_keeps_every_value(ranks, world):
         {"zero": 1, "bucket_bytes": 64},
         {"zero": 0},
     ]
-    for make in (adamw, Lion):
-        ranks.run(change_layout, make, steps, world=world)
+    ranks.run(change_layouts, steps, world=world)
 
 
 def create_in_executor() -> None:
@@ -411,6 +425,11 @@ def test_state_that_cannot_share_a_bucket_is_refused_at_commit(spoil, message):
     assert_same(optimizer.state_dict(), expected)
 
 
+def refuse_loads(cases: list[tuple[Callable[[dict[str, Any]], None], str]]) -> None:
+    for spoil, message in cases:
+        refuse_load(spoil, message)
+
+
 def refuse_load(spoil: Callable[[dict[str, Any]], None], message: str) -> None:
     model, optimizer = trained(adamw)
     expected = copy.deepcopy(optimizer.state_dict())
@@ -426,9 +445,8 @@ def refuse_load(spoil: Callable[[dict[str, Any]], None], message: str) -> None:
     assert_same(optimizer.state_dict(), expected)
 
 
-@pytest.mark.parametrize(("spoil", "message"), [bad for bad in BAD if bad[0] is not wrong_dtype])
-def test_a_state_dict_that_does_not_fit_changes_nothing(ranks, spoil, message):
-    ranks.run(refuse_load, spoil, message, world=2)
+def test_a_state_dict_that_does_not_fit_changes_nothing(ranks):
+    ranks.run(refuse_loads, [bad for bad in BAD if bad[0] is not wrong_dtype], world=2)
 
 
 def test_a_state_dict_of_another_optimizer_is_refused_by_torch_and_changes_nothing():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 import warnings
 from typing import Any
 
@@ -16,7 +17,7 @@ from tests.layouts import layout_of
 from zgraph.errors import StateError
 from zgraph.state import TrainingState
 
-WORLDS = [1, 2, 3]
+WORLDS = [1, 2, pytest.param(3, marks=pytest.mark.slow)]
 
 
 class Awkward(nn.Module):
@@ -97,7 +98,10 @@ def take_over(zero: int) -> None:
     assert model.shift.grad is None
     assert model.head.weight is model.embedding.weight
     assert [p.requires_grad for p in params.values()] == [p.requires_grad for p in of_rank_0.parameters()]
-    assert all(storage.expired() for storage in storages), "the memory from before is free"
+    deadline = time.monotonic() + 10
+    while not all(storage.expired() for storage in storages):  # gloo's thread drops what it sent a moment later
+        assert time.monotonic() < deadline, "the memory from before is not freed"
+        time.sleep(0.01)
 
     assert_same(dict(state.full_params()), dict(of_rank_0.named_parameters()))
     assert_same(dict(model.named_buffers()), dict(of_rank_0.named_buffers()))
@@ -135,7 +139,7 @@ def padding_of_shards(zero: int) -> list[float]:
     return sums
 
 
-@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_padding_is_zero(ranks, zero):
     assert not any(ranks.run(padding_of_shards, zero, world=2)[0])
 
