@@ -32,6 +32,7 @@ class Pass:
         return type(self).__name__
 
     def rewrite(self, program: Program) -> None:
+        """Edit ``program`` in place; the runner has made it a copy, and verifies it afterwards."""
         raise NotImplementedError
 
     def __call__(self, program: Program) -> Program:
