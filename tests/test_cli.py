@@ -1,0 +1,123 @@
+"""The command line: what it says, where, and with which exit status."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from importlib.metadata import entry_points, version
+
+import pytest
+
+from zgraph import cli, demo
+from zgraph.errors import RankError
+
+
+def make_report(our_losses: list[float]) -> demo.Report:
+    """A report of two steps, in which plain PyTorch's losses are 2 and 1."""
+    ours = demo.Run(1, our_losses, [9.0, 0.5], 50, 100, {"all_gather": {"count": 3, "bytes": 4000}})
+    plain = demo.Run(2, [2.0, 1.0], [1.0, 0.25], 100, 200)
+    return demo.Report(demo.Options(steps=2), 25, 1000, 64, zgraph=ours, plain=plain)
+
+
+@pytest.fixture
+def launch(monkeypatch: pytest.MonkeyPatch) -> Callable[[demo.Report | BaseException], None]:
+    """Make ``zgraph demo`` end with a given report or error."""
+
+    def end_with(outcome: demo.Report | BaseException) -> None:
+        def launch(_options: demo.Options) -> demo.Report:
+            if isinstance(outcome, BaseException):
+                raise outcome
+            return outcome
+
+        monkeypatch.setattr(demo, "launch", launch)
+
+    return end_with
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "COMMAND"),
+        (["bogus"], "bogus"),
+        (["demo", "--bogus"], "--bogus"),
+        (["demo", "--step", "5"], "--step"),
+        (["demo", "--steps", "1"], "'1' is not an integer from 2 to 10000"),
+        (["demo", "--ranks", "0"], "'0' is not an integer from 1 to 64"),
+        (["demo", "--zero", "4"], "'4' is not an integer from 0 to 3"),
+        (["demo", "--zero", "three"], "'three' is not an integer"),
+    ],
+)
+def test_bad_arguments_get_one_line(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    printed = capsys.readouterr()
+    assert stop.value.code == 2
+    assert says in printed.err
+    assert printed.err.count("\n") == 1
+    assert not printed.out
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"]])
+def test_help_has_an_example(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 0
+    assert "Example: zgraph demo" in capsys.readouterr().out
+
+
+def test_the_version_is_the_distributions(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"zgraph {version('zgraph-compiler')}\n"
+
+
+def test_the_console_script_is_main() -> None:
+    (script,) = entry_points(group="console_scripts", name="zgraph")
+    assert script.load() is cli.main
+
+
+def test_demo_prints_a_table_and_succeeds(launch: Callable[[object], None], capsys: pytest.CaptureFixture[str]) -> None:
+    launch(make_report([2.0, 1.00001]))
+    assert cli.main(["demo"]) == 0
+    printed = capsys.readouterr()
+    for part in ("loss, step 2", "1.000010", "1.0e-05 ok", "x 0.50", "3 of 4.0 kB", "x 2.00"):
+        assert part in printed.out
+    assert not printed.err
+
+
+def test_demo_prints_json(launch: Callable[[object], None], capsys: pytest.CaptureFixture[str]) -> None:
+    launch(make_report([2.0, 1.0]))
+    assert cli.main(["demo", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["agrees"] is True
+    assert report["differences"] == [0.0, 0.0]
+    assert report["zgraph"]["param_bytes"] == 50
+    assert report["plain"]["losses"] == [2.0, 1.0]
+
+
+@pytest.mark.parametrize("loss", [1.001, 0.999, math.nan, math.inf])
+def test_demo_fails_when_losses_part(
+    loss: float, launch: Callable[[object], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch(make_report([2.0, loss]))
+    assert cli.main(["demo"]) == 1
+    printed = capsys.readouterr()
+    assert "TOO LARGE" in printed.out
+    assert "the losses part by" in printed.err
+    assert "bound 1e-04" in printed.err
+
+
+def test_an_error_is_told_with_its_own_status(
+    launch: Callable[[object], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch(RankError("rank 1 of 2 failed: out of memory", fix="use more ranks"))
+    assert cli.main(["demo"]) == 3
+    printed = capsys.readouterr()
+    assert printed.err == "zgraph: rank 1 of 2 failed: out of memory\n  fix: use more ranks\n"
+    assert not printed.out
+
+
+def test_an_interrupt_is_not_a_failure(launch: Callable[[object], None]) -> None:
+    launch(KeyboardInterrupt())
+    assert cli.main(["demo"]) == 130
