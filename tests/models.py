@@ -5,8 +5,6 @@ draws random numbers or normalises over the batch (``per_rank``), N ranks are no
 batch, and the reference is ``DistributedDataParallel``; everywhere else it is one process.
 """
 
-# ruff: noqa: ARG002, forward is called with the whole batch, of which the loss may be the only user
-
 from __future__ import annotations
 
 import functools
@@ -235,7 +233,7 @@ class ResNet(nn.Module):
             nn.BatchNorm2d(num_out),
             nn.ReLU(inplace=True),
             nn.Conv2d(num_out, num_out, 3, padding=1, bias=False),
-            nn.BatchNorm2d(num_out, momentum=None),
+            nn.BatchNorm2d(num_out, momentum=0.3),
         )
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 class Lion(Optimizer):
     """Lion (Chen et al., 2023) as a user would write it: ordinary tensor operators, a Python step count, ``math``.
 
-    The learning rate warms up with the square root of the step, so the count matters.
+    The learning rate falls with the square root of the step, so the count matters; ``warm_up`` steps also halve it.
     """
 
     def __init__(
@@ -27,8 +27,9 @@ class Lion(Optimizer):
         lr: float = 1e-2,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.1,
+        warm_up: int = 0,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "warm_up": warm_up})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -43,7 +44,9 @@ class Lion(Optimizer):
                     state["step"] = 0
                     state["momentum"] = torch.zeros_like(p)
                 state["step"] += 1
-                lr = group["lr"] * min(1.0, math.sqrt(state["step"] / 5))
+                lr = group["lr"] / math.sqrt(state["step"])
+                if state["step"] < group["warm_up"]:
+                    lr /= 2
                 p.mul_(1 - lr * group["weight_decay"])
                 p.add_(torch.sign(beta1 * state["momentum"] + (1 - beta1) * p.grad), alpha=-lr)
                 state["momentum"].mul_(beta2).add_(p.grad, alpha=1 - beta2)
@@ -97,6 +100,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "rmsprop": _all(RMSprop, lr=1e-2),
     "rmsprop_centered": _all(RMSprop, lr=1e-2, centered=True, momentum=0.9, weight_decay=0.1),
     "lion": _all(Lion),
+    "lion_warm_up": _all(Lion, warm_up=5),
 }
 
 
