@@ -3,6 +3,7 @@
 #   make test     every test; `make quick` only those that together take less than a minute
 #   make lint     ruff and strict mypy
 #   make bench    zgraph beside DDP, FSDP2 and plain PyTorch
+#   make clean    remove .venv and everything that was built
 # PYTHON=python3.12 make test   chooses the interpreter (3.10 to 3.13); changing it makes .venv anew.
 
 PYTHON ?= python3
@@ -28,7 +29,7 @@ export OMP_NUM_THREADS ?= 1
 .NOTPARALLEL:
 .PHONY: demo test quick lint bench types clean
 
-demo: $(VENV)/for-demo
+demo: $(VENV)/package
 	$(BIN)/zgraph demo
 
 test: $(VENV)/for-test
@@ -48,7 +49,7 @@ types: $(VENV)/for-lint
 	ln -s $(CURDIR)/zgraph/* $(CURDIR)/passes $(CURDIR)/codegen build/types/zgraph/
 	MYPYPATH=build/types $(BIN)/mypy -p zgraph
 
-bench: $(VENV)/for-bench
+bench: $(VENV)/package
 	$(BIN)/python benchmarks/step.py
 
 clean:
@@ -64,7 +65,7 @@ $(VENV)/torch: $(INTERPRETER)
 	$(BIN)/python -m pip install '$(TORCH)'
 	touch $@
 
-$(VENV)/for-demo: $(VENV)/torch pyproject.toml
+$(VENV)/package: $(VENV)/torch pyproject.toml
 	$(BIN)/python -m pip install --editable .
 	touch $@
 
