@@ -14,6 +14,8 @@ from torch import fx
 
 from zgraph import ops
 from zgraph.codegen.source import SourceWriter
+from zgraph.heap import release_free_memory
+from zgraph.liveness import alive_bytes
 from zgraph.program import Phase, Program, describe
 
 
@@ -38,7 +40,10 @@ def emit(program: Program) -> Step:
     lines.append("    inputs.clear()")
     phase: Phase | None = None
     module = ""
+    full = _where_memory_is_short(program)
     for node in program.graph.nodes:
+        if node in full:
+            lines.append(f"    {writer.bind(release_free_memory, 'release_free_memory')}()  # memory is short from here")
         if node.op == "output":
             lines.append(f"    return {writer.argument(node.args[0], names)}")
         if node.op != "call_function":
@@ -70,6 +75,19 @@ def _expression(writer: SourceWriter, node: fx.Node, names: dict[fx.Node, str]) 
     if node.target is ops.shard:
         return f"comm.shard({arg(0)})"
     return writer.call(node, names)
+
+
+_SHORT = (0.0, 0.6, 0.8, 0.9, 1.0)
+"""Fractions of the peak of temporary memory; free heap pages are returned when each is first reached."""
+
+
+def _where_memory_is_short(program: Program) -> set[fx.Node]:
+    """Calls before which host memory should be returned; none on devices that manage their own memory."""
+    if program.layout is None or any(bucket.device.type != "cpu" for bucket in program.layout.buckets):
+        return set()
+    alive = [item for item in alive_bytes(program) if item[0].op == "call_function"]
+    peak = max(num_bytes for _, num_bytes in alive)
+    return {next(node for node, num_bytes in alive if num_bytes >= fraction * peak) for fraction in _SHORT}
 
 
 def _last_uses(program: Program) -> dict[fx.Node, list[fx.Node]]:

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from zgraph.codegen.source import SourceWriter
+from zgraph.program import show, target_name
 
 SLICE = 32768
 """Elements per slice: a dozen float32 slices fit a 2 MiB second-level cache."""
@@ -39,6 +40,19 @@ class Kernel:
     @property
     def __name__(self) -> str:
         return self.name
+
+    def __str__(self) -> str:
+        """The body as an expression list, independent of node names."""
+        number = {node: f"%{i}" for i, node in enumerate(self.body.nodes)}
+        lines = [
+            f"{number[n]} = {target_name(n.target)}({', '.join(show(a, number) for a in n.args)}"
+            + "".join(f", {k}={show(v, number)}" for k, v in sorted(n.kwargs.items()))
+            + ")"
+            for n in self.body.nodes
+            if n.op == "call_function"
+        ]
+        results = show(self.body.output_node().args[0], number)
+        return f"{self.name}{{{'; '.join(lines)}; return {results} over {list(self.writes)}}}"
 
     def __call__(self, *inputs: Any) -> list[torch.Tensor]:
         """Run on real tensors, or infer on fake ones."""

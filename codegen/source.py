@@ -86,7 +86,8 @@ class SourceWriter:
         short = getattr(target, "__name__", "").lstrip("_").removeprefix("sym_")
         if not isinstance(target, torch._ops.OpOverload) and short in _MATH:
             return f"{self.bind(_MATH[short], short)}({', '.join(args)})"
-        hint = target_name(target).removeprefix("aten.").removesuffix(".default")
+        hint = target.name if hasattr(target, "body") else target_name(target)
+        hint = hint.removeprefix("aten.").removesuffix(".default")
         return f"{self.bind(target, hint)}({', '.join(args)})"
 
     def compile(self, source: str, name: str, filename: str) -> Callable[..., Any]:

@@ -7,25 +7,30 @@ from zgraph.layout import Layout
 from zgraph.passes.bucket import FormBuckets
 from zgraph.passes.inplace import UpdateInPlace
 from zgraph.passes.schedule import Overlap
-from zgraph.passes.shard import AverageGradients, ShardGradients, ShardOptimizer, ShardParams
+from zgraph.passes.shard import AverageGradients, ReadParamsEarly, ShardGradients, ShardOptimizer, ShardParams
 from zgraph.passes.tidy import Tidy
 from zgraph.pipeline import Pass
 from zgraph.program import Mesh
 
 
 def default_passes(config: Config, mesh: Mesh, layout: Layout | None = None) -> tuple[Pass, ...]:
-    """The passes for a configuration, in order; ZeRO-n is the first n + 1 of the four sharding passes.
+    """The passes for a configuration, in order; ZeRO-n is the first n + 1 of its four steps.
 
     Args:
         config: options.
         mesh: the ranks.
         layout: buckets that exist already and are to be kept if the program allows it.
     """
-    zero: tuple[Pass, ...] = (AverageGradients(mesh), ShardOptimizer(mesh), ShardGradients(mesh), ShardParams(mesh))
+    zero: tuple[tuple[Pass, ...], ...] = (
+        (AverageGradients(mesh),),
+        (ShardOptimizer(mesh),),
+        (ShardGradients(mesh),),
+        (ReadParamsEarly(), ShardParams(mesh)),
+    )
     return (
         Tidy(),
         FormBuckets(mesh.size, config.bucket_bytes, layout),
-        *zero[: config.zero + 1],
+        *(p for stage in zero[: config.zero + 1] for p in stage),
         Overlap(config.prefetch, config.bucket_bytes),
         UpdateInPlace(),
     )
@@ -35,6 +40,7 @@ __all__ = [
     "AverageGradients",
     "FormBuckets",
     "Overlap",
+    "ReadParamsEarly",
     "ShardGradients",
     "ShardOptimizer",
     "ShardParams",

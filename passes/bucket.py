@@ -81,6 +81,7 @@ class _Updates:
         self.gradient: dict[str, fx.Node] = {}
         self.expression: dict[str, Hashable] = {}
         self.nodes: dict[str, list[fx.Node]] = {}
+        self.shared: list[fx.Node] = []  # arithmetic on hyperparameters alone
         self.results: dict[str, dict[Input, Any]] = {}
         self._program = program
         self._terms: dict[Hashable, int] = {}
@@ -182,7 +183,7 @@ class _Updates:
         self._set(node, key, name if owners or gradients else None)
         if any(n in self._vector for n in node.all_input_nodes):
             self._vector.add(node)
-        self.nodes[name].append(node)
+        (self.nodes[name] if owners or gradients else self.shared).append(node)
 
     def _is_gradient(self, node: fx.Node) -> bool:
         return node.op != "placeholder" and node.meta["origin"].phase is not Phase.UPDATE
@@ -198,10 +199,6 @@ class _Updates:
         """
         result = self.results[name][Input(Role.OPT_STATE, name, key)]
         return isinstance(result, fx.Node) and result in self._vector
-
-    def depends_on_parameter(self, node: fx.Node) -> bool:
-        """False for arithmetic on hyperparameters alone, which all parameters share."""
-        return self._owner.get(node) is not None
 
     def _coupled(self, node: fx.Node, name: str) -> OptimizerError:
         origin = node.meta.get("origin")
@@ -237,7 +234,6 @@ class _Flattener:
         self.params = program.inputs(Role.PARAM)
         self.states = program.inputs(Role.OPT_STATE)
         self.first = next(n for n in program.graph.nodes if n.op == "call_function")
-        self.shared: dict[fx.Node, fx.Node] = {}
         self.replaced = [node for node, what in program.placeholders() if what.role in (Role.PARAM, Role.OPT_STATE)]
 
     def run(self) -> None:
@@ -250,6 +246,9 @@ class _Flattener:
                 results.append(result)
         init: dict[tuple[str, str], StateInit] = {}
         anchor = next(iter(program.graph.nodes))
+        for node in self.updates.shared:
+            node.meta["origin"] = replace(node.meta["origin"], module="")
+            self.first.prepend(node)
         for bucket in self.layout.buckets:
             flat = program.placeholder(
                 Input(Role.PARAM, bucket.name), program.empty([bucket.numel], bucket.dtype, bucket.device), before=anchor
@@ -336,7 +335,7 @@ class _Flattener:
 
         def copied(arg: Any) -> Any:
             if isinstance(arg, fx.Node):
-                return copies.get(arg, self.shared.get(arg, arg))
+                return copies.get(arg, arg)
             if isinstance(arg, (list, tuple)):
                 if model.shape and tuple(arg) == model.shape:
                     return [bucket.numel]
@@ -347,12 +346,7 @@ class _Flattener:
             origin = replace(node.meta["origin"], module=bucket.name)
             args = tuple(map(copied, node.args))
             kwargs = {key: copied(value) for key, value in node.kwargs.items()}
-            if self.updates.depends_on_parameter(node):
-                copies[node] = program.call(node.target, *args, origin=origin, before=before, **kwargs)
-            elif node not in self.shared:
-                self.shared[node] = program.call(
-                    node.target, *args, origin=replace(origin, module=""), before=self.first, **kwargs
-                )
+            copies[node] = program.call(node.target, *args, origin=origin, before=before, **kwargs)
         return {
             replace(what, name=bucket.name): copied(result) for what, result in self.updates.results[model.name].items()
         }

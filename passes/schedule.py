@@ -12,7 +12,7 @@ from torch import fx
 
 from zgraph import ops
 from zgraph.pipeline import Pass
-from zgraph.program import Phase, Program, Role, Stage, update_nodes
+from zgraph.program import Phase, Program, Role, Stage, readers, update_nodes
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Overlap(Pass):
         top = max((order[node] for node, _ in program.placeholders()), default=-1)
         for i, wait in enumerate(waits if self.prefetch else ()):
             start, val = wait.args[0], wait.meta["val"]
-            if val.numel() * val.element_size() <= self.limit_bytes:
+            if val.nbytes <= self.limit_bytes:
                 after = order[waits[i - self.prefetch]] if i >= self.prefetch else top
                 place[start] = (after, FIRST, order[start])
 
@@ -83,7 +83,7 @@ class Overlap(Pass):
         for _, name, wait in reductions:
             groups[name].insert(0, wait)
         for name, group in groups.items():
-            last_read = max((order[n] for n in readers(params[name], set(group))), default=-1)
+            last_read = max((order[n] for n in readers(params[name]) - set(group)), default=-1)
             anchor = max(after[name], last_read)
             for node in group:
                 place[node] = (anchor, NEXT, order[group[0]], order[node])
@@ -94,20 +94,3 @@ FIRST, NEXT, LAST = 0, 1, 2
 
 Places = dict[fx.Node, tuple[int, ...]]
 """Where each node goes: its own old position, or that of the node it follows and then a rank among its like."""
-
-
-def readers(flat: fx.Node, update: set[fx.Node]) -> set[fx.Node]:
-    """Everything outside ``update`` that reads a parameter buffer, directly or through views of it.
-
-    A gather reads until it is waited for.
-    """
-    found: set[fx.Node] = set()
-    queue = [flat]
-    while queue:
-        for user in queue.pop().users:
-            if user in update or user in found or user.op != "call_function":
-                continue
-            found.add(user)
-            if ops.is_view(user.target) or user.target in ops.STARTS:
-                queue.append(user)
-    return found

@@ -128,6 +128,33 @@ class ShardGradients(Pass):
 
 
 @dataclass(frozen=True)
+class ReadParamsEarly(Pass):
+    """Let backward read a parameter as soon as it can, so that what was gathered for it is free earlier.
+
+        gw = mm(t(gy), x)               gx = mm(gy, w)      # w is free from here
+        gx = mm(gy, w)           ->     gw = mm(t(gy), x)
+
+    An operator moves up to its latest other input, unless its result is larger than the bucket it reads.
+    """
+
+    takes, gives = Stage.SHARDED, Stage.SHARDED
+
+    def rewrite(self, program: Program) -> None:
+        assert program.layout is not None
+        order = {node: i for i, node in enumerate(program.graph.nodes)}
+        flats = {name: node for (name, _), node in program.inputs(Role.PARAM).items()}
+        for bucket in program.layout.buckets:
+            family = set(_derived(flats[bucket.name], order))
+            for node in {user for member in family for user in member.users} - family:
+                if node.op != "call_function" or node.meta["origin"].phase is not Phase.BACKWARD:
+                    continue
+                val = node.meta["val"]
+                others = [source for source in node.all_input_nodes if source not in family]
+                if others and isinstance(val, torch.Tensor) and val.nbytes <= bucket.num_bytes:
+                    max(others, key=order.__getitem__).append(node)
+
+
+@dataclass(frozen=True)
 class ShardParams(Pass):
     """Each rank keeps 1/N of the parameters; a bucket is gathered before the forward reads it, and again before
     the backward does, and is free to go after the last read of each.

@@ -7,6 +7,7 @@ parameters move into their buckets. Until that moment the user's model and optim
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import time
@@ -28,10 +29,12 @@ from zgraph.config import Config
 from zgraph.eager import GatherOnUse
 from zgraph.errors import CaptureError, OptimizerError, OptionError, ZgraphError
 from zgraph.execute import Executable
+from zgraph.heap import release_free_memory
 from zgraph.passes import default_passes
 from zgraph.pipeline import PassRecord, run
 from zgraph.program import Guard, Mesh, Program
 from zgraph.state import TrainingState
+from zgraph.tracing import forget
 from zgraph.update import StateEntry, StateSpec, hyperparameters, structure
 
 log = logging.getLogger("zgraph")
@@ -184,6 +187,9 @@ class _Runtime:
             compiled = self._compile(args, kwargs)
             self.cache.setdefault(key, []).append(compiled)
         self._last = compiled
+        layout = compiled.executable.program.layout
+        assert layout is not None
+        self.state.commit(layout)
         self.comm.traffic.clear()
         loss = compiled.executable.run([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], hypers)
         self._facts_seen = facts = self._facts(leaves, spec)
@@ -213,9 +219,11 @@ class _Runtime:
         finally:
             self._capturing = False
         self.agreement.share_outcome(digest, error)
-        assert result.program.layout is not None
-        self.state.commit(result.program.layout)
         executable = Executable(result.program, emit(result.program), self.state, self.comm)
+        del program
+        forget()
+        gc.collect()  # graphs are full of cycles; what capture left behind is gone before the first step
+        release_free_memory()
         return _Compiled(executable, result.program.guards, result.records, capture_s)
 
     def _device(self) -> torch.device | None:

@@ -217,18 +217,9 @@ class Program:
         node.meta["origin"] = replace(origin, made_by=self._made_by)
         return node
 
-    def placeholder(self, what: Input, val: Any, *, before: fx.Node | None = None) -> fx.Node:
-        """Create a placeholder, before ``before`` or after the last existing placeholder."""
-        last = None
-        for last in self.graph.find_nodes(op="placeholder"):
-            pass
-        if before is not None:
-            context = self.graph.inserting_before(before)
-        elif last is not None:
-            context = self.graph.inserting_after(last)
-        else:
-            context = self.graph.inserting_before(next(iter(self.graph.nodes)))
-        with context:
+    def placeholder(self, what: Input, val: Any, *, before: fx.Node) -> fx.Node:
+        """Create a placeholder before the node ``before``."""
+        with self.graph.inserting_before(before):
             node = self.graph.placeholder(what.role.value)
         node.meta.update(input=what, val=val)
         return node
@@ -264,8 +255,8 @@ class Program:
         lines = []
         for node in self.graph.nodes:
             args = ", ".join(
-                [_show(a, number) for a in node.args]
-                + [f"{k}={_show(v, number)}" for k, v in sorted(node.kwargs.items())]
+                [show(a, number) for a in node.args]
+                + [f"{k}={show(v, number)}" for k, v in sorted(node.kwargs.items())]
             )
             if node.op == "placeholder":
                 line = f"{number[node]}: {describe(node.meta['val'])} = input {node.meta['input']}"
@@ -312,8 +303,23 @@ def update_nodes(program: Program) -> dict[str, list[fx.Node]]:
     return found
 
 
+def readers(flat: fx.Node) -> set[fx.Node]:
+    """Calls that read the memory of ``flat``, directly or through views of it; a collective until it is waited for."""
+    found: set[fx.Node] = set()
+    queue = [flat]
+    while queue:
+        for user in queue.pop().users:
+            if user.op == "call_function" and user not in found:
+                found.add(user)
+                if ops.is_view(user.target) or user.target in ops.STARTS:
+                    queue.append(user)
+    return found
+
+
 def target_name(target: Any) -> str:
-    """``aten.mm.default`` for operator overloads, ``operator.mul`` for Python functions."""
+    """``aten.mm.default`` for operator overloads, ``operator.mul`` for Python functions, a kernel's own text."""
+    if hasattr(target, "body"):
+        return str(target)
     if isinstance(target, torch._ops.OpOverload):
         return str(target)
     module = getattr(target, "__module__", "").removeprefix("_")
@@ -341,14 +347,15 @@ def describe(val: Any) -> str:
     return type(val).__name__
 
 
-def _show(arg: Any, number: dict[fx.Node, str]) -> str:
+def show(arg: Any, number: dict[fx.Node, str]) -> str:
+    """An argument as text, nodes by their number."""
     if isinstance(arg, fx.Node):
         return number[arg]
     if isinstance(arg, (list, tuple)):
-        return "[" + ", ".join(_show(a, number) for a in arg) + "]"
+        return "[" + ", ".join(show(a, number) for a in arg) + "]"
     return repr(arg)
 
 
 __all__ = [
-    "FlatGradient", "Guard", "Input", "Mesh", "Origin", "Phase", "Program", "Role", "Stage", "StateInit", "describe", "target_name", "update_nodes",
+    "FlatGradient", "Guard", "Input", "Mesh", "Origin", "Phase", "Program", "Role", "Stage", "StateInit", "describe", "readers", "show", "target_name", "update_nodes",
 ]  # fmt: skip

@@ -15,7 +15,10 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import sympy.tensor.tensor  # noqa: F401
 import torch
+import torch._inductor.compiler_bisector
+import torch.export._trace  # noqa: F401  # tracing imports these three on first use; better now than mid-step
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
@@ -147,6 +150,11 @@ def fake_mode(*, scalars: bool) -> FakeTensorMode:
     if scalars:
         return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True, static_shapes=True)
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def forget() -> None:
+    """Drop what torch remembers about operators it has traced: tens of megabytes for a large model."""
+    FakeTensorMode.cache_clear()
 
 
 def trace(

@@ -1,7 +1,8 @@
 """What must hold of a program after every pass; a pass that breaks a rule is named and its program never runs.
 
 Structure: arguments are defined before use; every node has a value and an origin; results fit the inputs they are
-donated to; each collective that is started is waited for exactly once, and nothing else reads it before.
+donated to; each collective that is started is waited for exactly once, and nothing else reads it before; what is
+written over is not read afterwards.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from torch import fx
 
 from zgraph import ops
 from zgraph.errors import VerifyError
-from zgraph.program import Program, Role, Stage, describe, target_name
+from zgraph.program import Program, Role, Stage, describe, readers, target_name
 
 
 def verify(program: Program, *, after: str) -> None:
@@ -36,6 +37,24 @@ def verify(program: Program, *, after: str) -> None:
         elif node.op != "output":
             raise _broken(after, node, f"is a {node.op}; only placeholders and calls are allowed")
     _check_results(program, after)
+    if program.stage >= Stage.INPLACE:
+        _check_overwrites(program, after)
+
+
+def _check_overwrites(program: Program, after: str) -> None:
+    order = {node: i for i, node in enumerate(program.graph.nodes)}
+    for node in program.graph.nodes:
+        if node.target is ops.all_gather_into:
+            written = [node.kwargs["out"]]
+        elif isinstance(getattr(node.target, "writes", None), tuple):
+            written = [node.args[index] for index in node.target.writes if index is not None]
+        else:
+            continue
+        for memory in written:
+            source = memory.args[0] if memory.target is ops.shard else memory
+            for reader in readers(source):
+                if order[reader] > order[node] and reader.target not in (ops.all_gather_into, ops.wait):
+                    raise _broken(after, reader, f"reads what {node.name} has written over")
 
 
 def _check_collective(node: fx.Node, after: str) -> None:

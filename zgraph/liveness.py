@@ -1,0 +1,97 @@
+"""Bytes of temporary memory that are alive while a program runs, node by node.
+
+State, batch and constants belong to the caller and are not counted. Views share the memory of what they view; a
+collective's result exists from its start; what is sent stays until the wait. Values die after their last reader, as
+in the emitted code.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from zgraph import ops
+from zgraph.program import Program
+
+aten = torch.ops.aten
+
+_VIEWS_IF_CONTIGUOUS = frozenset({aten.reshape.default, aten.contiguous.default, aten._reshape_alias.default})
+
+
+def owners(program: Program) -> dict[fx.Node, fx.Node]:
+    """For every node, the node that allocated the memory of its value."""
+    owner: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.nodes:
+        owner[node] = node
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node):
+            continue
+        if ops.is_view(node.target) or (
+            node.target in _VIEWS_IF_CONTIGUOUS and source.meta["val"].is_contiguous()
+        ):
+            owner[node] = owner[source]
+        elif node.target is ops.wait:
+            start = source.target
+            owner[node] = owner[source.kwargs["out"]] if start is ops.all_gather_into else source  # type: ignore[index]
+        elif node.target is operator.getitem:
+            writes = getattr(source.target, "writes", None)
+            written = writes[node.args[1]] if writes is not None else None
+            if written is not None:
+                owner[node] = owner[source.args[written]]  # type: ignore[index]
+            elif isinstance(node.meta["val"], torch.Tensor) and writes is None:
+                owner[node] = node
+    return owner
+
+
+def alive_bytes(program: Program) -> Iterator[tuple[fx.Node, int]]:
+    """Each node with the bytes of temporaries alive just after it has run, its arguments still held."""
+    owner = owners(program)
+    last: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            continue
+        last[owner[node]] = node
+        for source in node.all_input_nodes:
+            last[owner[source]] = node
+            if node.target is ops.wait:
+                for sent in source.all_input_nodes:  # what travels is held until it has arrived
+                    last[owner[sent]] = node
+    dying: dict[fx.Node, list[fx.Node]] = {}
+    for value, node in last.items():
+        dying.setdefault(node, []).append(value)
+    alive = 0
+    for node in program.graph.nodes:
+        if node.op == "call_function" and owner[node] is node:
+            alive += _allocated(program, node)
+        yield node, alive
+        for value in dying.get(node, ()):
+            if value.op == "call_function":
+                alive -= _allocated(program, value)
+
+
+def peak_bytes(program: Program) -> int:
+    """The most bytes of temporaries alive at once."""
+    return max((alive for _, alive in alive_bytes(program)), default=0)
+
+
+def _allocated(program: Program, node: fx.Node) -> int:
+    """Bytes that running ``node`` allocates for its results."""
+    if node.target in (ops.wait, ops.all_gather_into) or _has_getitems(node):
+        return 0
+    if node.target is ops.reduce_scatter:
+        # the parts of this rank's slice that the other ranks send
+        return _bytes(node.meta["val"]) * max(program.mesh.size - 1, 1)
+    return _bytes(node.meta["val"])
+
+
+def _has_getitems(node: fx.Node) -> bool:
+    """Whether the results of a node are counted at the nodes that unpack them."""
+    return isinstance(node.meta["val"], (tuple, list))
+
+
+def _bytes(val: Any) -> int:
+    return val.nbytes if isinstance(val, torch.Tensor) else 0
