@@ -199,7 +199,7 @@ class InPlace(nn.Module):
         x = self.enter(x)
         x += self.gate
         x[:, 0] = self.gate[1] + x[:, 1].tanh()
-        x[:, 5:].mul_(2).sub_(x[:, 4:8].detach())
+        x[:, 5:].mul_(2).sub_(x[:, :4].detach())
         x = self.relu(x.masked_fill_(x > 1.5, 0.25))
         out = torch.empty_like(x).copy_(x).clamp_(max=3)
         return self.leave(out.sigmoid_())
