@@ -325,7 +325,7 @@ def render(report: Report) -> Table:
         )
     table.add_section()
     largest = f"{max(report.differences):.1e} {'ok' if report.agrees else 'TOO LARGE'}"
-    table.add_row("largest difference, relative", f"bound {report.bound:.0e}", "", largest)
+    table.add_row("largest, relative", f"bound {report.bound:.0e}", "", largest)
 
     table.add_section()
     for name, attribute in (("parameters", "param_bytes"), ("optimizer state", "optimizer_state_bytes")):
