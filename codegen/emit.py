@@ -18,6 +18,15 @@ from zgraph.heap import release_free_memory
 from zgraph.liveness import alive_bytes
 from zgraph.program import Phase, Program, describe
 
+_COMM_METHODS: dict[Any, str] = {
+    ops.all_gather: "all_gather",
+    ops.all_gather_into: "all_gather",
+    ops.reduce_scatter: "reduce_scatter",
+    ops.all_reduce: "all_reduce",
+    ops.wait: "wait",
+    ops.shard: "shard",
+}
+
 
 @dataclass(frozen=True)
 class Step:
@@ -43,7 +52,9 @@ def emit(program: Program) -> Step:
     full = _where_memory_is_short(program)
     for node in program.graph.nodes:
         if node in full:
-            lines.append(f"    {writer.bind(release_free_memory, 'release_free_memory')}()  # memory is short from here")
+            lines.append(
+                f"    {writer.bind(release_free_memory, 'release_free_memory')}()  # memory is short from here"
+            )
         if node.op == "output":
             lines.append(f"    return {writer.argument(node.args[0], names)}")
         if node.op != "call_function":
@@ -61,19 +72,12 @@ def emit(program: Program) -> Step:
 
 
 def _expression(writer: SourceWriter, node: fx.Node, names: dict[fx.Node, str]) -> str:
-    arg = lambda i: writer.argument(node.args[i], names)  # noqa: E731
-    if node.target is ops.all_gather:
-        return f"comm.all_gather({arg(0)})"
-    if node.target is ops.all_gather_into:
-        return f"comm.all_gather({arg(0)}, out={names[node.kwargs['out']]})"  # type: ignore[index]
-    if node.target is ops.reduce_scatter:
-        return f"comm.reduce_scatter({arg(0)}, {arg(1)})"
-    if node.target is ops.all_reduce:
-        return f"comm.all_reduce({arg(0)}, {arg(1)})"
-    if node.target is ops.wait:
-        return f"comm.wait({arg(0)})"
-    if node.target is ops.shard:
-        return f"comm.shard({arg(0)})"
+    method = _COMM_METHODS.get(node.target)
+    if method is not None:
+        # The mesh gives size and axis; what is passed is the tensor, the reduction, and where to put the result.
+        args = [writer.argument(a, names) for a in node.args[: 2 if "reduce" in method else 1]]
+        args += [f"{key}={writer.argument(value, names)}" for key, value in node.kwargs.items()]
+        return f"comm.{method}({', '.join(args)})"
     return writer.call(node, names)
 
 

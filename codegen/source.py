@@ -86,7 +86,7 @@ class SourceWriter:
         short = getattr(target, "__name__", "").lstrip("_").removeprefix("sym_")
         if not isinstance(target, torch._ops.OpOverload) and short in _MATH:
             return f"{self.bind(_MATH[short], short)}({', '.join(args)})"
-        hint = target.name if hasattr(target, "body") else target_name(target)
+        hint = getattr(target, "name", "kernel") if hasattr(target, "body") else target_name(target)
         hint = hint.removeprefix("aten.").removesuffix(".default")
         return f"{self.bind(target, hint)}({', '.join(args)})"
 
@@ -94,14 +94,13 @@ class SourceWriter:
         """Compile ``source`` and return its function ``name``; tracebacks and debuggers can show its lines."""
         linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
         exec(compile(source, filename, "exec"), self.namespace)  # noqa: S102
-        function = self.namespace[name]
-        assert callable(function)
+        function: Callable[..., Any] = self.namespace[name]
         return function
 
     def kernel(self, body: fx.Graph, writes: tuple[int | None, ...], size: int) -> Callable[..., list[Any]]:
         """A function that runs ``body`` slice by slice, storing results over inputs or into new tensors."""
         names: dict[fx.Node, str] = {}
-        inputs = []
+        inputs: list[fx.Node] = []
         for node in body.find_nodes(op="placeholder"):
             names[node] = f"i{len(inputs)}"
             inputs.append(node)

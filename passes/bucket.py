@@ -251,7 +251,9 @@ class _Flattener:
             self.first.prepend(node)
         for bucket in self.layout.buckets:
             flat = program.placeholder(
-                Input(Role.PARAM, bucket.name), program.empty([bucket.numel], bucket.dtype, bucket.device), before=anchor
+                Input(Role.PARAM, bucket.name),
+                program.empty([bucket.numel], bucket.dtype, bucket.device),
+                before=anchor,
             )
             self._view_segments(bucket, flat)
             if bucket.trainable:
@@ -301,7 +303,13 @@ class _Flattener:
             if gap:
                 if gap not in zeros:
                     zeros[gap] = program.call(
-                        aten.full.default, [gap], 0, dtype=bucket.dtype, device=bucket.device, origin=origin, before=before
+                        aten.full.default,
+                        [gap],
+                        0,
+                        dtype=bucket.dtype,
+                        device=bucket.device,
+                        origin=origin,
+                        before=before,
                     )
                 parts.append(zeros[gap])
 

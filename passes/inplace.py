@@ -15,16 +15,16 @@ from torch import fx
 from zgraph import ops
 from zgraph.codegen.kernel import Kernel, region
 from zgraph.pipeline import Pass
-from zgraph.program import Program, Role, Stage, update_nodes
+from zgraph.program import Program, Role, Stage, operand, update_nodes
 
 
 @dataclass(frozen=True)
 class UpdateInPlace(Pass):
     """Fuse each bucket's elementwise update into a kernel that writes over its inputs.
 
-        m' = lerp(m, g, w)
-        u = div(m', sqrt(v'))        ->    p, m, v = kernel(p, g, m, v, w)    # in place
-        p' = add(p, u)
+    m' = lerp(m, g, w)
+    u = div(m', sqrt(v'))        ->    p, m, v = kernel(p, g, m, v, w)    # in place
+    p' = add(p, u)
     """
 
     takes, gives = Stage.SCHEDULED, Stage.INPLACE
@@ -35,18 +35,19 @@ class UpdateInPlace(Pass):
             nodes = [n for n in update if _is_flat(n) and n.target not in (*ops.STARTS, ops.wait, ops.shard)]
             if nodes:
                 self._fuse(program, name, nodes, donors)
+        params = program.inputs(Role.PARAM)
         for what, result in zip(program.outputs, program.results(), strict=True):
             if what is not None and what.role is Role.PARAM and result.target is ops.wait:
-                start = result.args[0]
+                start = operand(result)
                 start.target = ops.all_gather_into
-                start.kwargs = {"out": program.inputs(Role.PARAM)[what.name, ""]}
+                start.kwargs = {"out": params[what.name, ""]}
 
     def _fuse(self, program: Program, name: str, nodes: list[fx.Node], donors: dict[fx.Node, fx.Node]) -> None:
         """Replace ``nodes`` by one kernel call that writes over the donors of its results."""
         inside = set(nodes)
         leaving = [n for n in nodes if any(user not in inside for user in n.users)]
         body, outside = region(nodes, leaving)
-        home = {source.args[0] if source.target is ops.shard else source: i for i, source in enumerate(outside)}
+        home = {operand(source) if source.target is ops.shard else source: i for i, source in enumerate(outside)}
         writes = tuple(home.get(donors[node]) if node in donors else None for node in leaving)
         origin = replace(nodes[-1].meta["origin"], made_by=self.name)
         with program.graph.inserting_after(nodes[-1]):
@@ -73,5 +74,5 @@ def _donors(program: Program) -> dict[fx.Node, fx.Node]:
     found: dict[fx.Node, fx.Node] = {}
     for what, result in zip(program.outputs, program.results(), strict=True):
         if what in inputs and what.role in (Role.PARAM, Role.OPT_STATE) and isinstance(result, fx.Node):
-            found[result.args[0].args[0] if result.target is ops.wait else result] = inputs[what]
+            found[operand(operand(result)) if result.target is ops.wait else result] = inputs[what]
     return found

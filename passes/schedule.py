@@ -12,7 +12,7 @@ from torch import fx
 
 from zgraph import ops
 from zgraph.pipeline import Pass
-from zgraph.program import Phase, Program, Role, Stage, readers, update_nodes
+from zgraph.program import Phase, Program, Role, Stage, operand, readers, update_nodes
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class Overlap(Pass):
         waits = [
             node
             for node in program.graph.find_nodes(op="call_function", target=ops.wait)
-            if node.args[0].target is ops.all_gather and node.meta["origin"].phase is not Phase.UPDATE
+            if operand(node).target is ops.all_gather and node.meta["origin"].phase is not Phase.UPDATE
         ]
         waits.sort(key=order.__getitem__)
         top = max((order[node] for node, _ in program.placeholders()), default=-1)
         for i, wait in enumerate(waits if self.prefetch else ()):
-            start, val = wait.args[0], wait.meta["val"]
+            start, val = operand(wait), wait.meta["val"]
             if val.nbytes <= self.limit_bytes:
                 after = order[waits[i - self.prefetch]] if i >= self.prefetch else top
                 place[start] = (after, FIRST, order[start])
@@ -72,8 +72,8 @@ class Overlap(Pass):
         updates = update_nodes(program)
         reductions: list[tuple[int, str, fx.Node]] = []
         for name, update in updates.items():
-            for node in {s for node in update for s in node.all_input_nodes if s.target is ops.wait}:
-                reductions.append((order[node.args[0]], name, node))
+            waits = {source for node in update for source in node.all_input_nodes if source.target is ops.wait}
+            reductions.extend((order[operand(wait)], name, wait) for wait in waits)
         reductions.sort(key=lambda item: item[0])
         after = {name: order[update[0]] for name, update in updates.items()}
         for i, (start, name, _) in enumerate(reductions):

@@ -16,7 +16,7 @@ from zgraph import ops
 from zgraph.layout import Bucket
 from zgraph.passes.tidy import remove_dead
 from zgraph.pipeline import Pass
-from zgraph.program import FlatGradient, Input, Mesh, Origin, Phase, Program, Role, Stage, update_nodes
+from zgraph.program import FlatGradient, Input, Mesh, Origin, Phase, Program, Role, Stage, operand, update_nodes
 
 aten = torch.ops.aten
 
@@ -25,7 +25,7 @@ aten = torch.ops.aten
 class AverageGradients(Pass):
     """Replace every bucket's local gradient, and the loss, by the mean over the ranks.
 
-        flat' = update(flat, g)    ->    flat' = update(flat, wait(all_reduce(g, "avg")))
+    flat' = update(flat, g)    ->    flat' = update(flat, wait(all_reduce(g, "avg")))
     """
 
     mesh: Mesh
@@ -56,7 +56,7 @@ class AverageGradients(Pass):
 class ShardOptimizer(Pass):
     """Each rank keeps 1/N of the optimizer state, updates that slice of the parameters, and shares it.
 
-        flat' = update(flat, g, m)    ->    flat' = wait(all_gather(update(shard(flat), shard(g), m_shard)))
+    flat' = update(flat, g, m)    ->    flat' = wait(all_gather(update(shard(flat), shard(g), m_shard)))
     """
 
     mesh: Mesh
@@ -68,16 +68,19 @@ class ShardOptimizer(Pass):
         if self.mesh.size == 1:
             return
         world, axis = self.mesh.size, self.mesh.axis
-        states = program.inputs(Role.OPT_STATE)
+        states: dict[str, list[fx.Node]] = {}
+        for (name, _), node in program.inputs(Role.OPT_STATE).items():
+            states.setdefault(name, []).append(node)
         params = program.inputs(Role.PARAM)
         updates = update_nodes(program)
         results, outputs = program.results(), list(program.outputs)
+        at = {what: i for i, what in enumerate(outputs)}
         for bucket in _trainable(program):
             nodes = updates[bucket.name]
             inside = set(nodes)
-            for (name, _), state in states.items():
+            for state in states.get(bucket.name, ()):
                 val = state.meta["val"]
-                if name == bucket.name and isinstance(val, torch.Tensor) and val.dim() == 1:
+                if isinstance(val, torch.Tensor) and val.dim() == 1:
                     state.meta["val"] = program.empty([bucket.numel // world], val.dtype, val.device)
             flat = params[bucket.name, ""]
             gradient = _reduced_gradient(nodes)
@@ -93,10 +96,10 @@ class ShardOptimizer(Pass):
                 if ops.creates(node.target):
                     _resize(node, bucket.numel, bucket.numel // world)
                 node.meta["val"] = program.infer(node)
-            at = outputs.index(Input(Role.PARAM, bucket.name))
-            new = results[at]
+            index = at[Input(Role.PARAM, bucket.name)]
+            new = results[index]
             start = program.call(ops.all_gather, new, world, axis, origin=new.meta["origin"], before=nodes[-1].next)
-            results[at] = program.call(ops.wait, start, origin=new.meta["origin"], before=start.next)
+            results[index] = program.call(ops.wait, start, origin=new.meta["origin"], before=start.next)
         program.set_results(results, outputs)
 
 
@@ -104,7 +107,7 @@ class ShardOptimizer(Pass):
 class ShardGradients(Pass):
     """A rank that needs only its slice of a mean gradient gets only that slice.
 
-        shard(wait(all_reduce(g, "avg")))    ->    wait(reduce_scatter(g, "avg"))
+    shard(wait(all_reduce(g, "avg")))    ->    wait(reduce_scatter(g, "avg"))
     """
 
     mesh: Mesh
@@ -112,12 +115,12 @@ class ShardGradients(Pass):
 
     def rewrite(self, program: Program) -> None:
         for node in list(program.graph.find_nodes(op="call_function", target=ops.shard)):
-            mean = node.args[0]
-            if mean.target is not ops.wait or len(mean.users) != 1 or mean.args[0].target is not ops.all_reduce:
+            mean = operand(node)
+            if mean.target is not ops.wait or len(mean.users) != 1 or operand(mean).target is not ops.all_reduce:
                 continue
-            start = mean.args[0]
-            gradient, operation, axis = start.args
+            start = operand(mean)
             origin: Origin = start.meta["origin"]
+            gradient, operation, axis = start.args
             scatter = program.call(
                 ops.reduce_scatter, gradient, operation, self.mesh.size, axis, origin=origin, before=start
             )
@@ -174,40 +177,41 @@ class ShardParams(Pass):
         program.layout = replace(program.layout, shard_params=True)
         if self.mesh.size == 1:
             return
-        world, axis = self.mesh.size, self.mesh.axis
         position = {node: i for i, node in enumerate(program.graph.nodes)}
         params = program.inputs(Role.PARAM)
         results, outputs = program.results(), list(program.outputs)
+        at = {what: i for i, what in enumerate(outputs)}
         for bucket in program.layout.buckets:
             flat = params[bucket.name, ""]
             for node in list(flat.users):
                 if node.target is ops.shard:
                     node.replace_all_uses_with(flat)
                     program.graph.erase_node(node)
-            flat.meta["val"] = program.empty([bucket.numel // world], bucket.dtype, bucket.device)
+            flat.meta["val"] = program.empty([bucket.numel // self.mesh.size], bucket.dtype, bucket.device)
             family = _derived(flat, position)
             readers = [u for node in (flat, *family) for u in node.users if u not in family and u.op == "call_function"]
             for phase in (Phase.FORWARD, Phase.BACKWARD):
-                mine = sorted(
-                    {u for u in readers if u.meta["origin"].phase is phase}, key=lambda u: position.get(u, 0)
-                )
+                mine = sorted({u for u in readers if u.meta["origin"].phase is phase}, key=lambda u: position.get(u, 0))
                 if mine:
                     self._gather(program, bucket, flat, family, mine, phase)
             if bucket.trainable:
-                at = outputs.index(Input(Role.PARAM, bucket.name))
-                gathered = results[at]
-                results[at] = gathered.args[0].args[0]
+                index = at[Input(Role.PARAM, bucket.name)]
+                results[index] = operand(operand(results[index]))
         program.set_results(results, outputs)
         remove_dead(program)
 
     def _gather(
-        self, program: Program, bucket: Bucket, flat: fx.Node, family: list[fx.Node], readers: list[fx.Node], phase: Phase
+        self,
+        program: Program,
+        bucket: Bucket,
+        flat: fx.Node,
+        family: list[fx.Node],
+        readers: list[fx.Node],
+        phase: Phase,
     ) -> None:
         """Let ``readers`` read views of a buffer gathered just before the first of them."""
         origin = Origin(phase, bucket.name, readers[0].meta["origin"].source)
-        start = program.call(
-            ops.all_gather, flat, self.mesh.size, self.mesh.axis, origin=origin, before=readers[0]
-        )
+        start = program.call(ops.all_gather, flat, self.mesh.size, self.mesh.axis, origin=origin, before=readers[0])
         copies: dict[fx.Node, fx.Node] = {flat: program.call(ops.wait, start, origin=origin, before=readers[0])}
         members = set(family)
 

@@ -100,5 +100,5 @@ def _difference(first: str, other: str, rank: int) -> str:
     """The part of two long descriptions where they part."""
     at = next((i for i, (a, b) in enumerate(zip(first, other, strict=False)) if a != b), min(len(first), len(other)))
     start = max(0, at - 40)
-    cut = lambda text: ("..." if start else "") + text[start : start + 160]  # noqa: E731
-    return f"rank 0 has {cut(first)!r}, rank {rank} has {cut(other)!r}"
+    shown = [("..." if start else "") + text[start : start + 160] for text in (first, other)]
+    return f"rank 0 has {shown[0]!r}, rank {rank} has {shown[1]!r}"

@@ -90,7 +90,9 @@ def capture(
         output = torch.func.functional_call(model, swapped, inner_args, inner_kwargs)
         value = _loss_of(output, loss, inner_args, inner_kwargs)
         recorder.enter_backward(value)
-        grads = torch.autograd.grad(value, [leaf[name] for name in wanted], allow_unused=True)
+        grads: tuple[torch.Tensor | None, ...] = torch.autograd.grad(
+            value, [leaf[name] for name in wanted], allow_unused=True
+        )
         found["grads"] = [name for name, g in zip(wanted, grads, strict=True) if g is not None]
         for name, g in zip(wanted, grads, strict=True):
             if g is not None and g.layout is not torch.strided:
@@ -114,7 +116,7 @@ def capture(
     inputs += [Input(Role.BATCH, str(i)) for i in range(len(tensor_at))]
     for node, what in zip(graph.find_nodes(op="placeholder"), inputs, strict=False):
         node.meta["input"] = what
-    graph, mutated = make_functional(graph, mode, constants)
+    graph, mutated = make_functional(graph, mode)
     written = {node.meta["input"]: value for node, value in mutated.items()}
     for what in written:
         if what.role in (Role.PARAM, Role.BATCH):
@@ -166,9 +168,8 @@ def _batch_device(batch: Any) -> torch.device:
     return torch.device("cpu")
 
 
-def _loss_of(
-    output: Any, loss: LossFunction | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> torch.Tensor:
+def _loss_of(output: Any, loss: LossFunction | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    value: Any
     if loss is not None:
         value = loss(output, *args, **kwargs)
     elif isinstance(output, torch.Tensor):
@@ -221,18 +222,17 @@ def _explain(error: Exception) -> CaptureError:
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Put back every attribute of every module afterwards: forward may store fake tensors on them."""
-    before = [
-        (m, dict(m.__dict__), dict(m._parameters), dict(m._buffers), dict(m._modules)) for m in model.modules()
-    ]
+    before = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers), dict(m._modules)) for m in model.modules()]
     try:
         yield
     finally:
         for module, attributes, parameters, buffers, children in before:
-            for registry, saved in (
+            registries: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
                 (module._parameters, parameters),
                 (module._buffers, buffers),
                 (module._modules, children),
-            ):
+            )
+            for registry, saved in registries:
                 registry.clear()
                 registry.update(saved)
             module.__dict__.clear()
@@ -295,9 +295,9 @@ def _join(
         results.append(copies[value] if isinstance(value, fx.Node) else value)
     joined.output(results)
     owned: set[fx.Node] = set()
-    for what, result in zip(outputs[1:], results[1:], strict=True):
-        if what is not None and what.role in (Role.PARAM, Role.OPT_STATE):
-            _own(result, what.name, owned)
+    for what, result in update.results.items():
+        if isinstance(result, fx.Node):
+            _own(copies[result], what.name, owned)
     init = {(what.name, what.key): start for what, start in (update.init or {}).items()}
     numbers = {
         (name, key): entry.sample

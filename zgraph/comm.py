@@ -76,19 +76,24 @@ class FunctionalComm(_Group):
     def all_gather(self, shard: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         self.traffic.add("all_gather", shard.nbytes * (self.world - 1))
         if out is None:
-            return ops.all_gather(shard, self.world, self._name)
-        return ops.all_gather_into(shard, self.world, self._name, out=out)
+            return _tensor(ops.all_gather(shard, self.world, self._name))
+        return _tensor(ops.all_gather_into(shard, self.world, self._name, out=out))
 
     def reduce_scatter(self, full: torch.Tensor, operation: str) -> torch.Tensor:
         self.traffic.add("reduce_scatter", self._others(full.nbytes))
-        return ops.reduce_scatter(full, operation, self.world, self._name)
+        return _tensor(ops.reduce_scatter(full, operation, self.world, self._name))
 
     def all_reduce(self, value: torch.Tensor, operation: str) -> torch.Tensor:
         self.traffic.add("all_reduce", 2 * self._others(value.nbytes))
-        return ops.all_reduce(value, operation, self._name)
+        return _tensor(ops.all_reduce(value, operation, self._name))
 
     def wait(self, started: torch.Tensor) -> torch.Tensor:
-        return ops.wait(started)
+        return _tensor(ops.wait(started))
+
+
+def _tensor(value: Any) -> torch.Tensor:
+    assert isinstance(value, torch.Tensor)
+    return value
 
 
 @dataclass

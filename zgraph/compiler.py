@@ -208,7 +208,13 @@ class _Runtime:
         try:
             start = time.perf_counter()
             program = capture(
-                self.model, self.optimizer, args, kwargs, loss=self.loss, state=self._state_spec(), device=self._device()
+                self.model,
+                self.optimizer,
+                args,
+                kwargs,
+                loss=self.loss,
+                state=self._state_spec(),
+                device=self._device(),
             )
             capture_s = time.perf_counter() - start
             mesh = Mesh(self.agreement.world)
@@ -237,7 +243,9 @@ class _Runtime:
         for name, forms in self.state.state_forms().items():
             entries = {
                 key: StateEntry(
-                    tuple(params[name].shape) if form.elementwise else (), form.dtype, 1 if form.value is None else form.value
+                    tuple(params[name].shape) if form.elementwise else (),
+                    form.dtype,
+                    1 if form.value is None else form.value,
                 )
                 for key, form in forms.items()
             }
@@ -253,7 +261,9 @@ class _Runtime:
         params = list(self.model.named_parameters())
         names = {id(p): name for name, p in params}
         batch = [
-            f"{t.dtype} {tuple(t.shape)} {tuple(t.stride())} {t.device.type}" if isinstance(t, torch.Tensor) else repr(t)
+            f"{t.dtype} {tuple(t.shape)} {tuple(t.stride())} {t.device.type}"
+            if isinstance(t, torch.Tensor)
+            else repr(t)
             for t in leaves
         ]
         members = [[names.get(id(p), "?") for p in group["params"]] for group in self.optimizer.param_groups]
@@ -262,7 +272,9 @@ class _Runtime:
             for device in ("cpu", "cuda")
             if torch.is_autocast_enabled(device)
         ]
-        state = [] if self.state.layout is None else [(b, sorted(entries)) for b, entries in sorted(self.state.opt.items())]
+        state = (
+            [] if self.state.layout is None else [(b, sorted(entries)) for b, entries in sorted(self.state.opt.items())]
+        )
         return {
             "the arguments' structure": str(spec),
             "the arguments' shapes and values": repr(batch),
@@ -271,7 +283,9 @@ class _Runtime:
             "training mode": "".join("t" if m.training else "e" for m in self.model.modules()),
             "the optimizer": repr((structure(self.optimizer), members)),
             "the optimizer's state": repr(state),
-            "autocast and defaults": repr((modes, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())),
+            "autocast and defaults": repr(
+                (modes, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())
+            ),
         }
 
     def _what_changed(self, key: str, facts: dict[str, str]) -> str:
@@ -305,7 +319,9 @@ class _Runtime:
 
     def last(self) -> _Compiled:
         if self._last is None:
-            raise ZgraphError("nothing is compiled yet", fix="call train_step once: the batch is part of what is compiled")
+            raise ZgraphError(
+                "nothing is compiled yet", fix="call train_step once: the batch is part of what is compiled"
+            )
         return self._last
 
     def stats(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ traced once more under ``torch.func.functionalize``. Writes to placeholders come
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -26,13 +27,11 @@ _TWINS = {
 _SAME_VALUE = (aten.detach.default, aten.alias.default, aten.lift_fresh.default)
 
 
-class _WritesThroughView(Exception):
+class _WritesThroughViewError(Exception):
     """The one-walk method does not apply."""
 
 
-def make_functional(
-    graph: fx.Graph, mode: FakeTensorMode, constants: dict[str, torch.Tensor]
-) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+def make_functional(graph: fx.Graph, mode: FakeTensorMode) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     """Rewrite ``graph`` without in-place operators.
 
     Returns:
@@ -44,8 +43,8 @@ def make_functional(
         return graph, {}
     try:
         return _rename(graph)
-    except _WritesThroughView:
-        return _retrace(graph, mode, constants)
+    except _WritesThroughViewError:
+        return _retrace(graph, mode)
 
 
 def _is_mutable(node: fx.Node) -> bool:
@@ -55,14 +54,12 @@ def _is_mutable(node: fx.Node) -> bool:
 def _expose_batch_norm(graph: fx.Graph) -> None:
     """Show the writes that ``native_batch_norm`` does not declare: it updates running statistics."""
     for node in graph.find_nodes(op="call_function", target=aten.native_batch_norm.default):
-        x, weight, bias, mean, var, training, momentum, eps = node.args
+        _, _, _, mean, var, training, _, _ = node.args
         if not training or mean is None:
             continue
         node.target = aten._native_batch_norm_legit_functional.default
         with graph.inserting_before(node.next):
             for index, buffer in ((3, mean), (4, var)):
-                import operator
-
                 new = graph.call_function(operator.getitem, (node, index))
                 new.meta.update(val=buffer.meta["val"], origin=node.meta["origin"])
                 write = graph.call_function(aten.copy_.default, (buffer, new))
@@ -76,11 +73,11 @@ def _twin(op: torch._ops.OpOverload) -> torch._ops.OpOverload:
         return _TWINS[op]
     name = op._schema.name.split("::")[1]
     if not name.endswith("_"):
-        raise _WritesThroughView(op)
+        raise _WritesThroughViewError(op)
     packet = getattr(torch.ops.aten, name[:-1], None)
     twin = getattr(packet, op._overloadname, None) if packet is not None else None
-    if twin is None:
-        raise _WritesThroughView(op)
+    if not isinstance(twin, torch._ops.OpOverload):
+        raise _WritesThroughViewError(op)
     return twin
 
 
@@ -100,10 +97,10 @@ def _rename(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
             written = [a for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
             target = node.args[0] if node.args else None
             if len(written) != 1 or written[0] is not op._schema.arguments[0] or not isinstance(target, fx.Node):
-                raise _WritesThroughView(op)
+                raise _WritesThroughViewError(op)
             base = root.get(target, target)
             if target in is_view or any(last_use[v] > position[node] for v in views.get(base, ())):
-                raise _WritesThroughView(op)
+                raise _WritesThroughViewError(op)
             root[node] = base
             plan.append((node, None if op is aten.copy_.default else _twin(op)))
         elif op in _SAME_VALUE:
@@ -129,8 +126,8 @@ def _rename(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
 
     for node in graph.nodes:
         if version:
-            node.args = fx.map_arg(node.args, current)  # type: ignore[assignment]
-            node.kwargs = fx.map_arg(node.kwargs, current)  # type: ignore[assignment]
+            node.args = fx.map_arg(node.args, current)
+            node.kwargs = fx.map_arg(node.kwargs, current)
         if node in replaced:
             twin = replaced[node]
             base = root[node]
@@ -155,9 +152,7 @@ class _Replay(fx.Interpreter):
             return super().run_node(n)
 
 
-def _retrace(
-    graph: fx.Graph, mode: FakeTensorMode, constants: dict[str, torch.Tensor]
-) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+def _retrace(graph: fx.Graph, mode: FakeTensorMode) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     recorder = Recorder(Phase.FORWARD)
     placeholders = list(graph.find_nodes(op="placeholder"))
     values = [node.meta["val"] for node in placeholders]

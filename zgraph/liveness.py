@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from zgraph import ops
-from zgraph.program import Program
+from zgraph.program import Program, operand
 
 aten = torch.ops.aten
 
@@ -30,20 +30,16 @@ def owners(program: Program) -> dict[fx.Node, fx.Node]:
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node):
             continue
-        if ops.is_view(node.target) or (
-            node.target in _VIEWS_IF_CONTIGUOUS and source.meta["val"].is_contiguous()
-        ):
+        if ops.is_view(node.target) or (node.target in _VIEWS_IF_CONTIGUOUS and source.meta["val"].is_contiguous()):
             owner[node] = owner[source]
         elif node.target is ops.wait:
-            start = source.target
-            owner[node] = owner[source.kwargs["out"]] if start is ops.all_gather_into else source  # type: ignore[index]
+            out = source.kwargs.get("out")
+            owner[node] = owner[out] if isinstance(out, fx.Node) else source
         elif node.target is operator.getitem:
             writes = getattr(source.target, "writes", None)
             written = writes[node.args[1]] if writes is not None else None
             if written is not None:
-                owner[node] = owner[source.args[written]]  # type: ignore[index]
-            elif isinstance(node.meta["val"], torch.Tensor) and writes is None:
-                owner[node] = node
+                owner[node] = owner[operand(source, written)]
     return owner
 
 

@@ -13,20 +13,19 @@ from typing import Any
 
 import torch
 import torch.distributed._functional_collectives  # registers torch.ops._c10d_functional
-from torch import fx
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
 
-_library = torch.library.Library("zgraph", "DEF")
-_library.define("shard(Tensor(a) x, int world, str axis) -> Tensor(a)")
+_library = torch.library.Library("zgraph", "DEF")  # type: ignore[no-untyped-call]
+_library.define("shard(Tensor(a) x, int world, str axis) -> Tensor(a)")  # type: ignore[no-untyped-call]
 
 
-def _shard_shape(x: torch.Tensor, world: int, axis: str) -> torch.Tensor:
+def _shard_shape(x: torch.Tensor, world: int, axis: str) -> torch.Tensor:  # noqa: ARG001 -- the operator's schema
     return x[: x.shape[0] // world]
 
 
-_library.impl("shard", _shard_shape, "Meta")
+_library.impl("shard", _shard_shape, "Meta")  # type: ignore[no-untyped-call]
 
 shard = torch.ops.zgraph.shard.default
 all_gather = c10d.all_gather_into_tensor.default
@@ -89,7 +88,3 @@ def is_view(target: Any) -> bool:
     if not isinstance(target, torch._ops.OpOverload):
         return False
     return any(r.alias_info is not None and not r.alias_info.is_write for r in target._schema.returns)
-
-
-def is_collective(node: fx.Node) -> bool:
-    return node.target in STARTS

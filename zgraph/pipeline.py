@@ -52,6 +52,8 @@ class PassRecord:
 
 @dataclass(frozen=True)
 class PipelineResult:
+    """A rewritten program and what each pass did to it."""
+
     program: Program
     records: tuple[PassRecord, ...]
 

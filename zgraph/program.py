@@ -22,7 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from zgraph import ops
 from zgraph.layout import Layout
 
-Target = Callable[..., Any]
+Target = Callable[..., Any] | str
+"""What a node calls; fx allows a method name, which no program holds."""
 
 
 class Stage(enum.IntEnum):
@@ -158,10 +159,10 @@ class Program:
 
     @property
     def output_node(self) -> fx.Node:
-        return next(iter(self.graph.find_nodes(op="output")))
+        return self.graph.output_node()
 
-    def results(self) -> list[fx.Node]:
-        """The nodes returned, aligned with ``outputs``."""
+    def results(self) -> list[Any]:
+        """What is returned, nodes or numbers, aligned with ``outputs``."""
         return list(self.output_node.args[0])  # type: ignore[arg-type]
 
     def num_nodes(self) -> int:
@@ -208,6 +209,7 @@ class Program:
             origin: the origin of what it is derived from; ``made_by`` is replaced.
             before: insertion point; the graph's current one if None.
         """
+        assert callable(target), target
         if before is None:
             node = self.graph.call_function(target, args, kwargs)
         else:
@@ -242,7 +244,7 @@ class Program:
         assert isinstance(tensor, FakeTensor)
         return tensor
 
-    def set_results(self, results: list[fx.Node], outputs: list[Input | None]) -> None:
+    def set_results(self, results: list[Any], outputs: list[Input | None]) -> None:
         """Replace what the program returns."""
         self.output_node.args = (list(results),)
         self.outputs = list(outputs)
@@ -303,6 +305,13 @@ def update_nodes(program: Program) -> dict[str, list[fx.Node]]:
     return found
 
 
+def operand(node: fx.Node, index: int = 0) -> fx.Node:
+    """Argument ``index`` of a call, which must be a node."""
+    arg = node.args[index]
+    assert isinstance(arg, fx.Node), (node, index)
+    return arg
+
+
 def readers(flat: fx.Node) -> set[fx.Node]:
     """Calls that read the memory of ``flat``, directly or through views of it; a collective until it is waited for."""
     found: set[fx.Node] = set()
@@ -357,5 +366,20 @@ def show(arg: Any, number: dict[fx.Node, str]) -> str:
 
 
 __all__ = [
-    "FlatGradient", "Guard", "Input", "Mesh", "Origin", "Phase", "Program", "Role", "Stage", "StateInit", "describe", "readers", "show", "target_name", "update_nodes",
-]  # fmt: skip
+    "FlatGradient",
+    "Guard",
+    "Input",
+    "Mesh",
+    "Origin",
+    "Phase",
+    "Program",
+    "Role",
+    "Stage",
+    "StateInit",
+    "describe",
+    "operand",
+    "readers",
+    "show",
+    "target_name",
+    "update_nodes",
+]

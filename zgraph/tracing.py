@@ -8,17 +8,19 @@ autograd's sequence number.
 from __future__ import annotations
 
 import gc
+import linecache
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 from unittest import mock
 
 import sympy.tensor.tensor  # noqa: F401
 import torch
 import torch._inductor.compiler_bisector
-import torch.export._trace  # noqa: F401  # tracing imports these three on first use; better now than mid-step
+import torch.export._trace  # tracing imports these three on first use; better now than in the first step
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
@@ -41,19 +43,17 @@ def is_user_file(filename: str) -> bool:
 
 def user_source() -> str | None:
     """``file:line (function)`` of the innermost user frame on the stack, if there is one."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if is_user_file(code.co_filename):
             return f"{code.co_filename}:{frame.f_lineno} ({code.co_name})"
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None
 
 
 def source_of_error(error: BaseException) -> str | None:
     """The innermost user frame of an exception's traceback, with its line of code."""
-    import linecache
-
     found, traceback = None, error.__traceback__
     while traceback is not None:
         code = traceback.tb_frame.f_code
@@ -96,7 +96,7 @@ class Recorder:
         finally:
             enter.remove()
             leave.remove()
-            del tracer.create_node  # type: ignore[attr-defined]
+            del tracer.create_node
 
     @contextmanager
     def as_if(self, origin: Origin | None) -> Iterator[None]:
@@ -194,7 +194,8 @@ def trace(
         if collecting:
             gc.enable()
     graph = fx.Graph()
-    graph.graph_copy(module.graph, node_map := {})  # type: ignore[arg-type]
+    node_map: dict[fx.Node, fx.Node] = {}
+    graph.graph_copy(module.graph, node_map)
     last = module.graph.output_node()
     graph.output(fx.map_arg(last.args[0], lambda n: node_map[n]))
     return graph, _lift_constants(graph, module, mode)
@@ -204,17 +205,14 @@ def _lift_constants(graph: fx.Graph, module: fx.GraphModule, mode: FakeTensorMod
     """Turn ``get_attr`` nodes into CONSTANT placeholders after the existing ones."""
     constants: dict[str, torch.Tensor] = {}
     by_attribute: dict[str, fx.Node] = {}
-    last = None
-    for last in graph.find_nodes(op="placeholder"):
-        pass
+    last = next(reversed(list(graph.find_nodes(op="placeholder"))))
     for node in list(graph.find_nodes(op="get_attr")):
         attribute = str(node.target)
         if attribute not in by_attribute:
             name = f"constant{len(constants)}"
             value = getattr(module, attribute)
             constants[name] = value.detach()
-            context = graph.inserting_after(last) if last is not None else graph.inserting_before(None)
-            with context:
+            with graph.inserting_after(last):
                 last = by_attribute[attribute] = graph.placeholder(name)
             last.meta["input"] = Input(Role.CONSTANT, name)
             last.meta["val"] = mode.from_tensor(value.detach())

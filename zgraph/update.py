@@ -177,8 +177,10 @@ def _trace_once(
         for name in trained:
             p = params[name]
             target = device if p.is_meta else p.device
-            blank = lambda: torch.empty(p.shape, dtype=p.dtype, device=target)  # noqa: B023, E731
-            at_param, at_grad = add(Input(Role.PARAM, name), blank()), add(name, blank())
+            at_param, at_grad = (
+                add(what, torch.empty(p.shape, dtype=p.dtype, device=target))
+                for what in (Input(Role.PARAM, name), name)
+            )
             at_state = {}
             for key, entry in state.get(name, {}).items():
                 what = Input(Role.OPT_STATE, name, key)
@@ -254,21 +256,17 @@ def _trace_once(
             fix="the update must be made of torch operators on parameters, gradients and state",
         ) from error
     placeholders = list(graph.find_nodes(op="placeholder"))
-    gradients = {}
-    for node, what in zip(placeholders, inputs, strict=False):
-        if isinstance(what, str):
-            gradients[what] = node
-        else:
-            node.meta["input"] = what
-    order = {node: i for i, node in enumerate(placeholders)}
-    graph, mutated = make_functional(graph, mode, constants)
-    again = list(graph.find_nodes(op="placeholder"))
-    gradients = {name: again[order[node]] for name, node in gradients.items()}
-    out = graph.output_node().args[0]
-    results: dict[Input, fx.Node | Number] = {}
-    for what, result in zip(produced, out, strict=True):  # type: ignore[arg-type]
-        result = mutated.get(result, result) if isinstance(result, fx.Node) else result
-        results[what] = result  # type: ignore[assignment]
+    for node, meaning in zip(placeholders, inputs, strict=False):
+        if not isinstance(meaning, str):
+            node.meta["input"] = meaning
+    graph, mutated = make_functional(graph, mode)
+    placeholders = list(graph.find_nodes(op="placeholder"))
+    gradients = {meaning: node for node, meaning in zip(placeholders, inputs, strict=False) if isinstance(meaning, str)}
+    out: Any = graph.output_node().args[0]
+    results: dict[Input, fx.Node | Number] = {
+        what: mutated.get(result, result) if isinstance(result, fx.Node) else result
+        for what, result in zip(produced, out, strict=True)
+    }
     for node in graph.nodes:
         if "val" in node.meta:
             node.meta["val"] = pytree.tree_map(_sample, node.meta["val"])

@@ -7,12 +7,11 @@ written over is not read afterwards.
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
 from zgraph import ops
 from zgraph.errors import VerifyError
-from zgraph.program import Program, Role, Stage, describe, readers, target_name
+from zgraph.program import Program, Role, Stage, describe, operand, readers, target_name
 
 
 def verify(program: Program, *, after: str) -> None:
@@ -51,7 +50,7 @@ def _check_overwrites(program: Program, after: str) -> None:
         else:
             continue
         for memory in written:
-            source = memory.args[0] if memory.target is ops.shard else memory
+            source = operand(memory) if memory.target is ops.shard else memory
             for reader in readers(source):
                 if order[reader] > order[node] and reader.target not in (ops.all_gather_into, ops.wait):
                     raise _broken(after, reader, f"reads what {node.name} has written over")
@@ -66,8 +65,7 @@ def _check_collective(node: fx.Node, after: str) -> None:
             if user is not waits[0]:
                 raise _broken(after, user, f"reads {node.name} before it has arrived")
     elif node.target is ops.wait:
-        source = node.args[0]
-        if not isinstance(source, fx.Node) or source.target not in ops.STARTS:
+        if operand(node).target not in ops.STARTS:
             raise _broken(after, node, "waits for a value that no collective produces")
 
 
@@ -88,9 +86,7 @@ def _check_results(program: Program, after: str) -> None:
         if what not in inputs:
             continue  # state that this step creates
         before, new = inputs[what].meta["val"], result.meta["val"] if isinstance(result, fx.Node) else result
-        if isinstance(before, torch.Tensor) and (
-            not isinstance(new, torch.Tensor) or before.shape != new.shape or before.dtype != new.dtype
-        ):
+        if describe(before) != describe(new):
             raise VerifyError(f"{after}: the new value of {what} is {describe(new)}, but it is {describe(before)}")
     if program.stage >= Stage.BUCKETED and program.layout is None:
         raise VerifyError(f"{after}: the program is {program.stage.name} but has no layout")
