@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email
+import importlib
 import inspect
 import os
 import re
@@ -73,6 +74,12 @@ def test_the_licence_is_apache() -> None:
     assert "Apache License" in text
     assert "Version 2.0, January 2004" in text
     assert "END OF TERMS AND CONDITIONS" in text
+
+
+@pytest.mark.parametrize(("folder", "package"), PACKAGES.items())
+def test_what_is_tested_is_this_checkout(folder: str, package: str) -> None:
+    """An editable install of another checkout would lend its ``zgraph.passes`` to this one's ``zgraph``."""
+    assert importlib.import_module(package.replace("/", ".")).__file__ == str(ROOT / folder / "__init__.py")
 
 
 def test_no_module_is_loaded_twice() -> None:
