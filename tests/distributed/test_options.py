@@ -69,7 +69,7 @@ class Flagged(nn.Module):
         return {"loss": 2 * loss if double else loss, "hidden": x}
 
 
-def test_numbers_and_flags_are_constants_of_the_captured_step() -> None:
+def test_numbers_and_flags_are_constants_of_the_captured_step(caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     model = Flagged()
     reference = Flagged()
@@ -86,6 +86,9 @@ def test_numbers_and_flags_are_constants_of_the_captured_step() -> None:
         eager.step()
         assert_equal({"loss": loss}, {"loss": expected.detach()}, str(kwargs))
     assert model.stats()["num_captures"] == 3
+    told = [record for record in caplog.records if record.name.startswith("zgraph")]
+    assert len(told) == 2, told  # once for each capture after the first
+    assert all("arguments" in record.getMessage() for record in told)
 
 
 class MixedPrecision(nn.Module):

@@ -308,7 +308,7 @@ def test_an_optimizer_of_another_model(ranks: Ranks) -> None:
     [
         pytest.param(clips_by_value, ["ClipsByValue"], "if p.grad.norm() > 1.0:", id="branch"),
         pytest.param(lbfgs, ["LBFGS"], None, id="closure"),
-        pytest.param(normalises, ["Normalises"], "p.grad.norm()", id="not-pointwise"),
+        pytest.param(normalises, ["not elementwise"], "p.grad.norm()", id="not-pointwise"),
     ],
 )
 def test_an_optimizer_that_cannot_be_traced_or_sharded(
@@ -372,7 +372,7 @@ def option_refused_on_one_rank() -> None:
     if world()[0] == 1:
         refuse(Net, adamw, OptionError, ["zero=7"], options=options)
     else:
-        refuse(Net, adamw, RankError, ["rank 1"], options=options)
+        refuse(Net, adamw, RankError, ["rank"], options=options)
 
 
 def test_an_option_that_one_rank_refuses_stops_all(ranks: Ranks) -> None:

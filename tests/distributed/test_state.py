@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW
 
 import zgraph
@@ -37,9 +37,12 @@ def stay_the_users_module(zero: int) -> None:
     names, params = list(model.state_dict()), dict(model.named_parameters())
     shapes = {name: p.shape for name, p in params.items()}
     compiled = zgraph.compile(model, optimizer=optimizer, zero=zero)
+    losses: list[tuple[Tensor, float]] = []
     for batch in case.batches(2):
-        part = batch.part(rank, num_ranks)
+        part, untouched = batch.part(rank, num_ranks), batch.part(rank, num_ranks)
         loss = compiled.train_step(*part.args, **part.kwargs)
+        losses.append((loss, loss.item()))
+        assert all(map(torch.equal, part.args, untouched.args))
         assert loss.shape == ()
         assert not loss.requires_grad
         assert compiled is model
@@ -51,12 +54,37 @@ def stay_the_users_module(zero: int) -> None:
         assert model.head.weight is model.tokens.weight
         assert [p for group in optimizer.param_groups for p in group["params"]] == list(params.values())
         assert all(p.grad is None for p in model.parameters())
+    assert all(loss.item() == value for loss, value in losses)  # a loss may be kept over later steps
 
 
 @pytest.mark.parametrize("zero", [0, 3])
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_compiled_model_is_the_same_object_with_the_same_parameters(ranks: Ranks, world: int, zero: int) -> None:
     ranks.run(stay_the_users_module, zero, world=world)
+
+
+def stored_bytes(zero: int) -> tuple[int, int, int]:
+    """Bytes of parameters, optimizer state, and of what the user's own parameter objects hold on to."""
+    rank, num_ranks = world()
+    model, _ = make("gpt", zero)
+    part = CASES["gpt"].batches(1, dtype=DTYPE)[0].part(rank, num_ranks)
+    model.train_step(*part.args)
+    stats = model.stats()
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in model.parameters() if not p.is_meta}
+    held = sum(storage.nbytes() for storage in storages.values())
+    return stats["param_bytes"], stats["optimizer_state_bytes"], held
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_each_stage_stores_its_share(ranks: Ranks, world: int) -> None:
+    whole = sum(p.nbytes for p in CASES["gpt"].model(DTYPE).parameters())
+    for zero in range(4):
+        shares = [(world if zero == 3 else 1), (world if zero >= 1 else 1), (world if zero == 3 else 1)]
+        for found in ranks.run(stored_bytes, zero, world=world):
+            for stored, share, copies in zip(found, shares, (1, 2, 1), strict=True):
+                assert stored <= 1.1 * copies * whole / share  # a tenth for padding
+        assert found[0] >= whole / shares[0]
+        assert found[1] >= 2 * whole / shares[1]
 
 
 def start_from_different_seeds(zero: int) -> None:
