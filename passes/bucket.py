@@ -18,7 +18,7 @@ from zgraph.errors import OptimizerError
 from zgraph.layout import Bucket, Layout, ParamSpec, make_buckets
 from zgraph.passes.tidy import remove_dead
 from zgraph.pipeline import Pass
-from zgraph.program import FlatGradient, Input, Origin, Phase, Program, Role, Stage, StateInit, target_name
+from zgraph.program import FlatGradient, Guard, Input, Origin, Phase, Program, Role, Stage, StateInit, target_name
 
 aten = torch.ops.aten
 
@@ -88,6 +88,7 @@ class _Updates:
         self._term: dict[fx.Node, int] = {}
         self._owner: dict[fx.Node, str | None] = {}
         self._vector: set[fx.Node] = set()
+        self._is_vector: dict[str, bool] = {}  # by state key, as parameters that are not 0-dim show
         for what, result in zip(program.outputs, program.results(), strict=True):
             if what is not None and what.role in (Role.PARAM, Role.OPT_STATE):
                 self.results.setdefault(what.name, {})[what] = result
@@ -98,6 +99,8 @@ class _Updates:
             shape = inputs[Input(Role.PARAM, name)].meta["val"].shape
             keys = []
             for what, result in sorted(results.items(), key=lambda item: str(item[0])):
+                if shape and what.role is Role.OPT_STATE:
+                    self._is_vector[what.key] = isinstance(result, fx.Node) and result.meta["val"].shape == shape
                 known = program.init.get((name, what.key)), program.numbers.get((name, what.key))
                 keys.append((what.role, what.key, self._visit(result, name, shape), known))
             self.nodes[name].sort(key=position.__getitem__)
@@ -170,20 +173,24 @@ class _Updates:
         if owners - {name} or any(self.gradient.setdefault(name, g) is not g for g in gradients):
             raise self._coupled(node, name)
 
+        def is_shape(arg: Any) -> bool:
+            return bool(shape) and ops.creates(node.target) and isinstance(arg, (list, tuple)) and tuple(arg) == shape
+
         def term(arg: Any) -> Hashable:
             if isinstance(arg, fx.Node):
                 return self._term[arg]
+            if is_shape(arg):
+                return "shape"
             if isinstance(arg, (list, tuple)):
-                if ops.creates(node.target) and tuple(arg) == tuple(shape):
-                    return "shape"
                 return tuple(term(a) for a in arg)
             return (type(arg).__name__, arg)
 
         key = (node.target, tuple(map(term, node.args)), tuple((k, term(v)) for k, v in sorted(node.kwargs.items())))
-        self._set(node, key, name if owners or gradients else None)
+        is_own = bool(owners or gradients) or any(map(is_shape, node.args))
+        self._set(node, key, name if is_own else None)
         if any(n in self._vector for n in node.all_input_nodes):
             self._vector.add(node)
-        (self.nodes[name] if owners or gradients else self.shared).append(node)
+        (self.nodes[name] if is_own else self.shared).append(node)
 
     def _is_gradient(self, node: fx.Node) -> bool:
         return node.op != "placeholder" and node.meta["origin"].phase is not Phase.UPDATE
@@ -195,8 +202,11 @@ class _Updates:
     def is_vector(self, name: str, key: str) -> bool:
         """Whether a state entry has one element per element of its parameter, rather than one in all.
 
-        Its shape tells, except for the state of 0-dim parameters; there, it is what the gradient flows into.
+        Its shape tells, except for the state of a 0-dim parameter: there the other parameters' tells, and if there
+        are none, it is what the gradient flows into.
         """
+        if key in self._is_vector:
+            return self._is_vector[key]
         result = self.results[name][Input(Role.OPT_STATE, name, key)]
         return isinstance(result, fx.Node) and result in self._vector
 
@@ -265,6 +275,7 @@ class _Flattener:
                         init[what.name, what.key] = start
         program.set_results(results, outputs)
         program.init = init
+        program.guards = self._guards()
         remove_dead(program)
         for node in self.replaced:
             program.graph.erase_node(node)
@@ -272,6 +283,17 @@ class _Flattener:
             if not node.users and what.role in (Role.CONSTANT, Role.HYPER):
                 program.graph.erase_node(node)
                 program.constants.pop(what.name, None)
+
+    def _guards(self) -> tuple[Guard, ...]:
+        """The conditions on the buckets' state, each once."""
+        guards: dict[tuple[Hashable, str], Guard] = {}
+        for guard in self.program.guards:
+            inputs = tuple(
+                replace(what, name=self.layout.find(what.name)[0].name) if what.role is Role.OPT_STATE else what
+                for what in guard.inputs
+            )
+            guards.setdefault((inputs, guard.text), replace(guard, inputs=inputs))
+        return tuple(guards.values())
 
     def _view_segments(self, bucket: Bucket, flat: fx.Node) -> None:
         for segment in bucket.segments:

@@ -148,13 +148,23 @@ class ReadParamsEarly(Pass):
         flats = {name: node for (name, _), node in program.inputs(Role.PARAM).items()}
         for bucket in program.layout.buckets:
             family = set(_derived(flats[bucket.name], order))
+            moves = []
+            tails: dict[fx.Node, fx.Node] = {}  # the last node that was moved behind each
             for node in {user for member in family for user in member.users} - family:
                 if node.op != "call_function" or node.meta["origin"].phase is not Phase.BACKWARD:
                     continue
                 val = node.meta["val"]
                 others = [source for source in node.all_input_nodes if source not in family]
                 if others and isinstance(val, torch.Tensor) and val.nbytes <= bucket.num_bytes:
-                    max(others, key=order.__getitem__).append(node)
+                    latest = max(others, key=order.__getitem__)
+                    moves.append((order[latest], order[node], latest, node))
+            # Earliest first, so that a view that two of them share has moved up far enough for both.
+            for _, _, latest, node in sorted(moves, key=lambda move: move[:2]):
+                path = _path(node, family, after=order[latest], order=order)
+                family.difference_update(path)
+                for member in (*path, node):
+                    tails.get(latest, latest).append(member)
+                    tails[latest] = member
 
 
 @dataclass(frozen=True)
@@ -240,6 +250,18 @@ def _derived(flat: fx.Node, position: dict[fx.Node, int]) -> list[fx.Node]:
                 family[user] = None
                 queue.append(user)
     return sorted(family, key=position.__getitem__)
+
+
+def _path(node: fx.Node, family: set[fx.Node], *, after: int, order: dict[fx.Node, int]) -> list[fx.Node]:
+    """The views that ``node`` reads a parameter through and that are made later than position ``after``."""
+    found: set[fx.Node] = set()
+    queue = [node]
+    while queue:
+        for source in queue.pop().all_input_nodes:
+            if source in family and order[source] > after and source not in found:
+                found.add(source)
+                queue.append(source)
+    return sorted(found, key=order.__getitem__)
 
 
 def _flat_gradients(program: Program) -> Iterator[fx.Node]:

@@ -32,7 +32,7 @@ from zgraph.execute import Executable
 from zgraph.heap import release_free_memory
 from zgraph.passes import default_passes
 from zgraph.pipeline import PassRecord, run
-from zgraph.program import Guard, Mesh, Program
+from zgraph.program import Guard, Input, Mesh, Program, Role
 from zgraph.state import TrainingState
 from zgraph.tracing import forget
 from zgraph.update import StateEntry, StateSpec, hyperparameters, structure
@@ -294,12 +294,12 @@ class _Runtime:
         changed = [name for name in facts if facts[name] != self._facts_seen.get(name)]
         return f"{' and '.join(changed) or 'it was last seen differently'} changed"
 
-    def _guarded_values(self, hypers: dict[str, float]) -> dict[str, float]:
-        values = {f"hyper:{path}": value for path, value in hypers.items()}
+    def _guarded_values(self, hypers: dict[str, float]) -> dict[Input, float]:
+        values = {Input(Role.HYPER, path): value for path, value in hypers.items()}
         for bucket, entries in self.state.opt.items():
             for key, value in entries.items():
                 if isinstance(value, (int, float)):
-                    values[f"opt_state:{bucket}:{key}"] = value
+                    values[Input(Role.OPT_STATE, bucket, key)] = value
         return values
 
     # -- around steps ---------------------------------------------------------------------------------------
@@ -339,8 +339,8 @@ class _Runtime:
         }
 
 
-def _hold(guards: tuple[Guard, ...], values: dict[str, float]) -> bool:
-    return all(guard.holds(*(values[name] for name in guard.names)) for guard in guards)
+def _hold(guards: tuple[Guard, ...], values: dict[Input, float]) -> bool:
+    return all(guard.holds(*(values[what] for what in guard.inputs)) for guard in guards)
 
 
 def _process_group(model: nn.Module) -> dist.ProcessGroup | None:

@@ -286,12 +286,12 @@ class Guard:
     """A condition on scalar inputs that was decided while capturing; if it changes, the step is recaptured.
 
     Attributes:
-        names: ``str(Input)`` of the inputs it reads.
+        inputs: HYPER and OPT_STATE inputs that it reads.
         holds: called with their values, in that order.
-        text: for messages.
+        text: the condition on ``x0``, ``x1``, ...; equal texts mean the same.
     """
 
-    names: tuple[str, ...]
+    inputs: tuple[Input, ...]
     holds: Callable[..., bool]
     text: str
 

@@ -330,8 +330,8 @@ def _guards(env: ShapeEnv, symbols: dict[sympy.Symbol, Input]) -> tuple[Guard, .
         free = sorted(guard.expr.free_symbols, key=str)
         if not free or any(symbol not in symbols for symbol in free):
             continue
-        text = str(guard.expr.xreplace({s: sympy.Symbol(str(symbols[s])) for s in free}))
-        guards.append(Guard(tuple(str(symbols[s]) for s in free), _holds(guard.expr, free), text))
+        text = str(guard.expr.xreplace({s: sympy.Symbol(f"x{i}") for i, s in enumerate(free)}))
+        guards.append(Guard(tuple(symbols[s] for s in free), _holds(guard.expr, free), text))
     return tuple(guards)
 
 

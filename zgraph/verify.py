@@ -64,9 +64,8 @@ def _check_collective(node: fx.Node, after: str) -> None:
         for user in node.users:
             if user is not waits[0]:
                 raise _broken(after, user, f"reads {node.name} before it has arrived")
-    elif node.target is ops.wait:
-        if operand(node).target not in ops.STARTS:
-            raise _broken(after, node, "waits for a value that no collective produces")
+    elif node.target is ops.wait and operand(node).target not in ops.STARTS:
+        raise _broken(after, node, "waits for a value that no collective produces")
 
 
 def _check_results(program: Program, after: str) -> None:
