@@ -100,7 +100,8 @@ class _Updates:
             keys = []
             for what, result in sorted(results.items(), key=lambda item: str(item[0])):
                 if shape and what.role is Role.OPT_STATE:
-                    self._is_vector[what.key] = isinstance(result, fx.Node) and result.meta["val"].shape == shape
+                    val = result.meta["val"] if isinstance(result, fx.Node) else result
+                    self._is_vector[what.key] = isinstance(val, torch.Tensor) and val.dim() > 0
                 known = program.init.get((name, what.key)), program.numbers.get((name, what.key))
                 keys.append((what.role, what.key, self._visit(result, name, shape), known))
             self.nodes[name].sort(key=position.__getitem__)
