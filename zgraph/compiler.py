@@ -292,7 +292,9 @@ class _Runtime:
         if key in self.cache:
             return "a hyperparameter crossed a condition in the optimizer's step()"
         changed = [name for name in facts if facts[name] != self._facts_seen.get(name)]
-        return f"{' and '.join(changed) or 'it was last seen differently'} changed"
+        if not changed:
+            return "the optimizer's first step has created its state, and later ones read it"
+        return f"{' and '.join(changed)} changed"
 
     def _guarded_values(self, hypers: dict[str, float]) -> dict[Input, float]:
         values = {Input(Role.HYPER, path): value for path, value in hypers.items()}
