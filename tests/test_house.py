@@ -82,6 +82,7 @@ def test_what_is_tested_is_this_checkout(folder: str, package: str) -> None:
     assert importlib.import_module(package.replace("/", ".")).__file__ == str(ROOT / folder / "__init__.py")
 
 
+@pytest.mark.slow
 def test_no_module_is_loaded_twice() -> None:
     """From the root, where ``import passes`` would work, everything comes in under its one name."""
     script = """

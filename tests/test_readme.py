@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
 
@@ -16,6 +18,7 @@ def test_the_readme_shows_code() -> None:
     assert "zgraph.compile(" in BLOCKS[0]
 
 
+@pytest.mark.slow
 def test_the_readme_runs_as_written(tmp_path: Path) -> None:
     script = tmp_path / "readme.py"
     script.write_text("\n".join(BLOCKS))
