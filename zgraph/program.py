@@ -166,6 +166,7 @@ class Program:
         return list(self.output_node.args[0])  # type: ignore[arg-type]
 
     def num_nodes(self) -> int:
+        """How many nodes the graph has, inputs and output included."""
         return len(self.graph.nodes)
 
     # -- writing ------------------------------------------------------------------------------------------
