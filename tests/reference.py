@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -22,6 +23,11 @@ from tests.models import CASES, Batch, Case
 from tests.optimizers import OPTIMIZERS, tensors_of
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+def slow(*values: Any) -> list[Any]:
+    """Parameters of a test that are left out of the quick lane."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def world() -> tuple[int, int]:

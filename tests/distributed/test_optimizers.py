@@ -12,10 +12,10 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from tests.optimizers import OPTIMIZERS
 from tests.ranks import Ranks
-from tests.reference import train_like_eager
+from tests.reference import slow, train_like_eager
 
 
-@pytest.mark.parametrize("optimizer", ["sgd_nesterov", "adamw_fused", "adamw_groups", "rmsprop_centered", "lion"])
+@pytest.mark.parametrize("optimizer", ["adamw_groups", "lion"])
 def test_update_equals_eager(ranks: Ranks, optimizer: str) -> None:
     ranks.run(train_like_eager, "awkward", optimizer=optimizer, zero=3)
 
@@ -43,8 +43,8 @@ def one_cycle(_: nn.Module, optimizer: Optimizer) -> Callable[[int], Any]:
     return lambda _: scheduler.step()
 
 
-@pytest.mark.parametrize("schedule", [warm_up_from_zero, one_cycle])
-@pytest.mark.parametrize("optimizer", ["sgd_momentum", "adamw_groups"])
+@pytest.mark.parametrize("schedule", [one_cycle, *slow(warm_up_from_zero)])
+@pytest.mark.parametrize("optimizer", ["adamw_groups", *slow("sgd_momentum")])
 def test_schedules_work_without_recapture(ranks: Ranks, optimizer: str, schedule: Callable[..., Any]) -> None:
     ranks.run(train_like_eager, "awkward", optimizer=optimizer, change=schedule, zero=3)
 
@@ -60,7 +60,7 @@ def set_numbers(_: nn.Module, optimizer: Optimizer) -> Callable[[int], Any]:
     return change
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd_momentum", "lion"])
+@pytest.mark.parametrize("optimizer", ["adamw", *slow("sgd_momentum", "lion")])
 def test_assigned_numbers_take_effect_without_recapture(ranks: Ranks, optimizer: str) -> None:
     ranks.run(train_like_eager, "awkward", optimizer=optimizer, change=set_numbers, zero=3)
 
@@ -72,10 +72,12 @@ def toggle_decay_later(_: nn.Module, optimizer: Optimizer) -> Callable[[int], An
     return change
 
 
+@pytest.mark.slow
 def test_a_number_the_update_branches_on_recaptures_once_per_branch(ranks: Ranks) -> None:
     ranks.run(train_like_eager, "awkward", optimizer="sgd", change=toggle_decay_later, num_recaptures=1, zero=3)
 
 
+@pytest.mark.slow
 def test_a_count_the_update_branches_on_recaptures_when_it_crosses(ranks: Ranks) -> None:
     ranks.run(train_like_eager, "awkward", optimizer="lion_warm_up", num_recaptures=1, zero=3)
 

@@ -17,21 +17,21 @@ from torch import Tensor, nn
 import zgraph
 from tests.models import CASES, GPT
 from tests.ranks import Ranks
-from tests.reference import Eager, assert_equal, assert_same_state, train_like_eager, world
+from tests.reference import Eager, assert_equal, assert_same_state, slow, train_like_eager, world
 
 
-@pytest.mark.parametrize("zero", [3, pytest.param(2, marks=pytest.mark.slow), pytest.param(0, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("bucket_bytes", [1, "1KiB", "1GiB"])
+@pytest.mark.parametrize("zero", [3, *slow(2, 0)])
+@pytest.mark.parametrize("bucket_bytes", ["1KiB", *slow(1, "1GiB")])
 def test_any_bucket_size_equals_eager(ranks: Ranks, bucket_bytes: int | str, zero: int) -> None:
     ranks.run(train_like_eager, "gpt_tied", bucket_bytes=bucket_bytes, zero=zero, num_steps=3)
 
 
-@pytest.mark.parametrize("prefetch", [0, 2, 64])
+@pytest.mark.parametrize("prefetch", slow(0, 2, 64))
 def test_any_prefetch_equals_eager(ranks: Ranks, prefetch: int) -> None:
     ranks.run(train_like_eager, "gpt", bucket_bytes="1KiB", prefetch=prefetch, zero=3, num_steps=3)
 
 
-@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("zero", slow(0, 3))
 def test_a_group_of_one_rank_equals_eager(ranks: Ranks, zero: int) -> None:
     ranks.run(train_like_eager, "gpt_tied", zero=zero, num_steps=3, world=1, group=True)
 
@@ -51,7 +51,7 @@ def train_on_two_lengths(zero: int) -> None:
     assert_same_state(model, optimizer, eager, "at the end")
 
 
-@pytest.mark.parametrize("zero", [3, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("zero", [3, *slow(1)])
 def test_a_new_shape_is_captured_once_and_keeps_the_state(ranks: Ranks, zero: int) -> None:
     ranks.run(train_on_two_lengths, zero)
 
@@ -120,9 +120,12 @@ def train_mixed_precision(zero: int) -> None:
     assert models[0].state_dict()["enter.weight"].dtype == torch.float64
 
 
-@pytest.mark.parametrize("zero", [3, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("zero", slow(3, 1))
 def test_parameters_of_two_dtypes_train_together(ranks: Ranks, zero: int) -> None:
     ranks.run(train_mixed_precision, zero)
+
+
+REST = [(1, 3), (3, 1), (2, 0)]
 
 
 def build_on_meta(zero: int, learning_rate: float) -> None:
@@ -150,8 +153,8 @@ def build_on_meta(zero: int, learning_rate: float) -> None:
             assert torch.equal(tensor, reference.state_dict()[name]), f"{name} is not initialised as in plain PyTorch"
 
 
-@pytest.mark.parametrize("learning_rate", [0.0, 1e-2])
-@pytest.mark.parametrize(("world", "zero"), [(1, 3), (2, 3), pytest.param(3, 1, marks=pytest.mark.slow), (2, 0)])
+@pytest.mark.parametrize("learning_rate", [0.0, *slow(1e-2)])
+@pytest.mark.parametrize(("world", "zero"), [(2, 3), *(pytest.param(*at, marks=pytest.mark.slow) for at in REST)])
 def test_a_model_on_meta_is_initialised_as_a_real_one(
     ranks: Ranks, world: int, zero: int, learning_rate: float
 ) -> None:

@@ -8,10 +8,10 @@ import torch
 import zgraph
 from tests.models import CASES
 from tests.ranks import Ranks
-from tests.reference import Eager, assert_equal, assert_same_state, world
+from tests.reference import Eager, assert_equal, assert_same_state, slow, world
 
 
-@pytest.mark.parametrize("case", ["gpt_dropout", "unet"])
+@pytest.mark.parametrize("case", ["gpt_dropout", *slow("unet")])
 def test_losses_are_bit_equal_to_eager_on_one_rank(case: str) -> None:
     """With a learning rate of zero only the random numbers differ from step to step."""
     compiled, reference = CASES[case].model(), CASES[case].model()
@@ -47,7 +47,7 @@ def follow_one_stream_per_rank(case_name: str, zero: int) -> None:
     assert_same_state(model, optimizer, eager, "at the end")
 
 
-@pytest.mark.parametrize("zero", [3, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("case", ["gpt_dropout", "unet"])
+@pytest.mark.parametrize("zero", [3, *slow(1)])
+@pytest.mark.parametrize("case", ["unet", *slow("gpt_dropout")])
 def test_each_rank_follows_its_own_stream(ranks: Ranks, case: str, zero: int) -> None:
     ranks.run(follow_one_stream_per_rank, case, zero)

@@ -15,7 +15,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 import zgraph
 from tests.ranks import Ranks
-from tests.reference import world
+from tests.reference import slow, world
 from zgraph.errors import CaptureError, OptimizerError, OptionError, RankError, StateError, ZgraphError
 
 
@@ -272,7 +272,7 @@ IN_FORWARD = [
 ]
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [2, *slow(1)])
 @pytest.mark.parametrize(("model", "says", "line"), IN_FORWARD)
 def test_forward_that_is_not_one_graph(
     ranks: Ranks, model: Callable[[], nn.Module], says: list[str], line: str, num_ranks: int

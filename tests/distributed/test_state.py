@@ -12,7 +12,7 @@ from torch.optim import AdamW
 import zgraph
 from tests.models import CASES, GPT
 from tests.ranks import Ranks
-from tests.reference import Eager, assert_equal, assert_same_state, world
+from tests.reference import Eager, assert_equal, assert_same_state, slow, world
 
 DTYPE = torch.float64
 
@@ -57,8 +57,8 @@ def stay_the_users_module(zero: int) -> None:
     assert all(loss.item() == value for loss, value in losses)  # a loss may be kept over later steps
 
 
-@pytest.mark.parametrize("zero", [0, 3])
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("zero", [3, *slow(0)])
+@pytest.mark.parametrize("world", [2, *slow(1)])
 def test_a_compiled_model_is_the_same_object_with_the_same_parameters(ranks: Ranks, world: int, zero: int) -> None:
     ranks.run(stay_the_users_module, zero, world=world)
 
@@ -75,7 +75,7 @@ def stored_bytes(zero: int) -> tuple[int, int, int]:
     return stats["param_bytes"], stats["optimizer_state_bytes"], held
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", slow(2, 3))
 def test_each_stage_stores_its_share(ranks: Ranks, world: int) -> None:
     whole = sum(p.nbytes for p in CASES["gpt"].model(DTYPE).parameters())
     for zero in range(4):
@@ -98,7 +98,7 @@ def start_from_different_seeds(zero: int) -> None:
     assert_same_state(model, optimizer, eager, "after two steps")
 
 
-@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("zero", [3, *slow(0)])
 def test_training_starts_from_rank_0s_parameters(ranks: Ranks, zero: int) -> None:
     ranks.run(start_from_different_seeds, zero)
 
@@ -135,7 +135,7 @@ def load_and_train(
     assert_same_state(model, optimizer, eager, "at the end")
 
 
-@pytest.mark.parametrize("case", ["gpt_tied", "partial", "counting"])
+@pytest.mark.parametrize("case", ["gpt_tied", *slow("partial", "counting")])
 @pytest.mark.parametrize(
     ("worlds", "zeros", "steps_before"),
     [
@@ -153,6 +153,7 @@ def test_training_resumes_on_other_ranks_and_stages(
     ranks.run(load_and_train, case, 4, zeros[1], steps_before, saved[-1], world=worlds[1])
 
 
+@pytest.mark.slow
 def test_saved_state_loads_into_plain_pytorch(ranks: Ranks) -> None:
     model_state, optimizer_state = ranks.run(train_and_save, "gpt_tied", 4, 3)[1]
     eager = make_eager("gpt_tied")
@@ -187,8 +188,8 @@ def evaluate_between_steps(case_name: str, zero: int) -> None:
     assert model.stats()["num_captures"] == 1
 
 
-@pytest.mark.parametrize("zero", [3, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("case", ["gpt_tied", "gpt_dropout", "resnet", "recommender", "awkward"])
+@pytest.mark.parametrize("zero", [3, *slow(1)])
+@pytest.mark.parametrize("case", ["gpt_tied", *slow("gpt_dropout", "resnet", "recommender", "awkward")])
 def test_calling_the_model_under_no_grad_gives_the_current_parameters_output(
     ranks: Ranks, case: str, zero: int
 ) -> None:
@@ -211,5 +212,6 @@ def train_in_eval_mode(zero: int) -> None:
     assert model.stats()["num_captures"] == 2
 
 
+@pytest.mark.slow
 def test_training_mode_is_part_of_what_is_captured(ranks: Ranks) -> None:
     ranks.run(train_in_eval_mode, 3)

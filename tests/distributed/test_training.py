@@ -7,13 +7,14 @@ import torch
 
 from tests.models import CASES
 from tests.ranks import Ranks
-from tests.reference import train_like_eager
+from tests.reference import slow, train_like_eager
 
 HUGGING_FACE = {"gpt2", "llama", "qwen3", "vit", "t5"}
 OWN = [name for name in CASES if name not in HUGGING_FACE]
+QUICK = ["gpt", "gpt_tied", "awkward", "resnet"]
 
 
-@pytest.mark.parametrize("case", OWN)
+@pytest.mark.parametrize("case", [*QUICK, *slow(*(name for name in OWN if name not in QUICK))])
 def test_zero_3_on_two_ranks_equals_eager(ranks: Ranks, case: str) -> None:
     ranks.run(train_like_eager, case, zero=3)
 
