@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,16 +39,14 @@ from zgraph.update import StateEntry, StateSpec, hyperparameters, structure
 
 log = logging.getLogger("zgraph")
 
-Model = TypeVar("Model", bound=nn.Module)
-
 
 def compile(  # noqa: A001
-    model: Model,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     *,
     loss: Callable[..., torch.Tensor] | None = None,
     **options: Any,
-) -> Model:
+) -> Any:
     """Give ``model`` a ``train_step`` that runs forward, backward, communication and update as one graph.
 
     The model stays the same object; like FSDP2's ``fully_shard``, this swaps its class for a subclass.
@@ -62,7 +60,7 @@ def compile(  # noqa: A001
         options: see ``zgraph.config.Config``.
 
     Returns:
-        ``model``.
+        ``model`` itself, now also a ``CompiledModule``. (Python cannot spell the type that is both, hence ``Any``.)
 
     Raises:
         OptionError: an unknown option, or one out of range.

@@ -32,7 +32,6 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import zgraph
-from zgraph.compiler import CompiledModule
 from zgraph.errors import RankError, ZgraphError
 
 LAYERS, WIDTH, HEADS, TOKENS = 8, 320, 5, 256
@@ -187,7 +186,6 @@ def train(options: Options) -> Report | None:
     num_parameters = sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model = zgraph.compile(model, optimizer=optimizer, zero=options.zero)
-    assert isinstance(model, CompiledModule)
 
     run = Run(threads)
     with _display(options.steps, shown=rank == 0) as show:
