@@ -16,8 +16,8 @@ from torch import fx
 from zgraph.codegen.source import SourceWriter
 from zgraph.program import show, target_name
 
-SLICE = 32768
-"""Elements per slice: a dozen float32 slices fit a 2 MiB second-level cache."""
+SLICE = 65536
+"""Elements per slice: few enough to stay in cache (256 KiB in float32), enough to hide the cost of a call."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,8 +60,117 @@ class Kernel:
             self._compiled.append(self._compile())
         return self._compiled[0](*inputs)
 
+    def source(self, writer: SourceWriter, slice_size: int = SLICE) -> str:
+        """The kernel as a Python function ``kernel(*inputs)``; ``writer`` collects its globals."""
+        return _Slices(self, writer, slice_size).source()
+
     def _compile(self) -> Callable[..., list[Any]]:
-        return SourceWriter().kernel(self.body, self.writes, SLICE)
+        writer = SourceWriter()
+        return writer.compile(self.source(writer), "kernel", f"<zgraph {self.name} {id(self):x}>")
+
+
+class _Slices:
+    """Writes a kernel as a loop over slices.
+
+    Within a slice, an operator stores its result where a value lies that nothing reads any more: over the input that
+    the result replaces, or over one of its own arguments. The slices of one iteration stay in cache.
+    """
+
+    def __init__(self, kernel: Kernel, writer: SourceWriter, slice_size: int) -> None:
+        self.kernel, self.writer, self.slice_size = kernel, writer, slice_size
+        self.inputs = list(kernel.body.find_nodes(op="placeholder"))
+        self.flat = [node for node in self.inputs if _is_flat(node)]
+        self.results: list[fx.Node] = list(kernel.body.output_node().args[0])  # type: ignore[arg-type]
+        self.donors = {
+            result: self.inputs[write]
+            for result, write in zip(self.results, kernel.writes, strict=True)
+            if write is not None
+        }
+        self.order = {node: i for i, node in enumerate(kernel.body.nodes)}
+        self.last_read = {node: max((self.order[u] for u in node.users), default=-1) for node in kernel.body.nodes}
+        self.home: dict[fx.Node, str] = {}  # the variable a value lies in
+        self.content: dict[str, fx.Node] = {}  # the value that lies in a variable
+
+    def source(self) -> str:
+        names = {node: f"i{index}" for index, node in enumerate(self.inputs)}
+        lines = [f"def kernel({', '.join(names.values())}):", f"    n = {names[self.flat[0]]}.shape[0]"]
+        for index, result in enumerate(self.results):
+            if result in self.donors:
+                lines.append(f"    o{index} = {names[self.donors[result]]}")
+            else:
+                dtype = self.writer.literal(result.meta["val"].dtype)
+                lines.append(f"    o{index} = torch.empty(n, dtype={dtype}, device={names[self.flat[0]]}.device)")
+        lines.append(f"    for a in range(0, n, {self.slice_size}):")
+        lines.append(f"        b = min(a + {self.slice_size}, n)")
+        for node, name in names.items():
+            self._put(node, f"s{name}" if _is_flat(node) else name)
+            if _is_flat(node):
+                lines.append(f"        s{name} = {name}[a:b]")
+        lines += [f"        {self._statement(n)}" for n in self.kernel.body.nodes if n.op == "call_function"]
+        for index, result in enumerate(self.results):
+            if result not in self.donors or self.home[result] != f"s{names[self.donors[result]]}":
+                lines.append(f"        o{index}[a:b].copy_({self.home[result]})")
+        outs = [f"o{index}" for index in range(len(self.results))]
+        return "\n".join([*lines, f"    return [{', '.join(outs)}]"]) + "\n"
+
+    def _put(self, node: fx.Node, place: str) -> None:
+        self.home[node] = place
+        self.content[place] = node
+
+    def _statement(self, node: fx.Node) -> str:
+        place, target = self._free_place(node), _with_out(node.target)
+        args = [self._argument(arg, node) for arg in node.args]
+        args += [f"{key}={self._argument(arg, node)}" for key, arg in node.kwargs.items()]
+        if place is None or target is None:
+            place = f"v{self.order[node]}"
+            expression = self.writer.expression(node.target, args)
+        else:
+            expression = self.writer.expression(target, [*args, f"out={place}"])
+        self._put(node, place)
+        return f"{place} = {expression}"
+
+    def _argument(self, arg: Any, node: fx.Node) -> str:
+        val = node.meta["val"]
+        if isinstance(arg, (list, tuple)) and list(arg) == list(val.shape):
+            return "[b - a]"  # the size of a tensor that is created
+        return self.writer.argument(arg, self.home)
+
+    def _free_place(self, node: fx.Node) -> str | None:
+        """A variable of the right dtype whose content nothing reads after ``node``."""
+        slices = {donor: f"si{self.inputs.index(donor)}" for donor in self.donors.values()}
+        places = [slices[self.donors[node]]] if node in self.donors else []
+        # A result that lay over another result's input would be lost when that one is stored there.
+        allowed = places if node in self.results else list(slices.values())
+        places += [self.home[source] for source in node.all_input_nodes if _is_flat(source)]
+        for place in places:
+            held = self.content[place]
+            if (
+                (place in allowed or place.startswith("v"))
+                and held.meta["val"].dtype == node.meta["val"].dtype
+                and self.last_read[held] <= self.order[node]
+            ):
+                return place
+        return None
+
+
+def _is_flat(node: fx.Node) -> bool:
+    val = node.meta["val"]
+    return isinstance(val, torch.Tensor) and val.dim() == 1
+
+
+def _with_out(target: Any) -> torch._ops.OpOverload | None:
+    """The overload of an operator that stores its result in an ``out`` argument, all else equal."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    wanted = [(argument.name, str(argument.type)) for argument in target._schema.arguments]
+    for name in target.overloadpacket.overloads():
+        overload = getattr(target.overloadpacket, name)
+        given = [(a.name, str(a.type)) for a in overload._schema.arguments if not a.is_out]
+        outs = [a.name for a in overload._schema.arguments if a.is_out]
+        if outs == ["out"] and given == wanted:
+            assert isinstance(overload, torch._ops.OpOverload)
+            return overload
+    return None
 
 
 def region(nodes: Sequence[fx.Node], results: Sequence[fx.Node]) -> tuple[fx.Graph, list[fx.Node]]:

@@ -137,7 +137,7 @@ class ReadParamsEarly(Pass):
         gw = mm(t(gy), x)               gx = mm(gy, w)      # w is free from here
         gx = mm(gy, w)           ->     gw = mm(t(gy), x)
 
-    An operator moves up to its latest other input, unless its result is larger than the bucket it reads.
+    An operator moves up to its latest other input in backward, unless its result is larger than the bucket it reads.
     """
 
     takes, gives = Stage.SHARDED, Stage.SHARDED
@@ -146,15 +146,14 @@ class ReadParamsEarly(Pass):
         assert program.layout is not None
         order = {node: i for i, node in enumerate(program.graph.nodes)}
         flats = {name: node for (name, _), node in program.inputs(Role.PARAM).items()}
+        backward = {n for n in order if n.op == "call_function" and n.meta["origin"].phase is Phase.BACKWARD}
         for bucket in program.layout.buckets:
             family = set(_derived(flats[bucket.name], order))
             moves = []
             tails: dict[fx.Node, fx.Node] = {}  # the last node that was moved behind each
-            for node in {user for member in family for user in member.users} - family:
-                if node.op != "call_function" or node.meta["origin"].phase is not Phase.BACKWARD:
-                    continue
+            for node in ({user for member in family for user in member.users} & backward) - family:
                 val = node.meta["val"]
-                others = [source for source in node.all_input_nodes if source not in family]
+                others = [source for source in node.all_input_nodes if source in backward and source not in family]
                 if others and isinstance(val, torch.Tensor) and val.nbytes <= bucket.num_bytes:
                     latest = max(others, key=order.__getitem__)
                     moves.append((order[latest], order[node], latest, node))

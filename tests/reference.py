@@ -133,8 +133,8 @@ def train_like_eager(
     Args:
         change: gives a function to call after each step, the same for zgraph and for the reference: a learning-rate
             schedule, say.
-        num_recaptures: how often the step is captured again. The second step may always be, since there the optimizer
-            has state for the first time.
+        num_recaptures: how often the step may be captured again. The second step always may, since there the
+            optimizer has state for the first time.
         options: of ``zgraph.compile``.
     """
     case, (rank, num_ranks) = CASES[case_name], world()
@@ -161,4 +161,4 @@ def train_like_eager(
             num_captures = compiled.stats()["num_captures"]
             assert num_captures <= 2, f"two steps were captured {num_captures} times"
     found = compiled.stats()["num_captures"] - num_captures
-    assert found == num_recaptures, f"the step was captured again {found} times, not {num_recaptures}"
+    assert found <= num_recaptures, f"the step was captured again {found} times, not {num_recaptures} at most"

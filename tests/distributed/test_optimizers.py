@@ -93,7 +93,7 @@ def freeze_for_a_while(model: nn.Module, _: Optimizer) -> Callable[[int], Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("world", "zero"), [(2, 3), (3, 1), (2, 0)])
 def test_parameters_can_be_frozen_and_thawed(ranks: Ranks, world: int, zero: int) -> None:
-    ranks.run(train_like_eager, "awkward", change=freeze_for_a_while, num_recaptures=1, zero=zero, world=world)
+    ranks.run(train_like_eager, "awkward", change=freeze_for_a_while, num_recaptures=2, zero=zero, world=world)
 
 
 def add_a_group(model: nn.Module, optimizer: Optimizer) -> Callable[[int], Any]:
@@ -109,5 +109,5 @@ def add_a_group(model: nn.Module, optimizer: Optimizer) -> Callable[[int], Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("world", "zero"), [(2, 3), (3, 1), (2, 0)])
 def test_a_group_can_be_added(ranks: Ranks, world: int, zero: int) -> None:
-    options = {"optimizer": "adamw_all_but_last", "change": add_a_group, "num_recaptures": 1}
+    options = {"optimizer": "adamw_all_but_last", "change": add_a_group, "num_recaptures": 2}
     ranks.run(train_like_eager, "awkward", zero=zero, world=world, **options)
