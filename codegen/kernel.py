@@ -140,7 +140,7 @@ class _Slices:
         slices = {donor: f"si{self.inputs.index(donor)}" for donor in self.donors.values()}
         places = [slices[self.donors[node]]] if node in self.donors else []
         # A result that lay over another result's input would be lost when that one is stored there.
-        allowed = places if node in self.results else list(slices.values())
+        allowed = list(places) if node in self.results else list(slices.values())
         places += [self.home[source] for source in node.all_input_nodes if _is_flat(source)]
         for place in places:
             held = self.content[place]
