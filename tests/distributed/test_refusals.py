@@ -265,8 +265,16 @@ def train_plainly(model: nn.Module, optimizer: Optimizer, x: Tensor) -> None:
 
 IN_FORWARD = [
     pytest.param(BranchesOnValue, ["value of a tensor"], "if hidden.sum() > 0:", id="branch"),
-    pytest.param(ReadsValue, ["value of a tensor"], "scale = hidden.abs().max().item()", id="item"),
-    pytest.param(SelectsByValue, ["shape", "value of a tensor"], "positive = hidden[hidden > 0]", id="mask"),
+    pytest.param(
+        ReadsValue, ["value of a tensor"], "scale = hidden.abs().max().item()", id="item", marks=pytest.mark.slow
+    ),
+    pytest.param(
+        SelectsByValue,
+        ["shape", "value of a tensor"],
+        "positive = hidden[hidden > 0]",
+        id="mask",
+        marks=pytest.mark.slow,
+    ),
     pytest.param(ReturnsVector, ["not a scalar", "(6,)"], "square().mean(1)", id="vector"),
     pytest.param(WritesParameter, ["enter.weight", "in place"], "self.enter.weight.clamp_(-1, 1)", id="write"),
 ]
@@ -283,10 +291,10 @@ def test_forward_that_is_not_one_graph(
 @pytest.mark.parametrize(
     ("model", "optimizer", "says"),
     [
-        pytest.param(ReturnsNoLoss, adamw, ["tuple", "loss"], id="no-loss"),
+        pytest.param(ReturnsNoLoss, adamw, ["tuple", "loss"], id="no-loss", marks=pytest.mark.slow),
         pytest.param(DetachesLoss, adamw, ["nothing to train"], id="detached"),
         pytest.param(Net, adamw_of_frozen, ["nothing to train"], id="all-frozen"),
-        pytest.param(Net, adamw_of_one_frozen, ["nothing to train"], id="only-frozen-held"),
+        pytest.param(Net, adamw_of_one_frozen, ["nothing to train"], id="only-frozen-held", marks=pytest.mark.slow),
     ],
 )
 def test_nothing_to_train(
@@ -340,14 +348,24 @@ def option_by_rank(name: str, values: tuple[Any, Any]) -> dict[str, Any]:
     ("model", "optimizer", "more"),
     [
         pytest.param(wider_on_rank_1, adamw, {}, id="model"),
-        pytest.param(DiffersByRank, adamw, {}, id="forward"),
-        pytest.param(Net, one_rank_adamw_other_sgd, {}, id="optimizer"),
+        pytest.param(DiffersByRank, adamw, {}, id="forward", marks=pytest.mark.slow),
+        pytest.param(Net, one_rank_adamw_other_sgd, {}, id="optimizer", marks=pytest.mark.slow),
         pytest.param(Net, adamw, {"num_samples": one_sample_more_on_rank_1}, id="shape"),
         pytest.param(Net, adamw, {"options": functools.partial(option_by_rank, "zero", (3, 1))}, id="zero"),
         pytest.param(
-            Net, adamw, {"options": functools.partial(option_by_rank, "bucket_bytes", (64, 128))}, id="bucket"
+            Net,
+            adamw,
+            {"options": functools.partial(option_by_rank, "bucket_bytes", (64, 128))},
+            id="bucket",
+            marks=pytest.mark.slow,
         ),
-        pytest.param(Net, adamw, {"options": functools.partial(option_by_rank, "prefetch", (1, 2))}, id="prefetch"),
+        pytest.param(
+            Net,
+            adamw,
+            {"options": functools.partial(option_by_rank, "prefetch", (1, 2))},
+            id="prefetch",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_ranks_that_disagree(
