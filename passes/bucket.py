@@ -378,12 +378,25 @@ class _Flattener:
             args = tuple(map(copied, node.args))
             kwargs = {key: copied(value) for key, value in node.kwargs.items()}
             copies[node] = program.call(node.target, *args, origin=origin, before=before, **kwargs)
-        return {
-            replace(what, name=bucket.name): copied(result) for what, result in self.updates.results[model.name].items()
-        }
+        results: dict[Input, Any] = {}
+        made = [copies[node] for node in self.updates.nodes[model.name]]
+        for what, result in self.updates.results[model.name].items():
+            new = copied(result)
+            if new in made:
+                made.remove(new)
+            elif _is_tensor(new) and new.meta.get("input") != replace(what, name=bucket.name):
+                # A gradient, another state or what is a result already: this state needs memory of its own.
+                origin = replace(shallow(new), phase=Phase.UPDATE, module=bucket.name)
+                new = program.call(aten.clone.default, new, origin=origin, before=before)
+            results[replace(what, name=bucket.name)] = new
+        return results
 
 
 def shallow(node: fx.Node) -> Origin:
     """The node's origin; a placeholder counts as forward."""
     origin = node.meta.get("origin")
     return origin if origin is not None else Origin(Phase.FORWARD)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, fx.Node) and isinstance(value.meta["val"], torch.Tensor)

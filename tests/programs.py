@@ -1,0 +1,521 @@
+"""Training steps built node by node, and what they mean when N ranks run them, all in one process.
+
+``recipes`` are plain data that Hypothesis draws and prints; ``build`` makes a CAPTURED program of one, so nothing is
+ever traced. ``run`` interprets a program at any stage for all its ranks in lockstep; ``reference`` says what it must
+compute: the captured step, with the gradients and the loss averaged between the ranks.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from zgraph import ops
+from zgraph.layout import Bucket
+from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage
+
+aten = torch.ops.aten
+
+Value = torch.Tensor | float | int
+Values = dict[Input | None, Value]
+"""What goes into a program or comes out of it; None is the loss."""
+
+
+def few_examples(num: int) -> settings:
+    """So many examples, the same in every run; a slow test beside it may ask for many others."""
+    return settings(max_examples=num, deadline=None, derandomize=True)
+
+
+# Building
+
+
+class Builder:
+    """Builds a CAPTURED program, one node at a time."""
+
+    def __init__(self) -> None:
+        graph = fx.Graph()
+        graph.output([])
+        self.program = Program(graph, Stage.CAPTURED, Mesh(1), [], FakeTensorMode())
+
+    def input(
+        self,
+        role: Role,
+        name: str,
+        key: str = "",
+        *,
+        shape: Sequence[int] | None = None,
+        dtype: torch.dtype = torch.float64,
+    ) -> fx.Node:
+        """A tensor; a float if it has no shape."""
+        first = next(node for node in self.program.graph.nodes if node.op != "placeholder")
+        val = 0.5 if shape is None else self.program.empty(shape, dtype, torch.device("cpu"))
+        return self.program.placeholder(Input(role, name, key), val, before=first)
+
+    def call(self, phase: Phase, target: Any, *args: Any, module: str = "", **kwargs: Any) -> fx.Node:
+        """A call at the end of what there is."""
+        origin = Origin(phase, module, f"model.py:{len(self.program.graph.nodes)} (forward)")
+        return self.program.call(target, *args, origin=origin, before=self.program.output_node, **kwargs)
+
+    def forward(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return self.call(Phase.FORWARD, target, *args, **kwargs)
+
+    def backward(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return self.call(Phase.BACKWARD, target, *args, **kwargs)
+
+    def finish(self, results: Mapping[Input | None, Any]) -> Program:
+        """The program that returns ``results``; the loss is first."""
+        self.program.set_results(list(results.values()), list(results))
+        return self.program
+
+
+def param(name: str) -> Input:
+    return Input(Role.PARAM, name)
+
+
+def state(name: str, key: str) -> Input:
+    return Input(Role.OPT_STATE, name, key)
+
+
+def two_layers() -> Program:
+    """``loss = sum(x @ w1 @ w2)`` trained by SGD with momentum, each with a learning rate of its own: for goldens."""
+    b = Builder()
+    w1, w2 = b.input(Role.PARAM, "w1", shape=[2, 3]), b.input(Role.PARAM, "w2", shape=[3, 1])
+    x = b.input(Role.BATCH, "0", shape=[4, 2])
+    h = b.forward(aten.mm.default, x, w1, module="first")
+    y = b.forward(aten.mm.default, h, w2, module="second")
+    loss = b.forward(aten.sum.default, y)
+    gy = b.backward(aten.ones_like.default, y)
+    gw2 = b.backward(aten.mm.default, b.backward(aten.t.default, h), gy, module="second")
+    gh = b.backward(aten.mm.default, gy, b.backward(aten.t.default, w2), module="second")
+    gw1 = b.backward(aten.mm.default, b.backward(aten.t.default, x), gh, module="first")
+    results: dict[Input | None, Any] = {None: loss}
+    for name, w, g in (("w1", w1, gw1), ("w2", w2, gw2)):
+        lr = b.input(Role.HYPER, f"group_of_{name}.lr")
+        m = b.input(Role.OPT_STATE, name, "m", shape=w.meta["val"].shape)
+        new_m = b.call(Phase.UPDATE, aten.add.Tensor, m, g, module=name)
+        size = b.call(Phase.UPDATE, operator.neg, lr, module=name)
+        results[param(name)] = b.call(Phase.UPDATE, aten.add.Tensor, w, new_m, alpha=size, module=name)
+        results[state(name, "m")] = new_m
+    return b.finish(results)
+
+
+# Random training steps
+
+
+@dataclass(frozen=True)
+class Param:
+    """A parameter, ``p0``, ``p1``, ... in the order of its reads.
+
+    Attributes:
+        use: "trained", "frozen" (read by forward and backward) or "unused" (read by nothing).
+        group: which of the update rules it follows.
+        low: float32, cast to float64 where it is read.
+        shares: its gradient is that of the trained parameter before it, if the shapes allow it.
+    """
+
+    shape: tuple[int, ...]
+    use: str
+    group: int
+    low: bool
+    shares: bool
+
+
+Term = tuple[Any, ...]
+"""An elementwise expression: ("g",) or an operator's name and terms."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """``p' = p - lr * (g + step)``, and one state tensor per term: ``m' = m * g + term``.
+
+    Attributes:
+        step: term over p, g and the new states.
+        states: terms over p, g and the old states.
+        count: whether the bias correction ``1 - beta ** count'`` of a 0-dim count takes part.
+        keeps: whether the gradient itself becomes state (``last``), and what that was before, too (``older``).
+    """
+
+    step: Term
+    states: tuple[Term, ...]
+    count: bool
+    keeps: bool
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training step.
+
+    Attributes:
+        backward: the order in which gradients come, as sort keys of the parameters.
+        first: optimizer state does not exist yet; the step creates it.
+        random: dropout is part of forward.
+    """
+
+    params: tuple[Param, ...]
+    rules: tuple[Rule, ...]
+    backward: tuple[int, ...]
+    first: bool
+    random: bool
+
+
+_SHAPES = [(), (1,), (7,), (16,), (17,), (3, 5), (4, 4), (2, 3, 2), (0, 3), (31,)]
+
+
+def _terms(leaves: Sequence[str]) -> st.SearchStrategy[Term]:
+    return st.recursive(
+        st.sampled_from([(leaf,) for leaf in leaves]),
+        lambda inner: st.one_of(
+            st.tuples(st.sampled_from(["sign", "abs", "zeros_like", "zeros", "square"]), inner),
+            st.tuples(st.sampled_from(["add", "mul", "maximum", "lerp", "where"]), inner, inner),
+        ),
+        max_leaves=4,
+    )
+
+
+@st.composite
+def _rules(draw: st.DrawFn) -> Rule:
+    num_states = draw(st.integers(0, 2))
+    keys = [f"m{i}" for i in range(num_states)]
+    leaves = ["p", "g", *keys]
+    terms = [draw(_terms(leaves)) for _ in range(num_states + 1)]
+    return Rule(terms[0], tuple(terms[1:]), draw(st.booleans()), draw(st.sampled_from([False, False, True])))
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> Recipe:
+    """Any training step, with at least one trained parameter."""
+    rules = tuple(draw(st.lists(_rules(), min_size=1, max_size=2)))
+    one = st.builds(
+        Param,
+        st.sampled_from(_SHAPES),
+        st.sampled_from(["trained", "trained", "trained", "frozen", "unused"]),
+        st.integers(0, len(rules) - 1),
+        st.sampled_from([False, False, False, True]),
+        st.sampled_from([False, False, False, True]),
+    )
+    params = draw(st.lists(one, min_size=1, max_size=7).filter(lambda all_: any(p.use == "trained" for p in all_)))
+    backward = draw(st.permutations(range(len(params))))
+    if draw(st.booleans()):
+        backward = list(reversed(range(len(params))))  # as autograd has it
+    return Recipe(tuple(params), rules, tuple(backward), draw(st.booleans()), draw(st.booleans()))
+
+
+def build(recipe: Recipe) -> Program:
+    """The CAPTURED program of a recipe."""
+    b = Builder()
+    names = [f"p{i}" for i in range(len(recipe.params))]
+    dtypes = [torch.float32 if p.low else torch.float64 for p in recipe.params]
+    params = [
+        b.input(Role.PARAM, name, shape=p.shape, dtype=dtype)
+        for name, p, dtype in zip(names, recipe.params, dtypes, strict=True)
+    ]
+    buffer, batch = b.input(Role.BUFFER, "seen", shape=()), b.input(Role.BATCH, "0", shape=[len(params)])
+    carry = b.forward(aten.sum.default, batch)
+    results: dict[Input | None, Any] = {
+        None: carry,
+        Input(Role.BUFFER, "seen"): b.forward(aten.add.Tensor, buffer, carry),
+    }
+    read: list[fx.Node] = []
+    losses: list[fx.Node] = []
+    for i, (p, node) in enumerate(zip(recipe.params, params, strict=True)):
+        losses.append(carry)
+        if p.use == "unused":
+            read.append(node)
+            continue
+        wide = b.forward(aten._to_copy.default, node, dtype=torch.float64) if p.low else node
+        read.append(b.forward(aten.t.default, wide) if len(p.shape) == 2 else wide)
+        x = b.forward(aten.select.int, batch, 0, i)
+        layer = b.forward(aten.sin.default, b.forward(aten.mul.Tensor, read[i], x))
+        if recipe.random:
+            layer = b.forward(aten.mul.Tensor, layer, b.forward(aten.bernoulli.p, layer, 0.5))
+        carry = b.forward(aten.tanh.default, b.forward(aten.add.Tensor, carry, b.forward(aten.sum.default, layer)))
+    results[None] = carry
+    gradients: dict[int, fx.Node] = {}
+    for i in sorted(range(len(params)), key=recipe.backward.__getitem__):
+        p = recipe.params[i]
+        if p.use == "unused":
+            continue
+        again = b.backward(aten.unsqueeze.default, read[i], 0)
+        gradient = b.backward(aten.squeeze.dim, b.backward(aten.mul.Tensor, again, carry), 0)
+        if p.use == "trained":
+            if len(p.shape) == 2:
+                gradient = b.backward(aten.t.default, gradient)
+            if p.low:
+                gradient = b.backward(aten._to_copy.default, gradient, dtype=torch.float32)
+            gradients[i] = gradient
+        product = b.backward(aten.sum.default, b.backward(aten.mul.Tensor, again, losses[i]))
+        carry = b.backward(aten.tanh.default, b.backward(aten.add.Tensor, carry, product))
+    earlier: dict[tuple[tuple[int, ...], bool], int] = {}
+    for i, p in enumerate(recipe.params):
+        if p.use == "trained":
+            if p.shares and (p.shape, p.low) in earlier:
+                gradients[i] = gradients[earlier[p.shape, p.low]]
+            earlier[p.shape, p.low] = i
+    hypers = [{key: b.input(Role.HYPER, f"group{k}.{key}") for key in ("lr", "beta")} for k in range(len(recipe.rules))]
+    for i, p in enumerate(recipe.params):
+        if p.use == "trained":
+            rule = recipe.rules[p.group]
+            results.update(_update(b, names[i], params[i], gradients[i], rule, hypers[p.group], recipe.first))
+    return b.finish(results)
+
+
+def _update(
+    b: Builder, name: str, p: fx.Node, g: fx.Node, rule: Rule, hyper: dict[str, fx.Node], first: bool
+) -> dict[Input | None, Any]:
+    """The update of one parameter by a rule; what it makes anew."""
+
+    def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return b.call(Phase.UPDATE, target, *args, module=name, **kwargs)
+
+    shape, dtype = p.meta["val"].shape, p.meta["val"].dtype
+
+    def write(term: Term, leaves: Mapping[str, fx.Node]) -> fx.Node:
+        name, *inner = term
+        if not inner:
+            return leaves[name]
+        a, *rest = (write(t, leaves) for t in inner)
+        if name == "zeros":
+            return call(aten.zeros.default, list(shape), dtype=dtype)
+        if name == "zeros_like":
+            return call(aten.zeros_like.default, a)
+        if name == "lerp":
+            return call(aten.lerp.Scalar, a, rest[0], hyper["beta"])
+        if name == "where":
+            return call(aten.where.self, call(aten.gt.Tensor, a, rest[0]), a, rest[0])
+        overload = "Tensor" if name in ("add", "mul") else "default"
+        return call(getattr(getattr(aten, name), overload), a, *rest)
+
+    def zeros() -> fx.Node:
+        return call(aten.zeros_like.default, p)
+
+    leaves = {"p": p, "g": g}
+    results: dict[Input | None, Any] = {}
+    for i in range(len(rule.states)):
+        key = f"m{i}"
+        leaves[key] = zeros() if first else b.input(Role.OPT_STATE, name, key, shape=shape, dtype=dtype)
+    new = dict(leaves)
+    for i, term in enumerate(rule.states):
+        decayed = call(aten.mul.Tensor, leaves[f"m{i}"], g)
+        new[f"m{i}"] = results[state(name, f"m{i}")] = call(aten.add.Tensor, decayed, write(term, leaves))
+    size = call(operator.neg, hyper["lr"])
+    if rule.count:
+        if first:
+            count = call(aten.full.default, [], 0, dtype=torch.float32)
+        else:
+            count = b.input(Role.OPT_STATE, name, "count", shape=(), dtype=torch.float32)
+        later = results[state(name, "count")] = call(aten.add.Tensor, count, 1)
+        power = call(operator.pow, hyper["beta"], call(aten._local_scalar_dense.default, later))
+        size = call(operator.mul, size, call(operator.sub, 1, power))
+    if rule.keeps:
+        last = zeros() if first else b.input(Role.OPT_STATE, name, "last", shape=shape, dtype=dtype)
+        results.update({state(name, "last"): g, state(name, "older"): last})
+    change = call(aten.add.Tensor, g, write(rule.step, new))
+    results[param(name)] = call(aten.add.Tensor, p, change, alpha=size)
+    return results
+
+
+# Meaning
+
+
+def values_for(program: Program, seed: int = 0, world: int = 1) -> list[Values]:
+    """Inputs of a CAPTURED program for each rank: equal but for the batch and the buffers; all counts are equal."""
+    generator = torch.Generator().manual_seed(seed)
+    count = torch.randint(100, (), generator=generator).to(torch.float32)
+
+    def random(val: Any) -> Value:
+        if isinstance(val, torch.Tensor):
+            return torch.randn(val.shape, dtype=torch.float64, generator=generator).to(val.dtype)
+        return 0.1 + 0.8 * torch.rand((), generator=generator).item()
+
+    shared: dict[Input, Value] = {
+        what: count if what.key == "count" else random(node.meta["val"])
+        for node, what in program.placeholders()
+        if what.role not in (Role.BATCH, Role.BUFFER)
+    }
+    own = [(what, node.meta["val"]) for node, what in program.placeholders() if what not in shared]
+    return [{**shared, **{what: random(val) for what, val in own}} for _ in range(world)]
+
+
+@dataclass
+class _Started:
+    """A collective in flight, for all ranks: what each sends, and what to do when it arrives."""
+
+    node: fx.Node
+    sent: list[torch.Tensor]
+    received: list[torch.Tensor] | None
+
+
+def run(program: Program, inputs: Sequence[Values], *, late: bool = False, average: bool = False) -> list[Values]:
+    """What each rank's results are; the inputs are left alone.
+
+    Args:
+        program: at any stage.
+        inputs: of each rank.
+        late: collectives read what they send, and write what they bring, as late as they may; by default as early.
+        average: readers in the update phase see the mean of gradients between the ranks, and the loss is the mean.
+    """
+    ranks = range(len(inputs))
+    values: list[dict[fx.Node, Any]] = [{} for _ in ranks]
+    means: list[dict[fx.Node, Any]] = [{} for _ in ranks]
+    generators = [torch.Generator().manual_seed(rank).get_state() for rank in ranks]
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            for rank in ranks:
+                value = inputs[rank][node.meta["input"]]
+                values[rank][node] = value.clone() if isinstance(value, torch.Tensor) else value
+        elif node.op == "output":
+            break
+        elif node.target in ops.STARTS:
+            started = _Started(node, [values[rank][node.args[0]] for rank in ranks], None)
+            if not late:
+                started.received = _receive(started, values)
+            elif "out" in node.kwargs:
+                for rank in ranks:  # what is in the buffer until the wait is anybody's guess
+                    _all_but_own(values[rank][node.kwargs["out"]], rank, len(ranks)).fill_(torch.nan)
+            for rank in ranks:
+                values[rank][node] = started
+        elif node.target is ops.wait:
+            started = values[0][node.args[0]]
+            received = started.received if started.received is not None else _receive(started, values)
+            for rank in ranks:
+                values[rank][node] = received[rank]
+        else:
+            updates = average and node.meta["origin"].phase is Phase.UPDATE
+            if updates:
+                for source in node.all_input_nodes:
+                    if source not in means[0] and _is_gradient(source):
+                        mean = _mean([values[rank][source] for rank in ranks])
+                        for rank in ranks:
+                            means[rank][source] = mean
+            for rank in ranks:
+                env = {**values[rank], **means[rank]} if updates else values[rank]
+                torch.set_rng_state(generators[rank])
+                values[rank][node] = _evaluate(node, env, rank, len(ranks))
+                generators[rank] = torch.get_rng_state()
+    results: list[Values] = [{} for _ in ranks]
+    for what, node in zip(program.outputs, program.results(), strict=True):
+        each = [values[rank][node] if isinstance(node, fx.Node) else node for rank in ranks]
+        if average and (what is None or (what.role is Role.OPT_STATE and _is_gradient(node))):
+            each = [_mean(each)] * len(each)
+        for rank in ranks:
+            results[rank][what] = each[rank]
+    return results
+
+
+def reference(captured: Program, inputs: Sequence[Values]) -> list[Values]:
+    """What the ranks' results must be, whatever the passes do."""
+    return run(captured, inputs, average=True)
+
+
+def _is_gradient(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.meta["origin"].phase is not Phase.UPDATE
+
+
+def _mean(values: Sequence[Any]) -> torch.Tensor:
+    """In order of rank, as every rank computes it."""
+    total = values[0].clone()
+    for value in values[1:]:
+        total += value
+    return total / len(values) if len(values) > 1 else total
+
+
+def _evaluate(node: fx.Node, env: Mapping[fx.Node, Any], rank: int, world: int) -> Any:
+    args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+    if node.target is ops.shard:
+        return args[0].chunk(world)[rank]
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _receive(started: _Started, values: Sequence[Mapping[fx.Node, Any]]) -> list[torch.Tensor]:
+    node, sent = started.node, started.sent
+    world = len(sent)
+    if node.target in (ops.all_gather, ops.all_gather_into):
+        full = torch.cat(sent)
+        if node.target is ops.all_gather:
+            return [full.clone() for _ in sent]
+        return [each[node.kwargs["out"]].copy_(full) for each in values]
+    mean = _mean(sent)
+    assert node.args[1] == "avg"
+    if node.target is ops.all_reduce:
+        return [mean.clone() for _ in sent]
+    return [mean.chunk(world)[rank].clone() for rank in range(world)]
+
+
+def _all_but_own(full: torch.Tensor, rank: int, world: int) -> torch.Tensor:
+    """A view of the parts of a flat buffer that other ranks own; rank 0 and the last rank have one neighbour only."""
+    size = len(full) // world
+    return full[size:] if rank == 0 else full[: rank * size]
+
+
+# State in buckets and out of them
+
+
+def divide(program: Program, whole: Sequence[Values]) -> list[Values]:
+    """Each rank's inputs of a bucketed program, from those of the captured one; padding is NaN, so a leak shows."""
+    layout = program.layout
+    assert layout is not None
+    buckets = {bucket.name: bucket for bucket in layout.buckets}
+    inputs: list[Values] = []
+    for rank, values in enumerate(whole):
+        mine: Values = {}
+        for node, what in program.placeholders():
+            if what.role not in (Role.PARAM, Role.OPT_STATE):
+                mine[what] = values[what]
+                continue
+            bucket = buckets[what.name]
+            parts = {s.name: values[Input(what.role, s.name, what.key)] for s in bucket.segments}
+            if not isinstance(node.meta["val"], torch.Tensor) or node.meta["val"].dim() == 0:
+                mine[what] = parts[bucket.segments[0].name]
+                continue
+            flat = torch.full([bucket.numel], torch.nan, dtype=node.meta["val"].dtype)
+            for segment in bucket.segments:
+                part = cast(torch.Tensor, parts[segment.name])
+                flat[segment.offset : segment.offset + segment.numel] = part.flatten()
+            sharded = layout.shard_params if what.role is Role.PARAM else layout.shard_state
+            mine[what] = flat.chunk(layout.world)[rank].clone() if sharded else flat
+        inputs.append(mine)
+    return inputs
+
+
+def join(program: Program, results: Sequence[Values]) -> list[Values]:
+    """Each rank's results of a bucketed program, as those of the captured one."""
+    layout = program.layout
+    assert layout is not None
+    buckets: dict[str, Bucket] = {bucket.name: bucket for bucket in layout.buckets}
+    joined: list[Values] = []
+    for rank, result in enumerate(results):
+        mine: Values = {}
+        for what, value in result.items():
+            if what is None or what.role not in (Role.PARAM, Role.OPT_STATE):
+                mine[what] = value
+                continue
+            bucket = buckets[what.name]
+            flat = value
+            if isinstance(value, torch.Tensor) and value.dim() == 1 and len(value) < bucket.numel:
+                flat = torch.cat([cast(torch.Tensor, other[what]) for other in results])
+            for segment in bucket.segments:
+                part = flat
+                if isinstance(flat, torch.Tensor) and flat.dim() == 1:
+                    assert len(flat) == bucket.numel, f"rank {rank}: {what} has {len(flat)} of {bucket.numel} elements"
+                    part = flat[segment.offset : segment.offset + segment.numel].view(segment.shape)
+                mine[Input(what.role, segment.name, what.key)] = part
+        joined.append(mine)
+    return joined
+
+
+def assert_identical(found: Sequence[Values], expected: Sequence[Values]) -> None:
+    """Every rank has the same names and, bit for bit, the same values."""
+    assert len(found) == len(expected)
+    for rank, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
+        assert set(mine) == set(theirs)
+        for what, value in theirs.items():
+            same = torch.as_tensor(mine[what]), torch.as_tensor(value)
+            assert torch.equal(*same), f"rank {rank}: {what or 'loss'} is {same[0]}, not {same[1]}"
