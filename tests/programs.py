@@ -511,6 +511,16 @@ def join(program: Program, results: Sequence[Values]) -> list[Values]:
     return joined
 
 
+def assert_same_step(program: Program, captured: Program, *, late: bool = False) -> None:
+    """The ranks of ``program`` compute, bit for bit, the captured step with mean gradients.
+
+    Args:
+        late: see ``run``.
+    """
+    inputs = values_for(captured, world=program.mesh.size)
+    assert_identical(join(program, run(program, divide(program, inputs), late=late)), reference(captured, inputs))
+
+
 def assert_identical(found: Sequence[Values], expected: Sequence[Values]) -> None:
     """Every rank has the same names and, bit for bit, the same values."""
     assert len(found) == len(expected)

@@ -1,0 +1,184 @@
+"""The order of nodes hides communication, keeps few buckets whole at once, and changes no value."""
+
+from __future__ import annotations
+
+import torch
+from expecttest import assert_expected_inline
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.programs import Recipe, assert_same_step, build, few_examples, recipes, two_layers
+from zgraph import ops
+from zgraph.config import Config
+from zgraph.passes import Overlap, default_passes
+from zgraph.pipeline import run
+from zgraph.program import Mesh, Phase, Program, Role, Stage, operand, readers, target_name
+
+aten = torch.ops.aten
+
+FAR = 10**9
+
+
+def scheduled(program: Program, zero: int = 3, world: int = 2, bucket_bytes: int = 1, **options: int) -> Program:
+    passes = default_passes(Config(zero, bucket_bytes), Mesh(world))
+    before = [p for p in passes if p.gives < Stage.SCHEDULED]
+    return run([*before, Overlap(**{"prefetch": 1, "limit_bytes": FAR, **options})], program).program
+
+
+def order(program: Program) -> str:
+    """The calls that compute with matrices, communicate or update, in order: one a line, with the bucket's number."""
+    number = {}
+    lines = []
+    for node in program.graph.nodes:
+        if node.op != "call_function":
+            continue
+        name = target_name(node.target).removeprefix("_c10d_functional.").removeprefix("aten.").partition(".")[0]
+        module = node.meta["origin"].module.removeprefix("bucket")
+        if node.target in ops.STARTS or node.target is ops.wait:
+            number[node] = module if node.target in ops.STARTS else number[operand(node)]
+            lines.append(f"{name.removesuffix('_into_tensor').removesuffix('_tensor')} {number[node] or 'loss'}")
+        elif node.meta["origin"].phase is Phase.UPDATE and module and isinstance(node.meta["val"], torch.Tensor):
+            lines.append(f"update {module}")
+        elif node.target is aten.mm.default:
+            lines.append(f"mm {node.meta['origin'].phase.value}")
+    return "\n".join(lines)
+
+
+def test_gathers_start_one_ahead_and_reduced_gradients_are_taken_up_one_later() -> None:
+    assert_expected_inline(
+        order(scheduled(two_layers())),
+        """\
+all_gather 0
+wait 0
+all_gather 1
+mm forward
+wait 1
+all_gather 1
+mm forward
+wait 1
+mm backward
+mm backward
+reduce_scatter 1
+mm backward
+reduce_scatter 0
+wait 1
+update 1
+update 1
+wait 0
+update 0
+update 0
+all_reduce loss
+wait loss""",
+    )
+
+
+def test_without_prefetch_every_wait_follows_its_start() -> None:
+    assert_expected_inline(
+        order(scheduled(two_layers(), prefetch=0)),
+        """\
+all_gather 0
+wait 0
+mm forward
+all_gather 1
+wait 1
+mm forward
+all_gather 1
+wait 1
+mm backward
+mm backward
+reduce_scatter 1
+wait 1
+update 1
+update 1
+mm backward
+reduce_scatter 0
+wait 0
+update 0
+update 0
+all_reduce loss
+wait loss""",
+    )
+
+
+def test_buckets_over_the_limit_are_gathered_just_in_time() -> None:
+    assert order(scheduled(two_layers(), limit_bytes=100)).splitlines()[:2] == ["all_gather 0", "wait 0"]
+    assert order(scheduled(two_layers(), limit_bytes=32 * 8)) == order(scheduled(two_layers()))
+
+
+def test_stage_1_shares_updated_parameters_until_the_very_end() -> None:
+    assert_expected_inline(
+        order(scheduled(two_layers(), zero=1)),
+        """\
+mm forward
+mm forward
+mm backward
+all_reduce 1
+mm backward
+mm backward
+all_reduce 0
+wait 1
+update 1
+update 1
+update 1
+update 1
+all_gather 1
+wait 0
+update 0
+update 0
+update 0
+update 0
+all_gather 0
+all_reduce loss
+wait 1
+wait 0
+wait loss""",
+    )
+
+
+programs = st.tuples(recipes(), st.integers(0, 3), st.integers(1, 4), st.sampled_from([1, 200]), st.integers(0, 3))
+
+
+def draw(drawn: tuple[Recipe, int, int, int, int]) -> tuple[Program, Program]:
+    recipe, zero, world, bucket_bytes, prefetch = drawn
+    captured = build(recipe)
+    return captured, scheduled(captured, zero, world, bucket_bytes, prefetch=prefetch)
+
+
+@few_examples(20)
+@given(programs, st.booleans())
+def test_the_order_changes_no_value_whenever_messages_travel(
+    drawn: tuple[Recipe, int, int, int, int], late: bool
+) -> None:
+    captured, program = draw(drawn)
+    assert_same_step(program, captured, late=late)
+
+
+@few_examples(12)
+@given(programs)
+def test_no_more_gathers_are_in_flight_than_were_asked_for(drawn: tuple[Recipe, int, int, int, int]) -> None:
+    _, program = draw(drawn)
+    prefetch = max(drawn[-1], 1)
+    in_flight = 0
+    for node in program.graph.nodes:
+        if node.op != "call_function" or node.meta["origin"].phase is Phase.UPDATE:
+            continue
+        if node.target is ops.all_gather:
+            in_flight += 1
+        elif node.target is ops.wait and operand(node).target is ops.all_gather:
+            in_flight -= 1
+        assert in_flight <= prefetch
+
+
+@few_examples(12)
+@given(programs)
+def test_an_update_comes_after_every_read_of_the_parameters_that_it_replaces(
+    drawn: tuple[Recipe, int, int, int, int],
+) -> None:
+    _, program = draw(drawn)
+    position = {node: i for i, node in enumerate(program.graph.nodes)}
+    params = program.inputs(Role.PARAM)
+    for what, result in zip(program.outputs, program.results(), strict=True):
+        if what is not None and what.role is Role.PARAM:
+            new = operand(operand(result)) if result.target is ops.wait else result
+            later = [node for node in readers(params[what.name, ""]) if position[node] > position[new]]
+            assert all(node.target in (ops.all_gather, ops.wait) for node in later), later
