@@ -353,14 +353,22 @@ class _Started:
     received: list[torch.Tensor] | None
 
 
-def run(program: Program, inputs: Sequence[Values], *, late: bool = False, average: bool = False) -> list[Values]:
-    """What each rank's results are; the inputs are left alone.
+def run(
+    program: Program,
+    inputs: Sequence[Values],
+    *,
+    late: bool = False,
+    average: bool = False,
+    overwrite: bool = False,
+) -> list[Values]:
+    """What each rank's results are.
 
     Args:
         program: at any stage.
         inputs: of each rank.
         late: collectives read what they send, and write what they bring, as late as they may; by default as early.
         average: readers in the update phase see the mean of gradients between the ranks, and the loss is the mean.
+        overwrite: the program may write over its inputs; by default it runs on copies.
     """
     ranks = range(len(inputs))
     values: list[dict[fx.Node, Any]] = [{} for _ in ranks]
@@ -370,7 +378,7 @@ def run(program: Program, inputs: Sequence[Values], *, late: bool = False, avera
         if node.op == "placeholder":
             for rank in ranks:
                 value = inputs[rank][node.meta["input"]]
-                values[rank][node] = value.clone() if isinstance(value, torch.Tensor) else value
+                values[rank][node] = value.clone() if isinstance(value, torch.Tensor) and not overwrite else value
         elif node.op == "output":
             break
         elif node.target in ops.STARTS:

@@ -1,0 +1,105 @@
+"""Updates overwrite the state they replace, and still compute what they did."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.programs import Recipe, assert_same_step, build, divide, few_examples, recipes, run, two_layers, values_for
+from zgraph import ops
+from zgraph.config import Config
+from zgraph.passes import default_passes
+from zgraph.pipeline import run as run_passes
+from zgraph.program import Mesh, Phase, Program, Role
+
+
+def lowered(program: Program, zero: int, world: int, bucket_bytes: int = 1, prefetch: int = 1) -> Program:
+    return run_passes(default_passes(Config(zero, bucket_bytes, prefetch), Mesh(world)), program).program
+
+
+def updates(program: Program) -> str:
+    """The update and what is returned, kernels' bodies indented."""
+    lines = zip(program.text().splitlines(), program.graph.nodes, strict=True)
+    kept = [line for line, n in lines if n.op != "call_function" or n.meta["origin"].phase is Phase.UPDATE]
+    return "\n".join(kept).replace("{", "{\n    ").replace("; ", "\n    ").replace("}(", "\n}(")
+
+
+def test_a_bucket_is_updated_by_one_kernel_that_writes_over_its_state() -> None:
+    assert_expected_inline(
+        updates(lowered(two_layers(), zero=3, world=2)),
+        """\
+%0: f64[16] = input param:bucket0
+%1: f64[16] = input opt_state:bucket0:m
+%2: f64[16] = input param:bucket1
+%3: f64[16] = input opt_state:bucket1:m
+%4: f64[4, 2] = input batch:0
+%5: float = input hyper:group_of_w1.lr
+%6: float = input hyper:group_of_w2.lr
+%7: float = operator.neg(%5)
+%8: float = operator.neg(%6)
+%40: (f64[16], f64[16]) = update_bucket1{
+    %4 = aten.add.Tensor(%0, %1)
+    %5 = aten.add.Tensor(%2, %4, alpha=%3)
+    return [%4, %5] over [0, 2]
+}(%3, %39, %2, %8)
+%41: f64[16] = operator.getitem(%40, 0)
+%42: f64[16] = operator.getitem(%40, 1)
+%44: (f64[16], f64[16]) = update_bucket0{
+    %4 = aten.add.Tensor(%0, %1)
+    %5 = aten.add.Tensor(%2, %4, alpha=%3)
+    return [%4, %5] over [0, 2]
+}(%1, %43, %0, %7)
+%45: f64[16] = operator.getitem(%44, 0)
+%46: f64[16] = operator.getitem(%44, 1)
+return [%48, %46, %45, %42, %41]  # loss, param:bucket0, opt_state:bucket0:m, param:bucket1, opt_state:bucket1:m""",
+    )
+
+
+def test_updated_parameters_are_gathered_into_the_buffer_that_they_live_in() -> None:
+    program = lowered(two_layers(), zero=1, world=2)
+    params = program.inputs(Role.PARAM)
+    for node in program.graph.find_nodes(op="call_function", target=ops.all_gather_into):
+        assert node.kwargs == {"out": params[node.meta["origin"].module, ""]}
+    assert not program.graph.find_nodes(op="call_function", target=ops.all_gather)
+
+
+steps = st.tuples(recipes(), st.integers(0, 3), st.integers(1, 4), st.sampled_from([1, 200]), st.integers(0, 3))
+
+
+@few_examples(25)
+@given(steps, st.booleans())
+def test_any_step_in_place_is_the_captured_one_whenever_messages_travel(
+    drawn: tuple[Recipe, int, int, int, int], late: bool
+) -> None:
+    recipe, *options = drawn
+    captured = build(recipe)
+    assert_same_step(lowered(captured, *options), captured, late=late)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None)
+@given(steps, st.booleans())
+def test_very_many_steps_in_place_are_the_captured_ones(drawn: tuple[Recipe, int, int, int, int], late: bool) -> None:
+    recipe, *options = drawn
+    captured = build(recipe)
+    assert_same_step(lowered(captured, *options), captured, late=late)
+
+
+@few_examples(15)
+@given(steps)
+def test_new_state_lies_where_the_old_one_lay(drawn: tuple[Recipe, int, int, int, int]) -> None:
+    recipe, *options = drawn
+    captured = build(recipe)
+    program = lowered(captured, *options)
+    inputs = divide(program, values_for(captured, world=program.mesh.size))
+    results = run(program, inputs, overwrite=True)
+    for mine, theirs in zip(results, inputs, strict=True):
+        for what, value in mine.items():
+            if what is not None and what.role in (Role.PARAM, Role.OPT_STATE) and what in theirs:
+                old = theirs[what]
+                assert isinstance(value, torch.Tensor)
+                assert isinstance(old, torch.Tensor)
+                assert value.dim() == 0 or value.data_ptr() == old.data_ptr(), f"{what} is new memory"
