@@ -50,7 +50,7 @@ def stay_the_users_module(zero: int) -> None:
         assert list(model.state_dict()) == names
         assert {name: p.shape for name, p in model.named_parameters()} == shapes
         assert all(params[name] is p for name, p in model.named_parameters())
-        assert all(isinstance(p, nn.Parameter) and p.requires_grad for p in model.parameters())
+        assert all(type(p) is nn.Parameter and p.requires_grad for p in model.parameters())
         assert model.head.weight is model.tokens.weight
         assert [p for group in optimizer.param_groups for p in group["params"]] == list(params.values())
         assert all(p.grad is None for p in model.parameters())

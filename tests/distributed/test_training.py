@@ -36,6 +36,6 @@ def test_float32_equals_eager(ranks: Ranks, world: int, zero: int, case: str) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [name for name in OWN if name != "gpt" and name != "gpt_tied"])
-@pytest.mark.parametrize(("world", "zero"), [(3, 3), (2, 2), (2, 0), (1, 3)])
+@pytest.mark.parametrize(("world", "zero"), [(3, 3), (2, 2), (1, 3)])
 def test_every_model_equals_eager(ranks: Ranks, world: int, zero: int, case: str) -> None:
     ranks.run(train_like_eager, case, zero=zero, world=world)
