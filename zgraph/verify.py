@@ -11,6 +11,7 @@ from torch import fx
 
 from zgraph import ops
 from zgraph.errors import VerifyError
+from zgraph.liveness import owners
 from zgraph.program import Program, Role, Stage, describe, operand, readers, target_name
 
 
@@ -42,6 +43,8 @@ def verify(program: Program, *, after: str) -> None:
 
 def _check_overwrites(program: Program, after: str) -> None:
     order = {node: i for i, node in enumerate(program.graph.nodes)}
+    owner = owners(program)
+    overwritten: dict[fx.Node, fx.Node] = {}
     for node in program.graph.nodes:
         if node.target is ops.all_gather_into:
             written = [node.kwargs["out"]]
@@ -51,9 +54,14 @@ def _check_overwrites(program: Program, after: str) -> None:
             continue
         for memory in written:
             source = operand(memory) if memory.target is ops.shard else memory
+            overwritten[owner[source]] = node
             for reader in readers(source):
                 if order[reader] > order[node] and reader.target not in (ops.all_gather_into, ops.wait):
                     raise _broken(after, reader, f"reads what {node.name} has written over")
+    for what, result in zip(program.outputs, program.results(), strict=True):
+        memory = owner.get(result)
+        if memory in overwritten and memory.meta.get("input") != what:
+            raise _broken(after, overwritten[memory], f"writes over what is returned as {what or 'the loss'}")
 
 
 def _check_collective(node: fx.Node, after: str) -> None:
