@@ -21,9 +21,11 @@ from zgraph.program import target_name
 
 _INFIX: dict[Any, str] = {
     operator.add: "+", operator.sub: "-", operator.mul: "*", operator.truediv: "/", operator.floordiv: "//",
-    operator.pow: "**", operator.mod: "%",
+    operator.mod: "%",
 }  # fmt: skip
 _MATH = {"sqrt": math.sqrt, "cos": math.cos, "sin": math.sin, "tanh": math.tanh, "float": float, "int": int}
+_LOCAL = re.compile(r"[abn]|(?:si|[iov])\d+")
+"""What variables in generated functions are called; no global is (``aten.i0``, for one, would be hidden by an input)."""
 _TORCH_REPR = (torch.dtype, torch.layout, torch.memory_format)
 
 
@@ -38,7 +40,7 @@ class SourceWriter:
         """A global name for ``value``."""
         if id(value) not in self._names:
             stem = re.sub(r"\W", "_", hint)
-            if not stem.isidentifier() or keyword.iskeyword(stem) or re.fullmatch(r"v\d+", stem):
+            if not stem.isidentifier() or keyword.iskeyword(stem) or _LOCAL.fullmatch(stem):
                 stem = f"value_{stem}"
             name, count = stem, 1
             while name in self.namespace:
@@ -79,6 +81,8 @@ class SourceWriter:
 
     def expression(self, target: Any, args: list[str]) -> str:
         """A call of ``target`` on arguments that are written already."""
+        if target is operator.pow:
+            return f"({args[0]}) ** {args[1]}"  # a negative literal binds less tightly
         if target in _INFIX:
             return f"{args[0]} {_INFIX[target]} {args[1]}"
         if target is operator.neg:

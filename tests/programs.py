@@ -84,6 +84,20 @@ def state(name: str, key: str) -> Input:
     return Input(Role.OPT_STATE, name, key)
 
 
+def one_layer() -> Program:
+    """loss = sum(x @ w), trained by SGD with momentum: for goldens."""
+    b = Builder()
+    w, x = b.input(Role.PARAM, "w", shape=[2, 3]), b.input(Role.BATCH, "0", shape=[4, 2])
+    m, lr = b.input(Role.OPT_STATE, "w", "m", shape=[2, 3]), b.input(Role.HYPER, "lr")
+    y = b.forward(aten.mm.default, x, w)
+    loss = b.forward(aten.sum.default, y)
+    g = b.backward(aten.mm.default, b.backward(aten.t.default, x), b.backward(aten.ones_like.default, y))
+    new_m = b.call(Phase.UPDATE, aten.add.Tensor, m, g, module="w")
+    size = b.call(Phase.UPDATE, operator.neg, lr, module="w")
+    new = b.call(Phase.UPDATE, aten.add.Tensor, w, new_m, alpha=size, module="w")
+    return b.finish({None: loss, param("w"): new, state("w", "m"): new_m})
+
+
 def two_layers() -> Program:
     """``loss = sum(x @ w1 @ w2)`` trained by SGD with momentum, each with a learning rate of its own: for goldens."""
     b = Builder()

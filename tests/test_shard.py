@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -17,9 +16,9 @@ from tests.programs import (
     assert_same_step,
     build,
     few_examples,
+    one_layer,
     param,
     recipes,
-    state,
     two_layers,
 )
 from zgraph import ops
@@ -76,20 +75,6 @@ def written(program: Program) -> str:
 
     results = zip(program.outputs, program.results(), strict=True)
     return "\n".join(f"{what or 'loss'} = {show(result)}" for what, result in results)
-
-
-def one_layer() -> Program:
-    """loss = sum(x @ w), by SGD with momentum."""
-    b = Builder()
-    w, x = b.input(Role.PARAM, "w", shape=[2, 3]), b.input(Role.BATCH, "0", shape=[4, 2])
-    m, lr = b.input(Role.OPT_STATE, "w", "m", shape=[2, 3]), b.input(Role.HYPER, "lr")
-    y = b.forward(aten.mm.default, x, w)
-    loss = b.forward(aten.sum.default, y)
-    g = b.backward(aten.mm.default, b.backward(aten.t.default, x), b.backward(aten.ones_like.default, y))
-    new_m = b.call(Phase.UPDATE, aten.add.Tensor, m, g, module="w")
-    size = b.call(Phase.UPDATE, operator.neg, lr, module="w")
-    new = b.call(Phase.UPDATE, aten.add.Tensor, w, new_m, alpha=size, module="w")
-    return b.finish({None: loss, param("w"): new, state("w", "m"): new_m})
 
 
 def test_stage_0_averages_gradients_and_the_loss() -> None:
