@@ -25,7 +25,7 @@ _INFIX: dict[Any, str] = {
 }  # fmt: skip
 _MATH = {"sqrt": math.sqrt, "cos": math.cos, "sin": math.sin, "tanh": math.tanh, "float": float, "int": int}
 _LOCAL = re.compile(r"[abn]|(?:si|[iov])\d+")
-"""What variables in generated functions are called; no global is (``aten.i0``, for one, would be hidden by an input)."""
+"""What variables in generated functions are called; no global is (``aten.i0``, say, would be hidden by an input)."""
 _TORCH_REPR = (torch.dtype, torch.layout, torch.memory_format)
 
 

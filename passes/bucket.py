@@ -19,6 +19,7 @@ from zgraph.layout import Bucket, Layout, ParamSpec, make_buckets
 from zgraph.passes.tidy import remove_dead
 from zgraph.pipeline import Pass
 from zgraph.program import FlatGradient, Guard, Input, Origin, Phase, Program, Role, Stage, StateInit, target_name
+from zgraph.tracing import quoted
 
 aten = torch.ops.aten
 
@@ -102,8 +103,8 @@ class _Updates:
                 if shape and what.role is Role.OPT_STATE:
                     val = result.meta["val"] if isinstance(result, fx.Node) else result
                     self._is_vector[what.key] = isinstance(val, torch.Tensor) and val.dim() > 0
-                known = program.init.get((name, what.key)), program.numbers.get((name, what.key))
-                keys.append((what.role, what.key, self._visit(result, name, shape), known))
+                start = program.init.get((name, what.key))
+                keys.append((what.role, what.key, self._visit(result, name, shape), start))
             self.nodes[name].sort(key=position.__getitem__)
             if name not in self.gradient:
                 raise OptimizerError(
@@ -166,7 +167,7 @@ class _Updates:
             raise OptimizerError(
                 f"the update of {name} is not elementwise: {target_name(node.target)} mixes elements, "
                 "so it cannot run on slices of a flat bucket",
-                where=node.meta["origin"].source,
+                where=quoted(node.meta["origin"].source),
                 fix="use an optimizer whose update is elementwise (SGD, Adam, AdamW, Adagrad, RMSprop, Lion, ...)",
             )
         owners = {self._owner[n] for n in node.all_input_nodes} - {None}
@@ -215,7 +216,7 @@ class _Updates:
         origin = node.meta.get("origin")
         return OptimizerError(
             f"the update of {name} reads another parameter's value, gradient or state",
-            where=origin.source if origin else None,
+            where=quoted(origin.source) if origin else None,
             fix="use an optimizer that updates each parameter from its own gradient and state",
         )
 
@@ -228,7 +229,8 @@ def _specs(program: Program, updates: _Updates) -> list[ParamSpec]:
         reads = [position[u] for u in node.users if u.op == "call_function" and _phase(u) is not Phase.UPDATE]
         val = node.meta["val"]
         trainable = name in updates.expression
-        spec = ParamSpec(name, tuple(val.shape), val.dtype, val.device, trainable, updates.expression.get(name))
+        group = (updates.expression.get(name), program.given.get(name))
+        spec = ParamSpec(name, tuple(val.shape), val.dtype, val.device, trainable, group)
         found.append((min(reads, default=len(position)), spec))
     return [spec for _, spec in sorted(found, key=lambda item: item[0])]
 
@@ -343,6 +345,10 @@ class _Flattener:
             end = segment.offset + segment.numel
         pad(bucket.numel)
         flat = parts[0]
+        if len(parts) == 1 and not flat.meta["val"].is_contiguous():
+            flat = program.call(
+                aten.clone.default, flat, memory_format=torch.contiguous_format, origin=origin, before=before
+            )
         if len(parts) > 1:
             flat = program.call(aten.cat.default, parts, origin=origin, before=before)
         flat.meta["holds"] = FlatGradient(bucket.name)

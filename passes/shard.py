@@ -244,7 +244,7 @@ def _derived(flat: fx.Node, position: dict[fx.Node, int]) -> list[fx.Node]:
     queue = [flat]
     while queue:
         for user in queue.pop().users:
-            again = ops.is_view(user.target) or user.target is aten._to_copy.default
+            again = ops.view_of(user) is not None or user.target is aten._to_copy.default
             if again and user.op == "call_function" and len(user.all_input_nodes) == 1 and user not in family:
                 family[user] = None
                 queue.append(user)

@@ -9,7 +9,7 @@ from torch import fx
 
 from zgraph import ops
 from zgraph.pipeline import Pass
-from zgraph.program import Program, Stage
+from zgraph.program import Origin, Phase, Program, Stage
 
 aten = torch.ops.aten
 
@@ -36,7 +36,32 @@ class Tidy(Pass):
                 same = _same_value(node)
                 if same is not None:
                     node.replace_all_uses_with(same)
+        _own_results(program)
         remove_dead(program)
+
+
+def _own_results(program: Program) -> None:
+    """Give every result memory of its own if it would lie in an input's: inputs are about to be written over."""
+    results = program.results()
+    for index, (what, result) in enumerate(zip(program.outputs, results, strict=True)):
+        if not isinstance(result, fx.Node) or not isinstance(result.meta["val"], torch.Tensor):
+            continue
+        root = result
+        while (source := ops.view_of(root)) is not None:
+            root = source
+        if root.op == "placeholder" and not (result is root and what == root.meta["input"]):
+            origin = result.meta.get("origin", Origin(Phase.FORWARD))
+            before = program.output_node if origin.phase is Phase.UPDATE else _first_call(program, result)
+            results[index] = program.call(aten.clone.default, result, origin=origin, before=before)
+    program.set_results(results, program.outputs)
+
+
+def _first_call(program: Program, result: fx.Node) -> fx.Node:
+    """Where a copy of ``result`` can be made first: before anything has written to what it shares."""
+    node: fx.Node = result.next
+    while node.op == "placeholder":
+        node = node.next
+    return node
 
 
 def remove_dead(program: Program) -> None:

@@ -7,12 +7,13 @@ collective or average unlike things. Here all of them stop with the same explana
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 
-from zgraph.errors import RankError, ZgraphError
+from zgraph.errors import RankError
 
 _MAX_BYTES = 4096
 
@@ -30,28 +31,40 @@ class Agreement:
         if group is not None and dist.get_backend(group) != "gloo":
             self._group = dist.new_group(dist.get_process_group_ranks(group), backend="gloo")
 
-    def check(self, facts: Mapping[str, str]) -> None:
+    def check(self, facts: Mapping[str, str], error: Exception | None = None) -> None:
         """Raise on all ranks, naming the first fact that differs, unless ``facts`` are the same everywhere.
 
+        Args:
+            facts: in words, by name.
+            error: what went wrong on this rank before it knew its facts.
+
         Raises:
-            RankError: with the fact's name, this rank's value and the other's.
+            RankError: with the fact's name, this rank's value and the other's; or quoting another rank's error.
         """
         if self._group is None:
+            if error is not None:
+                raise error
             return
         digest = hashlib.sha256(repr(sorted(facts.items())).encode()).digest()
-        if len(set(self._exchange(digest))) == 1:
+        if len(set(self._exchange(bytes(len(digest)) if error else digest))) == 1 and error is None:
             return
-        for name in sorted(facts):
-            values = [raw.decode(errors="replace") for raw in self._exchange_long(facts[name].encode())]
-            for rank, value in enumerate(values):
-                if value != values[0]:
+        mine = json.dumps({"facts": dict(facts), "error": str(error) if error else ""}).encode()
+        everyone = [json.loads(raw) for raw in self._exchange_long(mine)]
+        if error is not None:
+            raise error
+        for rank, other in enumerate(everyone):
+            if other["error"]:
+                raise _failed(rank, other["error"])
+        for name, value in everyone[0]["facts"].items():
+            for rank, other in enumerate(everyone):
+                if other["facts"][name] != value:
                     raise RankError(
-                        f"the ranks disagree on {name}: {_difference(values[0], value, rank)}",
+                        f"the ranks disagree on {name}: {_difference(value, other['facts'][name], rank)}",
                         fix="run the same script with the same model, options and batch shapes on all ranks",
                     )
         raise AssertionError("digests differ but no fact does")
 
-    def share_outcome(self, digest: bytes, error: ZgraphError | None) -> None:
+    def share_outcome(self, digest: bytes, error: Exception | None) -> None:
         """After a part that may fail on one rank alone: raise everywhere if it failed anywhere.
 
         Args:
@@ -71,10 +84,7 @@ class Agreement:
             raise error
         for rank, other in enumerate(everyone):
             if other[:2] == b"no":
-                raise RankError(
-                    f"rank {rank} failed: {other[2:].decode(errors='replace')}",
-                    fix="mend what failed there; this rank has stopped with it",
-                )
+                raise _failed(rank, other[2:].decode(errors="replace"))
         for rank, other in enumerate(everyone):
             if other != everyone[0]:
                 raise RankError(
@@ -86,7 +96,12 @@ class Agreement:
         """All ranks' messages; all of one length."""
         mine = torch.frombuffer(bytearray(message), dtype=torch.uint8)
         theirs = [torch.empty_like(mine) for _ in range(self.world)]
-        dist.all_gather(theirs, mine, group=self._group)
+        try:
+            dist.all_gather(theirs, mine, group=self._group)
+        except RuntimeError as error:  # what gloo raises when a peer is gone
+            raise RankError(
+                f"another rank has stopped: {error}", fix="look for the first error among the ranks' outputs"
+            ) from error
         return [bytes(t.tolist()) for t in theirs]
 
     def _exchange_long(self, message: bytes) -> list[bytes]:
@@ -94,6 +109,10 @@ class Agreement:
         lengths = [int.from_bytes(raw, "little") for raw in self._exchange(len(message).to_bytes(8, "little"))]
         padded = self._exchange(message.ljust(max(lengths), b"\0"))
         return [raw[:length] for raw, length in zip(padded, lengths, strict=True)]
+
+
+def _failed(rank: int, message: str) -> RankError:
+    return RankError(f"rank {rank} failed: {message}", fix="mend what failed there; this rank has stopped with it")
 
 
 def _difference(first: str, other: str, rank: int) -> str:

@@ -7,7 +7,7 @@ The user's model, optimizer and random state are as before, whatever happens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,10 +17,11 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from zgraph import ops
 from zgraph.errors import CaptureError, OptimizerError, ZgraphError
 from zgraph.functional import make_functional
-from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage
-from zgraph.tracing import Recorder, fake_mode, source_of_error, trace
+from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage, describe
+from zgraph.tracing import Recorder, fake_mode, quoted, source_of_error, trace
 from zgraph.update import StateSpec, Update, trace_update
 
 aten = torch.ops.aten
@@ -63,6 +64,12 @@ def capture(
         if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):
             raise CaptureError(f"{name} is a {type(tensor).__name__}; only plain tensors can be captured")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, p in params.items():
+        if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
+            raise CaptureError(
+                f"{name} has a gradient hook, which a compiled step would not call",
+                fix="remove the hook, or put what it does into the model or the optimizer",
+            )
     wanted = [name for name, p in params.items() if p.requires_grad and id(p) in held]
     if not wanted:
         raise CaptureError(
@@ -88,7 +95,7 @@ def capture(
         leaf = {name: t.detach().requires_grad_(params[name].requires_grad) for name, t in params_in.items()}
         swapped = {**leaf, **buffers_in}
         output = torch.func.functional_call(model, swapped, inner_args, inner_kwargs)
-        value = _loss_of(output, loss, inner_args, inner_kwargs)
+        value = _loss_of(output, loss, inner_args, inner_kwargs, where=quoted(recorder.last_source))
         recorder.enter_backward(value)
         grads: tuple[torch.Tensor | None, ...] = torch.autograd.grad(
             value, [leaf[name] for name in wanted], allow_unused=True
@@ -118,10 +125,19 @@ def capture(
         node.meta["input"] = what
     graph, mutated = make_functional(graph, mode)
     written = {node.meta["input"]: value for node, value in mutated.items()}
-    for what in written:
+    for node in graph.nodes:
+        if ops.is_random(node.target) and node.meta["origin"].phase is Phase.BACKWARD:
+            raise CaptureError(
+                f"{node.target} draws random numbers in the backward pass, as activation checkpointing does when it "
+                "runs dropout again; the two draws would differ",
+                where=quoted(node.meta["origin"].source),
+                fix="leave checkpointing out, or dropout",
+            )
+    for what, new in written.items():
         if what.role in (Role.PARAM, Role.BATCH):
             raise CaptureError(
                 f"forward writes to {what} in place",
+                where=quoted(new.meta["origin"].source) if "origin" in new.meta else None,
                 fix="only buffers may be changed by forward; clone a parameter or an input before writing to it",
             )
     if not found["grads"]:
@@ -134,8 +150,14 @@ def capture(
     grads = dict(zip(found["grads"], results[1 : 1 + num_grads], strict=True))
     for name, value in zip(found["replaced"], results[1 + num_grads :], strict=True):
         written[Input(Role.BUFFER, name)] = value
+        before, after = buffers[name], value.meta["val"]
+        if before.shape != after.shape or before.dtype != after.dtype:
+            raise CaptureError(
+                f"forward replaces buffer {name}, {describe(before)}, by {describe(after)}",
+                fix="keep the shape and dtype of buffers, e.g. self.x = new.to(self.x.dtype)",
+            )
     update = trace_update(optimizer, params, found["grads"], state or {}, device)
-    return _join(graph, results[0], grads, written, constants, update, mode)
+    return _join(graph, results[0], grads, written, constants, update, mode, state or {})
 
 
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -168,7 +190,9 @@ def _batch_device(batch: Any) -> torch.device:
     return torch.device("cpu")
 
 
-def _loss_of(output: Any, loss: LossFunction | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+def _loss_of(
+    output: Any, loss: LossFunction | None, args: tuple[Any, ...], kwargs: dict[str, Any], *, where: str | None
+) -> torch.Tensor:
     value: Any
     if loss is not None:
         value = loss(output, *args, **kwargs)
@@ -181,17 +205,20 @@ def _loss_of(output: Any, loss: LossFunction | None, args: tuple[Any, ...], kwar
     if not isinstance(value, torch.Tensor):
         raise CaptureError(
             f"the model returned a {type(output).__name__} without a loss",
+            where=where,
             fix="return the loss, return an object with a .loss tensor (pass labels=... to Hugging Face models), "
             "or give zgraph.compile(..., loss=callable)",
         )
     if value.numel() != 1 or not value.is_floating_point():
         raise CaptureError(
             f"the loss is not a scalar: it has shape {tuple(value.shape)} and dtype {value.dtype}",
+            where=where,
             fix="reduce it to one floating-point number, e.g. loss.mean()",
         )
     if not value.requires_grad:
         raise CaptureError(
             "there is nothing to train: the loss does not depend on any parameter that requires a gradient",
+            where=where,
             fix="check requires_grad of the parameters and that the loss is not detached",
         )
     return value
@@ -247,6 +274,7 @@ def _join(
     constants: dict[str, torch.Tensor],
     update: Update,
     mode: FakeTensorMode,
+    state: StateSpec,
 ) -> Program:
     """One graph: placeholders, forward and backward, update, output."""
     joined = fx.Graph()
@@ -299,13 +327,11 @@ def _join(
         if isinstance(result, fx.Node):
             _own(copies[result], what.name, owned)
     init = {(what.name, what.key): start for what, start in (update.init or {}).items()}
-    numbers = {
-        (name, key): entry.sample
-        for name, entries in update.given.items()
-        for key, entry in entries.items()
-        if entry.shape == ()
+    given: dict[str, Hashable] = {
+        name: tuple(sorted((key, str(entry.dtype), entry.sample) for key, entry in entries.items()))
+        for name, entries in state.items()
     }
-    return Program(joined, Stage.CAPTURED, Mesh(1), outputs, mode, all_constants, init, numbers, update.guards)
+    return Program(joined, Stage.CAPTURED, Mesh(1), outputs, mode, all_constants, init, given, update.guards)
 
 
 def _own(result: Any, name: str, owned: set[fx.Node]) -> None:

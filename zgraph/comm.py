@@ -107,18 +107,22 @@ class _Transfer:
     divide_by: int = 1
 
 
+_tags: Counter[str] = Counter()
+"""Transfers issued on each process group, by all compiled models together: a tag is used once."""
+
+
 class PointToPointComm(_Group):
     """Transfers between pairs of ranks, for gloo."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(group)
-        self._tag = 0
+        self._name = group.group_name
         self._peers = [(self.rank + i) % self.world for i in range(1, self.world)]
 
     def _next_tag(self) -> int:
         # All ranks issue the same operations in the same order, so equal counts name the same operation.
-        self._tag = (self._tag + 1) % 2**30
-        return self._tag
+        _tags[self._name] += 1
+        return _tags[self._name] % 2**30
 
     def _send(self, tensor: torch.Tensor, peer: int, tag: int) -> dist.Work:
         work = dist.isend(tensor, group_dst=peer, group=self.group, tag=tag)

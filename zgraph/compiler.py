@@ -39,6 +39,9 @@ from zgraph.update import StateEntry, StateSpec, hyperparameters, structure
 
 log = logging.getLogger("zgraph")
 
+STEP_COUNTS = "the optimizer's step counts"
+"""The one fact that ranks must agree on although a captured step does not depend on it."""
+
 
 def compile(  # noqa: A001
     model: nn.Module,
@@ -80,6 +83,11 @@ def compile(  # noqa: A001
             raise CaptureError(
                 "there is nothing to train: no parameter of the optimizer requires a gradient",
                 fix="leave requires_grad=True on what should train",
+            )
+    for name in ("train_step", "stats", "program", "source"):
+        if hasattr(model, name):
+            raise OptionError(
+                f"the model has an attribute {name!r}, which zgraph.compile would hide", fix="rename the attribute"
             )
     group = _process_group(model)
     runtime = _Runtime(model, optimizer, loss, config, group)
@@ -173,12 +181,19 @@ class _Runtime:
                 "train_step needs an optimizer", fix="zgraph.compile(model, optimizer=torch.optim.AdamW(...))"
             )
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        hypers = hyperparameters(self.optimizer)
-        facts = self._facts(leaves, spec)
-        self.agreement.check({**facts, "hyperparameters": repr(hypers), "zgraph options": repr(self.config)})
-        key = repr(facts)
+        hypers: dict[str, float] = {}
+        facts: dict[str, str] = {}
+        error: Exception | None = None
+        try:
+            hypers = hyperparameters(self.optimizer)
+            facts = self._facts(leaves, spec)
+        except Exception as caught:  # noqa: BLE001 -- another rank may not have it, and is told before this one stops
+            error = caught
+        self.agreement.check({**facts, "hyperparameters": repr(hypers), "zgraph options": repr(self.config)}, error)
+        key = self._key(facts)
         values = self._guarded_values(hypers)
         compiled = next((c for c in self.cache.get(key, ()) if _hold(c.guards, values)), None)
+        is_new = compiled is None
         if compiled is None:
             if self._last is not None:
                 log.warning("zgraph: capturing the training step again, because %s", self._what_changed(key, facts))
@@ -190,17 +205,19 @@ class _Runtime:
         self.state.commit(layout)
         self.comm.traffic.clear()
         loss = compiled.executable.run([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], hypers)
-        self._facts_seen = facts = self._facts(leaves, spec)
-        if compiled.executable.reads_all_state():  # what created its state reads it from now on
-            known = self.cache.setdefault(repr(facts), [])
-            if compiled not in known:
+        if is_new:
+            facts = self._facts(leaves, spec)
+            known = self.cache.setdefault(self._key(facts), [])
+            # what created its state reads it from now on
+            if compiled.executable.reads_all_state() and compiled not in known:
                 known.append(compiled)
+        self._facts_seen = facts
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # as after optimizer.step(), for schedulers
         return loss
 
     def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Compiled:
         assert self.optimizer is not None
-        error: ZgraphError | None = None
+        error: Exception | None = None
         digest = b""
         self._capturing = True
         try:
@@ -218,13 +235,13 @@ class _Runtime:
             mesh = Mesh(self.agreement.world)
             result = run(default_passes(self.config, mesh, self.state.layout), program)
             digest = result.program.digest()
-        except ZgraphError as caught:
+            executable = Executable(result.program, emit(result.program), self.state, self.comm)
+            del program
+        except Exception as caught:  # noqa: BLE001 -- whatever it is, the other ranks are told before this one stops
             error = caught
         finally:
             self._capturing = False
         self.agreement.share_outcome(digest, error)
-        executable = Executable(result.program, emit(result.program), self.state, self.comm)
-        del program
         forget()
         gc.collect()  # graphs are full of cycles; what capture left behind is gone before the first step
         release_free_memory()
@@ -240,11 +257,7 @@ class _Runtime:
         spec: StateSpec = {}
         for name, forms in self.state.state_forms().items():
             entries = {
-                key: StateEntry(
-                    tuple(params[name].shape) if form.elementwise else (),
-                    form.dtype,
-                    1 if form.value is None else form.value,
-                )
+                key: StateEntry(tuple(params[name].shape) if form.elementwise else (), form.dtype, form.value)
                 for key, form in forms.items()
             }
             if entries:
@@ -258,21 +271,20 @@ class _Runtime:
         assert self.optimizer is not None
         params = list(self.model.named_parameters())
         names = {id(p): name for name, p in params}
-        batch = [
-            f"{t.dtype} {tuple(t.shape)} {tuple(t.stride())} {t.device.type}"
-            if isinstance(t, torch.Tensor)
-            else repr(t)
-            for t in leaves
-        ]
+        batch = [_fact_of(leaf) for leaf in leaves]
         members = [[names.get(id(p), "?") for p in group["params"]] for group in self.optimizer.param_groups]
         modes = [
             f"{device}: {torch.get_autocast_dtype(device)}"
             for device in ("cpu", "cuda")
             if torch.is_autocast_enabled(device)
         ]
-        state = (
-            [] if self.state.layout is None else [(b, sorted(entries)) for b, entries in sorted(self.state.opt.items())]
-        )
+        # Step counts themselves change every step; which parameters share one is what buckets depend on.
+        counts: dict[Any, int] = {}
+        state = []
+        for name, forms in self.state.state_forms().items():
+            numbers = tuple((key, form.value) for key, form in forms.items() if form.value is not None)
+            kinds = [(key, form.elementwise, str(form.dtype)) for key, form in forms.items()]
+            state.append((name, kinds, counts.setdefault(numbers, len(counts))))
         return {
             "the arguments' structure": str(spec),
             "the arguments' shapes and values": repr(batch),
@@ -281,15 +293,19 @@ class _Runtime:
             "training mode": "".join("t" if m.training else "e" for m in self.model.modules()),
             "the optimizer": repr((structure(self.optimizer), members)),
             "the optimizer's state": repr(state),
+            STEP_COUNTS: repr(list(counts)),
             "autocast and defaults": repr(
                 (modes, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())
             ),
         }
 
+    def _key(self, facts: dict[str, str]) -> str:
+        return repr({name: fact for name, fact in facts.items() if name != STEP_COUNTS})
+
     def _what_changed(self, key: str, facts: dict[str, str]) -> str:
         if key in self.cache:
             return "a hyperparameter crossed a condition in the optimizer's step()"
-        changed = [name for name in facts if facts[name] != self._facts_seen.get(name)]
+        changed = [name for name in facts if name != STEP_COUNTS and facts[name] != self._facts_seen.get(name)]
         if not changed:
             return "the optimizer's first step has created its state, and later ones read it"
         return f"{' and '.join(changed)} changed"
@@ -340,7 +356,26 @@ class _Runtime:
 
 
 def _hold(guards: tuple[Guard, ...], values: dict[Input, float]) -> bool:
-    return all(guard.holds(*(values[what] for what in guard.inputs)) for guard in guards)
+    return all(
+        all(what in values for what in guard.inputs) and guard.holds(*(values[what] for what in guard.inputs))
+        for guard in guards
+    )
+
+
+def _fact_of(leaf: Any) -> str:
+    """What a captured step depends on of one leaf of its arguments.
+
+    Raises:
+        CaptureError: the leaf is an object whose content would silently become a constant of the graph.
+    """
+    if isinstance(leaf, torch.Tensor):
+        return f"{leaf.dtype} {tuple(leaf.shape)} {tuple(leaf.stride())} {leaf.device.type}"
+    if leaf is None or isinstance(leaf, (bool, int, float, complex, str, torch.dtype, torch.device)):
+        return repr(leaf)
+    raise CaptureError(
+        f"an argument of train_step holds a {type(leaf).__name__}, which would become a constant of the graph",
+        fix="pass tensors (torch.from_numpy for arrays), numbers and strings, in lists, tuples and dictionaries",
+    )
 
 
 def _process_group(model: nn.Module) -> dist.ProcessGroup | None:

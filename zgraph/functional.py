@@ -14,8 +14,10 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from zgraph import ops
+from zgraph.errors import CaptureError
 from zgraph.program import Phase
-from zgraph.tracing import Recorder, trace
+from zgraph.tracing import Recorder, quoted, trace
 
 aten = torch.ops.aten
 
@@ -39,6 +41,13 @@ def make_functional(graph: fx.Graph, mode: FakeTensorMode) -> tuple[fx.Graph, di
         written to.
     """
     _expose_batch_norm(graph)
+    for node in graph.nodes:
+        if _is_mutable(node) and node.target.namespace not in ("aten", "profiler"):
+            raise CaptureError(
+                f"{node.target} writes to its arguments, and what it writes is not known to the graph",
+                where=quoted(node.meta["origin"].source),
+                fix="give the operator a variant that returns new tensors",
+            )
     if not any(_is_mutable(node) for node in graph.nodes):
         return graph, {}
     try:
@@ -91,9 +100,18 @@ def _rename(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     plan: list[tuple[fx.Node, torch._ops.OpOverload | None]] = []
     for node in graph.nodes:
         op = node.target
-        if node.op != "call_function" or not isinstance(op, torch._ops.OpOverload) or op.namespace != "aten":
-            continue
-        if op._schema.is_mutable:
+        source = ops.view_of(node)
+        if op in _SAME_VALUE:
+            assert source is not None
+            root[node] = root.get(source, source)
+            if source in is_view:
+                is_view.add(node)
+                views[root[node]].append(node)
+        elif source is not None:
+            root[node] = root.get(source, source)
+            is_view.add(node)
+            views.setdefault(root[node], []).append(node)
+        elif isinstance(op, torch._ops.OpOverload) and op._schema.is_mutable:
             written = [a for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
             target = node.args[0] if node.args else None
             if len(written) != 1 or written[0] is not op._schema.arguments[0] or not isinstance(target, fx.Node):
@@ -101,20 +119,11 @@ def _rename(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
             base = root.get(target, target)
             if target in is_view or any(last_use[v] > position[node] for v in views.get(base, ())):
                 raise _WritesThroughViewError(op)
+            dtypes = {n.meta["val"].dtype for n in node.all_input_nodes if _is_tensor(n)}
+            if len(dtypes) > 1 and op is not aten.copy_.default:
+                raise _WritesThroughViewError(op)  # the twin would promote, where the original keeps its dtype
             root[node] = base
             plan.append((node, None if op is aten.copy_.default else _twin(op)))
-        elif op in _SAME_VALUE:
-            source = node.args[0]
-            root[node] = root.get(source, source)
-            if source in is_view:
-                is_view.add(node)
-                views[root[node]].append(node)
-        elif node.args and any(r.alias_info is not None for r in op._schema.returns):
-            source = node.args[0]
-            if isinstance(source, fx.Node):
-                root[node] = root.get(source, source)
-                is_view.add(node)
-                views.setdefault(root[node], []).append(node)
     replaced = dict(plan)
     version: dict[fx.Node, fx.Node] = {}  # root -> the node that holds its current value
 
@@ -134,10 +143,24 @@ def _rename(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
             if twin is None:
                 node.target = aten.copy.default
             else:
+                _fill_in_defaults(node, twin)
                 node.target = twin
             version[base] = node
     mutated = {base: new for base, new in version.items() if base.op == "placeholder"}
     return graph, mutated
+
+
+def _fill_in_defaults(node: fx.Node, twin: torch._ops.OpOverload) -> None:
+    """Write out arguments that the call leaves to a default which its twin has not (``bernoulli_`` has p=0.5)."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    optional = {a.name for a in twin._schema.arguments if a.has_default_value()}
+    left_out = node.target._schema.arguments[len(node.args) :]
+    defaults = {a.name: a.default_value for a in left_out if a.name not in node.kwargs and a.name not in optional}
+    node.kwargs = {**node.kwargs, **defaults}
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta["val"], torch.Tensor)
 
 
 class _Replay(fx.Interpreter):
@@ -148,7 +171,9 @@ class _Replay(fx.Interpreter):
         self._recorder = recorder
 
     def run_node(self, n: fx.Node) -> Any:
-        with self._recorder.as_if(n.meta.get("origin")):
+        if "origin" not in n.meta:
+            return super().run_node(n)
+        with self._recorder.as_if(n.meta["origin"]):
             return super().run_node(n)
 
 
@@ -156,12 +181,17 @@ def _retrace(graph: fx.Graph, mode: FakeTensorMode) -> tuple[fx.Graph, dict[fx.N
     recorder = Recorder(Phase.FORWARD)
     placeholders = list(graph.find_nodes(op="placeholder"))
     values = [node.meta["val"] for node in placeholders]
+    origins = [node.meta["origin"] for node in graph.nodes if "origin" in node.meta]
 
     def run(*args: Any) -> Any:
         return _Replay(graph, recorder).run(*args)
 
+    def run_functional(*args: Any) -> Any:
+        with recorder.as_if(origins[-1]):  # what comes after the last node makes the results and what was written
+            return torch.func.functionalize(run)(*args)
+
     with torch.no_grad():
-        again, further = trace(torch.func.functionalize(run), tuple(values), mode, recorder)
+        again, further = trace(run_functional, tuple(values), mode, recorder)
     assert not further, further
     mutated: dict[fx.Node, fx.Node] = {}
     for old, new in zip(placeholders, again.find_nodes(op="placeholder"), strict=True):

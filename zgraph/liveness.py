@@ -30,7 +30,9 @@ def owners(program: Program) -> dict[fx.Node, fx.Node]:
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node):
             continue
-        if ops.is_view(node.target) or (node.target in _VIEWS_IF_CONTIGUOUS and source.meta["val"].is_contiguous()):
+        if ops.view_of(node) is not None or (
+            node.target in _VIEWS_IF_CONTIGUOUS and source.meta["val"].is_contiguous()
+        ):
             owner[node] = owner[source]
         elif node.target is ops.wait:
             out = source.kwargs.get("out")

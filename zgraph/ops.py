@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed._functional_collectives  # registers torch.ops._c10d_functional
+from torch import fx
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
@@ -83,8 +84,17 @@ def is_random(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
 
 
+def view_of(node: fx.Node) -> fx.Node | None:
+    """The node whose memory a call's result shares: a view's source, or that of the views it unpacks."""
+    source = node.args[0] if node.op == "call_function" and node.args else None
+    if not isinstance(source, fx.Node):
+        return None
+    unpacked = node.target is operator.getitem and is_view(source.target)
+    return source if unpacked or is_view(node.target) else None
+
+
 def is_view(target: Any) -> bool:
-    """Whether the result shares memory with its first argument."""
+    """Whether the result, or each of several, shares memory with the first argument."""
     if not isinstance(target, torch._ops.OpOverload):
         return False
     return any(r.alias_info is not None and not r.alias_info.is_write for r in target._schema.returns)

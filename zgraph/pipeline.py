@@ -90,4 +90,5 @@ def run(passes: Sequence[Pass], program: Program) -> PipelineResult:
         middle = time.perf_counter()
         verify(program, after=p.name)
         records.append(PassRecord(p.name, middle - start, time.perf_counter() - middle, before, program.num_nodes()))
-    return PipelineResult(program, tuple(records))
+    # fx remembers the name of every node it ever made, and with it the node; a copy leaves the erased ones behind.
+    return PipelineResult(program.clone(), tuple(records))

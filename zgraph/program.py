@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -129,7 +129,8 @@ class Program:
         fake_mode: the mode in which values (``node.meta["val"]``) live: FakeTensor, or a sample Python number.
         constants: values of CONSTANT placeholders by name.
         init: how absent optimizer state starts; empty for a program that creates its own.
-        numbers: step counts and the like at capture; parameters share a bucket only if theirs are equal.
+        given: each parameter's optimizer state at capture, keys, dtypes and step counts; parameters share a bucket only
+            if theirs is equal.
         guards: expressions over HYPER and numeric OPT_STATE inputs that held at capture and must hold to run.
         layout: buckets; None before bucketing.
     """
@@ -141,7 +142,7 @@ class Program:
     fake_mode: FakeTensorMode
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     init: dict[tuple[str, str], StateInit] = field(default_factory=dict)
-    numbers: dict[tuple[str, str], int | float] = field(default_factory=dict)
+    given: dict[str, Hashable] = field(default_factory=dict)
     guards: tuple[Guard, ...] = ()
     layout: Layout | None = None
     _made_by: str = "capture"
@@ -276,7 +277,8 @@ class Program:
 
     def digest(self) -> bytes:
         """SHA-256 of the program text and layout: equal on ranks that will issue the same operations."""
-        return hashlib.sha256((self.text() + repr(self.layout)).encode()).digest()
+        facts = (self.layout, sorted(self.init.items()), sorted(self.given.items()), [g.text for g in self.guards])
+        return hashlib.sha256((self.text() + repr(facts)).encode()).digest()
 
     def __str__(self) -> str:
         return self.text()
@@ -321,7 +323,7 @@ def readers(flat: fx.Node) -> set[fx.Node]:
         for user in queue.pop().users:
             if user.op == "call_function" and user not in found:
                 found.add(user)
-                if ops.is_view(user.target) or user.target in ops.STARTS:
+                if ops.view_of(user) is not None or user.target in ops.STARTS:
                     queue.append(user)
     return found
 

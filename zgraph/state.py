@@ -97,6 +97,8 @@ class TrainingState:
         self._optimizer_state.move(layout, current, forms)
         if old is None:
             for buffer in self.model.buffers():
+                if not buffer.is_contiguous():
+                    buffer.data = buffer.data.contiguous()  # an expanded one has elements in common: no receiving it
                 broadcast(buffer, self.group)
         self.layout, self.params, self._placed = layout, new.tensors, current
 

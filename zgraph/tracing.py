@@ -10,7 +10,9 @@ from __future__ import annotations
 import gc
 import linecache
 import os
+import re
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -30,6 +32,8 @@ from zgraph.program import Input, Origin, Phase, Role
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _OPTIM = os.path.join(_TORCH, "optim") + os.sep
+_STDLIB = sysconfig.get_path("stdlib") + os.sep
+_PACKAGES = sysconfig.get_path("purelib") + os.sep
 _OPTIM_BASE = os.path.join(_OPTIM, "optimizer.py")
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
@@ -38,6 +42,8 @@ def is_user_file(filename: str) -> bool:
     """Whether a source file is the user's (or an optimizer's), rather than torch's or zgraph's machinery."""
     if filename.startswith(_OPTIM):
         return filename != _OPTIM_BASE
+    if filename.startswith(_STDLIB) and not filename.startswith(_PACKAGES):
+        return False
     return not filename.startswith((_TORCH, "<")) and (not filename.startswith(_HERE) or filename.endswith("demo.py"))
 
 
@@ -52,14 +58,20 @@ def user_source() -> str | None:
     return None
 
 
+def quoted(source: str | None) -> str | None:
+    """A recorded source position with its line of code."""
+    match = re.fullmatch(r"(.*):(\d+) \(.*\)", source or "")
+    line = linecache.getline(match[1], int(match[2])).strip() if match else ""
+    return f"{source}: {line}" if line else source
+
+
 def source_of_error(error: BaseException) -> str | None:
     """The innermost user frame of an exception's traceback, with its line of code."""
     found, traceback = None, error.__traceback__
     while traceback is not None:
         code = traceback.tb_frame.f_code
         if is_user_file(code.co_filename):
-            line = linecache.getline(code.co_filename, traceback.tb_lineno).strip()
-            found = f"{code.co_filename}:{traceback.tb_lineno} ({code.co_name}): {line}"
+            found = quoted(f"{code.co_filename}:{traceback.tb_lineno} ({code.co_name})")
         traceback = traceback.tb_next
     return found
 
@@ -73,6 +85,7 @@ class Recorder:
         self._modules: list[str] = [""]
         self._by_sequence_nr: dict[int, Origin] = {}
         self._override: Origin | None = None
+        self.last_source: str | None = None  # of the node recorded last
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -86,6 +99,7 @@ class Recorder:
             node = original(*args, **kwargs)
             if node.op != "placeholder":
                 node.meta["origin"] = self._origin()
+                self.last_source = node.meta["origin"].source
             return node
 
         tracer.create_node = create_node  # type: ignore[method-assign]
@@ -196,6 +210,8 @@ def trace(
     graph = fx.Graph()
     node_map: dict[fx.Node, fx.Node] = {}
     graph.graph_copy(module.graph, node_map)
+    for node in graph.nodes:
+        node.meta = {key: node.meta[key] for key in ("val", "origin") if key in node.meta}
     last = module.graph.output_node()
     graph.output(fx.map_arg(last.args[0], lambda n: node_map[n]))
     return graph, _lift_constants(graph, module, mode)

@@ -37,12 +37,13 @@ Number = int | float
 class StateEntry:
     """One value of ``optimizer.state[param]``: a tensor of ``shape`` and ``dtype``, or a number (dtype None).
 
-    ``sample`` is the current value of a single number; conditions on it are decided by it.
+    ``sample`` is the current value of a single number, by which conditions on it are decided; None for a tensor with
+    one element per element of the parameter.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
-    sample: Number = 1
+    sample: Number | None = None
 
 
 StateSpec = dict[str, dict[str, StateEntry]]
@@ -61,8 +62,7 @@ class Update:
         init: initial values under which this update also serves as the first one; None if the first differs.
         guards: conditions decided while tracing.
         constants: values of CONSTANT placeholders.
-        given: state that was there before the step.
-        state: state that is there after it.
+        state: state that is there after the step.
     """
 
     graph: fx.Graph
@@ -71,7 +71,6 @@ class Update:
     init: dict[Input, StateInit] | None
     guards: tuple[Guard, ...]
     constants: dict[str, torch.Tensor]
-    given: StateSpec
     state: StateSpec
 
 
@@ -82,8 +81,8 @@ def hyperparameters(optimizer: torch.optim.Optimizer) -> dict[str, float]:
         for key, value in group.items():
             if key == "params":
                 continue
-            for suffix, leaf in _leaves(value):
-                number = _as_float(leaf)
+            for suffix, leaf, default in _leaves(value, optimizer.defaults.get(key)):
+                number = _as_float(leaf, default)
                 if number is not None:
                     found[f"group{index}.{key}{suffix}"] = number
     return found
@@ -96,22 +95,27 @@ def structure(optimizer: torch.optim.Optimizer) -> tuple[Any, ...]:
         fixed = []
         for key, value in sorted(group.items(), key=lambda item: item[0]):
             if key != "params":
-                fixed.append((key, tuple("float" if _as_float(v) is not None else repr(v) for _, v in _leaves(value))))
+                leaves = _leaves(value, optimizer.defaults.get(key))
+                fixed.append((key, tuple("float" if _as_float(v, d) is not None else repr(v) for _, v, d in leaves)))
         groups.append(tuple(fixed))
     return (type(optimizer).__module__, type(optimizer).__qualname__, tuple(groups))
 
 
-def _leaves(value: Any) -> Iterator[tuple[str, Any]]:
+def _leaves(value: Any, default: Any) -> Iterator[tuple[str, Any, Any]]:
+    """A hyperparameter's path suffix, value and default; each element of a tuple or list by itself."""
     if isinstance(value, (tuple, list)):
+        defaults = default if isinstance(default, (tuple, list)) and len(default) == len(value) else [None] * len(value)
         for i, v in enumerate(value):
-            yield f"[{i}]", v
+            yield f"[{i}]", v, defaults[i]
     else:
-        yield "", value
+        yield "", value, default
 
 
-def _as_float(value: Any) -> float | None:
+def _as_float(value: Any, default: Any) -> float | None:
     if isinstance(value, float):
         return value
+    if isinstance(value, int) and not isinstance(value, bool) and isinstance(default, float):
+        return float(value)  # lr = 1 where the optimizer was made with lr=0.1
     if isinstance(value, torch.Tensor) and value.dim() == 0 and value.is_floating_point():
         return float(value)
     return None
@@ -144,7 +148,6 @@ def trace_update(
     later = _trace_once(optimizer, params, trained, first.state, device)
     later.init = _initial_values(first, later)
     if later.init is not None:
-        later.given = state
         return later
     return first
 
@@ -185,6 +188,7 @@ def _trace_once(
             for key, entry in state.get(name, {}).items():
                 what = Input(Role.OPT_STATE, name, key)
                 if entry.dtype is None:
+                    assert entry.sample is not None
                     at_state[key] = add(what, symbolic(what, entry.sample))
                 else:
                     place = torch.device("cpu") if entry.shape == () else target
@@ -270,7 +274,7 @@ def _trace_once(
     for node in graph.nodes:
         if "val" in node.meta:
             node.meta["val"] = pytree.tree_map(_sample, node.meta["val"])
-    return Update(graph, gradients, results, None, _guards(mode.shape_env, symbols), constants, state, new_state)
+    return Update(graph, gradients, results, None, _guards(mode.shape_env, symbols), constants, new_state)
 
 
 def _plain(group: dict[str, Any], index: int, hypers: dict[str, int], arguments: list[Any]) -> dict[str, Any]:
@@ -281,7 +285,7 @@ def _plain(group: dict[str, Any], index: int, hypers: dict[str, int], arguments:
             continue
         leaves = [
             arguments[hypers[path]] if (path := f"group{index}.{key}{suffix}") in hypers else leaf
-            for suffix, leaf in _leaves(value)
+            for suffix, leaf, _ in _leaves(value, None)
         ]
         plain[key] = type(value)(leaves) if isinstance(value, (tuple, list)) else leaves[0]
     for switch in ("foreach", "fused", "capturable", "differentiable"):

@@ -13,6 +13,7 @@ from zgraph import ops
 from zgraph.errors import VerifyError
 from zgraph.liveness import owners
 from zgraph.program import Program, Role, Stage, describe, operand, readers, target_name
+from zgraph.tracing import quoted
 
 
 def verify(program: Program, *, after: str) -> None:
@@ -104,6 +105,6 @@ def _broken(after: str, node: fx.Node, rule: str) -> VerifyError:
     name = target_name(node.target) if node.op == "call_function" else node.op
     return VerifyError(
         f"{after} left a program that breaks a rule: {node.name} ({name}) {rule}",
-        where=origin.source if origin else None,
+        where=quoted(origin.source) if origin else None,
         fix="this is a mistake in the pass; nothing was run",
     )
