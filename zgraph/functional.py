@@ -41,6 +41,7 @@ def make_functional(graph: fx.Graph, mode: FakeTensorMode) -> tuple[fx.Graph, di
         written to.
     """
     _expose_batch_norm(graph)
+    _draw_in_memory_order(graph, mode)
     for node in graph.nodes:
         if _is_mutable(node) and node.target.namespace not in ("aten", "profiler"):
             raise CaptureError(
@@ -74,6 +75,29 @@ def _expose_batch_norm(graph: fx.Graph) -> None:
                 write = graph.call_function(aten.copy_.default, (buffer, new))
                 write.meta.update(val=buffer.meta["val"], origin=node.meta["origin"])
         node.meta["val"] = (*node.meta["val"], mean.meta["val"], var.meta["val"])
+
+
+def _draw_in_memory_order(graph: fx.Graph, mode: FakeTensorMode) -> None:
+    """Let dropout on transposed or channels-last memory draw as eager does: ``bernoulli_`` in the order of memory.
+
+    Its functional twin would draw in the order of dimensions, into contiguous memory.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.bernoulli_.float):
+        target, *rest = node.args
+        if target.meta["val"].is_contiguous():
+            continue
+        strides = target.meta["val"].stride()
+        order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
+        _fill_in_defaults(node, aten.bernoulli.p)
+        with graph.inserting_before(node):
+            ordered = graph.call_function(aten.permute.default, (target, order))
+            drawn = graph.call_function(aten.bernoulli.p, (ordered, *rest), node.kwargs)
+            back = graph.call_function(aten.permute.default, (drawn, [order.index(dim) for dim in range(len(order))]))
+        for new in (ordered, drawn, back):
+            with mode:
+                val = new.target(*fx.map_arg(new.args, lambda n: n.meta["val"]), **new.kwargs)
+            new.meta.update(val=val, origin=node.meta["origin"])
+        node.target, node.args, node.kwargs = aten.copy_.default, (target, back), {}
 
 
 def _twin(op: torch._ops.OpOverload) -> torch._ops.OpOverload:
