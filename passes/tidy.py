@@ -9,7 +9,7 @@ from torch import fx
 
 from zgraph import ops
 from zgraph.pipeline import Pass
-from zgraph.program import Origin, Phase, Program, Stage
+from zgraph.program import Origin, Phase, Program, Role, Stage
 
 aten = torch.ops.aten
 
@@ -41,9 +41,11 @@ class Tidy(Pass):
 
 
 def _own_results(program: Program) -> None:
-    """Give every result memory of its own if it would lie in an input's: inputs are about to be written over."""
+    """Give the loss and new buffers memory of their own where they lie in an input's, which may be written over."""
     results = program.results()
     for index, (what, result) in enumerate(zip(program.outputs, results, strict=True)):
+        if what is not None and what.role not in (Role.BUFFER, Role.CONSTANT):
+            continue  # bucketing sees to parameters and optimizer state
         if not isinstance(result, fx.Node) or not isinstance(result.meta["val"], torch.Tensor):
             continue
         root = result
@@ -51,13 +53,12 @@ def _own_results(program: Program) -> None:
             root = source
         if root.op == "placeholder" and not (result is root and what == root.meta["input"]):
             origin = result.meta.get("origin", Origin(Phase.FORWARD))
-            before = program.output_node if origin.phase is Phase.UPDATE else _first_call(program, result)
-            results[index] = program.call(aten.clone.default, result, origin=origin, before=before)
+            results[index] = program.call(aten.clone.default, result, origin=origin, before=_next_call(result))
     program.set_results(results, program.outputs)
 
 
-def _first_call(program: Program, result: fx.Node) -> fx.Node:
-    """Where a copy of ``result`` can be made first: before anything has written to what it shares."""
+def _next_call(result: fx.Node) -> fx.Node:
+    """Where a copy of ``result`` can be made first, before anything has written to what it shares."""
     node: fx.Node = result.next
     while node.op == "placeholder":
         node = node.next

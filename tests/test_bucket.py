@@ -138,7 +138,7 @@ def with_state(numbers: list[int] | None = None, fills: list[float] | None = Non
     program = b.finish(results)
     for i in range(2):
         if numbers is not None:
-            program.numbers[f"p{i}", "count"] = numbers[i]
+            program.given[f"p{i}"] = (("count", "None", numbers[i]),)
         if fills is not None:
             program.init[f"p{i}", "m"] = StateInit(fills[i], torch.float64)
     return program
