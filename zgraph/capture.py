@@ -123,6 +123,7 @@ def capture(
     inputs += [Input(Role.BATCH, str(i)) for i in range(len(tensor_at))]
     for node, what in zip(graph.find_nodes(op="placeholder"), inputs, strict=False):
         node.meta["input"] = what
+    _check_constants(graph, constants, params)
     graph, mutated = make_functional(graph, mode)
     written = {node.meta["input"]: value for node, value in mutated.items()}
     for node in graph.nodes:
@@ -174,6 +175,22 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
                     f"group {index} of the optimizer holds a parameter of shape {tuple(p.shape)} "
                     "that is not one of the model's",
                     fix="build the optimizer from model.parameters() of this model, after the model is complete",
+                )
+
+
+def _check_constants(graph: fx.Graph, constants: dict[str, torch.Tensor], params: dict[str, nn.Parameter]) -> None:
+    """Refuse parameters that forward has read other than as attributes: they would be frozen without a word."""
+    memory = {p.untyped_storage()._cdata: name for name, p in params.items()}
+    for node in graph.find_nodes(op="placeholder"):
+        what: Input | None = node.meta.get("input")
+        if what is not None and what.role is Role.CONSTANT:
+            name = memory.get(constants[what.name].untyped_storage()._cdata)
+            if name is not None:
+                user = next(iter(node.users))
+                raise CaptureError(
+                    f"forward reads {name} through a reference that is kept somewhere else than in its module",
+                    where=quoted(user.meta["origin"].source) if "origin" in user.meta else None,
+                    fix="read it as an attribute of the module, or keep such parameters in an nn.ParameterList",
                 )
 
 

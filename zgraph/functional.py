@@ -94,6 +94,7 @@ def _draw_in_memory_order(graph: fx.Graph, mode: FakeTensorMode) -> None:
             drawn = graph.call_function(aten.bernoulli.p, (ordered, *rest), node.kwargs)
             back = graph.call_function(aten.permute.default, (drawn, [order.index(dim) for dim in range(len(order))]))
         for new in (ordered, drawn, back):
+            assert callable(new.target)
             with mode:
                 val = new.target(*fx.map_arg(new.args, lambda n: n.meta["val"]), **new.kwargs)
             new.meta.update(val=val, origin=node.meta["origin"])

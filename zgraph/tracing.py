@@ -24,9 +24,11 @@ import torch
 import torch._inductor.compiler_bisector
 import torch.export._trace  # tracing imports these three on first use; better now than in the first step
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from zgraph.program import Input, Origin, Phase, Role
 
@@ -159,6 +161,37 @@ class Recorder:
         self._modules.pop()
 
 
+class _UndoWrites(TorchDispatchMode):
+    """Undo what a traced function writes to real tensors: writing is for the graph to do, each time it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            given = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
+            for argument in func._schema.arguments:
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    for tensor in pytree.tree_leaves(given.get(argument.name)):
+                        if isinstance(tensor, torch.Tensor) and not isinstance(tensor, FakeTensor):
+                            self._keep(tensor)
+        return func(*args, **kwargs)
+
+    def _keep(self, tensor: torch.Tensor) -> None:
+        if id(tensor) not in self._before:
+            with _disable_current_modes():
+                self._before[id(tensor)] = tensor, tensor.detach().clone()
+
+    def undo(self) -> None:
+        with torch.no_grad():
+            for tensor, before in reversed(self._before.values()):
+                tensor.copy_(before)
+
+
 def fake_mode(*, scalars: bool) -> FakeTensorMode:
     """A mode whose tensors have shapes but no data; with ``scalars``, ``.item()`` gives a symbolic number."""
     if scalars:
@@ -189,8 +222,10 @@ def trace(
         CONSTANT placeholders at the end) and those constants by name.
     """
 
+    writes = _UndoWrites()
+
     def recorded(*inner: Any) -> Any:
-        with recorder.attached():
+        with recorder.attached(), writes:
             return function(*inner)
 
     collecting = gc.isenabled()
@@ -205,6 +240,7 @@ def trace(
         ):
             module = make_fx(recorded, tracing_mode="fake")(*args)
     finally:
+        writes.undo()
         if collecting:
             gc.enable()
     graph = fx.Graph()
