@@ -113,7 +113,10 @@ BROKEN: dict[Callable[[Program], None], tuple[str, bool]] = {
     return_before_arrival: (r"output \(output\) reads all_reduce\w* before it has arrived", False),
     wait_for_nothing: (r"waits for a value that no collective produces", True),
     read_what_is_overwritten: (r"neg\w* \(aten.neg.default\) reads what update_bucket1 has written over", True),
-    read_a_view_of_what_is_overwritten: (r"neg\w* \(aten.neg.default\) reads what update_bucket1 has written over", True),
+    read_a_view_of_what_is_overwritten: (
+        r"neg\w* \(aten.neg.default\) reads what update_bucket1 has written over",
+        True,
+    ),
     return_what_is_overwritten: (r"update_bucket1.* writes over what is returned as opt_state:bucket1:older", True),
 }
 

@@ -161,11 +161,11 @@ class Recorder:
         self._modules.pop()
 
 
-class _UndoWrites(TorchDispatchMode):
+class _UndoWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Undo what a traced function writes to real tensors: writing is for the graph to do, each time it runs."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __torch_dispatch__(
