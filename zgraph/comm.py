@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -107,8 +108,11 @@ class _Transfer:
     divide_by: int = 1
 
 
-_tags: Counter[str] = Counter()
-"""Transfers issued on each process group, by all compiled models together: a tag is used once."""
+_tags: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
+"""Transfers issued on each process group, by all compiled models together: a tag is used once.
+
+By group and not by its name: a later group may have the name of one that only some of its ranks belonged to.
+"""
 
 
 class PointToPointComm(_Group):
@@ -116,13 +120,13 @@ class PointToPointComm(_Group):
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(group)
-        self._name = group.group_name
         self._peers = [(self.rank + i) % self.world for i in range(1, self.world)]
 
     def _next_tag(self) -> int:
         # All ranks issue the same operations in the same order, so equal counts name the same operation.
-        _tags[self._name] += 1
-        return _tags[self._name] % 2**30
+        assert self.group is not None
+        _tags[self.group] = _tags.get(self.group, 0) + 1
+        return _tags[self.group] % 2**30
 
     def _send(self, tensor: torch.Tensor, peer: int, tag: int) -> dist.Work:
         work = dist.isend(tensor, group_dst=peer, group=self.group, tag=tag)
