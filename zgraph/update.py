@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from zgraph.errors import OptimizerError, ZgraphError
 from zgraph.functional import make_functional
 from zgraph.program import Guard, Input, Phase, Role, StateInit
-from zgraph.tracing import Recorder, fake_mode, source_of_error, trace
+from zgraph.tracing import Recorder, fake_mode, quoted, source_of_error, trace
 
 aten = torch.ops.aten
 
@@ -202,7 +202,9 @@ def _trace_once(
     new_state: StateSpec = {}
 
     def run(arguments: list[Any]) -> list[Any]:
-        fake = copy.copy(optimizer)
+        fake = type(optimizer).__new__(type(optimizer))  # copy.copy would leave out what subclasses add
+        for attribute, value in vars(optimizer).items():
+            setattr(fake, attribute, copy.copy(value) if isinstance(value, (dict, list, set)) else value)
         for attribute in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
             setattr(fake, attribute, OrderedDict())
         fake.state = defaultdict(dict)
@@ -223,8 +225,15 @@ def _trace_once(
                     fake.state[leaf].update({key: arguments[i] for key, i in at_state.items()})
                 members.append(leaf)
             fake.param_groups.append({**_plain(group, index, hypers, arguments), "params": members})
+        before = _held(fake)
         with _symbolic_math():
             type(optimizer).step(fake)
+        for what, value in _held(fake).items():
+            if not _is_same(value, before.get(what)):
+                raise OptimizerError(
+                    f"{type(optimizer).__name__}.step() changes {what}, which a captured step would not",
+                    fix="keep what changes from step to step in optimizer.state[param]",
+                )
         results: list[Any] = []
         for name in trained:
             leaf = leaves[name]
@@ -264,6 +273,14 @@ def _trace_once(
         if not isinstance(meaning, str):
             node.meta["input"] = meaning
     graph, mutated = make_functional(graph, mode)
+    for node, new in mutated.items():
+        written: Input | None = node.meta.get("input")
+        if written is not None and written.role is Role.CONSTANT:
+            raise OptimizerError(
+                f"{type(optimizer).__name__}.step() writes to a tensor that is not in its state",
+                where=quoted(new.meta["origin"].source) if "origin" in new.meta else None,
+                fix="keep what changes from step to step in optimizer.state[param]",
+            )
     placeholders = list(graph.find_nodes(op="placeholder"))
     gradients = {meaning: node for node, meaning in zip(placeholders, inputs, strict=False) if isinstance(meaning, str)}
     out: Any = graph.output_node().args[0]
@@ -292,6 +309,23 @@ def _plain(group: dict[str, Any], index: int, hypers: dict[str, int], arguments:
         if switch in plain:
             plain[switch] = False
     return plain
+
+
+def _held(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What an optimizer holds besides its state, in words; containers are copied."""
+    held = {f"its attribute {key!r}": v for key, v in vars(optimizer).items() if key not in ("state", "param_groups")}
+    for index, group in enumerate(optimizer.param_groups):
+        held.update({f"param_groups[{index}][{key!r}]": value for key, value in group.items()})
+    return {what: copy.copy(v) if isinstance(v, (dict, list, set)) else v for what, v in held.items()}
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    """Whether two values, or all that two containers hold, are the same objects."""
+    if isinstance(value, dict) and isinstance(other, dict):
+        return value.keys() == other.keys() and all(value[key] is other[key] for key in value)
+    if isinstance(value, (list, set)) and isinstance(other, (list, set)):
+        return list(map(id, value)) == list(map(id, other))
+    return value is other
 
 
 def _entry(value: Any) -> StateEntry | None:

@@ -1,0 +1,373 @@
+"""A traced update is the optimizer's own ``step()``, bit for bit, with its numbers as inputs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+
+from tests.optimizers import OPTIMIZERS, Lion
+from zgraph.errors import OptimizerError
+from zgraph.program import Input, Role, StateInit, describe
+from zgraph.update import StateEntry, StateSpec, Update, hyperparameters, structure, trace_update
+
+CPU = torch.device("cpu")
+
+
+class Params(nn.Module):
+    """A matrix, a vector, a number, and one that has no gradient."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        for name, shape in (("matrix", (3, 2)), ("vector", (5,)), ("number", ()), ("unused", (2,))):
+            self.register_parameter(name, nn.Parameter(torch.randn(shape, dtype=dtype)))
+
+
+TRAINED = ["matrix", "vector", "number"]
+
+
+def traced(optimizer: Optimizer, params: nn.Module, state: StateSpec | None = None) -> Update:
+    return trace_update(optimizer, dict(params.named_parameters()), TRAINED, state or {}, CPU)
+
+
+def state_of(optimizer: Optimizer, params: nn.Module) -> StateSpec:
+    """The spec of state that exists."""
+    return {
+        name: {
+            key: StateEntry(tuple(v.shape), v.dtype, None if v.dim() else v.item())
+            if isinstance(v, Tensor)
+            else StateEntry((), None, v)
+            for key, v in optimizer.state[p].items()
+        }
+        for name, p in params.named_parameters()
+        if optimizer.state.get(p)
+    }
+
+
+def evaluate(update: Update, values: dict[Input, Any], gradients: dict[str, Tensor]) -> dict[Input, Any]:
+    """Run a traced update on real values."""
+    env: dict[fx.Node, Any] = {update.gradients[name]: gradient for name, gradient in gradients.items()}
+    for node in update.graph.nodes:
+        if node.op == "placeholder":
+            if node not in env:
+                what = node.meta["input"]
+                env[node] = update.constants[what.name] if what.role is Role.CONSTANT else values[what]
+        elif node.op == "call_function" and node.target.__module__ != "torch._ops.profiler":
+            args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+            env[node] = node.target(*args, **kwargs)
+    return {what: env[node] if isinstance(node, fx.Node) else node for what, node in update.results.items()}
+
+
+def initial(update: Update, params: nn.Module) -> dict[Input, Any]:
+    """Values of the state that an update reads in the first step."""
+    found: dict[Input, Any] = {}
+    shapes = {n.meta["input"]: n.meta["val"] for n in update.graph.find_nodes(op="placeholder") if "input" in n.meta}
+    for what, start in (update.init or {}).items():
+        if start.dtype is None:
+            found[what] = start.fill
+        elif start.fill is None:
+            found[what] = params.get_parameter(what.name).detach().to(start.dtype, copy=True)
+        else:
+            found[what] = torch.full(shapes[what].shape, start.fill, dtype=start.dtype)
+    return found
+
+
+def assert_follows(make: Callable[[nn.Module], Optimizer], *, exact: bool, num_steps: int = 3) -> int:
+    """The traced update and ``step()`` agree at every step; returns how many traces that took."""
+    params = Params()
+    optimizer = make(params)
+    mine = {Input(Role.PARAM, name): p.detach().clone() for name, p in params.named_parameters()}
+    state: dict[Input, Any] = {
+        Input(Role.OPT_STATE, name, key): copy.deepcopy(value)
+        for name, p in params.named_parameters()
+        for key, value in optimizer.state.get(p, {}).items()
+    }
+    update: Update | None = None
+    num_traces = 0
+    for step in range(num_steps):
+        if update is None or not _reads_all(update):
+            update = traced(optimizer, params, state_of(optimizer, params))
+            num_traces += 1
+            state = {**initial(update, params), **state}
+        gradients = {name: torch.randn_like(params.get_parameter(name)) for name in TRAINED}
+        for name, gradient in gradients.items():
+            params.get_parameter(name).grad = gradient.clone()
+        numbers = {Input(Role.HYPER, path): value for path, value in hyperparameters(optimizer).items()}
+        results = evaluate(update, {**mine, **state, **numbers}, gradients)
+        optimizer.step()
+        for name, p in params.named_parameters():
+            if name not in TRAINED:
+                continue
+            expected = {Input(Role.PARAM, name): p.detach()}
+            expected.update({Input(Role.OPT_STATE, name, k): v for k, v in optimizer.state[p].items()})
+            assert {what for what in results if what.name == name} == set(expected)
+            for what, value in expected.items():
+                found = torch.as_tensor(results[what])
+                if exact:
+                    assert torch.equal(found, torch.as_tensor(value)), f"step {step}: {what}"
+                else:
+                    torch.testing.assert_close(found, torch.as_tensor(value), rtol=1e-13, atol=1e-15)
+        mine.update({what: value for what, value in results.items() if what.role is Role.PARAM})
+        state.update({what: value for what, value in results.items() if what.role is Role.OPT_STATE})
+        optimizer.param_groups[0]["lr"] *= 0.5  # costs no trace
+    return num_traces
+
+
+def _reads_all(update: Update) -> bool:
+    read = {n.meta["input"] for n in update.graph.find_nodes(op="placeholder") if "input" in n.meta}
+    return {what for what in update.results if what.role is Role.OPT_STATE} <= read
+
+
+_QUICK = ("sgd_momentum", "sgd_nesterov", "adam_amsgrad", "adamw_groups", "adagrad", "rmsprop_centered", "lion")
+
+
+@pytest.mark.parametrize("name", [n if n in _QUICK else pytest.param(n, marks=pytest.mark.slow) for n in OPTIMIZERS])
+def test_the_traced_update_is_the_optimizers_step(name: str) -> None:
+    num_traces = assert_follows(OPTIMIZERS[name], exact="fused" not in name and "foreach" not in name)
+    assert num_traces <= 2
+
+
+@pytest.mark.parametrize(
+    ("make", "init"),
+    [
+        (AdamW, {"step": StateInit(0, torch.float32), "exp_avg": StateInit(0, torch.float64),
+                 "exp_avg_sq": StateInit(0, torch.float64)}),
+        (RMSprop, {"step": StateInit(0, torch.float32), "square_avg": StateInit(0, torch.float64)}),
+        (lambda p: Adagrad(p, initial_accumulator_value=0.25), {}),  # its constructor creates the state
+        (lambda p: SGD(p, lr=0.1), {}),
+        (lambda p: SGD(p, lr=0.1, momentum=0.9), None),  # the first gradient is the momentum, undampened
+        (Lion, None),  # math.sqrt(1) is a literal
+    ],
+)  # fmt: skip
+def test_initial_state_is_found_where_the_first_step_is_like_the_others(
+    make: Callable[[Any], Optimizer], init: dict[str, StateInit] | None
+) -> None:
+    params = Params()
+    optimizer = make(params.parameters())
+    update = traced(optimizer, params, state_of(optimizer, params))
+    expected = None if init is None else {Input(Role.OPT_STATE, n, k): s for n in TRAINED for k, s in init.items()}
+    assert update.init == expected
+
+
+class Anchored(Optimizer):
+    """Pulls parameters towards where they started; keeps how strongly in its state, as a Python number."""
+
+    def __init__(self, params: Iterable[Any], lr: float = 0.1, *, to_ones: bool = False) -> None:
+        super().__init__(params, {"lr": lr})
+        self.to_ones = to_ones  # copy.copy of an optimizer would leave this out
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    state = self.state[p]
+                    if not state:
+                        state["anchor"] = torch.ones_like(p) if self.to_ones else p.clone()
+                        state["strength"] = 0.25
+                    p.add_(state["anchor"] - p, alpha=group["lr"] * state["strength"]).sub_(p.grad, alpha=group["lr"])
+
+
+@pytest.mark.parametrize("to_ones", [False, True])
+def test_state_that_starts_as_the_parameter_or_as_a_python_number_is_found(to_ones: bool) -> None:
+    params = Params()
+    update = traced(Anchored(params.parameters(), to_ones=to_ones), params)
+    assert update.init is not None
+    assert update.init[Input(Role.OPT_STATE, "vector", "anchor")] == StateInit(1 if to_ones else None, torch.float64)
+    assert update.init[Input(Role.OPT_STATE, "vector", "strength")] == StateInit(0.25, None)
+    assert assert_follows(lambda p: Anchored(p.parameters(), to_ones=to_ones), exact=True) == 1
+
+
+def test_conditions_on_numbers_become_guards() -> None:
+    params = Params()
+    groups = [{"params": [params.matrix], "weight_decay": 0.1}, {"params": [params.vector], "weight_decay": 0.0}]
+    optimizer = SGD(groups, lr=0.5)
+    update = trace_update(optimizer, dict(params.named_parameters()), TRAINED[:2], {}, CPU)
+    decay = [Input(Role.HYPER, f"group{index}.weight_decay") for index in (0, 1)]
+    guards = {guard.inputs: guard for guard in update.guards}
+    assert guards[decay[0],].holds(0.1)
+    assert guards[decay[0],].holds(0.7)
+    assert not guards[decay[0],].holds(0.0)
+    assert guards[decay[1],].holds(0.0)
+    assert not guards[decay[1],].holds(0.1)
+    assert not any("lr" in what.name for guard in update.guards for what in guard.inputs)
+
+
+def test_a_condition_on_a_count_becomes_a_guard_on_that_state() -> None:
+    params = Params()
+    optimizer = Lion(params.parameters(), warm_up=5)
+    state: StateSpec = {
+        name: {"step": StateEntry((), None, 2), "momentum": StateEntry(tuple(p.shape), p.dtype)}
+        for name, p in params.named_parameters()
+        if name in TRAINED
+    }
+    update = traced(optimizer, params, state)
+    (guard,) = (guard for guard in update.guards if guard.inputs == (Input(Role.OPT_STATE, "vector", "step"),))
+    assert guard.text == "x0 + 1 < 5"
+    assert [guard.holds(step) for step in (0, 2, 3, 4, 5)] == [True, True, True, False, False]
+
+
+def test_numbers_are_hyperparameters_by_path_and_the_rest_is_structure() -> None:
+    params = Params()
+    optimizer = Adam([{"params": [params.matrix]}, {"params": [params.vector], "betas": [0.5, 0.25]}], lr=0.5)
+    numbers = hyperparameters(optimizer)
+    assert numbers["group0.lr"] == numbers["group1.lr"] == 0.5
+    assert (numbers["group1.betas[0]"], numbers["group1.betas[1]"]) == (0.5, 0.25)
+    assert not {"group0.amsgrad", "group0.params", "group0.maximize"} & set(numbers)
+    before = structure(optimizer)
+    optimizer.param_groups[0]["lr"] = 1  # a whole number where a float was
+    assert hyperparameters(optimizer)["group0.lr"] == 1.0
+    optimizer.param_groups[1]["betas"] = [0.1, 0.2]
+    assert structure(optimizer) == before
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.25)
+    assert hyperparameters(optimizer)["group0.lr"] == 0.25
+    for key, value in (("amsgrad", True), ("maximize", True), ("betas", (0.1, 0.2, 0.3))):
+        changed = copy.deepcopy(optimizer)
+        changed.param_groups[1][key] = value
+        assert structure(changed) != before, key
+    assert structure(AdamW(params.parameters())) != structure(Adam(params.parameters()))
+
+
+def test_tracing_leaves_the_optimizer_alone() -> None:
+    params = Params()
+    optimizer = Adam(params.parameters(), lr=0.1, foreach=True)
+    calls: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("hook"))
+    before = {key: value for key, value in vars(optimizer).items() if key != "state"}
+    group = dict(optimizer.param_groups[0])
+    traced(optimizer, params)
+    assert {key: value for key, value in vars(optimizer).items() if key != "state"} == before
+    assert dict(optimizer.param_groups[0]) == group
+    assert not optimizer.state
+    assert not calls
+    assert all(p.grad is None for p in params.parameters())
+
+
+def test_the_update_of_low_precision_parameters_keeps_their_dtypes() -> None:
+    params = Params(torch.bfloat16)
+    update = traced(AdamW(params.parameters()), params)
+    assert {describe(node.meta["val"]) for what, node in update.results.items() if what.name == "vector"} == {  # type: ignore[union-attr]
+        "bf16[5]",
+        "f32[]",
+    }
+
+
+# Refusals
+
+
+class Bad(Optimizer):
+    """Plain SGD with one thing that no fixed graph can do."""
+
+    def __init__(self, params: Iterable[Any]) -> None:
+        super().__init__(params, {"lr": 0.1, "count": 0})
+        self.num_steps = 0
+        self.log: list[int] = []
+        self.table: dict[str, Any] = {}
+        self.total = torch.zeros(2)
+
+    def extra(self, group: dict[str, Any], p: Tensor) -> None:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.extra(group, p)
+                    p.sub_(p.grad, alpha=group["lr"])
+
+
+class Branches(Bad):
+    def extra(self, group: dict[str, Any], p: Tensor) -> None:
+        if p.grad.abs().max() > 1:
+            p.grad.zero_()
+
+
+class ReadsValue(Bad):
+    def extra(self, group: dict[str, Any], p: Tensor) -> None:
+        p.grad.mul_(float(p.grad.abs().max() > 1) or 0.5)
+
+
+class Raises(Bad):
+    def extra(self, group: dict[str, Any], p: Tensor) -> None:
+        raise LookupError("no such thing")
+
+
+class KeepsText(Bad):
+    def extra(self, group: dict[str, Any], p: Tensor) -> None:
+        self.state[p]["phase"] = "warm-up"
+
+
+class CountsItself(Bad):
+    def extra(self, group: dict[str, Any], p: Tensor) -> None:
+        self.num_steps += 1
+
+
+class CountsInGroup(Bad):
+    def extra(self, group: dict[str, Any], p: Tensor) -> None:
+        group["count"] += 1
+
+
+class Schedules(Bad):
+    def extra(self, group: dict[str, Any], p: Tensor) -> None:
+        group["lr"] = group["lr"] * 0.9
+
+
+class Logs(Bad):
+    def extra(self, group: dict[str, Any], p: Tensor) -> None:
+        self.log.append(1)
+
+
+class KeepsTable(Bad):
+    def extra(self, group: dict[str, Any], p: Tensor) -> None:
+        self.table["last"] = p.grad
+
+
+class WritesOwnTensor(Bad):
+    def extra(self, group: dict[str, Any], p: Tensor) -> None:
+        self.total += p.grad.sum()
+
+
+@pytest.mark.parametrize(
+    ("kind", "says", "line"),
+    [
+        (Branches, r"Branches.step\(\) decides by the value of a tensor", "if p.grad.abs().max() > 1:"),
+        (ReadsValue, r"ReadsValue.step\(\) decides by the value of a tensor", "p.grad.mul_(float("),
+        (Raises, r"Raises.step\(\) cannot be traced: LookupError: 'no such thing'|no such thing", "raise LookupError"),
+        (KeepsText, r"keeps a str in its state", None),
+        (CountsItself, r"CountsItself.step\(\) changes its attribute 'num_steps'", None),
+        (CountsInGroup, r"CountsInGroup.step\(\) changes param_groups\[0\]\['count'\]", None),
+        (Schedules, r"Schedules.step\(\) changes param_groups\[0\]\['lr'\]", None),
+        (Logs, r"Logs.step\(\) changes its attribute 'log'", None),
+        (KeepsTable, r"KeepsTable.step\(\) changes its attribute 'table'", None),
+        (WritesOwnTensor, r"WritesOwnTensor.step\(\) writes to a tensor that is not in its state", "self.total +="),
+        (lambda p: torch.optim.LBFGS(list(p)), r"LBFGS.step\(\) cannot be traced", None),
+    ],
+)
+def test_what_no_graph_can_do_is_refused_with_its_line_and_without_a_trace(
+    kind: Callable[[Any], Optimizer], says: str, line: str | None
+) -> None:
+    params = Params()
+    optimizer = kind(params.parameters())
+    before = {
+        key: copy.copy(value) for key, value in vars(optimizer).items() if key not in ("state", "param_groups", "total")
+    }
+    groups = [dict(group) for group in optimizer.param_groups]
+    with pytest.raises(OptimizerError, match=says) as refusal:
+        traced(optimizer, params)
+    assert refusal.value.fix
+    if line is not None:
+        assert line in (refusal.value.where or "")
+        assert "test_update.py" in (refusal.value.where or "")
+    assert {key: value for key, value in vars(optimizer).items() if key in before} == before
+    assert [dict(group) for group in optimizer.param_groups] == groups
+    assert not optimizer.state
+    if isinstance(optimizer, Bad):
+        assert optimizer.total.tolist() == [0.0, 0.0]
