@@ -91,10 +91,12 @@ import zgraph, zgraph.passes, zgraph.codegen
 for package in (zgraph, zgraph.passes, zgraph.codegen):
     for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
         importlib.import_module(module.name)
-files = [m.__file__ for m in list(sys.modules.values()) if (getattr(m, "__file__", None) or "").startswith(sys.argv[1])]
+loaded = [getattr(module, "__file__", None) or "" for module in list(sys.modules.values())]
+files = [file for file in loaded if file.startswith(tuple(sys.argv[1:]))]
 print(len(files), len(set(files)), "passes" in sys.modules, "codegen" in sys.modules)
 """
-    said = run(sys.executable, "-c", script, str(ROOT), cwd=ROOT)
+    folders = [f"{ROOT / folder}/" for folder in PACKAGES]  # others, as .venv may be, lie below the root too
+    said = run(sys.executable, "-c", script, *folders, cwd=ROOT)
     assert said.returncode == 0, said.stderr
     num_modules, num_files, *top_level = said.stdout.split()
     assert num_modules == num_files
