@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from zgraph.config import Config
 from zgraph.layout import Layout
 from zgraph.passes.bucket import FormBuckets
@@ -13,13 +15,16 @@ from zgraph.pipeline import Pass
 from zgraph.program import Mesh
 
 
-def default_passes(config: Config, mesh: Mesh, layout: Layout | None = None) -> tuple[Pass, ...]:
+def default_passes(
+    config: Config, mesh: Mesh, layout: Layout | None = None, *, own: Sequence[Pass] = ()
+) -> tuple[Pass, ...]:
     """The passes for a configuration, in order; ZeRO-n is the first n + 1 of its four steps.
 
     Args:
         config: options.
         mesh: the ranks.
         layout: buckets that exist already and are to be kept if the program allows it.
+        own: a user's passes, each run right after the last pass that gives the stage it takes.
     """
     zero: tuple[tuple[Pass, ...], ...] = (
         (AverageGradients(mesh),),
@@ -27,13 +32,15 @@ def default_passes(config: Config, mesh: Mesh, layout: Layout | None = None) -> 
         (ShardGradients(mesh),),
         (ReadParamsEarly(), ShardParams(mesh)),
     )
-    return (
+    passes = (
         Tidy(),
         FormBuckets(mesh.size, config.bucket_bytes, layout),
         *(p for stage in zero[: config.zero + 1] for p in stage),
         Overlap(config.prefetch, config.bucket_bytes),
         UpdateInPlace(),
     )
+    last = {p.gives: p for p in passes}
+    return tuple(q for p in passes for q in (p, *(o for o in own if last.get(o.takes) is p)))
 
 
 __all__ = [

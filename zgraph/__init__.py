@@ -12,9 +12,11 @@ from zgraph.errors import (
     ZgraphError,
 )
 from zgraph.pipeline import Pass
-from zgraph.program import Program
+from zgraph.program import Program, Stage
+from zgraph.terms import Axiom
 
 __all__ = [
+    "Axiom",
     "CaptureError",
     "Config",
     "OptimizerError",
@@ -22,6 +24,7 @@ __all__ = [
     "Pass",
     "Program",
     "RankError",
+    "Stage",
     "StateError",
     "VerifyError",
     "ZgraphError",

@@ -11,7 +11,7 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +31,7 @@ from zgraph.errors import CaptureError, OptimizerError, OptionError, ZgraphError
 from zgraph.execute import Executable
 from zgraph.heap import release_free_memory
 from zgraph.passes import default_passes
-from zgraph.pipeline import PassRecord, run
+from zgraph.pipeline import Pass, PassRecord, run
 from zgraph.program import Guard, Input, Mesh, Program, Role
 from zgraph.state import TrainingState
 from zgraph.tracing import forget
@@ -48,6 +48,7 @@ def compile(  # noqa: A001
     optimizer: torch.optim.Optimizer | None = None,
     *,
     loss: Callable[..., torch.Tensor] | None = None,
+    passes: Sequence[Pass] = (),
     **options: Any,
 ) -> Any:
     """Give ``model`` a ``train_step`` that runs forward, backward, communication and update as one graph.
@@ -60,13 +61,15 @@ def compile(  # noqa: A001
         optimizer: the user's; it stays the source of hyperparameters.
         loss: ``loss(output, *args, **kwargs)`` of the model's output and arguments. By default the output
             itself, or its ``.loss``.
+        passes: of your own. Each runs after the last of zgraph's that gives the stage it takes, under the same
+            verifier; it must leave the stage as it was.
         options: see ``zgraph.config.Config``.
 
     Returns:
         ``model`` itself, now also a ``CompiledModule``. (Python cannot spell the type that is both, hence ``Any``.)
 
     Raises:
-        OptionError: an unknown option, or one out of range.
+        OptionError: an unknown option, or one out of range; a pass that cannot be placed.
         OptimizerError: the optimizer holds parameters that are not the model's.
         CaptureError: there is nothing to train.
     """
@@ -89,8 +92,9 @@ def compile(  # noqa: A001
             raise OptionError(
                 f"the model has an attribute {name!r}, which zgraph.compile would hide", fix="rename the attribute"
             )
+    _check_passes(passes)
     group = _process_group(model)
-    runtime = _Runtime(model, optimizer, loss, config, group)
+    runtime = _Runtime(model, optimizer, loss, config, group, tuple(passes))
     model.__class__ = type(f"Compiled{type(model).__name__}", (CompiledModule, type(model)), {})
     model.__dict__["_zgraph"] = runtime
     return model
@@ -163,6 +167,7 @@ class _Runtime:
     loss: Callable[..., torch.Tensor] | None
     config: Config
     group: dist.ProcessGroup | None
+    passes: tuple[Pass, ...] = ()
     cache: dict[str, list[_Compiled]] = field(default_factory=dict)
     _last: _Compiled | None = None
     _facts_seen: dict[str, str] = field(default_factory=dict)
@@ -189,7 +194,9 @@ class _Runtime:
             facts = self._facts(leaves, spec)
         except Exception as caught:  # noqa: BLE001 -- another rank may not have it, and is told before this one stops
             error = caught
-        self.agreement.check({**facts, "hyperparameters": repr(hypers), "zgraph options": repr(self.config)}, error)
+        self.agreement.check(
+            {**facts, "hyperparameters": repr(hypers), "zgraph options": repr((self.config, self.passes))}, error
+        )
         key = self._key(facts)
         values = self._guarded_values(hypers)
         compiled = next((c for c in self.cache.get(key, ()) if _hold(c.guards, values)), None)
@@ -233,7 +240,7 @@ class _Runtime:
             )
             capture_s = time.perf_counter() - start
             mesh = Mesh(self.agreement.world)
-            result = run(default_passes(self.config, mesh, self.state.layout), program)
+            result = run(default_passes(self.config, mesh, self.state.layout, own=self.passes), program)
             digest = result.program.digest()
             executable = Executable(result.program, emit(result.program), self.state, self.comm)
             del program
@@ -353,6 +360,17 @@ class _Runtime:
             "capture_s": last.capture_s,
             "passes_s": sum(record.time_s + record.verify_s for record in last.records),
         }
+
+
+def _check_passes(passes: Sequence[Pass]) -> None:
+    for p in passes:
+        if not isinstance(p, Pass):
+            raise OptionError(f"passes holds a {type(p).__name__}", fix="pass instances of subclasses of zgraph.Pass")
+        if p.takes is not p.gives:
+            raise OptionError(
+                f"{p.name} takes a {p.takes.name} program and gives a {p.gives.name} one",
+                fix="leave the stage as it was: takes and gives must be equal for a pass of your own",
+            )
 
 
 def _hold(guards: tuple[Guard, ...], values: dict[Input, float]) -> bool:

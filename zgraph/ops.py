@@ -9,6 +9,7 @@ text is the same on all.
 from __future__ import annotations
 
 import operator
+from functools import cache
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ def is_scalar_op(target: Any) -> bool:
     )
 
 
+@cache
 def is_elementwise(target: Any) -> bool:
     """Whether element i of the result depends on element i of the tensor arguments only (and is not random)."""
     if is_scalar_op(target):
@@ -79,6 +81,7 @@ def creates(target: Any) -> bool:
     return target in _CREATES
 
 
+@cache
 def is_random(target: Any) -> bool:
     """Whether the operator draws from a random generator, so that it must run exactly once, in order."""
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
@@ -93,6 +96,7 @@ def view_of(node: fx.Node) -> fx.Node | None:
     return source if unpacked or is_view(node.target) else None
 
 
+@cache
 def is_view(target: Any) -> bool:
     """Whether the result, or each of several, shares memory with the first argument."""
     if not isinstance(target, torch._ops.OpOverload):

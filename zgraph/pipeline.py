@@ -1,7 +1,7 @@
 """Passes and the one function that runs them; all the infrastructure there is.
 
 A pass is a frozen dataclass with ``rewrite(program)``. The runner checks the order before anything runs, then clones,
-rewrites, verifies, times and keeps a record of each pass. A pass does none of these itself.
+rewrites, proves, times and keeps a record of each pass. A pass does none of these itself.
 """
 
 from __future__ import annotations
@@ -9,11 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
+
+from torch import fx
 
 from zgraph.errors import VerifyError
 from zgraph.program import Program, Stage
-from zgraph.verify import verify
+from zgraph.terms import Axiom
+from zgraph.verify import Verifier
 
 
 @dataclass(frozen=True)
@@ -21,11 +24,15 @@ class Pass:
     """A rewrite of a program. Its fields are its options, and its repr rebuilds it.
 
     Subclasses set ``takes`` and ``gives``, the stages before and after, and define ``rewrite``, which edits the
-    program in place. Calling a pass is pure: it returns a rewritten and verified copy.
+    program in place. Calling a pass is pure: it returns a rewritten copy that is proved to compute the same.
+
+    A pass that rewrites by an equation other than those of data movement states it in ``assumes``. It is then part of
+    what the proof rests on, and is listed with the pass.
     """
 
     takes: ClassVar[Stage]
     gives: ClassVar[Stage]
+    assumes: ClassVar[tuple[Axiom, ...]] = ()
 
     @property
     def name(self) -> str:
@@ -41,13 +48,21 @@ class Pass:
 
 @dataclass(frozen=True)
 class PassRecord:
-    """What one pass did: seconds it took, seconds of its verification, number of nodes before and after."""
+    """What one pass did.
+
+    Attributes:
+        name: of the pass.
+        time_s, verify_s: seconds it took, and seconds of the proof that it changed no meaning.
+        num_nodes_before, num_nodes_after: nodes of the graph.
+        assumes: the equations that the proof takes on trust because the pass says so.
+    """
 
     name: str
     time_s: float
     verify_s: float
     num_nodes_before: int
     num_nodes_after: int
+    assumes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,21 +89,52 @@ def check_order(passes: Sequence[Pass], stage: Stage) -> None:
 
 
 def run(passes: Sequence[Pass], program: Program) -> PipelineResult:
-    """Run ``passes`` in order on a copy of ``program``, verifying after each.
+    """Run ``passes`` in order on a copy of ``program``, and prove after each that the meaning stayed.
 
     Raises:
-        VerifyError: the order is wrong, or a pass broke a rule.
+        VerifyError: the order is wrong, or a pass broke a rule or changed what the step computes.
     """
     check_order(passes, program.stage)
+    verifier = Verifier(program)
     program = program.clone()
     records = []
     for p in passes:
-        before, start = program.num_nodes(), time.perf_counter()
+        start = time.perf_counter()
+        before, num_before = _snapshot(program), program.num_nodes()
+        middle = time.perf_counter()
         with program.made_by(p.name):
             p.rewrite(program)
         program.stage = p.gives
-        middle = time.perf_counter()
-        verify(program, after=p.name)
-        records.append(PassRecord(p.name, middle - start, time.perf_counter() - middle, before, program.num_nodes()))
+        end = time.perf_counter()
+        verifier.assume(p.assumes)
+        verifier.check(program, after=p.name, touched=_touched(program, before))
+        verify_s = time.perf_counter() - end + middle - start
+        assumes = tuple(axiom.text for axiom in p.assumes)
+        records.append(PassRecord(p.name, end - middle, verify_s, num_before, program.num_nodes(), assumes))
     # fx remembers the name of every node it ever made, and with it the node; a copy leaves the erased ones behind.
     return PipelineResult(program.clone(), tuple(records))
+
+
+_Snapshot = dict[fx.Node, tuple[Any, Any, Any, Any]]
+"""What a node was before a pass: target, arguments, keyword arguments, value."""
+
+
+def _snapshot(program: Program) -> _Snapshot:
+    return {node: (node.target, node.args, node.kwargs, node.meta.get("val")) for node in program.graph.nodes}
+
+
+def _touched(program: Program, before: _Snapshot) -> set[fx.Node]:
+    """Calls that a pass made or altered, or that read a value it altered."""
+    altered: set[fx.Node] = set()
+    touched: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        was = before.get(node)
+        val = node.meta.get("val")
+        same = was is not None and was[0] is node.target and was[1] == node.args and was[2] == node.kwargs
+        if was is None or was[3] is not val:
+            altered.add(node)
+        if node.op == "call_function" and (
+            not same or node in altered or any(source in altered for source in node.all_input_nodes)
+        ):
+            touched.add(node)
+    return touched

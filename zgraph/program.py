@@ -146,6 +146,7 @@ class Program:
     guards: tuple[Guard, ...] = ()
     layout: Layout | None = None
     _made_by: str = "capture"
+    _inferred: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     # -- reading ------------------------------------------------------------------------------------------
 
@@ -234,10 +235,13 @@ class Program:
             # The number itself is not known; what operators make of it depends on its type alone.
             whole = all(map(_is_whole, node.args))
             return 2 if whole and node.target is not operator.truediv else 0.5
-        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
-        assert callable(node.target), node.target
-        with self.fake_mode, torch.no_grad():
-            return node.target(*args, **kwargs)
+        key = _call_key(node)
+        if key not in self._inferred:
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+            assert callable(node.target), node.target
+            with self.fake_mode, torch.no_grad():
+                self._inferred[key] = node.target(*args, **kwargs)
+        return self._inferred[key]
 
     def empty(self, shape: Iterable[int], dtype: torch.dtype, device: torch.device) -> FakeTensor:
         """A fake tensor of this program's mode, to be a placeholder's value."""
@@ -336,6 +340,20 @@ def target_name(target: Any) -> str:
         return str(target)
     module = getattr(target, "__module__", "").removeprefix("_")
     return f"{module}.{getattr(target, '__name__', target)}"
+
+
+def _call_key(node: fx.Node) -> Hashable:
+    """Equal for calls that give the same value: same operator, literals, and shapes, strides and dtypes of tensors."""
+    return (node.target, _value_key(node.args), tuple((k, _value_key(v)) for k, v in sorted(node.kwargs.items())))
+
+
+def _value_key(arg: Any) -> Hashable:
+    val = arg.meta["val"] if isinstance(arg, fx.Node) else arg
+    if isinstance(val, torch.Tensor):
+        return (tuple(val.shape), val.stride(), val.storage_offset(), val.dtype, str(val.device))
+    if isinstance(val, (tuple, list)):
+        return (type(val).__name__, *map(_value_key, val))
+    return (type(val).__name__, val)
 
 
 def _is_whole(arg: Any) -> bool:

@@ -1,110 +1,330 @@
-"""What must hold of a program after every pass; a pass that breaks a rule is named and its program never runs.
+"""Proof that a pass has changed nothing but where data lives and when it moves.
 
-Structure: arguments are defined before use; every node has a value and an origin; results fit the inputs they are
-donated to; each collective that is started is waited for exactly once, and nothing else reads it before; what is
-written over is not read afterwards.
+``Verifier`` holds the program that a pipeline started from. After every pass it checks the structure of the rewritten
+program, then interprets both over the same terms: every output must be the output of the original, term for term, and
+lie where the layout says. That needs no numbers and is linear in nodes. What is refused never runs, and the error shows
+the first node at which meaning parted.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+from itertools import zip_longest
+from typing import Any
+
 from torch import fx
 
-from zgraph import ops
 from zgraph.errors import VerifyError
-from zgraph.liveness import owners
-from zgraph.program import Program, Role, Stage, describe, operand, readers, target_name
+from zgraph.layout import Bucket, Layout
+from zgraph.meaning import Meaning, Numbers, interpret, numbers_of
+from zgraph.movement import Started, Value
+from zgraph.program import Input, Program, Role, StateInit
+from zgraph.structure import check_structure
+from zgraph.terms import Axiom, Form, Term, Terms, part, show
 from zgraph.tracing import quoted
 
+Outputs = dict[Input | None, tuple[Value, fx.Node | None]]
+"""What a program returns, state by parameter even where it lies in buckets; and the node it comes from."""
 
-def verify(program: Program, *, after: str) -> None:
-    """Check ``program``; ``after`` is the pass to blame.
+_MISSING = object()
 
-    Raises:
-        VerifyError: with the rule, the node, the user's source line and the pass.
+
+class Verifier:
+    """Compares rewritten programs with the one that they were made from.
+
+    Args:
+        reference: the original; must not change while it is compared with.
     """
-    seen: set[fx.Node] = set()
-    for node in program.graph.nodes:
-        for source in node.all_input_nodes:
-            if source not in seen:
-                raise _broken(after, node, f"reads {source.name} before it is computed")
-        seen.add(node)
-        if node.op == "placeholder":
-            if "input" not in node.meta or "val" not in node.meta:
-                raise _broken(after, node, "is an input without a meaning")
-        elif node.op == "call_function":
-            if "origin" not in node.meta or "val" not in node.meta:
-                raise _broken(after, node, "has no recorded value or origin")
-            _check_collective(node, after)
-        elif node.op != "output":
-            raise _broken(after, node, f"is a {node.op}; only placeholders and calls are allowed")
-    _check_results(program, after)
-    if program.stage >= Stage.INPLACE:
-        _check_overwrites(program, after)
+
+    def __init__(self, reference: Program) -> None:
+        self._reference = reference
+        self._axioms: tuple[Axiom, ...] = ()
+        self._terms = Terms()
+        self._numbers: Numbers = {}
+        self._expected: Meaning | None = None
+        self._found: Meaning | None = None
+
+    def assume(self, axioms: Iterable[Axiom]) -> None:
+        """Take equations on trust from now on."""
+        new = tuple(axiom for axiom in axioms if axiom not in self._axioms)
+        if new:
+            self._axioms += new
+            self._terms = Terms(self._axioms)
+            self._expected = self._found = None
+
+    def check(self, program: Program, *, after: str, touched: Collection[fx.Node] | None = None) -> None:
+        """Check the structure of ``program``, and that it means what the reference means.
+
+        Args:
+            program: made from the reference by passes.
+            after: the last of them, to blame.
+            touched: calls made or altered since the last check of the same program; all by default.
+
+        Raises:
+            VerifyError: with the rule or the output, the node, the user's source line and the pass.
+        """
+        check_structure(program, after=after, touched=touched)
+        check = _Check(self._reference, program, self._terms, after)
+        check.inputs()
+        numbers = numbers_of(program)
+        if self._expected is None or numbers != self._numbers:
+            self._expected = interpret(self._reference, self._terms, numbers, before=self._expected)
+            self._numbers = numbers
+        before = None if touched is None else self._found
+        self._found = interpret(program, self._terms, numbers, before=before, touched=touched or ())
+        check.meaning(self._expected, self._found)
 
 
-def _check_overwrites(program: Program, after: str) -> None:
-    order = {node: i for i, node in enumerate(program.graph.nodes)}
-    owner = owners(program)
-    overwritten: dict[fx.Node, fx.Node] = {}
-    for node in program.graph.nodes:
-        if node.target is ops.all_gather_into:
-            written = [node.kwargs["out"]]
-        elif isinstance(getattr(node.target, "writes", None), tuple):
-            written = [node.args[index] for index in node.target.writes if index is not None]
+def verify(program: Program, *, after: str, reference: Program | None = None) -> None:
+    """Check ``program``, every node of it; see ``Verifier.check``.
+
+    Args:
+        reference: what it must mean; without one, only that its structure is sound.
+    """
+    if reference is None:
+        check_structure(program, after=after)
+    else:
+        Verifier(reference).check(program, after=after)
+
+
+class _Check:
+    """One comparison of a rewritten program with its reference."""
+
+    def __init__(self, reference: Program, program: Program, terms: Terms, after: str) -> None:
+        self.reference, self.program, self.terms, self.after = reference, program, terms, after
+
+    # -- what goes in ---------------------------------------------------------------------------------------
+
+    def inputs(self) -> None:
+        """Inputs, initial state and guards are those of the reference, bucket by bucket."""
+        known = _by_parameter(self.reference, {what: None for _, what in self.reference.placeholders()})
+        given = _by_parameter(self.program, {what: None for _, what in self.program.placeholders()})
+        extra = [what for what in given if what not in known]
+        if extra:
+            raise VerifyError(f"{self.after}: the program reads {extra[0]}, which is not an input of the step")
+        mine, theirs = self.program.layout, self.reference.layout
+        if mine is not None:
+            wanted = {name for (name, _) in self.reference.inputs(Role.PARAM)}
+            if theirs is not None:
+                wanted = {segment.name for bucket in theirs.buckets for segment in bucket.segments}
+            found = [segment.name for bucket in mine.buckets for segment in bucket.segments]
+            if sorted(found) != sorted(wanted):
+                odd = sorted(wanted.symmetric_difference(found)) or sorted(n for n in found if found.count(n) > 1)
+                raise VerifyError(f"{self.after}: {odd[0]} is not in exactly one bucket")
+            self._numbers_agree(mine)
+        starts, now = _initial(self.reference), _initial(self.program)
+        for key in {**starts, **now}:
+            if starts.get(key) != now.get(key):
+                raise VerifyError(f"{self.after}: {key} starts as {now.get(key)}, but started as {starts.get(key)}")
+        for guard in _guards(self.reference) - _guards(self.program):
+            raise VerifyError(f"{self.after}: the condition {guard}, which held at capture, is no longer checked")
+
+    def _numbers_agree(self, layout: Layout) -> None:
+        for bucket in layout.buckets:
+            first, *others = [segment.name for segment in bucket.segments]
+            for name in others:
+                if self.reference.given.get(name) != self.reference.given.get(first):
+                    raise VerifyError(f"{self.after}: {name} and {first} share {bucket.name}, but not their step count")
+
+    # -- what comes out -------------------------------------------------------------------------------------
+
+    def meaning(self, expected: Meaning, found: Meaning) -> None:
+        """Every output is the same term as the reference's, and random numbers are drawn in the same order."""
+        draws = zip_longest(expected.draws.values(), found.draws.items(), fillvalue=None)
+        for number, (mine, drawn) in enumerate(draws, 1):
+            node, theirs = drawn or (None, None)
+            if mine is not theirs:
+                self._refuse(f"random draw number {number}", mine, theirs, node, expected, found)
+        wanted, got = self._outputs(self.reference, expected), self._outputs(self.program, found)
+        for what, (value, node) in got.items():
+            before, _ = wanted.get(what, (_MISSING, None))
+            if before is _MISSING and what is not None:
+                before = self._unchanged(what)
+            if before is not value:
+                self._refuse(_new(what), before, value, node, expected, found)
+        for what, (value, _) in wanted.items():
+            if what not in got and value is not self._unchanged(what):
+                raise VerifyError(f"{self.after}: {_new(what)} is not returned")
+
+    def _unchanged(self, what: Input | None) -> Value:
+        """The term of a state input of the reference."""
+        for node, given in self.reference.placeholders():
+            if given == what:
+                val = node.meta["val"]
+                varies = given.role is Role.BUFFER
+                return (
+                    self.terms.input(given, tuple(val.shape), val.dtype, varies) if hasattr(val, "shape") else _MISSING
+                )
+        return _MISSING
+
+    def _outputs(self, program: Program, meaning: Meaning) -> Outputs:
+        outputs: Outputs = {}
+        layout = program.layout
+        buckets = {} if layout is None else {bucket.name: bucket for bucket in layout.buckets}
+        for what, result, value in zip(program.outputs, program.results(), meaning.results, strict=True):
+            node = result if isinstance(result, fx.Node) else None
+            if what is None or layout is None or what.role not in (Role.PARAM, Role.OPT_STATE):
+                outputs[what] = (value, node)
+                continue
+            bucket = buckets[what.name]
+            is_shard = layout.shard_params if what.role is Role.PARAM else layout.shard_state
+            parts = self._parts(program, what, value, bucket, divided=is_shard and program.mesh.size > 1)
+            outputs.update({name: (part, node) for name, part in parts.items()})
+        return outputs
+
+    def _parts(
+        self, program: Program, what: Input, value: Value, bucket: Bucket, *, divided: bool
+    ) -> dict[Input, Value]:
+        """The value of each parameter of a bucket."""
+        names = {segment.name: Input(what.role, segment.name, what.key) for segment in bucket.segments}
+        if not isinstance(value, Term) or not value.shape:
+            return dict.fromkeys(names.values(), value)
+        if divided:
+            whole = self.terms.whole(value, (bucket.numel,))
+            if whole is None:
+                raise self._misplaced(program, what, value, "each rank must return its part of one vector")
+            value = whole
+        elif value.shape != (bucket.numel,) or value.target is Form.SHARD:
+            raise self._misplaced(program, what, value, "every rank must return the whole")
+        return {
+            names[s.name]: self.terms.reshape(self.terms.slice(value, s.offset, s.offset + s.numel), s.shape)
+            for s in bucket.segments
+        }
+
+    def _misplaced(self, program: Program, what: Input, value: Term, rule: str) -> VerifyError:
+        result = program.results()[program.outputs.index(what)]
+        return VerifyError(
+            f"{self.after} left the new value of {what} in the wrong place: {rule}\n  found: {show(value)}",
+            where=_source(result),
+            fix="this is a mistake in the pass; nothing was run",
+        )
+
+    # -- where it went wrong --------------------------------------------------------------------------------
+
+    def _refuse(
+        self, what: str, before: Value, after: Value, node: fx.Node | None, expected: Meaning, found: Meaning
+    ) -> None:
+        culprit = self._first_foreign(node, expected, found) or node
+        inner_before, inner_after = part(before, after)
+        lines = [f"{self.after} changed what the step computes: {what}"]
+        if culprit is not None:
+            maker = culprit.meta["origin"].made_by if "origin" in culprit.meta else "capture"
+            lines.append(f"  node:     {culprit.name}, made by {maker}")
+        lines.append(f"  expected: {_show(inner_before)}")
+        lines.append(f"  found:    {_show(inner_after)}")
+        if (inner_before, inner_after) != (before, after):
+            lines.append(f"  within:   {_show(after, 3)}")
+        if culprit is not None:
+            lines += ["  around:", *(f"    {line}" for line in _around(self.program, culprit))]
+        raise VerifyError(
+            "\n".join(lines),
+            where=_source(culprit) or _source(node),
+            fix="this is a mistake in the pass; nothing was run",
+        )
+
+    def _first_foreign(self, node: fx.Node | None, expected: Meaning, found: Meaning) -> fx.Node | None:
+        """The first node that ``node`` depends on whose value is none of the reference's, nor a part of one."""
+        if node is None:
+            return None
+        ancestors = {node}
+        stack = [node]
+        while stack:
+            for source in stack.pop().all_input_nodes:
+                if source not in ancestors:
+                    ancestors.add(source)
+                    stack.append(source)
+        known = _Known(expected)
+        for candidate in self.program.graph.nodes:
+            if candidate in ancestors and not known.holds(found.values[candidate]):
+                return candidate  # type: ignore[no-any-return]
+        return None
+
+
+class _Known:
+    """The values of a meaning, and whatever moves or averages them."""
+
+    def __init__(self, meaning: Meaning) -> None:
+        self._terms = {value for value in meaning.values.values() if isinstance(value, Term)}
+        self._terms.update(value for value in meaning.results if isinstance(value, Term))
+
+    def holds(self, value: Value) -> bool:
+        if isinstance(value, Started):
+            return self.holds(value.arrives)
+        if isinstance(value, tuple):
+            return all(map(self.holds, value))
+        if not isinstance(value, Term) or value in self._terms:
+            return True
+        if value.target is Form.FLAT:
+            return all(base.target is Form.PADDING or self.holds(base) for base, _, _ in value.args)
+        if value.target is Form.RESHAPE and value.args[0].target is Form.FLAT:
+            return False  # a part that is no whole tensor
+        if value.target in (Form.MEAN, Form.SUM):
+            return value.args[0] in self._terms
+        if value.target in (Form.SHARD, Form.RESHAPE, Form.PERMUTE, Form.SPLAT):
+            return self.holds(value.args[0])
+        return value.target in (Form.INPUT, Form.FILL)
+
+
+def _by_parameter(program: Program, inputs: dict[Input, None]) -> dict[Input, None]:
+    """Inputs with those of buckets replaced by those of their parameters."""
+    if program.layout is None:
+        return inputs
+    buckets = {bucket.name: bucket for bucket in program.layout.buckets}
+    found: dict[Input, None] = {}
+    for what in inputs:
+        if what.role in (Role.PARAM, Role.OPT_STATE) and what.name in buckets:
+            found.update({Input(what.role, s.name, what.key): None for s in buckets[what.name].segments})
         else:
-            continue
-        for memory in written:
-            source = operand(memory) if memory.target is ops.shard else memory
-            overwritten[owner[source]] = node
-            for reader in readers(source):
-                if order[reader] > order[node] and reader.target not in (ops.all_gather_into, ops.wait):
-                    raise _broken(after, reader, f"reads what {node.name} has written over")
-    for what, result in zip(program.outputs, program.results(), strict=True):
-        memory = owner.get(result)
-        if memory in overwritten and memory.meta.get("input") != what:
-            raise _broken(after, overwritten[memory], f"writes over what is returned as {what or 'the loss'}")
+            found[what] = None
+    return found
 
 
-def _check_collective(node: fx.Node, after: str) -> None:
-    if node.target in ops.STARTS:
-        waits = [user for user in node.users if user.target is ops.wait]
-        if len(waits) != 1:
-            raise _broken(after, node, f"is waited for {len(waits)} times instead of once")
-        for user in node.users:
-            if user is not waits[0]:
-                raise _broken(after, user, f"reads {node.name} before it has arrived")
-    elif node.target is ops.wait and operand(node).target not in ops.STARTS:
-        raise _broken(after, node, "waits for a value that no collective produces")
+def _initial(program: Program) -> dict[str, StateInit]:
+    """How absent optimizer state starts, by parameter."""
+    if program.layout is None:
+        return {f"{key} of {name}": start for (name, key), start in program.init.items()}
+    buckets = {bucket.name: bucket for bucket in program.layout.buckets}
+    return {
+        f"{key} of {segment.name}": start
+        for (name, key), start in program.init.items()
+        for segment in buckets[name].segments
+    }
 
 
-def _check_results(program: Program, after: str) -> None:
-    results = program.results()
-    if len(results) != len(program.outputs):
-        raise VerifyError(f"{after}: {len(results)} results for {len(program.outputs)} declared outputs")
-    inputs = {what: node for node, what in program.placeholders()}
-    donated: set[object] = set()
-    for what, result in zip(program.outputs, results, strict=True):
-        if what is None:
-            continue
-        if what in donated:
-            raise VerifyError(f"{after}: two results are the new value of {what}")
-        donated.add(what)
-        if what.role not in (Role.PARAM, Role.OPT_STATE, Role.BUFFER, Role.CONSTANT):
-            raise VerifyError(f"{after}: a result is the new value of {what}, which is not state")
-        if what not in inputs:
-            continue  # state that this step creates
-        before, new = inputs[what].meta["val"], result.meta["val"] if isinstance(result, fx.Node) else result
-        if describe(before) != describe(new):
-            raise VerifyError(f"{after}: the new value of {what} is {describe(new)}, but it is {describe(before)}")
-    if program.stage >= Stage.BUCKETED and program.layout is None:
-        raise VerifyError(f"{after}: the program is {program.stage.name} but has no layout")
+def _guards(program: Program) -> set[str]:
+    """The conditions that must hold to run, each on inputs of parameters."""
+    buckets = {} if program.layout is None else {bucket.name: bucket for bucket in program.layout.buckets}
+    found = set()
+    for guard in program.guards:
+        names = [
+            [s.name for s in buckets[what.name].segments] if what.name in buckets else [what.name]
+            for what in guard.inputs
+        ]
+        for position in range(max(map(len, names), default=1)):
+            on = [
+                str(Input(what.role, those[position % len(those)], what.key))
+                for what, those in zip(guard.inputs, names, strict=True)
+            ]
+            found.add(f"{guard.text} on {', '.join(on)}")
+    return found
 
 
-def _broken(after: str, node: fx.Node, rule: str) -> VerifyError:
-    origin = node.meta.get("origin")
-    name = target_name(node.target) if node.op == "call_function" else node.op
-    return VerifyError(
-        f"{after} left a program that breaks a rule: {node.name} ({name}) {rule}",
-        where=quoted(origin.source) if origin else None,
-        fix="this is a mistake in the pass; nothing was run",
-    )
+def _new(what: Input | None) -> str:
+    return "the loss" if what is None else f"the new value of {what}"
+
+
+def _show(value: Value, depth: int = 5) -> str:
+    return "nothing" if value is None or value is _MISSING else show(value, depth)
+
+
+def _source(node: Any) -> str | None:
+    origin = node.meta.get("origin") if isinstance(node, fx.Node) else None
+    return quoted(origin.source) if origin is not None else None
+
+
+def _around(program: Program, node: fx.Node, reach: int = 2) -> list[str]:
+    """The lines of a program's text next to a node, which is marked."""
+    nodes = list(program.graph.nodes)
+    at = nodes.index(node)
+    lines = program.text().splitlines()
+    return [f"{'>' if i == at else ' '} {lines[i]}" for i in range(max(0, at - reach), min(len(nodes), at + reach + 1))]

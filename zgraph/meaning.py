@@ -1,0 +1,231 @@
+"""What a program computes, on every rank at once, as terms.
+
+The captured step says what one process computes. On N ranks it means: every rank runs forward and backward on its own
+batch, and the update reads the mean of the gradients; the loss is the mean of the losses. Up to the stage at which
+passes have made these means explicit they are implied: a value that crosses from backward to the update is its mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from zgraph import ops
+from zgraph.layout import Bucket
+from zgraph.movement import RULES, Call, Value
+from zgraph.program import Input, Phase, Program, Role, Stage
+from zgraph.terms import REPEATED, Piece, Term, Terms, form, literal
+
+aten = torch.ops.aten
+
+Numbers = Mapping[tuple[str, str], str]
+"""Parameter and key of optimizer state that is one number for a whole bucket -> the parameter that stands for all."""
+
+
+@dataclass
+class Meaning:
+    """What a program computes.
+
+    Attributes:
+        values: of every node.
+        results: of every output, in order.
+        draws: what was drawn from the random generator, in order, and by which node.
+        implied: whether averages between the ranks are implied.
+    """
+
+    values: dict[fx.Node, Value] = field(default_factory=dict)
+    results: list[Value] = field(default_factory=list)
+    draws: dict[fx.Node, Term] = field(default_factory=dict)
+    implied: bool = True
+
+
+def numbers_of(program: Program) -> dict[tuple[str, str], str]:
+    """Optimizer state that a program in buckets keeps once for all parameters of a bucket."""
+    if program.layout is None:
+        return {}
+    buckets = {bucket.name: bucket for bucket in program.layout.buckets}
+    return {
+        (segment.name, key): buckets[name].segments[0].name
+        for (name, key), node in program.inputs(Role.OPT_STATE).items()
+        if not form(node.meta["val"])[0] and name in buckets
+        for segment in buckets[name].segments
+    }
+
+
+def interpret(
+    program: Program,
+    terms: Terms,
+    numbers: Numbers,
+    *,
+    before: Meaning | None = None,
+    touched: Collection[fx.Node] = (),
+) -> Meaning:
+    """Evaluate ``program`` over terms, in one walk over its nodes.
+
+    Args:
+        program: at any stage.
+        terms: shared by programs that are to be compared.
+        numbers: of the program that this one is compared with.
+        before: what the program meant, over the same terms, before ``touched`` nodes were made or altered.
+    """
+    return _Interpreter(program, terms, numbers).run(before, touched)
+
+
+class _Interpreter:
+    def __init__(self, program: Program, terms: Terms, numbers: Numbers) -> None:
+        self.program, self.terms, self.numbers = program, terms, numbers
+        self.world = program.mesh.size
+        self.meaning = Meaning()
+        self.values = self.meaning.values
+        # Until averaging is explicit, and where there is nobody to average with, it is implied.
+        self.implied = self.meaning.implied = program.stage < Stage.SHARDED or self.world == 1
+        self.buckets = {} if program.layout is None else {bucket.name: bucket for bucket in program.layout.buckets}
+
+    def run(self, before: Meaning | None, touched: Collection[fx.Node]) -> Meaning:
+        for node in self.program.graph.nodes:
+            if node.op == "call_function":
+                kept = before is not None and node not in touched and self.is_same(node, before)
+                self.values[node] = before.values[node] if kept else self.call(node)  # type: ignore[union-attr]
+            elif node.op == "placeholder":
+                self.values[node] = self.input(node)
+        for what, result in zip(self.program.outputs, self.program.results(), strict=True):
+            value = self.values[result] if isinstance(result, fx.Node) else literal(result)
+            if self.implied and isinstance(value, Term) and _is_averaged(what, result):
+                value = self.terms.mean(value)
+            self.meaning.results.append(value)
+        return self.meaning
+
+    def is_same(self, node: fx.Node, before: Meaning) -> bool:
+        """Whether a node that was not touched has the value that it had before, because its arguments do."""
+        was, values = before.values, self.values
+        if node not in was or node in before.draws:
+            return False
+        if self.implied is not before.implied and _phase(node) is Phase.UPDATE:
+            return False
+        return all(values[source] is was.get(source) for source in node.all_input_nodes)
+
+    # -- inputs ---------------------------------------------------------------------------------------------
+
+    def input(self, node: fx.Node) -> Term:
+        what: Input = node.meta["input"]
+        shape, dtype = form(node.meta["val"])
+        bucket = self.buckets.get(what.name)
+        if what.role is Role.PARAM and bucket is not None:
+            return self.flat_input(what, bucket, node)
+        if what.role is Role.OPT_STATE:
+            if bucket is not None and shape:
+                return self.flat_input(what, bucket, node)
+            name = what.name if bucket is None else bucket.segments[0].name
+            what = Input(what.role, self.numbers.get((name, what.key), name), what.key)
+        if what.role is Role.CONSTANT:
+            return self.constant(node, what)
+        return self.terms.input(what, shape, dtype, varies=what.role in (Role.BATCH, Role.BUFFER))
+
+    def flat_input(self, what: Input, bucket: Bucket, node: fx.Node) -> Term:
+        """The parameters of a bucket, or one kind of their state, with padding between them."""
+        layout, val = self.program.layout, node.meta["val"]
+        assert layout is not None
+        pieces: list[Piece] = []
+        end = 0
+        for segment in bucket.segments:
+            base = self.terms.input(Input(what.role, segment.name, what.key), segment.shape, val.dtype, varies=False)
+            pieces += [(self.terms.padding, REPEATED, segment.offset - end), (base, 0, segment.numel)]
+            end = segment.offset + segment.numel
+        flat = self.terms.flat([*pieces, (self.terms.padding, REPEATED, bucket.numel - end)], val.dtype)
+        is_shard = layout.shard_params if what.role is Role.PARAM else layout.shard_state
+        return self.terms.shard(flat, tuple(val.shape)) if is_shard and self.world > 1 else flat
+
+    def constant(self, node: fx.Node, what: Input) -> Term:
+        """A tensor that the step holds: known by its values if only the update reads it, else by itself."""
+        tensor = self.program.constants[what.name]
+        shape, dtype = form(node.meta["val"])
+        if all(_phase(user) is Phase.UPDATE for user in node.users):
+            return self.terms.input(("constant", shape, literal(tensor.tolist())), shape, dtype, varies=False)
+        return self.terms.input(("constant", id(tensor)), shape, dtype, varies=True)
+
+    # -- calls ----------------------------------------------------------------------------------------------
+
+    def call(self, node: fx.Node) -> Value:
+        target: Any = node.target
+        look = self.look_averaged if self.implied and _phase(node) is Phase.UPDATE else self.look
+        args = tuple(map(look, node.args))
+        kwargs = {key: look(value) for key, value in node.kwargs.items()}
+        if hasattr(target, "body"):
+            return self.kernel(target.body, args)
+        rule = RULES.get(target)
+        if rule is not None:
+            value = rule(Call(self.terms, node.meta["val"], args, kwargs, self.world))
+            if value is not None:
+                return value
+        return self.plain(node, target, args, kwargs)
+
+    def plain(self, node: fx.Node, target: Any, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Term:
+        """A call that only its name and its arguments are known of."""
+        shape, dtype = form(node.meta["val"])
+        key = args + tuple(sorted(kwargs.items()))
+        if _reads_memory(target):
+            key += tuple(_strides(source) for source in node.all_input_nodes)
+        if ops.is_random(target):
+            draw = self.terms.make(target, (*key, ("draw", len(self.meaning.draws))), shape, dtype, varies=True)
+            self.meaning.draws[node] = draw
+            return draw
+        if shape is not None and ops.is_elementwise(target):
+            return self.terms.elementwise(target, key, shape, dtype)
+        return self.terms.make(target, key, shape, dtype)
+
+    def kernel(self, body: fx.Graph, args: tuple[Value, ...]) -> tuple[Value, ...]:
+        """A fused kernel is its body."""
+        inside = _Interpreter(self.program, self.terms, self.numbers)
+        inside.implied, inside.meaning.draws = False, self.meaning.draws
+        inputs = iter(args)
+        for inner in body.nodes:
+            if inner.op == "placeholder":
+                inside.values[inner] = next(inputs)
+            elif inner.op == "call_function":
+                inside.values[inner] = inside.call(inner)
+        results: Any = body.output_node().args[0]
+        return tuple(map(inside.look, results))
+
+    def look(self, arg: Any) -> Value:
+        """An argument's value."""
+        if isinstance(arg, fx.Node):
+            return self.values[arg]
+        if isinstance(arg, (list, tuple)):
+            return tuple(map(self.look, arg))
+        return literal(arg)
+
+    def look_averaged(self, arg: Any) -> Value:
+        """An argument's value as the update sees it: what backward has computed is averaged."""
+        if isinstance(arg, fx.Node):
+            value = self.values[arg]
+            if arg.op == "call_function" and _phase(arg) is not Phase.UPDATE and isinstance(value, Term):
+                return self.terms.mean(value)
+            return value
+        if isinstance(arg, (list, tuple)):
+            return tuple(map(self.look_averaged, arg))
+        return literal(arg)
+
+
+def _is_averaged(what: Input | None, result: fx.Node) -> bool:
+    """Whether an output that comes straight from forward or backward stands for its mean."""
+    state = what is None or what.role in (Role.PARAM, Role.OPT_STATE)
+    return state and result.op == "call_function" and _phase(result) is not Phase.UPDATE
+
+
+def _phase(node: fx.Node) -> Phase | None:
+    origin = node.meta.get("origin")
+    return None if origin is None else origin.phase
+
+
+def _strides(node: fx.Node) -> tuple[int, ...]:
+    val = node.meta["val"]
+    return tuple(val.stride()) if isinstance(val, torch.Tensor) else ()
+
+
+def _reads_memory(target: Any) -> bool:
+    """Whether a result depends on how its arguments lie in memory: a random mask is drawn in that order."""
+    return target is aten.as_strided.default or ops.is_random(target)

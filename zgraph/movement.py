@@ -1,0 +1,202 @@
+"""What operators that move data, create it or reduce it over the ranks do to terms.
+
+Each rule is one equation of the proof. What has no rule here stands for itself: its name and its arguments are all that
+is known of it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from zgraph import ops
+from zgraph.terms import Form, Shape, Term, Terms, literal
+
+aten = torch.ops.aten
+
+Value = Any
+"""A ``Term``, a literal, a tuple of these, or a collective that has been ``Started``."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """A collective under way, and the value that waiting for it gives."""
+
+    arrives: Term
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call whose arguments have been evaluated.
+
+    Attributes:
+        val: the recorded value, for its shape and dtype.
+        world: the number of ranks.
+    """
+
+    terms: Terms
+    val: Any
+    args: tuple[Value, ...]
+    kwargs: dict[str, Value]
+    world: int
+
+    @property
+    def shape(self) -> Shape:
+        return tuple(self.val.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.val.dtype
+        return dtype
+
+
+Rule = Callable[[Call], "Value | None"]
+"""The value of a call; None where the rule does not apply, and the call stands for itself."""
+
+
+def _same(call: Call) -> Value:
+    return call.args[0]
+
+
+def _reshape(call: Call) -> Value:
+    return call.terms.reshape(call.args[0], call.shape)
+
+
+def _expand(call: Call) -> Value | None:
+    x = call.args[0]
+    if x.target is Form.SPLAT or not x.shape:
+        return call.terms.splat(x.args[0] if x.shape else x, call.shape)
+    return call.terms.reshape(x, call.shape) if call.val.numel() == x.numel else None
+
+
+def _transpose(call: Call) -> Value:
+    x = call.args[0]
+    dims = list(range(len(x.shape)))
+    first, second = call.args[1:3] if len(call.args) > 1 else (0, len(dims) - 1)
+    if dims:
+        dims[first], dims[second] = dims[second], dims[first]
+    return call.terms.permute(x, dims)
+
+
+def _permute(call: Call) -> Value:
+    return call.terms.permute(call.args[0], call.args[1])
+
+
+def _slice(call: Call) -> Value | None:
+    if call.kwargs or any(isinstance(arg, Term) for arg in call.args[1:]):
+        return None
+    x, *given = call.args
+    defaults: list[Any] = [0, None, None, 1]
+    dim, start, stop, step = given + defaults[len(given) :]
+    size = x.shape[dim]
+    start, stop, step = slice(start, stop, step).indices(size)
+    if (start, stop, step) == (0, size, 1):
+        return x
+    return call.terms.slice(x, start, stop) if len(x.shape) == 1 and step == 1 else None
+
+
+def _cat(call: Call) -> Value | None:
+    parts = [part for part in call.args[0] if part.target is not Form.EMPTY]
+    if call.kwargs or len(call.shape) != 1 or any(len(part.shape) != 1 for part in parts):
+        return None
+    return call.terms.cat(parts) if {part.dtype for part in parts} == {call.dtype} else None
+
+
+def _copy(call: Call) -> Value | None:
+    """``copy(x, new)``: the new values, with the dtype and shape of x."""
+    x, new = call.args[:2]
+    return call.terms.cast(new, x.dtype) if isinstance(new, Term) and new.shape == x.shape else None
+
+
+def _to_copy(call: Call) -> Value:
+    return call.terms.cast(call.args[0], call.dtype)
+
+
+def _fill(position: int | None, value: int) -> Rule:
+    """A new tensor of one value: the argument at ``position``, or ``value``."""
+
+    def rule(call: Call) -> Value:
+        number = value if position is None else call.args[position]
+        return call.terms.fill(_stored(number, call.dtype), call.shape, call.dtype)
+
+    return rule
+
+
+def _stored(number: Any, dtype: torch.dtype) -> Any:
+    """A literal as a tensor of ``dtype`` stores it: ``full(0)`` is ``full(0.0)``."""
+    return literal(float(number)) if isinstance(number, int) and dtype.is_floating_point else number
+
+
+def _getitem(call: Call) -> Value | None:
+    values, index = call.args
+    return values[index] if isinstance(values, tuple) else None
+
+
+def _shard(call: Call) -> Value:
+    return call.terms.shard(call.args[0], call.shape)
+
+
+def _all_gather(call: Call) -> Value:
+    part = call.args[0]
+    whole = call.terms.whole(part, call.shape)
+    return Started(call.terms.make(Form.GATHER, (part,), call.shape, call.dtype) if whole is None else whole)
+
+
+def _all_reduce(call: Call) -> Value:
+    return Started(_over_ranks(call))
+
+
+def _reduce_scatter(call: Call) -> Value:
+    return Started(call.terms.shard(_over_ranks(call), call.shape))
+
+
+def _over_ranks(call: Call) -> Term:
+    x, operation = call.args[:2]
+    return call.terms.mean(x) if operation == "avg" else call.terms.sum(x, call.world)
+
+
+def _wait(call: Call) -> Value:
+    return call.args[0].arrives
+
+
+RULES: dict[Any, Rule] = {
+    **dict.fromkeys(
+        (
+            aten.clone.default, aten.contiguous.default, aten.detach.default, aten.alias.default,
+            aten.lift_fresh.default, aten.lift_fresh_copy.default,
+        ),
+        _same,
+    ),
+    **dict.fromkeys(
+        (
+            aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten._reshape_alias.default,
+            aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
+            aten.flatten.using_ints, aten.unflatten.int,
+        ),
+        _reshape,
+    ),
+    aten.expand.default: _expand,
+    aten.t.default: _transpose,
+    aten.transpose.int: _transpose,
+    aten.permute.default: _permute,
+    aten.slice.Tensor: _slice,
+    aten.cat.default: _cat,
+    aten.copy.default: _copy,
+    aten._to_copy.default: _to_copy,
+    **dict.fromkeys((aten.zeros_like.default, aten.zeros.default, aten.new_zeros.default), _fill(None, 0)),
+    **dict.fromkeys((aten.ones_like.default, aten.ones.default), _fill(None, 1)),
+    **dict.fromkeys((aten.full_like.default, aten.full.default), _fill(1, 0)),
+    aten.new_full.default: _fill(2, 0),
+    aten.scalar_tensor.default: _fill(0, 0),
+    operator.getitem: _getitem,
+    ops.shard: _shard,
+    ops.all_gather: _all_gather,
+    ops.all_gather_into: _all_gather,
+    ops.all_reduce: _all_reduce,
+    ops.reduce_scatter: _reduce_scatter,
+    ops.wait: _wait,
+}  # fmt: skip

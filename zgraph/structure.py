@@ -1,0 +1,285 @@
+"""What must hold of a program's structure at each stage, whatever it computes.
+
+Arguments are defined before use; every node has a value and an origin, and the value is what its operator makes of its
+arguments; collectives fit the mesh, each is waited for exactly once, before anything reads it; memory that is written
+over, or is still travelling, is neither read nor written by anything else; results fit the inputs they replace.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection
+from functools import cache
+from typing import Any, NoReturn
+
+import torch
+from torch import fx
+
+from zgraph import ops
+from zgraph.errors import VerifyError
+from zgraph.layout import Layout
+from zgraph.liveness import owners
+from zgraph.program import Input, Program, Role, Stage, describe, operand, target_name
+from zgraph.tracing import quoted
+
+
+def check_structure(program: Program, *, after: str, touched: Collection[fx.Node] | None = None) -> None:
+    """Check everything but the meaning.
+
+    Args:
+        program: at any stage.
+        after: the pass to blame.
+        touched: calls whose values are inferred anew and compared; all by default.
+
+    Raises:
+        VerifyError: with the rule, the node, the user's source line and the pass.
+    """
+    _check_nodes(program, after)
+    for node in program.graph.nodes:
+        if node.op == "call_function" and (touched is None or node in touched):
+            _check_value(program, node, after)
+    if program.layout is not None:
+        _check_layout(program, program.layout, after)
+    elif program.stage >= Stage.BUCKETED:
+        raise VerifyError(f"{after}: the program is {program.stage.name} but has no layout")
+    _check_results(program, after)
+    _Memory(program, after).check()
+
+
+def broken(after: str, node: fx.Node, rule: str) -> VerifyError:
+    """The error for a node that breaks a rule."""
+    origin = node.meta.get("origin")
+    name = target_name(node.target) if node.op == "call_function" else node.op
+    return VerifyError(
+        f"{after} left a program that breaks a rule: {node.name} ({name}) {rule}",
+        where=quoted(origin.source) if origin else None,
+        fix="this is a mistake in the pass; nothing was run",
+    )
+
+
+def _check_nodes(program: Program, after: str) -> None:
+    seen: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        for source in node.all_input_nodes:
+            if source not in seen:
+                raise broken(after, node, f"reads {source.name} before it is computed")
+        seen.add(node)
+        if node.op == "placeholder":
+            if "input" not in node.meta or "val" not in node.meta:
+                raise broken(after, node, "is an input without a meaning")
+        elif node.op == "call_function":
+            if "origin" not in node.meta or "val" not in node.meta:
+                raise broken(after, node, "has no recorded value or origin")
+            _check_collective(program, node, after)
+        elif node.op != "output":
+            raise broken(after, node, f"is a {node.op}; only placeholders and calls are allowed")
+    if len({what for _, what in program.placeholders()}) < len(list(program.placeholders())):
+        raise VerifyError(f"{after}: two inputs have the same meaning")
+
+
+def _check_collective(program: Program, node: fx.Node, after: str) -> None:
+    """Collectives are the same on all ranks: whatever names the ranks or decides a shape is a literal that fits."""
+    if node.target in ops.STARTS:
+        waits = [user for user in node.users if user.target is ops.wait]
+        if len(waits) != 1:
+            raise broken(after, node, f"is waited for {len(waits)} times instead of once")
+        for user in node.users:
+            if user is not waits[0]:
+                raise broken(after, user, f"reads {node.name} before it has arrived")
+    elif node.target is ops.wait and operand(node).target not in ops.STARTS:
+        raise broken(after, node, "waits for a value that no collective produces")
+    if node.target not in ops.STARTS and node.target is not ops.shard:
+        return
+    mesh = program.mesh
+    *_, axis = node.args
+    if axis != mesh.axis:
+        raise broken(after, node, f"is on axis {axis!r} of a mesh whose axis is {mesh.axis!r}")
+    if node.target is not ops.all_reduce and node.args[-2] != mesh.size:
+        raise broken(after, node, f"is for {node.args[-2]} ranks of a mesh of {mesh.size}")
+    if node.target in (ops.all_reduce, ops.reduce_scatter) and node.args[1] not in ("avg", "sum"):
+        raise broken(after, node, f"reduces by {node.args[1]!r}; only 'avg' and 'sum' are known")
+    divided = operand(node).meta["val"]
+    if node.target in (ops.shard, ops.reduce_scatter) and (divided.dim() != 1 or len(divided) % mesh.size):
+        raise broken(after, node, f"divides {describe(divided)} over {mesh.size} ranks")
+
+
+def _check_value(program: Program, node: fx.Node, after: str) -> None:
+    """The recorded value is what the operator makes of its arguments' values."""
+    if hasattr(node.target, "body"):
+        _check_kernel(node, node.target.body, after)
+        return
+    try:
+        val = program.infer(node)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise broken(after, node, f"cannot take its arguments: {reason}") from error
+    if _form(val) != _form(node.meta["val"]):
+        raise broken(after, node, f"is recorded as {_words(node.meta['val'])} but gives {_words(val)}")
+
+
+def _check_kernel(node: fx.Node, body: fx.Graph, after: str) -> None:
+    """A kernel takes and gives what its body does."""
+    results: Any = body.output_node().args[0]
+    takes = tuple(_form(inner.meta["val"]) for inner in body.find_nodes(op="placeholder"))
+    given = tuple(_form(source.meta["val"] if isinstance(source, fx.Node) else source) for source in node.args)
+    if takes != given:
+        raise broken(after, node, "is given other arguments than its body takes")
+    if tuple(_form(inner.meta["val"]) for inner in results) != _form(node.meta["val"]):
+        raise broken(after, node, "is recorded with other results than its body has")
+
+
+def _form(val: Any) -> Any:
+    if isinstance(val, torch.Tensor):
+        return (tuple(val.shape), val.dtype, val.device)
+    if isinstance(val, (tuple, list)):
+        return tuple(map(_form, val))
+    return type(val)
+
+
+def _words(val: Any) -> str:
+    return f"{describe(val)} on {val.device}" if isinstance(val, torch.Tensor) else describe(val)
+
+
+def _check_layout(program: Program, layout: Layout, after: str) -> None:
+    for bucket in layout.buckets:
+        end = 0
+        for segment in bucket.segments:
+            if segment.offset < end:
+                raise VerifyError(f"{after}: {segment.name} overlaps what lies before it in {bucket.name}")
+            end = segment.offset + segment.numel
+        if end > bucket.numel or bucket.numel % layout.world:
+            raise VerifyError(
+                f"{after}: {bucket.name} has {bucket.numel} elements for {end}, in {layout.world} equal parts"
+            )
+    buckets = {bucket.name: bucket for bucket in layout.buckets}
+    for node, what in program.placeholders():
+        if what.role not in (Role.PARAM, Role.OPT_STATE):
+            continue
+        if what.name not in buckets:
+            raise VerifyError(f"{after}: the input {what} is not of a bucket of the layout")
+        is_param, bucket, val = what.role is Role.PARAM, buckets[what.name], node.meta["val"]
+        numel = layout.param_numel(bucket) if is_param else layout.state_numel(bucket)
+        if (is_param or (isinstance(val, torch.Tensor) and val.dim())) and tuple(val.shape) != (numel,):
+            raise VerifyError(f"{after}: {what} is {describe(val)}, but the layout gives each rank {numel} elements")
+
+
+def _check_results(program: Program, after: str) -> None:
+    results = program.results()
+    if len(results) != len(program.outputs):
+        raise VerifyError(f"{after}: {len(results)} results for {len(program.outputs)} declared outputs")
+    if not program.outputs or program.outputs[0] is not None:
+        raise VerifyError(f"{after}: the first result is not the loss")
+    inputs = {what: node for node, what in program.placeholders()}
+    donated: set[object] = set()
+    for what, result in zip(program.outputs, results, strict=True):
+        if what in donated:
+            raise VerifyError(f"{after}: two results are the new value of {what or 'the loss'}")
+        donated.add(what)
+        if what is None:
+            continue
+        if what.role not in (Role.PARAM, Role.OPT_STATE, Role.BUFFER, Role.CONSTANT):
+            raise VerifyError(f"{after}: a result is the new value of {what}, which is not state")
+        if what not in inputs:
+            continue  # state that this step creates
+        before, new = inputs[what].meta["val"], result.meta["val"] if isinstance(result, fx.Node) else result
+        if describe(before) != describe(new):
+            raise VerifyError(f"{after}: the new value of {what} is {describe(new)}, but it is {describe(before)}")
+
+
+class _Memory:
+    """Follows every write: what is read must still be there, and what travels must not be touched."""
+
+    def __init__(self, program: Program, after: str) -> None:
+        self.program, self.after = program, after
+        self.owner = owners(program)
+        self.writer: dict[fx.Node, fx.Node] = {}  # memory -> the call that wrote over it last
+        self.seen: dict[fx.Node, fx.Node | None] = {}  # value -> the writer of its memory when it was made
+        self.sending: dict[fx.Node, dict[fx.Node, None]] = {}  # memory -> collectives that still read it
+        self.receiving: dict[fx.Node, fx.Node] = {}  # memory -> a collective that still writes it
+
+    def check(self) -> None:
+        for node in self.program.graph.nodes:
+            if node.op == "output":
+                self.check_results()
+                return
+            if node.op == "call_function":
+                self.step(node)
+            made_by = node.args[0] if node.target is operator.getitem else None
+            if made_by is not None and self.owner[node] not in (node, self.owner[made_by]):
+                self.seen[node] = made_by  # what a kernel wrote over, as it left it
+            else:
+                self.seen[node] = self.writer.get(self.owner[node])
+
+    def step(self, node: fx.Node) -> None:
+        if node.target is ops.wait:
+            self.arrive(operand(node))
+            return
+        for source in [operand(node)] if node.target in ops.STARTS else node.all_input_nodes:
+            self.check_read(source, node)
+        for memory in self.written(node):
+            self.check_write(memory, node)
+            self.writer[memory] = node
+            if node.target in ops.STARTS:
+                self.receiving[memory] = node
+        if node.target in ops.STARTS:
+            self.sending.setdefault(self.owner[operand(node)], {})[node] = None
+
+    def written(self, node: fx.Node) -> list[fx.Node]:
+        """The memory that a call writes over."""
+        if node.target is ops.all_gather_into:
+            out = node.kwargs["out"]
+            assert isinstance(out, fx.Node)
+            return [self.owner[out]]
+        writes = getattr(node.target, "writes", None)
+        if isinstance(writes, tuple):
+            return [self.owner[operand(node, index)] for index in writes if index is not None]
+        if _is_mutable(node.target):
+            self.refuse(node, "writes to its arguments; programs are functional, in place is a lowering")
+        return []
+
+    def check_read(self, source: fx.Node, node: fx.Node) -> None:
+        memory = self.owner[source]
+        if self.writer.get(memory) is not self.seen[source]:
+            self.refuse(node, f"reads what {_called(self.writer[memory])} has written over")
+        if memory in self.receiving:
+            self.refuse(node, f"reads what {self.receiving[memory].name} is still writing")
+
+    def check_write(self, memory: fx.Node, node: fx.Node) -> None:
+        for start in self.sending.get(memory, ()):
+            self.refuse(node, f"writes over what {start.name} is still sending")
+        if memory in self.receiving:
+            self.refuse(node, f"writes over what {self.receiving[memory].name} is still writing")
+
+    def arrive(self, start: fx.Node) -> None:
+        self.sending[self.owner[operand(start)]].pop(start)
+        for memory in self.written(start):
+            self.receiving.pop(memory)
+
+    def check_results(self) -> None:
+        stored: dict[fx.Node, Input | None] = {}
+        for what, result in zip(self.program.outputs, self.program.results(), strict=True):
+            if not isinstance(result, fx.Node) or not isinstance(result.meta["val"], torch.Tensor):
+                continue
+            memory = self.owner[result]
+            if self.writer.get(memory) is not self.seen[result]:
+                self.refuse(self.writer[memory], f"writes over what is returned as {what or 'the loss'}")
+            if self.program.stage < Stage.INPLACE:
+                continue
+            if memory.op == "placeholder" and memory.meta["input"] != what:
+                self.refuse(result, f"is returned as {what or 'the loss'} but lies in {memory.meta['input']}")
+            if memory in stored and what is not None and what.role is Role.OPT_STATE:
+                self.refuse(result, f"is returned as {what} and as {stored[memory] or 'the loss'}, in one memory")
+            stored[memory] = what
+
+    def refuse(self, node: fx.Node, rule: str) -> NoReturn:
+        raise broken(self.after, node, rule)
+
+
+@cache
+def _is_mutable(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def _called(node: fx.Node) -> str:
+    """A kernel's name, or that of a node."""
+    return node.target.__name__ if hasattr(node.target, "body") else node.name  # type: ignore[union-attr]

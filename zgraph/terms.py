@@ -1,0 +1,448 @@
+"""What values mean: hash-consed terms, equal exactly when they are the same object.
+
+A term is an operator on terms, as in translation validation (Pnueli, Siegel, Singerman 1998). Whatever only moves data
+has a normal form, so that a parameter is the same term before and after its trip through a flat bucket, a shard, a
+collective and back:
+
+    Flat        a vector made of pieces of other tensors      cat, slice, view
+    Splat       one 0-dim value, repeated                     zeros, full_like
+    Reshape     the same elements in the same order           view, unsqueeze
+    Permute     other order of dimensions                     t, transpose
+    Shard       this rank's 1/N of a vector                   zgraph::shard, reduce_scatter
+    Mean, Sum   over the ranks                                all_reduce, reduce_scatter
+
+An elementwise operator on such a vector is the vector of the operator on its pieces. Padding stays padding under
+elementwise operators; anything else that reads it makes a term that no captured step has.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from zgraph.program import target_name
+
+Shape = tuple[int, ...]
+
+
+class Form(enum.Enum):
+    """Terms that are not a call of an operator."""
+
+    INPUT = "input"
+    FLAT = "flat"
+    SPLAT = "splat"
+    FILL = "fill"
+    PADDING = "padding"
+    EMPTY = "empty"
+    RESHAPE = "reshape"
+    PERMUTE = "permute"
+    CAST = "cast"
+    SHARD = "shard"
+    MEAN = "mean"
+    SUM = "sum"
+    GATHER = "gather"
+
+
+class Term:
+    """A value, by what it was computed from. Made by ``Terms`` only, so that equality is identity.
+
+    Attributes:
+        target: a ``Form``, or the operator that is called.
+        args: terms, literals (see ``literal``), nested tuples of them; keyword arguments as (name, value) at the end.
+        shape: of a tensor; None for a number or a tuple of values.
+        dtype: of a tensor.
+        varies: its value may differ between the ranks.
+    """
+
+    __slots__ = ("args", "dtype", "shape", "target", "varies")
+
+    def __init__(
+        self, target: Any, args: tuple[Any, ...], shape: Shape | None, dtype: torch.dtype | None, varies: bool
+    ) -> None:
+        self.target, self.args, self.shape, self.dtype, self.varies = target, args, shape, dtype, varies
+
+    @property
+    def numel(self) -> int:
+        assert self.shape is not None
+        return math.prod(self.shape)
+
+    def __repr__(self) -> str:
+        return show(self)
+
+
+Piece = tuple[Term, int, int]
+"""Elements [offset, offset + length) of a tensor in row-major order; offset ``REPEATED`` for a 0-dim term repeated."""
+
+REPEATED = -1
+
+EqualTo = Callable[["Terms", Term], "Term | None"]
+"""Another term that a term is equal to, or None."""
+
+
+@dataclass(frozen=True)
+class Axiom:
+    """An equation that a pass asks the verifier to take on trust, beyond those of data movement.
+
+    Attributes:
+        text: for people, e.g. ``neg(neg(a)) = a``; it is reported with the pass.
+        target: the operator at the head of the left-hand side.
+        equal: called with every term of that head; returns the right-hand side, or None if it is of another kind.
+    """
+
+    text: str
+    target: Any
+    equal: EqualTo
+
+
+class Terms:
+    """Makes terms, each once.
+
+    Args:
+        axioms: equations that hold besides those of data movement.
+    """
+
+    def __init__(self, axioms: Iterable[Axiom] = ()) -> None:
+        self._table: dict[Any, Term] = {}
+        self._axioms: dict[Any, list[EqualTo]] = {}
+        for axiom in axioms:
+            self._axioms.setdefault(axiom.target, []).append(axiom.equal)
+        self.padding = self.make(Form.PADDING, (), (), None)
+
+    def make(
+        self,
+        target: Any,
+        args: tuple[Any, ...],
+        shape: Shape | None,
+        dtype: torch.dtype | None,
+        varies: bool | None = None,
+    ) -> Term:
+        """The term with this head, arguments and dtype; unless said otherwise, it varies if an argument does.
+
+        Tensors without elements are all the same, whatever made them.
+        """
+        if shape and 0 in shape:
+            target, args, dtype, varies = Form.EMPTY, (shape,), None, False
+        key = (target, args, dtype)
+        term = self._table.get(key)
+        if term is None:
+            if varies is None:
+                varies = any(t.varies or t.target is Form.SHARD for t in _terms(args))
+            term = Term(target, args, shape, dtype, varies)
+            for equal in self._axioms.get(target, ()):
+                other = equal(self, term)
+                if other is not None:
+                    term = other
+                    break
+            self._table[key] = term
+        return term
+
+    # -- data movement --------------------------------------------------------------------------------------
+
+    def input(self, key: Any, shape: Shape | None, dtype: torch.dtype | None, varies: bool) -> Term:
+        """A value from outside, known by ``key``."""
+        return self.make(Form.INPUT, (key,), shape, dtype, varies)
+
+    def fill(self, value: Any, shape: Shape, dtype: torch.dtype) -> Term:
+        """``value``, a literal or a term of a number, in every element."""
+        return self.splat(self.make(Form.FILL, (value,), (), dtype), shape)
+
+    def splat(self, zero_dim: Term, shape: Shape) -> Term:
+        if not shape:
+            return zero_dim
+        return self.make(Form.SPLAT, (zero_dim, shape), shape, zero_dim.dtype)
+
+    def reshape(self, x: Term, shape: Shape) -> Term:
+        """The same elements in row-major order."""
+        if x.shape == shape:
+            return x
+        if x.target is Form.SPLAT or not x.shape:
+            return self.splat(x.args[0] if x.shape else x, shape)
+        base = x.args[0] if x.target is Form.RESHAPE else x
+        return base if base.shape == shape else self._move(Form.RESHAPE, base, shape, shape)
+
+    def permute(self, x: Term, order: Sequence[int]) -> Term:
+        """Dimension i of the result is dimension ``order[i]`` of ``x``."""
+        assert x.shape is not None
+        dims = tuple(d % len(order) for d in order)
+        shape = tuple(x.shape[d] for d in dims)
+        if x.target is Form.SPLAT:
+            return self.splat(x.args[0], shape)
+        if x.target is Form.PERMUTE:
+            x, inner = x.args
+            dims = tuple(inner[d] for d in dims)
+        return x if dims == tuple(range(len(dims))) else self._move(Form.PERMUTE, x, dims, shape)
+
+    def cast(self, x: Term, dtype: torch.dtype) -> Term:
+        """Converted elements; nothing if they have that dtype already."""
+        if x.dtype == dtype:
+            return x
+        return self.elementwise(Form.CAST, (x, dtype), x.shape, dtype)
+
+    def pieces(self, x: Term) -> tuple[Piece, ...]:
+        """What a vector is made of."""
+        if x.target is Form.FLAT:
+            return x.args
+        if x.target is Form.SPLAT:
+            return ((x.args[0], REPEATED, x.numel),)
+        return ((x.args[0] if x.target is Form.RESHAPE else x, 0, x.numel),)
+
+    def flat(self, pieces: Iterable[Piece], dtype: torch.dtype | None) -> Term:
+        """The vector made of ``pieces``, in normal form."""
+        merged: list[Piece] = []
+        for base, offset, length in pieces:
+            if not length:
+                continue
+            if not base.shape:
+                offset = REPEATED
+            if merged:
+                before, start, size = merged[-1]
+                if before is base and (offset == start + size if offset != REPEATED else start == REPEATED):
+                    merged[-1] = (base, start, size + length)
+                    continue
+            merged.append((base, offset, length))
+        if len(merged) == 1:
+            base, offset, length = merged[0]
+            if offset == REPEATED:
+                return self.splat(base, (length,))
+            if length == base.numel:
+                return self.reshape(base, (length,))
+        total = sum(length for _, _, length in merged)
+        return self.make(Form.FLAT, tuple(merged), (total,), dtype)
+
+    def slice(self, x: Term, start: int, stop: int) -> Term:
+        """Elements [start, stop) of a vector."""
+        found, position = [], 0
+        for base, offset, length in self.pieces(x):
+            low, high = max(start, position), min(stop, position + length)
+            if low < high:
+                found.append((base, offset if offset == REPEATED else offset + low - position, high - low))
+            position += length
+        return self.flat(found, x.dtype)
+
+    def cat(self, xs: Iterable[Term]) -> Term:
+        """Vectors one after the other."""
+        xs = list(xs)
+        return self.flat((piece for x in xs for piece in self.pieces(x)), xs[0].dtype)
+
+    # -- elementwise ----------------------------------------------------------------------------------------
+
+    def elementwise(self, target: Any, args: tuple[Any, ...], shape: Shape | None, dtype: torch.dtype | None) -> Term:
+        """An elementwise operator, pulled inside vectors, shards and repeated values.
+
+        Its normal form is that of vectors: the operator on the elements in row-major order, then a reshape.
+        """
+        vectors = [t for t in _terms(args) if t.shape]
+        if not vectors or any(t.shape != shape for t in vectors):
+            return self._apply(target, args, shape, dtype)
+        assert shape is not None
+        forms = {t.target for t in vectors}
+        bases = {t: t.args[0] if t.target is Form.RESHAPE else t for t in vectors}
+        if not forms & _MADE_OF_PARTS and not any(base.target is Form.FLAT for base in bases.values()):
+            return self.reshape(self._apply(target, _replace(args, bases), (vectors[0].numel,), dtype), shape)
+        if forms == {Form.SPLAT}:
+            inner = _replace(args, {t: t.args[0] for t in vectors})
+            return self.splat(self._apply(target, inner, (), dtype), shape)
+        if Form.SHARD in forms:
+            if not forms <= {Form.SHARD, Form.SPLAT}:
+                return self._apply(target, args, shape, dtype)
+            whole = next(t.args[0].shape for t in vectors if t.target is Form.SHARD)
+            parts = {t: t.args[0] if t.target is Form.SHARD else self.splat(t.args[0], whole) for t in vectors}
+            return self.shard(self.elementwise(target, _replace(args, parts), whole, dtype), shape)
+        flat = {t: self.reshape(t, (t.numel,)) for t in vectors}
+        return self.reshape(
+            self.flat(self._on_pieces(target, _replace(args, flat), flat.values(), dtype), dtype), shape
+        )
+
+    def _on_pieces(
+        self, target: Any, args: tuple[Any, ...], vectors: Iterable[Term], dtype: torch.dtype | None
+    ) -> Iterator[Piece]:
+        """An elementwise operator on vectors of one length, cut wherever one of them is."""
+        pieces = {t: self.pieces(t) for t in vectors}
+        at, used = dict.fromkeys(pieces, 0), dict.fromkeys(pieces, 0)
+        while all(at[t] < len(p) for t, p in pieces.items()):
+            now = {t: p[at[t]] for t, p in pieces.items()}
+            length = min(now[t][2] - used[t] for t in pieces)
+            bases = {t: base for t, (base, _, _) in now.items()}
+            places = {(o + used[t], base.numel) for t, (base, o, _) in now.items() if o != REPEATED}
+            if self.padding in bases.values():
+                yield self.padding, REPEATED, length
+            elif not places:
+                yield self._apply(target, _replace(args, bases), (), dtype), REPEATED, length
+            elif len(places) == 1:
+                ((offset, numel),) = places
+                inner = {t: self.splat(b, (numel,)) if now[t][1] == REPEATED else b for t, b in bases.items()}
+                yield self._apply(target, _replace(args, inner), (numel,), dtype), offset, length
+            else:  # unlike parts of unlike tensors: no captured operator does this
+                cut = {t: self.slice(t, *_span(pieces[t], at[t], used[t], length)) for t in pieces}
+                yield self.make(target, _replace(args, cut), (length,), dtype), 0, length
+            for t in pieces:
+                used[t] += length
+                if used[t] == now[t][2]:
+                    at[t], used[t] = at[t] + 1, 0
+
+    def _apply(self, target: Any, args: tuple[Any, ...], shape: Shape | None, dtype: torch.dtype | None) -> Term:
+        if target in _DIVISIONS and len(args) == 2 and isinstance(args[0], Term) and args[0].target is Form.SUM:
+            total, world = args[0].args
+            if args[1] in (world, literal(float(world))):
+                return self.mean(total)
+        return self.make(target, args, shape, dtype)
+
+    # -- ranks ----------------------------------------------------------------------------------------------
+
+    def shard(self, x: Term, shape: Shape) -> Term:
+        """This rank's part, of ``shape``, of a vector that all ranks have."""
+        if x.target is Form.SPLAT:
+            return self.splat(x.args[0], shape)
+        return self._move(Form.SHARD, x, shape, shape)
+
+    def whole(self, x: Term, shape: Shape) -> Term | None:
+        """The vector of ``shape`` of which ``x`` is each rank's part; None if the parts do not make one."""
+        if x.varies:
+            return None
+        if x.target is Form.SPLAT:
+            return self.splat(x.args[0], shape)
+        if x.target is Form.SHARD and x.args[0].shape == shape:
+            inner: Term = x.args[0]
+            return inner
+        return None
+
+    def mean(self, x: Term) -> Term:
+        """Elementwise mean over all ranks."""
+        return self._over_ranks(Form.MEAN, x, None)
+
+    def sum(self, x: Term, world: int) -> Term:
+        """Elementwise sum over all ``world`` ranks; divided by their number it is the mean."""
+        return self._over_ranks(Form.SUM, x, world)
+
+    def _over_ranks(self, form: Form, x: Term, world: int | None) -> Term:
+        if x.target is Form.RESHAPE:
+            return self.reshape(self._over_ranks(form, x.args[0], world), x.args[1])
+        if x.target is Form.PERMUTE:
+            return self.permute(self._over_ranks(form, x.args[0], world), x.args[1])
+        if x.target is Form.SPLAT:
+            return self.splat(self._over_ranks(form, x.args[0], world), x.args[1])
+        if x.target is Form.PADDING:
+            return x
+        if x.target is Form.FLAT:
+            return self.flat([(self._over_ranks(form, b, world), o, n) for b, o, n in x.args], x.dtype)
+        return self.make(form, (x, world), x.shape, x.dtype, varies=x.target is Form.SHARD)
+
+    def _move(self, form: Form, x: Term, how: Any, shape: Shape) -> Term:
+        return self.make(form, (x, how), shape, x.dtype, varies=x.varies)
+
+
+_MADE_OF_PARTS = frozenset({Form.FLAT, Form.SPLAT, Form.SHARD})
+_DIVISIONS = frozenset({torch.ops.aten.div.Tensor, torch.ops.aten.div.Scalar})
+
+
+def _span(pieces: Sequence[Piece], at: int, used: int, length: int) -> tuple[int, int]:
+    """Start and stop, in a vector, of what is next of its piece number ``at``."""
+    start = sum(n for _, _, n in pieces[:at]) + used
+    return start, start + length
+
+
+def form(val: Any) -> tuple[Shape | None, torch.dtype | None]:
+    """Shape and dtype of a node's recorded value; None for what is not a tensor."""
+    return (tuple(val.shape), val.dtype) if isinstance(val, torch.Tensor) else (None, None)
+
+
+def literal(value: Any) -> Any:
+    """A literal as something that is equal and hashed alike only for the same literal: ``1`` is not ``1.0``."""
+    kind = type(value)
+    if kind is int or kind is str or value is None:
+        return value
+    if kind is float or kind is bool or kind is complex:
+        return (kind, repr(value))
+    if kind in (list, tuple) or isinstance(value, (list, tuple)):
+        return tuple(map(literal, value))
+    if kind is torch.device:
+        return str(value)
+    return value
+
+
+def _terms(args: Iterable[Any]) -> Iterator[Term]:
+    for arg in args:
+        if isinstance(arg, Term):
+            yield arg
+        elif isinstance(arg, tuple):
+            yield from _terms(arg)
+
+
+def _replace(args: tuple[Any, ...], by: dict[Term, Term]) -> tuple[Any, ...]:
+    return tuple(
+        by.get(arg, arg) if isinstance(arg, Term) else _replace(arg, by) if isinstance(arg, tuple) else arg
+        for arg in args
+    )
+
+
+# -- for people ---------------------------------------------------------------------------------------------
+
+
+def show(term: Any, depth: int = 4) -> str:
+    """A term as an expression, down to ``depth`` operators."""
+    if not isinstance(term, Term):
+        return _show_literal(term)
+    if term.target is Form.INPUT:
+        return str(term.args[0] if not isinstance(term.args[0], tuple) else " ".join(map(str, term.args[0])))
+    if term.target is Form.PADDING:
+        return "padding"
+    if depth == 0:
+        return "..."
+    if term.target is Form.FLAT:
+        return "[" + ", ".join(_show_piece(piece, depth) for piece in term.args) + "]"
+    if term.target is Form.FILL:
+        return show(term.args[0], depth)
+    if isinstance(term.target, Form):
+        args = ", ".join(show(arg, depth - 1) for arg in term.args)
+        return f"{term.target.value}({args})"
+    shown = []
+    for arg in term.args:
+        if isinstance(arg, tuple) and len(arg) == 2 and isinstance(arg[0], str):
+            shown.append(f"{arg[0]}={show(arg[1], depth - 1)}")
+        elif isinstance(arg, tuple) and any(True for _ in _terms(arg)):
+            shown.append("[" + ", ".join(show(inner, depth - 1) for inner in arg) + "]")
+        else:
+            shown.append(show(arg, depth - 1))
+    return f"{target_name(term.target).removeprefix('aten.').removesuffix('.default')}({', '.join(shown)})"
+
+
+def _show_piece(piece: Piece, depth: int) -> str:
+    base, offset, length = piece
+    if base.target is Form.PADDING:
+        return f"padding x{length}"
+    if offset == REPEATED:
+        return f"{show(base, depth - 1)} x{length}"
+    whole = show(base, depth - 1)
+    return whole if (offset, length) == (0, base.numel) else f"{whole}[{offset}:{offset + length}]"
+
+
+def _show_literal(value: Any) -> str:
+    if isinstance(value, tuple) and len(value) == 2 and value[0] in (float, bool, complex):
+        return str(value[1])
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(_show_literal, value)) + "]"
+    return str(value)
+
+
+def part(expected: Any, found: Any) -> tuple[Any, Any]:
+    """The innermost places in which two terms differ: the only arguments in which their heads differ, and so on."""
+    while isinstance(expected, Term) and isinstance(found, Term) and expected.target is found.target:
+        mine, theirs = list(_flattened(expected.args)), list(_flattened(found.args))
+        unlike = [(a, b) for a, b in zip(mine, theirs, strict=False) if a is not b and a != b]
+        if len(mine) != len(theirs) or len(unlike) != 1 or not all(isinstance(t, Term) for t in unlike[0]):
+            break
+        expected, found = unlike[0]
+    return expected, found
+
+
+def _flattened(args: Iterable[Any]) -> Iterator[Any]:
+    for arg in args:
+        if isinstance(arg, tuple):
+            yield from _flattened(arg)
+        else:
+            yield arg
