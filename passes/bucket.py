@@ -14,12 +14,11 @@ import torch
 from torch import fx
 
 from zgraph import ops
-from zgraph.errors import OptimizerError
+from zgraph.errors import OptimizerError, quoted
 from zgraph.layout import Bucket, Layout, ParamSpec, make_buckets
 from zgraph.passes.tidy import remove_dead
 from zgraph.pipeline import Pass
 from zgraph.program import FlatGradient, Guard, Input, Origin, Phase, Program, Role, Stage, StateInit, target_name
-from zgraph.tracing import quoted
 
 aten = torch.ops.aten
 

@@ -18,10 +18,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils import _pytree as pytree
 
 from zgraph import ops
-from zgraph.errors import CaptureError, OptimizerError, ZgraphError
+from zgraph.errors import CaptureError, OptimizerError, ZgraphError, quoted
 from zgraph.functional import make_functional
 from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage, describe
-from zgraph.tracing import Recorder, fake_mode, quoted, source_of_error, trace
+from zgraph.tracing import Recorder, fake_mode, source_of_error, trace
 from zgraph.update import StateSpec, Update, trace_update
 
 aten = torch.ops.aten

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import linecache
+import re
+
 
 class ZgraphError(Exception):
     """Base of every error zgraph raises on purpose.
@@ -47,3 +50,10 @@ class RankError(ZgraphError):
 
 class VerifyError(ZgraphError):
     """A pass produced a program that breaks a rule; the program was not run."""
+
+
+def quoted(source: str | None) -> str | None:
+    """A recorded source position with its line of code."""
+    match = re.fullmatch(r"(.*):(\d+) \(.*\)", source or "")
+    line = linecache.getline(match[1], int(match[2])).strip() if match else ""
+    return f"{source}: {line}" if line else source

@@ -15,9 +15,9 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from zgraph import ops
-from zgraph.errors import CaptureError
+from zgraph.errors import CaptureError, quoted
 from zgraph.program import Phase
-from zgraph.tracing import Recorder, quoted, trace
+from zgraph.tracing import Recorder, trace
 
 aten = torch.ops.aten
 

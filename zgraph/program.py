@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import logging
 import operator
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from zgraph import ops
+from zgraph.errors import VerifyError, quoted
 from zgraph.layout import Layout
 
 Target = Callable[..., Any] | str
@@ -218,8 +220,8 @@ class Program:
         else:
             with self.graph.inserting_before(before):
                 node = self.graph.call_function(target, args, kwargs)
-        node.meta["val"] = self.infer(node)
         node.meta["origin"] = replace(origin, made_by=self._made_by)
+        node.meta["val"] = self.infer(node)
         return node
 
     def placeholder(self, what: Input, val: Any, *, before: fx.Node) -> fx.Node:
@@ -230,7 +232,11 @@ class Program:
         return node
 
     def infer(self, node: fx.Node) -> Any:
-        """The value of a call from its arguments' values: shapes, dtypes and devices, or a sample number."""
+        """The value of a call from its arguments' values: shapes, dtypes and devices, or a sample number.
+
+        Raises:
+            VerifyError: the operator does not take such arguments; the pass at work is named.
+        """
         if ops.is_scalar_op(node.target) and node.target is not operator.getitem:
             # The number itself is not known; what operators make of it depends on its type alone.
             whole = all(map(_is_whole, node.args))
@@ -239,8 +245,16 @@ class Program:
         if key not in self._inferred:
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
             assert callable(node.target), node.target
-            with self.fake_mode, torch.no_grad():
-                self._inferred[key] = node.target(*args, **kwargs)
+            try:
+                with self.fake_mode, torch.no_grad(), _without_log():
+                    self._inferred[key] = node.target(*args, **kwargs)
+            except Exception as error:
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise VerifyError(
+                    f"{self._made_by}: {node.name} ({target_name(node.target)}) cannot take its arguments: {reason}",
+                    where=source_of(node),
+                    fix="this is a mistake in the pass; nothing was run",
+                ) from error
         return self._inferred[key]
 
     def empty(self, shape: Iterable[int], dtype: torch.dtype, device: torch.device) -> FakeTensor:
@@ -342,6 +356,25 @@ def target_name(target: Any) -> str:
     return f"{module}.{getattr(target, '__name__', target)}"
 
 
+def source_of(node: Any) -> str | None:
+    """The user's source line of a node, or of the first call that reads an input."""
+    if not isinstance(node, fx.Node):
+        return None
+    nearest = [node] if "origin" in node.meta else [user for user in node.users if "origin" in user.meta]
+    return quoted(nearest[0].meta["origin"].source) if nearest else None
+
+
+@contextmanager
+def _without_log() -> Iterator[None]:
+    """torch logs a traceback of its own for arguments that an operator refuses; the error says it all."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
 def _call_key(node: fx.Node) -> Hashable:
     """Equal for calls that give the same value: same operator, literals, and shapes, strides and dtypes of tensors."""
     return (node.target, _value_key(node.args), tuple((k, _value_key(v)) for k, v in sorted(node.kwargs.items())))
@@ -401,6 +434,7 @@ __all__ = [
     "operand",
     "readers",
     "show",
+    "source_of",
     "target_name",
     "update_nodes",
 ]

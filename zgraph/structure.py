@@ -19,8 +19,7 @@ from zgraph import ops
 from zgraph.errors import VerifyError
 from zgraph.layout import Layout
 from zgraph.liveness import owners
-from zgraph.program import Input, Program, Role, Stage, describe, operand, target_name
-from zgraph.tracing import quoted
+from zgraph.program import Input, Program, Role, Stage, describe, operand, source_of, target_name
 
 
 def check_structure(program: Program, *, after: str, touched: Collection[fx.Node] | None = None) -> None:
@@ -46,14 +45,16 @@ def check_structure(program: Program, *, after: str, touched: Collection[fx.Node
     _Memory(program, after).check()
 
 
+FIX = "this is a mistake in the pass; nothing was run"
+
+
 def broken(after: str, node: fx.Node, rule: str) -> VerifyError:
     """The error for a node that breaks a rule."""
-    origin = node.meta.get("origin")
-    name = target_name(node.target) if node.op == "call_function" else node.op
+    name = target_name(node.target) if node.op == "call_function" and not hasattr(node.target, "body") else node.op
     return VerifyError(
         f"{after} left a program that breaks a rule: {node.name} ({name}) {rule}",
-        where=quoted(origin.source) if origin else None,
-        fix="this is a mistake in the pass; nothing was run",
+        where=source_of(node),
+        fix=FIX,
     )
 
 
@@ -160,7 +161,7 @@ def _check_layout(program: Program, layout: Layout, after: str) -> None:
         is_param, bucket, val = what.role is Role.PARAM, buckets[what.name], node.meta["val"]
         numel = layout.param_numel(bucket) if is_param else layout.state_numel(bucket)
         if (is_param or (isinstance(val, torch.Tensor) and val.dim())) and tuple(val.shape) != (numel,):
-            raise VerifyError(f"{after}: {what} is {describe(val)}, but the layout gives each rank {numel} elements")
+            raise _misfit(after, node, f"{what} is {describe(val)}, but the layout gives each rank {numel} elements")
 
 
 def _check_results(program: Program, after: str) -> None:
@@ -173,17 +174,23 @@ def _check_results(program: Program, after: str) -> None:
     donated: set[object] = set()
     for what, result in zip(program.outputs, results, strict=True):
         if what in donated:
-            raise VerifyError(f"{after}: two results are the new value of {what or 'the loss'}")
+            raise _misfit(after, result, f"two results are the new value of {what or 'the loss'}")
         donated.add(what)
         if what is None:
             continue
         if what.role not in (Role.PARAM, Role.OPT_STATE, Role.BUFFER, Role.CONSTANT):
-            raise VerifyError(f"{after}: a result is the new value of {what}, which is not state")
+            raise _misfit(after, result, f"a result is the new value of {what}, which is not state")
         if what not in inputs:
             continue  # state that this step creates
         before, new = inputs[what].meta["val"], result.meta["val"] if isinstance(result, fx.Node) else result
         if describe(before) != describe(new):
-            raise VerifyError(f"{after}: the new value of {what} is {describe(new)}, but it is {describe(before)}")
+            raise _misfit(after, result, f"the new value of {what} is {describe(new)}, but it is {describe(before)}")
+
+
+def _misfit(after: str, result: Any, rule: str) -> VerifyError:
+    """The error for a result that does not fit what it replaces."""
+    name = f" ({result.name})" if isinstance(result, fx.Node) else ""
+    return VerifyError(f"{after}: {rule}{name}", where=source_of(result), fix=FIX)
 
 
 class _Memory:

@@ -8,9 +8,7 @@ autograd's sequence number.
 from __future__ import annotations
 
 import gc
-import linecache
 import os
-import re
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -30,6 +28,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from zgraph.errors import quoted
 from zgraph.program import Input, Origin, Phase, Role
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -58,13 +57,6 @@ def user_source() -> str | None:
             return f"{code.co_filename}:{frame.f_lineno} ({code.co_name})"
         frame = frame.f_back
     return None
-
-
-def quoted(source: str | None) -> str | None:
-    """A recorded source position with its line of code."""
-    match = re.fullmatch(r"(.*):(\d+) \(.*\)", source or "")
-    line = linecache.getline(match[1], int(match[2])).strip() if match else ""
-    return f"{source}: {line}" if line else source
 
 
 def source_of_error(error: BaseException) -> str | None:

@@ -23,10 +23,10 @@ from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic, GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils import _pytree as pytree
 
-from zgraph.errors import OptimizerError, ZgraphError
+from zgraph.errors import OptimizerError, ZgraphError, quoted
 from zgraph.functional import make_functional
 from zgraph.program import Guard, Input, Phase, Role, StateInit
-from zgraph.tracing import Recorder, fake_mode, quoted, source_of_error, trace
+from zgraph.tracing import Recorder, fake_mode, source_of_error, trace
 
 aten = torch.ops.aten
 

@@ -9,8 +9,9 @@ the first node at which meaning parted.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 from itertools import zip_longest
-from typing import Any
+from typing import NoReturn
 
 from torch import fx
 
@@ -18,10 +19,9 @@ from zgraph.errors import VerifyError
 from zgraph.layout import Bucket, Layout
 from zgraph.meaning import Meaning, Numbers, interpret, numbers_of
 from zgraph.movement import Started, Value
-from zgraph.program import Input, Program, Role, StateInit
-from zgraph.structure import check_structure
+from zgraph.program import Input, Program, Role, StateInit, source_of
+from zgraph.structure import FIX, check_structure
 from zgraph.terms import Axiom, Form, Term, Terms, part, show
-from zgraph.tracing import quoted
 
 Outputs = dict[Input | None, tuple[Value, fx.Node | None]]
 """What a program returns, state by parameter even where it lies in buckets; and the node it comes from."""
@@ -101,7 +101,7 @@ class _Check:
         given = _by_parameter(self.program, {what: None for _, what in self.program.placeholders()})
         extra = [what for what in given if what not in known]
         if extra:
-            raise VerifyError(f"{self.after}: the program reads {extra[0]}, which is not an input of the step")
+            raise self._error(f"the program reads {extra[0]}, which is not an input of the step", extra[0].name)
         mine, theirs = self.program.layout, self.reference.layout
         if mine is not None:
             wanted = {name for (name, _) in self.reference.inputs(Role.PARAM)}
@@ -110,21 +110,30 @@ class _Check:
             found = [segment.name for bucket in mine.buckets for segment in bucket.segments]
             if sorted(found) != sorted(wanted):
                 odd = sorted(wanted.symmetric_difference(found)) or sorted(n for n in found if found.count(n) > 1)
-                raise VerifyError(f"{self.after}: {odd[0]} is not in exactly one bucket")
+                raise self._error(f"{odd[0]} is not in exactly one bucket", odd[0])
             self._numbers_agree(mine)
         starts, now = _initial(self.reference), _initial(self.program)
         for key in {**starts, **now}:
             if starts.get(key) != now.get(key):
-                raise VerifyError(f"{self.after}: {key} starts as {now.get(key)}, but started as {starts.get(key)}")
-        for guard in _guards(self.reference) - _guards(self.program):
-            raise VerifyError(f"{self.after}: the condition {guard}, which held at capture, is no longer checked")
+                name, entry = key
+                was, is_now = starts.get(key), now.get(key)
+                raise self._error(f"{entry} of {name} starts as {is_now}, but started as {was}", name)
+        kept = _guards(self.program)
+        for guard, name in _guards(self.reference).items():
+            if guard not in kept:
+                raise self._error(f"the condition {guard}, which held at capture, is no longer checked", name)
 
     def _numbers_agree(self, layout: Layout) -> None:
         for bucket in layout.buckets:
             first, *others = [segment.name for segment in bucket.segments]
             for name in others:
                 if self.reference.given.get(name) != self.reference.given.get(first):
-                    raise VerifyError(f"{self.after}: {name} and {first} share {bucket.name}, but not their step count")
+                    raise self._error(f"{name} and {first} share {bucket.name}, but not their step count", name)
+
+    def _error(self, what: str, name: str) -> VerifyError:
+        """An error about the parameter or other input called ``name``, at the line that reads it."""
+        nodes = [node for node, given in self.reference.placeholders() if given.name == name and node.users]
+        return VerifyError(f"{self.after}: {what}", where=source_of(nodes[0]) if nodes else None, fix=FIX)
 
     # -- what comes out -------------------------------------------------------------------------------------
 
@@ -134,17 +143,17 @@ class _Check:
         for number, (mine, drawn) in enumerate(draws, 1):
             node, theirs = drawn or (None, None)
             if mine is not theirs:
-                self._refuse(f"random draw number {number}", mine, theirs, node, expected, found)
+                self._refuse(f"random draw number {number}", mine, theirs, node, None, expected, found)
         wanted, got = self._outputs(self.reference, expected), self._outputs(self.program, found)
         for what, (value, node) in got.items():
-            before, _ = wanted.get(what, (_MISSING, None))
+            before, source = wanted.get(what, (_MISSING, None))
             if before is _MISSING and what is not None:
                 before = self._unchanged(what)
             if before is not value:
-                self._refuse(_new(what), before, value, node, expected, found)
-        for what, (value, _) in wanted.items():
+                self._refuse(_new(what), before, value, node, source, expected, found)
+        for what, (value, node) in wanted.items():
             if what not in got and value is not self._unchanged(what):
-                raise VerifyError(f"{self.after}: {_new(what)} is not returned")
+                raise VerifyError(f"{self.after}: {_new(what)} is not returned", where=source_of(node), fix=FIX)
 
     def _unchanged(self, what: Input | None) -> Value:
         """The term of a state input of the reference."""
@@ -195,15 +204,23 @@ class _Check:
         result = program.results()[program.outputs.index(what)]
         return VerifyError(
             f"{self.after} left the new value of {what} in the wrong place: {rule}\n  found: {show(value)}",
-            where=_source(result),
-            fix="this is a mistake in the pass; nothing was run",
+            where=source_of(result),
+            fix=FIX,
         )
 
     # -- where it went wrong --------------------------------------------------------------------------------
 
     def _refuse(
-        self, what: str, before: Value, after: Value, node: fx.Node | None, expected: Meaning, found: Meaning
-    ) -> None:
+        self,
+        what: str,
+        before: Value,
+        after: Value,
+        node: fx.Node | None,
+        wanted: fx.Node | None,
+        expected: Meaning,
+        found: Meaning,
+    ) -> NoReturn:
+        """Raise, with what differs between the values ``before`` and ``after`` of nodes ``wanted`` and ``node``."""
         culprit = self._first_foreign(node, expected, found) or node
         inner_before, inner_after = part(before, after)
         lines = [f"{self.after} changed what the step computes: {what}"]
@@ -218,8 +235,8 @@ class _Check:
             lines += ["  around:", *(f"    {line}" for line in _around(self.program, culprit))]
         raise VerifyError(
             "\n".join(lines),
-            where=_source(culprit) or _source(node),
-            fix="this is a mistake in the pass; nothing was run",
+            where=source_of(culprit) or source_of(node) or source_of(wanted),
+            fix=FIX,
         )
 
     def _first_foreign(self, node: fx.Node | None, expected: Meaning, found: Meaning) -> fx.Node | None:
@@ -279,33 +296,27 @@ def _by_parameter(program: Program, inputs: dict[Input, None]) -> dict[Input, No
     return found
 
 
-def _initial(program: Program) -> dict[str, StateInit]:
-    """How absent optimizer state starts, by parameter."""
+def _initial(program: Program) -> dict[tuple[str, str], StateInit]:
+    """How absent optimizer state starts, by parameter and key."""
     if program.layout is None:
-        return {f"{key} of {name}": start for (name, key), start in program.init.items()}
+        return program.init
     buckets = {bucket.name: bucket for bucket in program.layout.buckets}
-    return {
-        f"{key} of {segment.name}": start
-        for (name, key), start in program.init.items()
-        for segment in buckets[name].segments
-    }
+    return {(s.name, key): start for (name, key), start in program.init.items() for s in buckets[name].segments}
 
 
-def _guards(program: Program) -> set[str]:
-    """The conditions that must hold to run, each on inputs of parameters."""
+def _guards(program: Program) -> dict[str, str]:
+    """The conditions that must hold to run, on inputs of parameters, each with one that it reads."""
     buckets = {} if program.layout is None else {bucket.name: bucket for bucket in program.layout.buckets}
-    found = set()
+    found = {}
     for guard in program.guards:
         names = [
             [s.name for s in buckets[what.name].segments] if what.name in buckets else [what.name]
             for what in guard.inputs
         ]
         for position in range(max(map(len, names), default=1)):
-            on = [
-                str(Input(what.role, those[position % len(those)], what.key))
-                for what, those in zip(guard.inputs, names, strict=True)
-            ]
-            found.add(f"{guard.text} on {', '.join(on)}")
+            each = [those[position % len(those)] for those in names]
+            on = [str(replace(what, name=name)) for what, name in zip(guard.inputs, each, strict=True)]
+            found[f"{guard.text} on {', '.join(on)}"] = next(iter(each), "")
     return found
 
 
@@ -315,11 +326,6 @@ def _new(what: Input | None) -> str:
 
 def _show(value: Value, depth: int = 5) -> str:
     return "nothing" if value is None or value is _MISSING else show(value, depth)
-
-
-def _source(node: Any) -> str | None:
-    origin = node.meta.get("origin") if isinstance(node, fx.Node) else None
-    return quoted(origin.source) if origin is not None else None
 
 
 def _around(program: Program, node: fx.Node, reach: int = 2) -> list[str]:

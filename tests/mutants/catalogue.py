@@ -1,0 +1,585 @@
+"""The mistakes: each is one edit of a real pass, as a tired engineer makes it, or a small pass of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import fx
+
+from zgraph import ops
+from zgraph.config import Config
+from zgraph.passes import default_passes
+from zgraph.pipeline import Pass
+from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage, operand
+
+aten = torch.ops.aten
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One edit of the source of a module of passes.
+
+    Attributes:
+        name: what goes wrong.
+        module: file below ``passes/``.
+        old, new: the code; ``old`` must stand there exactly once.
+    """
+
+    name: str
+    module: str
+    old: str
+    new: str
+
+    @contextmanager
+    def passes(self, config: Config, mesh: Mesh) -> Iterator[Sequence[Pass]]:
+        """The default passes, with those of the edited module in place of the real ones."""
+        edited = self._load()
+        try:
+            yield [
+                getattr(edited, p.name)(**{f.name: getattr(p, f.name) for f in fields(p)})
+                if type(p).__module__ == f"zgraph.passes.{self.module}"
+                else p
+                for p in default_passes(config, mesh)
+            ]
+        finally:
+            del sys.modules[edited.__name__]
+
+    def _load(self) -> ModuleType:
+        path = ROOT / "passes" / f"{self.module}.py"
+        source = path.read_text()
+        assert source.count(self.old) == 1, f"{self.name}: {self.old!r} stands {source.count(self.old)} times in {path}"
+        name = f"zgraph_mutant_{self.module}"
+        spec = importlib.util.spec_from_loader(name, loader=None)
+        assert spec is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        exec(compile(source.replace(self.old, self.new), str(path), "exec"), module.__dict__)  # noqa: S102
+        return module
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A pass of its own, run after the last of the default passes that gives the stage it takes."""
+
+    name: str
+    extra: Pass
+
+    @contextmanager
+    def passes(self, config: Config, mesh: Mesh) -> Iterator[Sequence[Pass]]:
+        yield default_passes(config, mesh, own=[self.extra])
+
+
+Mutant = Edit | Extra
+
+EDITS = [
+    # Buckets
+    Edit(
+        "every parameter is read at the start of its bucket",
+        "bucket",
+        "aten.slice.Tensor, flat, 0, segment.offset, segment.offset + segment.numel, origin",
+        "aten.slice.Tensor, flat, 0, 0, segment.numel, origin",
+    ),
+    Edit(
+        "a parameter is read one element late",
+        "bucket",
+        "aten.slice.Tensor, flat, 0, segment.offset, segment.offset + segment.numel, origin",
+        "aten.slice.Tensor, flat, 0, segment.offset + 1, segment.offset + 1 + segment.numel, origin",
+    ),
+    Edit(
+        "gradients lie in reverse order",
+        "bucket",
+        "grads = [self.updates.gradient[s.name] for s in bucket.segments]",
+        "grads = [self.updates.gradient[s.name] for s in bucket.segments][::-1]",
+    ),
+    Edit("no padding between gradients", "bucket", "            pad(segment.offset)\n", ""),
+    Edit(
+        "padding is counted from the segments' lengths",
+        "bucket",
+        "            end = segment.offset + segment.numel\n        pad(",
+        "            end += segment.numel\n        pad(",
+    ),
+    Edit(
+        "the update reads the parameter as its gradient",
+        "bucket",
+        "self.updates.gradient[model.name]: gradient,",
+        "self.updates.gradient[model.name]: flat,",
+    ),
+    Edit(
+        "parameters of different rules share a bucket",
+        "bucket",
+        "group = (updates.expression.get(name), program.given.get(name))",
+        "group = (trainable, program.given.get(name))",
+    ),
+    Edit(
+        "parameters with different step counts share a bucket",
+        "bucket",
+        "group = (updates.expression.get(name), program.given.get(name))",
+        "group = (updates.expression.get(name), None)",
+    ),
+    Edit(
+        "initial values are lost",
+        "bucket",
+        "                        init[what.name, what.key] = start\n",
+        "                        pass\n",
+    ),
+    Edit("conditions on step counts are lost", "bucket", "program.guards = self._guards()", "program.guards = ()"),
+    Edit(
+        "new buffers are not returned",
+        "bucket",
+        "if what is None or what.role not in (Role.PARAM, Role.OPT_STATE):\n                outputs",
+        "if what is None:\n                outputs",
+    ),
+    Edit(
+        "only one read of a tied weight adds to its gradient",
+        "bucket",
+        "grads = [self.updates.gradient[s.name] for s in bucket.segments]",
+        "grads = [self.updates.gradient[s.name] for s in bucket.segments]\n"
+        "        grads = [g.args[0] if g.target is aten.add.Tensor else g for g in grads]",
+    ),
+    Edit(
+        "a state is returned as it was before",
+        "bucket",
+        "            new = copied(result)\n",
+        "            new = copied(self.states.get((model.name, what.key), result))\n",
+    ),
+    Edit(
+        "a state's new value lies in another state's memory",
+        "bucket",
+        'elif _is_tensor(new) and new.meta.get("input") != replace(what, name=bucket.name):',
+        "elif False:",
+    ),
+    # Tidying
+    Edit("a random operator that nothing reads is dropped", "tidy", " and not ops.is_random(node.target)", ""),
+    Edit(
+        "any transpose of a call is dropped",
+        "tidy",
+        "if node.target is aten.t.default and source.target is aten.t.default:",
+        "if node.target is aten.t.default and source.args:",
+    ),
+    Edit("a reshape is dropped", "tidy", "        and x.shape == y.shape\n        and x.stride() == y.stride()\n", ""),
+    Edit("a copy keeps the old values", "tidy", "        new = node.args[1]\n", "        new = node.args[0]\n"),
+    Edit("a cast is dropped", "tidy", "        and x.dtype == y.dtype\n", ""),
+    Edit(
+        "a result stays in an input's memory",
+        "tidy",
+        'if root.op == "placeholder" and not (result is root and what == root.meta["input"]):',
+        'if root.op == "never":',
+    ),
+    # ZeRO
+    Edit(
+        "the 1/N is forgotten",
+        "shard",
+        'start = program.call(ops.all_reduce, value, "avg", self.mesh.axis, origin=origin, before=before)',
+        'start = program.call(ops.all_reduce, value, "sum", self.mesh.axis, origin=origin, before=before)',
+    ),
+    Edit(
+        "the loss is that of one rank",
+        "shard",
+        "        results[0] = self._average(program, results[0], before=program.output_node)\n",
+        "",
+    ),
+    Edit(
+        "the last bucket's gradient is not reduced",
+        "shard",
+        "for gradient in list(_flat_gradients(program)):",
+        "for gradient in list(_flat_gradients(program))[:-1]:",
+    ),
+    Edit(
+        "the update reads the local gradient",
+        "shard",
+        'reader.meta["origin"].phase is Phase.UPDATE:\n                reader.replace_input_with(value, mean)',
+        'reader.meta["origin"].phase is Phase.BACKWARD and not mean:\n                pass',
+    ),
+    Edit(
+        "a gradient travels in half precision",
+        "shard",
+        'start = program.call(ops.all_reduce, value, "avg", self.mesh.axis, origin=origin, before=before)\n'
+        "        mean = program.call(ops.wait, start, origin=origin, before=before)",
+        "half = program.call(aten._to_copy.default, value, dtype=torch.bfloat16, origin=origin, before=before)\n"
+        '        start = program.call(ops.all_reduce, half, "avg", self.mesh.axis, origin=origin, before=before)\n'
+        "        half = program.call(ops.wait, start, origin=origin, before=before)\n"
+        '        mean = program.call(aten._to_copy.default, half, dtype=value.meta["val"].dtype, '
+        "origin=origin, before=before)",
+    ),
+    Edit(
+        "a gradient is averaged once more than it must be",
+        "shard",
+        "        mean = program.call(ops.wait, start, origin=origin, before=before)\n",
+        "        mean = program.call(ops.wait, start, origin=origin, before=before)\n"
+        '        again = program.call(ops.all_reduce, mean, "avg", self.mesh.axis, origin=origin, before=before)\n'
+        "        mean = program.call(ops.wait, again, origin=origin, before=before)\n",
+    ),
+    Edit(
+        "a mean is divided by the number of ranks",
+        "shard",
+        "        mean = program.call(ops.wait, start, origin=origin, before=before)\n",
+        "        mean = program.call(ops.wait, start, origin=origin, before=before)\n"
+        "        mean = program.call(aten.div.Tensor, mean, self.mesh.size, origin=origin, before=before)\n",
+    ),
+    Edit("the gradient stays whole", "shard", "dict.fromkeys([flat, gradient])", "dict.fromkeys([flat])"),
+    Edit(
+        "state that is created stays whole",
+        "shard",
+        "                    _resize(node, bucket.numel, bucket.numel // world)\n",
+        "                    pass\n",
+    ),
+    Edit(
+        "state stays whole",
+        "shard",
+        'state.meta["val"] = program.empty([bucket.numel // world], val.dtype, val.device)',
+        'state.meta["val"] = program.empty([bucket.numel], val.dtype, val.device)',
+    ),
+    Edit(
+        "the updated slice is not shared",
+        "shard",
+        'results[index] = program.call(ops.wait, start, origin=new.meta["origin"], before=start.next)',
+        'results[index] = program.call(ops.wait, start, origin=new.meta["origin"], before=start.next).args[0].args[0]',
+    ),
+    Edit(
+        "what is shared is the gradient",
+        "shard",
+        "start = program.call(ops.all_gather, new, world",
+        "start = program.call(ops.all_gather, piece, world",
+    ),
+    Edit(
+        "what is shared is the parameter before the update",
+        "shard",
+        "            new = results[index]\n            start",
+        "            new = program.call(ops.shard, flat, world, axis, origin=results[index].meta['origin'], "
+        "before=nodes[-1].next)\n            start",
+    ),
+    Edit(
+        "slices are those of another number of ranks",
+        "shard",
+        "ops.shard, source, world, axis, origin=",
+        "ops.shard, source, world + 1, axis, origin=",
+    ),
+    Edit(
+        "slices are those of another axis",
+        "shard",
+        "ops.shard, source, world, axis, origin=",
+        'ops.shard, source, world, "model", origin=',
+    ),
+    Edit(
+        "a scattered gradient is a sum",
+        "shard",
+        "ops.reduce_scatter, gradient, operation, self.mesh.size",
+        'ops.reduce_scatter, gradient, "sum", self.mesh.size',
+    ),
+    Edit(
+        "backward reads what was gathered for forward and is gone",
+        "shard",
+        "for phase in (Phase.FORWARD, Phase.BACKWARD):",
+        "for phase in (Phase.FORWARD,):",
+    ),
+    Edit(
+        "a divided parameter is returned whole",
+        "shard",
+        "                results[index] = operand(operand(results[index]))\n",
+        "                pass\n",
+    ),
+    Edit(
+        "a divided parameter is stored whole",
+        "shard",
+        'flat.meta["val"] = program.empty([bucket.numel // self.mesh.size], bucket.dtype, bucket.device)',
+        'flat.meta["val"] = program.empty([bucket.numel], bucket.dtype, bucket.device)',
+    ),
+    Edit(
+        "an operator moves up to its earliest input",
+        "shard",
+        "latest = max(others, key=order.__getitem__)",
+        "latest = min(others, key=order.__getitem__)",
+    ),
+    # Schedule
+    Edit(
+        "an update overtakes the last read", "schedule", "anchor = max(after[name], last_read)", "anchor = after[name]"
+    ),
+    Edit(
+        "the last waits come first",
+        "schedule",
+        "place[node] = (order[output] - 1, LAST, order[node])",
+        "place[node] = (-1, LAST, order[node])",
+    ),
+    Edit(
+        "an update does not wait for its gradient",
+        "schedule",
+        "            groups[name].insert(0, wait)\n",
+        "            pass\n",
+    ),
+    Edit(
+        "an update starts before its gradient travels",
+        "schedule",
+        "after[name] = start if last or not self.prefetch else reductions[i + 1][0]",
+        "after[name] = 0",
+    ),
+    # In place
+    Edit(
+        "results are written over each other's inputs",
+        "inplace",
+        "for node in leaving)\n        origin",
+        "for node in leaving[::-1])\n        origin",
+    ),
+    Edit(
+        "gathered parameters land in another bucket",
+        "inplace",
+        'start.kwargs = {"out": params[what.name, ""]}',
+        'start.kwargs = {"out": next(iter(params.values()))}',
+    ),
+    Edit(
+        "every result of a kernel is its first",
+        "inplace",
+        "program.graph.call_function(operator.getitem, (call, index))",
+        "program.graph.call_function(operator.getitem, (call, 0))",
+    ),
+]
+
+
+# Passes of their own
+
+
+def _first(program: Program, matches: Callable[[fx.Node], bool]) -> fx.Node | None:
+    return next((node for node in program.graph.nodes if node.op == "call_function" and matches(node)), None)
+
+
+@dataclass(frozen=True)
+class StepPerMicroBatch(Pass):
+    """Step the optimizer twice: once for what would be each of two micro-batches."""
+
+    takes = gives = Stage.CAPTURED
+
+    def rewrite(self, program: Program) -> None:
+        update = [n for n in program.graph.nodes if n.op == "call_function" and n.meta["origin"].phase is Phase.UPDATE]
+        results, outputs = program.results(), program.outputs
+        inputs = {what: node for node, what in program.placeholders()}
+        new = {inputs[w]: r for w, r in zip(outputs, results, strict=True) if w in inputs and w.role is not Role.BUFFER}
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in update:
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: copies.get(n, new.get(n, n)))
+            copies[node] = program.call(
+                node.target, *args, origin=node.meta["origin"], before=program.output_node, **kwargs
+            )
+        program.set_results([copies.get(r, r) for r in results], outputs)
+
+
+@dataclass(frozen=True)
+class RecomputeDropout(Pass):
+    """Draw a dropout mask again where backward reads it."""
+
+    takes = gives = Stage.CAPTURED
+
+    def rewrite(self, program: Program) -> None:
+        mask = _first(program, lambda n: ops.is_random(n.target))
+        if mask is None:
+            return
+        reader = max(mask.users, key=list(program.graph.nodes).index)
+        again = program.call(mask.target, *mask.args, origin=mask.meta["origin"], before=reader)
+        reader.replace_input_with(mask, again)
+
+
+@dataclass(frozen=True)
+class SwapDraws(Pass):
+    """Draw two masks in the other order."""
+
+    takes = gives = Stage.CAPTURED
+
+    def rewrite(self, program: Program) -> None:
+        masks = [n for n in program.graph.nodes if n.op == "call_function" and ops.is_random(n.target)]
+        if len(masks) > 1:
+            for user in list(masks[0].users):
+                user.replace_input_with(masks[0], masks[1])
+            masks[0].prepend(masks[1])
+
+
+@dataclass(frozen=True)
+class NormOfBuckets(Pass):
+    """Take the norm of a parameter over the whole bucket, padding and neighbours included."""
+
+    takes = gives = Stage.BUCKETED
+
+    def rewrite(self, program: Program) -> None:
+        norm = _first(program, lambda n: n.target is aten.linalg_vector_norm.default)
+        if norm is not None:
+            source = operand(norm)
+            while source.op != "placeholder":
+                source = operand(source)
+            norm.replace_input_with(operand(norm), source)
+
+
+@dataclass(frozen=True)
+class SwapResults(Pass):
+    """Return the new values of two buckets as each other's."""
+
+    takes = gives = Stage.SHARDED
+
+    def rewrite(self, program: Program) -> None:
+        results, outputs = program.results(), program.outputs
+        params = [i for i, what in enumerate(outputs) if what is not None and what.role is Role.PARAM]
+        for i in params:
+            for j in params:
+                if i < j and results[i].meta["val"].shape == results[j].meta["val"].shape:
+                    results[i], results[j] = results[j], results[i]
+                    program.set_results(results, outputs)
+                    return
+
+
+@dataclass(frozen=True)
+class SwapStates(Pass):
+    """Return the new values of two kinds of optimizer state as each other's."""
+
+    takes = gives = Stage.BUCKETED
+
+    def rewrite(self, program: Program) -> None:
+        results, outputs = program.results(), program.outputs
+        at = {what: i for i, what in enumerate(outputs)}
+        for what, i in at.items():
+            other = Input(what.role, what.name, "m1") if what is not None and what.key == "m0" else None
+            if other in at:
+                results[i], results[at[other]] = results[at[other]], results[i]
+        program.set_results(results, outputs)
+
+
+@dataclass(frozen=True)
+class SwapOperands(Pass):
+    """Exchange the operands of a product."""
+
+    takes = gives = Stage.CAPTURED
+
+    def rewrite(self, program: Program) -> None:
+        node = _first(program, lambda n: n.target is aten.add.Tensor and n.meta["origin"].phase is Phase.UPDATE)
+        if node is not None:
+            node.args = (node.args[1], node.args[0], *node.args[2:])
+
+
+@dataclass(frozen=True)
+class ReadAnotherLayer(Pass):
+    """Let a layer read the parameter of another one of the same shape."""
+
+    takes = gives = Stage.CAPTURED
+
+    def rewrite(self, program: Program) -> None:
+        params = list(program.inputs(Role.PARAM).values())
+        for one in params:
+            for other in params:
+                readers = [u for u in one.users if u.op == "call_function" and u.meta["origin"].phase is Phase.FORWARD]
+                if one is not other and one.meta["val"].shape == other.meta["val"].shape and readers:
+                    readers[0].replace_input_with(one, other)
+                    return
+
+
+@dataclass(frozen=True)
+class ReadNextHyperparameter(Pass):
+    """Use one parameter group's learning rate for another."""
+
+    takes = gives = Stage.CAPTURED
+
+    def rewrite(self, program: Program) -> None:
+        hypers = list(program.inputs(Role.HYPER).values())
+        if len(hypers) > 1:
+            hypers[0].replace_all_uses_with(hypers[-1])
+
+
+@dataclass(frozen=True)
+class FreezeHyperparameter(Pass):
+    """Compile the learning rate of the first step into the graph."""
+
+    takes = gives = Stage.CAPTURED
+
+    def rewrite(self, program: Program) -> None:
+        for node in program.inputs(Role.HYPER).values():
+            for user in list(node.users):
+                user.args = fx.map_arg(user.args, lambda n, node=node: 0.5 if n is node else n)
+                user.kwargs = fx.map_arg(user.kwargs, lambda n, node=node: 0.5 if n is node else n)
+
+
+@dataclass(frozen=True)
+class ReuseGathered(Pass):
+    """Gather parameters once and return the gathered copy as their new value."""
+
+    takes = gives = Stage.SHARDED
+
+    def rewrite(self, program: Program) -> None:
+        assert program.layout is not None
+        if program.layout.shard_params or not program.layout.shard_state:
+            return
+        results, outputs = program.results(), program.outputs
+        params = program.inputs(Role.PARAM)
+        index = next(i for i, what in enumerate(outputs) if what is not None and what.role is Role.PARAM)
+        flat = params[outputs[index].name, ""]  # type: ignore[union-attr]
+        results[index] = program.call(aten.clone.default, flat, origin=Origin(Phase.UPDATE), before=program.output_node)
+        program.set_results(results, outputs)
+
+
+@dataclass(frozen=True)
+class GatherLocalGradient(Pass):
+    """Share slices of what every rank has for itself."""
+
+    takes = gives = Stage.SHARDED
+
+    def rewrite(self, program: Program) -> None:
+        start = _first(program, lambda n: n.target is ops.reduce_scatter)
+        if start is None:
+            return
+        mean, mesh = next(iter(start.users)), program.mesh
+        origin = start.meta["origin"]
+        local = program.call(ops.shard, operand(start), mesh.size, mesh.axis, origin=origin, before=start)
+        mean.replace_all_uses_with(local)
+        program.graph.erase_node(mean)
+        program.graph.erase_node(start)
+
+
+@dataclass(frozen=True)
+class WriteInPlace(Pass):
+    """Add to a value in place while others still read it."""
+
+    takes = gives = Stage.SHARDED
+
+    def rewrite(self, program: Program) -> None:
+        node = _first(program, lambda n: n.target is aten.tanh.default or n.target is aten.mm.default)
+        if node is not None:
+            program.call(aten.mul_.Tensor, node, 1, origin=node.meta["origin"], before=node.next)
+
+
+@dataclass(frozen=True)
+class UpdateWhileSending(Pass):
+    """Update parameters while a gather is still sending them."""
+
+    takes = gives = Stage.INPLACE
+
+    def rewrite(self, program: Program) -> None:
+        for wait in program.graph.find_nodes(op="call_function", target=ops.wait):
+            start = operand(wait)
+            if start.target is ops.all_gather:
+                kernels = [u for u in operand(start).users if hasattr(u.target, "body")]
+                if kernels:
+                    again = program.call(ops.all_gather, *start.args, origin=start.meta["origin"], before=kernels[0])
+                    late = program.call(ops.wait, again, origin=start.meta["origin"], before=program.output_node)
+                    program.call(aten.neg.default, late, origin=start.meta["origin"], before=program.output_node)
+                    return
+
+
+EXTRAS = [
+    Extra("the optimizer steps once per micro-batch", StepPerMicroBatch()),
+    Extra("dropout is drawn again for backward", RecomputeDropout()),
+    Extra("masks are drawn in the other order", SwapDraws()),
+    Extra("padding leaks into a norm", NormOfBuckets()),
+    Extra("the new parameters of two buckets are exchanged", SwapResults()),
+    Extra("two kinds of optimizer state are exchanged", SwapStates()),
+    Extra("the operands of a sum with a factor are exchanged", SwapOperands()),
+    Extra("a layer reads another layer's weight", ReadAnotherLayer()),
+    Extra("a group has another group's learning rate", ReadNextHyperparameter()),
+    Extra("the learning rate is a constant", FreezeHyperparameter()),
+    Extra("parameters gathered before the update are returned as new", ReuseGathered()),
+    Extra("slices of local gradients pass for reduced ones", GatherLocalGradient()),
+    Extra("a value is written over while others read it", WriteInPlace()),
+    Extra("parameters are updated while a gather sends them", UpdateWhileSending()),
+]
+
+MUTANTS: list[Mutant] = [*EDITS, *EXTRAS]

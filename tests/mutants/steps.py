@@ -1,0 +1,88 @@
+"""Small training steps that between them have everything a pass can get wrong."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+
+from tests.programs import Builder, Param, Recipe, Rule, build, param, two_layers
+from zgraph.program import Guard, Input, Phase, Program, Role, StateInit
+
+aten = torch.ops.aten
+
+
+def many_parameters(*, first: bool = False) -> Program:
+    """Frozen, unused, 0-dim, empty and low-precision parameters; two rules; state of many kinds; dropout."""
+    shapes = [(3, 5), (17,), (), (0, 3), (4, 4), (7,), (3, 5)]
+    uses = ["trained", "trained", "trained", "trained", "frozen", "unused", "trained"]
+    params = tuple(
+        Param(shape, use, group=i // 4, low=i == 6, shares=False)
+        for i, (shape, use) in enumerate(zip(shapes, uses, strict=True))
+    )
+    rules = (
+        Rule(("m0",), (("g",), ("p",)), count=True, keeps=True),
+        Rule(("add", ("p",), ("zeros", ("p",))), (("add", ("g",), ("p",)),), count=False, keeps=False),
+    )
+    return build(Recipe(params, rules, backward=(6, 5, 4, 3, 2, 1, 0), first=first, random=True))
+
+
+def with_numbers() -> Program:
+    """Two parameters of one rule that have taken different numbers of steps, with conditions on them."""
+    params = tuple(Param((4,), "trained", group=0, low=False, shares=False) for _ in range(2))
+    rule = Rule(("g",), (), count=True, keeps=False)
+    program = build(Recipe(params, (rule,), backward=(1, 0), first=False, random=False))
+    program.given = {"p0": (("count", "torch.float32", 1.0),), "p1": (("count", "torch.float32", 7.0),)}
+    counts = [Input(Role.OPT_STATE, name, "count") for name in ("p0", "p1")]
+    program.guards = tuple(Guard((count,), lambda x: x > 0, "x0 > 0") for count in counts)
+    program.init = {("p0", "count"): StateInit(0, torch.float32), ("p1", "count"): StateInit(0, torch.float32)}
+    return program
+
+
+def tied_and_tidied() -> Program:
+    """A weight read twice, a norm in the loss, copies, casts, transposes, reshapes, masks, buffers passed on."""
+    b = Builder()
+    w, v = b.input(Role.PARAM, "w", shape=[3, 3]), b.input(Role.PARAM, "v", shape=[3, 3])
+    now, before = (b.input(Role.BUFFER, name, shape=[3]) for name in ("now", "before"))
+    x, lr = b.input(Role.BATCH, "0", shape=[3, 3]), b.input(Role.HYPER, "lr")
+    shifted = b.forward(aten.add.Tensor, b.forward(aten.add.Tensor, x, now), before)
+    kept = b.forward(aten.copy.default, x, b.forward(aten.sin.default, shifted))
+    narrow = b.forward(aten._to_copy.default, kept, dtype=torch.float32)
+    wide = b.forward(aten.copy.default, x, narrow)
+    b.forward(aten.bernoulli.p, x, 0.5)
+    masks = [b.forward(aten.bernoulli.p, x, p) for p in (0.5, 0.25)]
+    h = b.forward(aten.mul.Tensor, b.forward(aten.mm.default, wide, w), masks[0])
+    turned = b.forward(aten.t.default, b.forward(aten.t.default, h))
+    y = b.forward(aten.mul.Tensor, b.forward(aten.mm.default, turned, b.forward(aten.t.default, w)), masks[1])
+    z = b.forward(aten.mm.default, y, b.forward(aten.t.default, v))
+    row = b.forward(aten.reshape.default, z, [9])
+    norm = b.forward(aten.linalg_vector_norm.default, v)
+    loss = b.forward(aten.add.Tensor, b.forward(aten.sum.default, b.forward(aten.cumsum.default, row, 0)), norm)
+    gz = b.backward(aten.mul.Tensor, z, loss)
+    first = b.backward(aten.mm.default, b.backward(aten.t.default, gz), y)
+    gy = b.backward(aten.mul.Tensor, b.backward(aten.mm.default, gz, v), masks[1])
+    gh = b.backward(aten.mul.Tensor, b.backward(aten.mm.default, gy, w), masks[0])
+    second = b.backward(aten.mm.default, b.backward(aten.t.default, gy), turned)
+    gw = b.backward(aten.add.Tensor, second, b.backward(aten.mm.default, b.backward(aten.t.default, wide), gh))
+    gv = b.backward(aten.addcmul.default, w, first, b.backward(aten.cos.default, gw))
+    results: dict[Input | None, Any] = {
+        None: loss,
+        Input(Role.BUFFER, "now"): before,
+        Input(Role.BUFFER, "before"): now,
+    }
+    for name, p, g in (("w", w, gw), ("v", v, gv)):
+        size = b.call(Phase.UPDATE, operator.neg, lr, module=name)
+        results[param(name)] = b.call(Phase.UPDATE, aten.add.Tensor, p, g, alpha=size, module=name)
+    return b.finish(results)
+
+
+def steps() -> dict[str, Program]:
+    """All of them by name."""
+    return {
+        "two layers": two_layers(),
+        "many parameters": many_parameters(),
+        "the first step": many_parameters(first=True),
+        "different step counts": with_numbers(),
+        "tied weights": tied_and_tidied(),
+    }

@@ -1,0 +1,95 @@
+"""Mistakes planted in the passes: the verifier refuses every one, before anything runs, and says where it is.
+
+``pytest tests/test_mutants.py -rP`` prints how many there are, and how many of them numbers would have shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from unittest import mock
+
+import pytest
+
+from tests.mutants.catalogue import MUTANTS, Mutant
+from tests.mutants.steps import steps
+from tests.programs import assert_same_step
+from zgraph.config import Config
+from zgraph.errors import VerifyError
+from zgraph.passes import default_passes
+from zgraph.pipeline import run
+from zgraph.program import Mesh, Program
+from zgraph.verify import Verifier
+
+CONFIGS = [
+    (Config(zero, bucket_bytes, prefetch), Mesh(world))
+    for zero, bucket_bytes, prefetch, world in (
+        (3, 1, 1, 2), (3, 10**6, 1, 3), (1, 1, 0, 2), (1, 200, 0, 2), (1, 10**6, 1, 3), (0, 1, 0, 2), (2, 200, 0, 3),
+    )
+]  # fmt: skip
+
+captured = lru_cache(maxsize=1)(steps)
+
+
+def attempts() -> Iterator[tuple[Program, Config, Mesh]]:
+    """What to try a mistake on."""
+    for config, mesh in CONFIGS:
+        for program in captured().values():
+            yield program, config, mesh
+
+
+def refusal(mutant: Mutant) -> VerifyError | None:
+    """What the verifier says first, if it says anything."""
+    for program, config, mesh in attempts():
+        with mutant.passes(config, mesh) as passes:
+            try:
+                run(passes, program)
+            except VerifyError as error:
+                return error
+    return None
+
+
+def is_shown_by_numbers(mutant: Mutant) -> bool:
+    """Whether some step crashes or computes something else when nothing is verified."""
+    for program, config, mesh in attempts():
+        with mutant.passes(config, mesh) as passes, mock.patch.object(Verifier, "check"):
+            try:
+                rewritten = run(passes, program).program
+                for late in (False, True):
+                    assert_same_step(rewritten, program, late=late)
+            except Exception:  # noqa: BLE001 -- a crash shows the mistake, too
+                return True
+    return False
+
+
+@pytest.mark.parametrize("step", captured())
+def test_without_a_mistake_nothing_is_refused(step: str) -> None:
+    for config, mesh in CONFIGS:
+        program = run(default_passes(config, mesh), captured()[step]).program
+        assert_same_step(program, captured()[step])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name.replace(" ", "_"))
+def test_a_mistake_is_refused_with_its_pass_its_place_and_the_users_line(mutant: Mutant) -> None:
+    error = refusal(mutant)
+    assert error is not None, f"not refused: {mutant.name}"
+    name = error.what.split(" ")[0].rstrip(":")
+    assert name in {p.name for config, mesh in CONFIGS for p in default_passes(config, mesh)} | {
+        type(getattr(mutant, "extra", None)).__name__
+    }
+    assert (error.where or "").startswith("model.py:"), error
+    places = [what.name for program in captured().values() for _, what in program.placeholders()]
+    has_node = "_" in error.what or any(place in error.what for place in places)
+    assert has_node, error
+    assert error.fix
+
+
+@pytest.mark.slow
+def test_the_catalogue_is_large_and_its_mistakes_are_real() -> None:
+    """Races and lost conditions show in no number here; all else does."""
+    assert len(MUTANTS) >= 40
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
+    silent = [mutant.name for mutant in MUTANTS if not is_shown_by_numbers(mutant)]
+    print(f"{len(MUTANTS)} mistakes; numbers alone show {len(MUTANTS) - len(silent)}, not: {'; '.join(silent)}")
+    assert len(silent) <= len(MUTANTS) // 5
