@@ -1,13 +1,20 @@
-"""Fixtures every test may ask for."""
+"""Fixtures every test may ask for, and how many programs property tests try: HYPOTHESIS_PROFILE chooses."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.ranks import Ranks
+
+settings.register_profile("quick", max_examples=40, deadline=None, derandomize=True)
+settings.register_profile("ci", max_examples=800, deadline=None, derandomize=True)
+settings.register_profile("nightly", max_examples=25_000, deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
 @pytest.fixture(scope="session")

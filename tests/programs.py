@@ -133,6 +133,7 @@ class Param:
         group: which of the update rules it follows.
         low: float32, cast to float64 where it is read.
         shares: its gradient is that of the trained parameter before it, if the shapes allow it.
+        tied: read in two places, so that its gradient is a sum of two.
     """
 
     shape: tuple[int, ...]
@@ -140,6 +141,7 @@ class Param:
     group: int
     low: bool
     shares: bool
+    tied: bool = False
 
 
 Term = tuple[Any, ...]
@@ -214,6 +216,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         st.integers(0, len(rules) - 1),
         st.sampled_from([False, False, False, True]),
         st.sampled_from([False, False, False, True]),
+        st.sampled_from([False, False, False, True]),
     )
     params = draw(st.lists(one, min_size=1, max_size=7).filter(lambda all_: any(p.use == "trained" for p in all_)))
     backward = draw(st.permutations(range(len(params))))
@@ -248,6 +251,8 @@ def build(recipe: Recipe) -> Program:
         read.append(b.forward(aten.t.default, wide) if len(p.shape) == 2 else wide)
         x = b.forward(aten.select.int, batch, 0, i)
         layer = b.forward(aten.sin.default, b.forward(aten.mul.Tensor, read[i], x))
+        if p.tied:
+            layer = b.forward(aten.add.Tensor, layer, b.forward(aten.mul.Tensor, read[i], carry))
         if recipe.random:
             layer = b.forward(aten.mul.Tensor, layer, b.forward(aten.bernoulli.p, layer, 0.5))
         carry = b.forward(aten.tanh.default, b.forward(aten.add.Tensor, carry, b.forward(aten.sum.default, layer)))
@@ -259,6 +264,8 @@ def build(recipe: Recipe) -> Program:
             continue
         again = b.backward(aten.unsqueeze.default, read[i], 0)
         gradient = b.backward(aten.squeeze.dim, b.backward(aten.mul.Tensor, again, carry), 0)
+        if p.tied:
+            gradient = b.backward(aten.add.Tensor, gradient, b.backward(aten.mul.Tensor, read[i], losses[i]))
         if p.use == "trained":
             if len(p.shape) == 2:
                 gradient = b.backward(aten.t.default, gradient)

@@ -112,7 +112,7 @@ class _Interpreter:
 
     def input(self, node: fx.Node) -> Term:
         what: Input = node.meta["input"]
-        shape, dtype = form(node.meta["val"])
+        shape, dtype = form(node.meta.get("val"))
         bucket = self.buckets.get(what.name)
         if what.role is Role.PARAM and bucket is not None:
             return self.flat_input(what, bucket, node)
@@ -142,7 +142,7 @@ class _Interpreter:
     def constant(self, node: fx.Node, what: Input) -> Term:
         """A tensor that the step holds: known by its values if only the update reads it, else by itself."""
         tensor = self.program.constants[what.name]
-        shape, dtype = form(node.meta["val"])
+        shape, dtype = form(node.meta.get("val"))
         if all(_phase(user) is Phase.UPDATE for user in node.users):
             return self.terms.input(("constant", shape, literal(tensor.tolist())), shape, dtype, varies=False)
         return self.terms.input(("constant", id(tensor)), shape, dtype, varies=True)
@@ -158,14 +158,14 @@ class _Interpreter:
             return self.kernel(target.body, args)
         rule = RULES.get(target)
         if rule is not None:
-            value = rule(Call(self.terms, node.meta["val"], args, kwargs, self.world))
+            value = rule(Call(self.terms, node.meta.get("val"), args, kwargs, self.world))
             if value is not None:
                 return value
         return self.plain(node, target, args, kwargs)
 
     def plain(self, node: fx.Node, target: Any, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Term:
         """A call that only its name and its arguments are known of."""
-        shape, dtype = form(node.meta["val"])
+        shape, dtype = form(node.meta.get("val"))
         key = args + tuple(sorted(kwargs.items()))
         if _reads_memory(target):
             key += tuple(_strides(source) for source in node.all_input_nodes)

@@ -1,0 +1,61 @@
+"""What holds of every training step and every legal pipeline, on any number of ranks.
+
+``make quick`` tries few of each, ``make test`` many, ``make nightly`` very many; see ``tests/conftest.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypothesis import event, given
+from hypothesis import strategies as st
+
+from tests.programs import Recipe, assert_same_step, build, recipes
+from zgraph.config import Config
+from zgraph.passes import FormBuckets, Tidy, default_passes
+from zgraph.pipeline import Pass, run
+from zgraph.program import Mesh
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A legal order of passes: the default ones of a configuration, some of them twice where that is allowed."""
+
+    config: Config
+    world: int
+    tidy: int
+    rebucket: int | None
+
+    def passes(self) -> list[Pass]:
+        mesh = Mesh(self.world)
+        tidied: list[Pass] = [Tidy()] * self.tidy
+        return [*tidied, *default_passes(self.config, mesh)[1:]]
+
+
+def pipelines() -> st.SearchStrategy[Pipeline]:
+    return st.builds(
+        Pipeline,
+        st.builds(Config, st.integers(0, 3), st.sampled_from([1, 100, 200, 1000, 10**6]), st.integers(0, 3)),
+        st.integers(1, 8),
+        st.integers(0, 2),
+        st.none() | st.sampled_from([1, 200]),
+    )
+
+
+@given(recipes(), pipelines(), st.booleans())
+def test_every_pipeline_is_proved_and_its_ranks_compute_the_step(recipe: Recipe, how: Pipeline, late: bool) -> None:
+    """The verifier accepts what is right (it has no false alarms), and numbers agree with it."""
+    captured = build(recipe)
+    passes = how.passes()
+    if how.rebucket is not None:  # as after a change of the model's training mode: buckets that exist are kept
+        layout = FormBuckets(how.world, how.rebucket)(captured).layout
+        passes = [FormBuckets(how.world, p.bucket_bytes, layout) if isinstance(p, FormBuckets) else p for p in passes]
+    event(f"ZeRO {how.config.zero}")
+    program = run(passes, captured).program
+    assert_same_step(program, captured, late=late)
+
+
+@given(recipes())
+def test_tidying_twice_is_tidying_once(recipe: Recipe) -> None:
+    once = Tidy()(build(recipe))
+    assert Tidy()(once).text() == once.text()
