@@ -6,8 +6,10 @@ rewrites, proves, times and keeps a record of each pass. A pass does none of the
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -95,6 +97,11 @@ def run(passes: Sequence[Pass], program: Program) -> PipelineResult:
         VerifyError: the order is wrong, or a pass broke a rule or changed what the step computes.
     """
     check_order(passes, program.stage)
+    with _collector_paused():
+        return _run(passes, program)
+
+
+def _run(passes: Sequence[Pass], program: Program) -> PipelineResult:
     verifier = Verifier(program)
     program = program.clone()
     records = []
@@ -113,6 +120,18 @@ def run(passes: Sequence[Pass], program: Program) -> PipelineResult:
         records.append(PassRecord(p.name, end - middle, verify_s, num_before, program.num_nodes(), assumes))
     # fx remembers the name of every node it ever made, and with it the node; a copy leaves the erased ones behind.
     return PipelineResult(program.clone(), tuple(records))
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Graphs grow to millions of objects, none of them garbage; looking for it would take longer than the passes."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 _Snapshot = dict[fx.Node, tuple[Any, Any, Any, Any]]

@@ -1,0 +1,169 @@
+"""Every differentiable operator of torch's own test database, trained on two ranks in one process.
+
+    python -m tests.operators              the whole database, as a table in Markdown (docs/operators.md)
+    python -m tests.operators add softmax  only operators whose names contain one of these
+
+For each operator a model is made whose parameters are the operator's inputs. Its step goes through capture, ZeRO-3 on two
+ranks and the verifier, and what the two ranks compute in one process is compared with eager PyTorch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.opinfo.core import OpInfo, SampleInput
+from torch.utils import _pytree as pytree
+
+from tests.programs import assert_same_step
+from zgraph.capture import capture
+from zgraph.config import Config
+from zgraph.errors import VerifyError, ZgraphError
+from zgraph.passes import default_passes
+from zgraph.pipeline import run
+from zgraph.program import Mesh
+
+MAX_SAMPLES = 12
+"""Sample inputs that are looked through for one that can train: differentiable, not empty."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one operator.
+
+    Attributes:
+        name: as in torch's database, with its variant.
+        result: "equal", "refused", or "skipped" if eager PyTorch itself cannot train it.
+        reason: of a refusal or a skip, in one line.
+    """
+
+    name: str
+    result: str
+    reason: str = ""
+
+
+class Operator(nn.Module):
+    """Applies an operator to parameters; the loss is the sum of its results, weighted by the batch."""
+
+    def __init__(self, op: OpInfo, sample: SampleInput) -> None:
+        super().__init__()
+        leaves, self._spec = pytree.tree_flatten((sample.input, sample.args, sample.kwargs))
+        self._op, self._leaves = op.op, leaves
+        self.inputs = nn.ParameterList(
+            nn.Parameter(leaf.detach().clone())
+            for leaf in leaves
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad
+        )
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        params = iter(self.inputs)
+        leaves = [
+            next(params).clone() if isinstance(leaf, torch.Tensor) and leaf.requires_grad else leaf
+            for leaf in self._leaves
+        ]
+        first, args, kwargs = pytree.tree_unflatten(leaves, self._spec)
+        results = [
+            value
+            for value in pytree.tree_leaves(self._op(first, *args, **kwargs))
+            if isinstance(value, torch.Tensor) and value.requires_grad
+        ]
+        if not results:
+            raise NotDifferentiableError
+        total = torch.stack([(value.abs() if value.is_complex() else value).sum().float() for value in results]).sum()
+        return total * weight.sum()
+
+
+class NotDifferentiableError(Exception):
+    """No result of the operator depends on a parameter."""
+
+
+def differentiable() -> list[OpInfo]:
+    """The entries of torch's database that have a gradient in float32."""
+    return [op for op in op_db if op.supports_autograd and torch.float32 in op.supported_dtypes("cpu")]
+
+
+def name_of(op: OpInfo) -> str:
+    return op.name + (f".{op.variant_test_name}" if op.variant_test_name else "")
+
+
+def try_operator(op: OpInfo) -> Outcome:
+    """Train one operator for a step, on two ranks and eagerly."""
+    skipped = "no sample input of the database can train"
+    for number, sample in enumerate(op.sample_inputs("cpu", torch.float32, requires_grad=True)):
+        if number == MAX_SAMPLES:
+            break
+        try:
+            torch.manual_seed(0)
+            model = Operator(op, sample)
+            loss = model(torch.ones(3))
+            loss.backward()
+            if not loss.isfinite() or all(p.grad is None for p in model.parameters()):
+                continue
+        except NotDifferentiableError:
+            continue
+        except Exception as error:  # noqa: BLE001 -- eager PyTorch cannot do it, whatever the reason
+            skipped = f"eager PyTorch: {_line(error)}"
+            continue
+        return _compare(op, model)
+    return Outcome(name_of(op), "skipped", skipped)
+
+
+def _compare(op: OpInfo, model: Operator) -> Outcome:
+    name, batch = name_of(op), torch.tensor([0.5, 1.0, 0.25])
+    for p in model.parameters():
+        p.grad = None
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    try:
+        program = capture(model, optimizer, (batch,), {})
+        rewritten = run(default_passes(Config(zero=3, bucket_bytes=64), Mesh(2)), program).program
+    except VerifyError:
+        raise  # a false alarm, or a mistake in a pass: both are ours
+    except ZgraphError as error:
+        return Outcome(name, "refused", error.what.splitlines()[0])
+    assert_same_step(rewritten, program)
+    return Outcome(name, "equal")
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def sweep(ops: Iterable[OpInfo]) -> Iterator[Outcome]:
+    """Try each operator, in order."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for op in ops:
+            yield try_operator(op)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="parts of names; all operators by default")
+    options = parser.parse_args(argv)
+    chosen = [op for op in differentiable() if not options.names or any(n in name_of(op) for n in options.names)]
+    outcomes = []
+    for outcome in sweep(chosen):
+        outcomes.append(outcome)
+        print(f"\r{len(outcomes)}/{len(chosen)} {outcome.name:60.60}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    counts = Counter(outcome.result for outcome in outcomes)
+    print(f"{len(outcomes)} operators: " + ", ".join(f"{n} {result}" for result, n in sorted(counts.items())))
+    for result in ("refused", "skipped"):
+        print(f"\n| {result} | because |\n| --- | --- |")
+        for outcome in outcomes:
+            if outcome.result == result:
+                print(f"| `{outcome.name}` | {outcome.reason.replace('|', '/')} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
