@@ -10,9 +10,9 @@ from __future__ import annotations
 import enum
 import hashlib
 import operator
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -278,7 +278,7 @@ class Program:
     def digest(self) -> bytes:
         """SHA-256 of the program text and layout: equal on ranks that will issue the same operations."""
         facts = (self.layout, sorted(self.init.items()), sorted(self.given.items()), [g.text for g in self.guards])
-        return hashlib.sha256((self.text() + repr(facts)).encode()).digest()
+        return hashlib.sha256((self.text() + in_words(facts)).encode()).digest()
 
     def __str__(self) -> str:
         return self.text()
@@ -334,8 +334,7 @@ def target_name(target: Any) -> str:
         return str(target)
     if isinstance(target, torch._ops.OpOverload):
         return str(target)
-    module = getattr(target, "__module__", "").removeprefix("_")
-    return f"{module}.{getattr(target, '__name__', target)}"
+    return in_words(target).removeprefix("_")
 
 
 def _is_whole(arg: Any) -> bool:
@@ -365,7 +364,40 @@ def show(arg: Any, number: dict[fx.Node, str]) -> str:
         return number[arg]
     if isinstance(arg, (list, tuple)):
         return "[" + ", ".join(show(a, number) for a in arg) + "]"
-    return repr(arg)
+    return in_words(arg)
+
+
+_SAY_ALL = (
+    type(None), bool, int, float, complex, str, bytes, slice, range, enum.Enum,
+    torch.dtype, torch.layout, torch.memory_format,
+)  # fmt: skip
+"""Types whose repr is the whole value and the same in every process."""
+
+
+def in_words(value: Any) -> str:
+    """A value as text that ranks can compare.
+
+    A device is its type, since each rank has its own. What has no value to show is named by its module and qualified
+    name, or its type's: its repr would hold an address.
+    """
+    if isinstance(value, _SAY_ALL):
+        return repr(value)
+    if isinstance(value, torch.device):
+        return value.type
+    if isinstance(value, torch.Tensor):
+        content = "" if value.is_meta or isinstance(value, FakeTensor) else repr(value.tolist())
+        return f"{describe(value)} {content}"
+    if isinstance(value, (list, tuple)):
+        return f"{type(value).__name__}({', '.join(map(in_words, value))})"
+    if isinstance(value, (set, frozenset)):
+        return f"{type(value).__name__}({', '.join(sorted(map(in_words, value)))})"
+    if isinstance(value, Mapping):
+        return f"{type(value).__name__}({', '.join(f'{in_words(k)}: {in_words(v)}' for k, v in value.items())})"
+    if is_dataclass(value) and not isinstance(value, type):
+        shown = [f"{f.name}={in_words(getattr(value, f.name))}" for f in fields(value) if f.repr]
+        return f"{type(value).__name__}({', '.join(shown)})"
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return ".".join(filter(None, (getattr(named, "__module__", None), named.__qualname__)))
 
 
 __all__ = [
@@ -380,6 +412,7 @@ __all__ = [
     "Stage",
     "StateInit",
     "describe",
+    "in_words",
     "operand",
     "readers",
     "show",
