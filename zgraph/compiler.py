@@ -183,13 +183,20 @@ class _Runtime:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         hypers: dict[str, float] = {}
         facts: dict[str, str] = {}
+        replaced: list[str] = []
         error: Exception | None = None
         try:
             hypers = hyperparameters(self.optimizer)
             facts = self._facts(leaves, spec)
+            replaced = self.state.replaced()
         except Exception as caught:  # noqa: BLE001 -- another rank may not have it, and is told before this one stops
             error = caught
-        self.agreement.check({**facts, "hyperparameters": repr(hypers), "zgraph options": repr(self.config)}, error)
+        others = {
+            "hyperparameters": repr(hypers),
+            "zgraph options": repr(self.config),
+            "which parameters have been given other values": repr(replaced),
+        }
+        self.agreement.check({**facts, **others}, error)
         key = self._key(facts)
         values = self._guarded_values(hypers)
         compiled = next((c for c in self.cache.get(key, ()) if _hold(c.guards, values)), None)
@@ -202,7 +209,8 @@ class _Runtime:
         self._last = compiled
         layout = compiled.executable.program.layout
         assert layout is not None
-        self.state.commit(layout)
+        if replaced or layout != self.state.layout:
+            self.state.commit(layout)
         self.comm.traffic.clear()
         loss = compiled.executable.run([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], hypers)
         if is_new:

@@ -48,6 +48,7 @@ class TrainingState:
         self.params: dict[str, torch.Tensor] = {}
         self._optimizer_state = OptimizerState(optimizer, group)
         self._placed: dict[str, nn.Parameter] = {}
+        self._memory: dict[str, tuple[int, bool] | None] = {}
 
     @property
     def opt(self) -> dict[str, dict[str, Value]]:
@@ -57,21 +58,32 @@ class TrainingState:
         """
         return self._optimizer_state.stored
 
+    def replaced(self) -> list[str]:
+        """Parameters that are not as ``commit`` left them: other objects, or (``param.data = ...``) other memory."""
+        return [
+            name
+            for name, param in self.model.named_parameters()
+            if self._placed.get(name) is not param or self._memory[name] != _memory(param)
+        ]
+
     @torch.no_grad()
     def commit(self, layout: Layout) -> None:
         """Move parameters and optimizer state into the buckets of ``layout``, and initialise what is on meta.
 
         The first call makes rank 0's parameters and buffers those of all ranks. A later one, with another layout,
-        keeps every value. Gradients are dropped: a compiled step makes its own.
+        keeps every value; rank 0's values of parameters that have been ``replaced`` become those of all ranks.
+        Gradients are dropped: a compiled step makes its own.
 
         Raises:
             StateError: a module cannot be initialised, or optimizer state does not fit; nothing has changed then.
         """
         current = dict(self.model.named_parameters())
         assert current.keys() == {s.name for b in layout.buckets for s in b.segments}, "the layout of another model"
-        kept = {name for name, param in self._placed.items() if current.get(name) is param}
-        if layout == self.layout and len(kept) == len(current):
+        replaced = self.replaced()
+        if layout == self.layout and all(self._placed[n] is current[n] and not current[n].is_meta for n in replaced):
+            self._take_in(replaced)
             return
+        kept = current.keys() - set(replaced)
         meta_modules = find_meta_modules(self.model, except_for=[current[name] for name in kept])
         forms = self._optimizer_state.forms(current)
         check_agreement(layout, forms)
@@ -91,6 +103,7 @@ class TrainingState:
                 else:
                     value = param.detach()
                     if segment.name not in kept:
+                        value = value.contiguous()  # an expanded one has elements in common: no receiving it
                         broadcast(value, self.group)
                 new.write(segment.name, value)
                 place(param, without_memory(param) if new.sharded else new.read(segment.name))
@@ -101,6 +114,19 @@ class TrainingState:
                     buffer.data = buffer.data.contiguous()  # an expanded one has elements in common: no receiving it
                 broadcast(buffer, self.group)
         self.layout, self.params, self._placed = layout, new.tensors, current
+        self._memory = {name: _memory(param) for name, param in current.items()}
+
+    def _take_in(self, names: list[str]) -> None:
+        """Store the values of parameters that have got other memory, and give them their place back."""
+        stored = self._stored_params()
+        values = []
+        for name in names:  # all of them before any is written: one may lie in the place of another
+            values.append(self._placed[name].detach().clone(memory_format=torch.contiguous_format))
+            broadcast(values[-1], self.group)
+        for name, value in zip(names, values, strict=True):
+            param = self._placed[name]
+            stored.write(name, value)
+            place(param, without_memory(param) if stored.sharded else stored.read(name))
 
     def buffer(self, name: str) -> torch.Tensor:
         """The module's buffer as it is now."""
@@ -187,6 +213,11 @@ class TrainingState:
         finally:
             for param in self._placed.values():
                 place(param, without_memory(param))
+
+
+def _memory(param: torch.Tensor) -> tuple[int, bool] | None:
+    """Where the elements are; None for those that are nowhere."""
+    return None if param.is_meta else (param.data_ptr(), param.is_contiguous())
 
 
 @contextmanager
