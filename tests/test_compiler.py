@@ -10,7 +10,7 @@ from torch.optim import AdamW
 import zgraph
 from tests.ranks import Ranks
 from tests.reference import world
-from zgraph.errors import RankError
+from zgraph.errors import RankError, ZgraphError
 
 
 class Net(nn.Module):
@@ -56,3 +56,34 @@ def assign_on_rank_1() -> None:
 
 def test_values_assigned_on_one_rank_alone_are_refused(ranks: Ranks) -> None:
     ranks.run(assign_on_rank_1, timeout_s=60)
+
+
+class Breaks(nn.Linear):
+    """It cannot be initialised while it says so."""
+
+    broken = True
+
+    def reset_parameters(self) -> None:
+        if self.broken and world()[0] == 1:
+            raise ValueError("only rank 1")
+        super().reset_parameters()
+
+
+def initialise_on_the_second_try() -> None:
+    Breaks.broken = False
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4), Breaks(4, 1))
+    Breaks.broken = True
+    zgraph.compile(model, optimizer=AdamW(model.parameters()), loss=lambda output, *_: output.square().mean())
+    with pytest.raises(ZgraphError, match="only rank 1"):
+        model.train_step(torch.ones(2, 4))
+    with pytest.raises(ZgraphError, match="nothing is compiled yet"):
+        model.stats()
+    assert all(p.is_meta for p in model.parameters())
+    Breaks.broken = False
+    assert model.train_step(torch.ones(2, 4)).isfinite()
+    assert model.stats()["num_captures"] == 1
+
+
+def test_a_step_whose_state_cannot_be_placed_is_not_kept(ranks: Ranks) -> None:
+    ranks.run(initialise_on_the_second_try, timeout_s=60)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -63,6 +64,21 @@ class Agreement:
                         fix="run the same script with the same model, options and batch shapes on all ranks",
                     )
         raise AssertionError("digests differ but no fact does")
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around a part that may fail on one rank alone: all go on, or all raise, as ``share_outcome`` does.
+
+        Before a collective inside, every rank calls ``share_outcome`` too, where it meets one that has failed.
+        """
+        try:
+            yield
+        except RankError:
+            raise  # from another rank, in an exchange that all of them took part in
+        except Exception as error:
+            self.share_outcome(b"", error)
+            raise
+        self.share_outcome(b"", None)
 
     def share_outcome(self, digest: bytes, error: Exception | None) -> None:
         """After a part that may fail on one rank alone: raise everywhere if it failed anywhere.

@@ -21,7 +21,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from zgraph.agreement import Agreement
 from zgraph.capture import capture, check_optimizer
 from zgraph.codegen.emit import emit
 from zgraph.comm import make_comm
@@ -170,7 +169,7 @@ class _Runtime:
 
     def __post_init__(self) -> None:
         self.state = TrainingState(self.model, self.optimizer, self.group)
-        self.agreement = Agreement(self.group)
+        self.agreement = self.state.agreement
         self.comm = make_comm(self.group)
 
     # -- a step ---------------------------------------------------------------------------------------------
@@ -205,12 +204,13 @@ class _Runtime:
             if self._last is not None:
                 log.warning("zgraph: capturing the training step again, because %s", self._what_changed(key, facts))
             compiled = self._compile(args, kwargs)
-            self.cache.setdefault(key, []).append(compiled)
-        self._last = compiled
         layout = compiled.executable.program.layout
         assert layout is not None
         if replaced or layout != self.state.layout:
             self.state.commit(layout)
+        if is_new:
+            self.cache.setdefault(key, []).append(compiled)
+        self._last = compiled
         self.comm.traffic.clear()
         loss = compiled.executable.run([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], hypers)
         if is_new:

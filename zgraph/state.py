@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from zgraph.agreement import Agreement
 from zgraph.eager import getter
 from zgraph.errors import StateError
 from zgraph.flat import FlatTensors, broadcast, place, without_memory
@@ -38,6 +39,7 @@ class TrainingState:
     Attributes:
         layout: the buckets; None before the first ``commit``.
         params: bucket name -> this rank's flat parameters.
+        agreement: of the ranks.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class TrainingState:
         self.model, self.optimizer, self.group = model, optimizer, group
         self.layout: Layout | None = None
         self.params: dict[str, torch.Tensor] = {}
+        self.agreement = Agreement(group)
         self._optimizer_state = OptimizerState(optimizer, group)
         self._placed: dict[str, nn.Parameter] = {}
         self._memory: dict[str, tuple[int, bool] | None] = {}
@@ -75,7 +78,8 @@ class TrainingState:
         Gradients are dropped: a compiled step makes its own.
 
         Raises:
-            StateError: a module cannot be initialised, or optimizer state does not fit; nothing has changed then.
+            StateError: a module cannot be initialised, or optimizer state does not fit.
+            RankError: it was so on another rank. Nothing has changed then, on any rank.
         """
         current = dict(self.model.named_parameters())
         assert current.keys() == {s.name for b in layout.buckets for s in b.segments}, "the layout of another model"
@@ -84,13 +88,14 @@ class TrainingState:
             self._take_in(replaced)
             return
         kept = current.keys() - set(replaced)
-        meta_modules = find_meta_modules(self.model, except_for=[current[name] for name in kept])
-        forms = self._optimizer_state.forms(current)
-        check_agreement(layout, forms)
+        with self.agreement.together():
+            meta_modules = find_meta_modules(self.model, except_for=[current[name] for name in kept])
+            forms = self._optimizer_state.forms(current)
+            check_agreement(layout, forms)
 
         old = None if self.layout is None else self._stored_params(num_cached=2)
         new = FlatTensors(layout, sharded=layout.shard_params, group=self.group)
-        initialise(meta_modules, {id(param): name for name, param in current.items()}, new)
+        initialise(meta_modules, {id(param): name for name, param in current.items()}, new, self.agreement)
         initialised = {id(param) for module in meta_modules for param in module.params.values()}
         for bucket in layout.buckets:
             new.allocate(bucket)
