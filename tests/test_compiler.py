@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 import zgraph
 from tests.ranks import Ranks
@@ -87,3 +89,36 @@ def initialise_on_the_second_try() -> None:
 
 def test_a_step_whose_state_cannot_be_placed_is_not_kept(ranks: Ranks) -> None:
     ranks.run(initialise_on_the_second_try, timeout_s=60)
+
+
+class Scales(Optimizer):
+    """Its step asks a function that the user keeps in the group."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad, alpha=group["scale"](group["lr"]))
+
+
+def scale_by(factor: float) -> Callable[[float], float]:
+    return lambda lr: lr * factor
+
+
+def replace_a_function() -> None:
+    model = Net()
+    optimizer = Scales([{"params": model.parameters(), "scale": scale_by(1.0)}], {"lr": 0.1})
+    zgraph.compile(model, optimizer=optimizer)
+    for _ in range(2):
+        model.train_step(INDEX)
+    assert model.stats()["num_captures"] == 1
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer.param_groups[0]["scale"] = scale_by(0.0)
+    model.train_step(INDEX)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.stats()["num_captures"] == 2
+
+
+def test_functions_among_the_optimizers_options_are_compared_by_name_and_replaced_by_identity(ranks: Ranks) -> None:
+    ranks.run(replace_a_function)

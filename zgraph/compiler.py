@@ -34,7 +34,7 @@ from zgraph.pipeline import PassRecord, run
 from zgraph.program import Guard, Input, Mesh, Program, Role
 from zgraph.state import TrainingState
 from zgraph.tracing import forget
-from zgraph.update import StateEntry, StateSpec, hyperparameters, structure
+from zgraph.update import StateEntry, StateSpec, hyperparameters, structure, unnamed
 
 log = logging.getLogger("zgraph")
 
@@ -165,6 +165,7 @@ class _Runtime:
     cache: dict[str, list[_Compiled]] = field(default_factory=dict)
     _last: _Compiled | None = None
     _facts_seen: dict[str, str] = field(default_factory=dict)
+    _met: list[Any] = field(default_factory=list)
     _capturing: bool = False
 
     def __post_init__(self) -> None:
@@ -186,7 +187,7 @@ class _Runtime:
         error: Exception | None = None
         try:
             hypers = hyperparameters(self.optimizer)
-            facts = self._facts(leaves, spec)
+            facts = {**self._facts(leaves, spec), **self._objects()}
             replaced = self.state.replaced()
         except Exception as caught:  # noqa: BLE001 -- another rank may not have it, and is told before this one stops
             error = caught
@@ -214,7 +215,7 @@ class _Runtime:
         self.comm.traffic.clear()
         loss = compiled.executable.run([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], hypers)
         if is_new:
-            facts = self._facts(leaves, spec)
+            facts = {**self._facts(leaves, spec), **self._objects()}
             known = self.cache.setdefault(self._key(facts), [])
             # what created its state reads it from now on
             if compiled.executable.reads_all_state() and compiled not in known:
@@ -306,6 +307,20 @@ class _Runtime:
                 (modes, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())
             ),
         }
+
+    def _objects(self) -> dict[str, str]:
+        """Objects among the optimizer's options, by the order in which this runtime met them.
+
+        So that one put in the place of another counts as a change, and yet ranks that do the same say the same.
+        """
+        assert self.optimizer is not None
+        numbers = []
+        for value in unnamed(self.optimizer):
+            number = next((i for i, seen in enumerate(self._met) if seen is value), len(self._met))
+            if number == len(self._met):
+                self._met.append(value)
+            numbers.append(number)
+        return {"the objects among the optimizer's options": repr(numbers)}
 
     def _key(self, facts: dict[str, str]) -> str:
         return repr({name: fact for name, fact in facts.items() if name != STEP_COUNTS})

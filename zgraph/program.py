@@ -374,12 +374,22 @@ _SAY_ALL = (
 """Types whose repr is the whole value and the same in every process."""
 
 
-def in_words(value: Any) -> str:
+def qualified_name(value: Any) -> str:
+    """Where a function or type, or else the type of an object, is defined."""
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return ".".join(filter(None, (getattr(named, "__module__", None), named.__qualname__)))
+
+
+def in_words(value: Any, name: Callable[[Any], str] = qualified_name) -> str:
     """A value as text that ranks can compare.
 
-    A device is its type, since each rank has its own. What has no value to show is named by its module and qualified
-    name, or its type's: its repr would hold an address.
+    A device is its type, since each rank has its own. What has no value to show is called what ``name`` says: its repr
+    would hold an address.
     """
+
+    def words(inner: Any) -> str:
+        return in_words(inner, name)
+
     if isinstance(value, _SAY_ALL):
         return repr(value)
     if isinstance(value, torch.device):
@@ -388,16 +398,15 @@ def in_words(value: Any) -> str:
         content = "" if value.is_meta or isinstance(value, FakeTensor) else repr(value.tolist())
         return f"{describe(value)} {content}"
     if isinstance(value, (list, tuple)):
-        return f"{type(value).__name__}({', '.join(map(in_words, value))})"
+        return f"{type(value).__name__}({', '.join(map(words, value))})"
     if isinstance(value, (set, frozenset)):
-        return f"{type(value).__name__}({', '.join(sorted(map(in_words, value)))})"
+        return f"{type(value).__name__}({', '.join(sorted(map(words, value)))})"
     if isinstance(value, Mapping):
-        return f"{type(value).__name__}({', '.join(f'{in_words(k)}: {in_words(v)}' for k, v in value.items())})"
+        return f"{type(value).__name__}({', '.join(f'{words(k)}: {words(v)}' for k, v in value.items())})"
     if is_dataclass(value) and not isinstance(value, type):
-        shown = [f"{f.name}={in_words(getattr(value, f.name))}" for f in fields(value) if f.repr]
+        shown = [f"{f.name}={words(getattr(value, f.name))}" for f in fields(value) if f.repr]
         return f"{type(value).__name__}({', '.join(shown)})"
-    named = value if hasattr(value, "__qualname__") else type(value)
-    return ".".join(filter(None, (getattr(named, "__module__", None), named.__qualname__)))
+    return name(value)
 
 
 __all__ = [
@@ -414,6 +423,7 @@ __all__ = [
     "describe",
     "in_words",
     "operand",
+    "qualified_name",
     "readers",
     "show",
     "target_name",
