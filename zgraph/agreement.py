@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from zgraph.comm import backends
 from zgraph.errors import RankError
 
 _MAX_BYTES = 4096
@@ -29,7 +30,7 @@ class Agreement:
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.rank, self.world = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
         self._group = group
-        if group is not None and dist.get_backend(group) != "gloo":
+        if group is not None and backends(group).get("cpu") != "gloo":
             self._group = dist.new_group(dist.get_process_group_ranks(group), backend="gloo")
 
     def check(self, facts: Mapping[str, str], error: Exception | None = None) -> None:

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from zgraph.capture import capture, check_optimizer
 from zgraph.codegen.emit import emit
-from zgraph.comm import make_comm
+from zgraph.comm import Comm, default_backend, make_comm
 from zgraph.config import Config
 from zgraph.eager import GatherOnUse
 from zgraph.errors import CaptureError, OptimizerError, OptionError, ZgraphError
@@ -88,7 +88,7 @@ def compile(  # noqa: A001
             raise OptionError(
                 f"the model has an attribute {name!r}, which zgraph.compile would hide", fix="rename the attribute"
             )
-    group = _process_group(model)
+    group = _process_group()
     runtime = _Runtime(model, optimizer, loss, config, group)
     model.__class__ = type(f"Compiled{type(model).__name__}", (CompiledModule, type(model)), {})
     model.__dict__["_zgraph"] = runtime
@@ -150,6 +150,7 @@ class _Compiled:
     """A step compiled for one kind of batch."""
 
     executable: Executable
+    comm: Comm
     guards: tuple[Guard, ...]
     records: tuple[PassRecord, ...]
     capture_s: float
@@ -171,7 +172,6 @@ class _Runtime:
     def __post_init__(self) -> None:
         self.state = TrainingState(self.model, self.optimizer, self.group)
         self.agreement = self.state.agreement
-        self.comm = make_comm(self.group)
 
     # -- a step ---------------------------------------------------------------------------------------------
 
@@ -212,7 +212,7 @@ class _Runtime:
         if is_new:
             self.cache.setdefault(key, []).append(compiled)
         self._last = compiled
-        self.comm.traffic.clear()
+        compiled.comm.traffic.clear()
         loss = compiled.executable.run([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], hypers)
         if is_new:
             facts = {**self._facts(leaves, spec), **self._objects()}
@@ -244,7 +244,9 @@ class _Runtime:
             mesh = Mesh(self.agreement.world)
             result = run(default_passes(self.config, mesh, self.state.layout), program)
             digest = result.program.digest()
-            executable = Executable(result.program, emit(result.program), self.state, self.comm)
+            assert result.program.layout is not None
+            comm = make_comm(self.group, {bucket.device.type for bucket in result.program.layout.buckets})
+            executable = Executable(result.program, emit(result.program), self.state, comm)
             del program
         except Exception as caught:  # noqa: BLE001 -- whatever it is, the other ranks are told before this one stops
             error = caught
@@ -254,7 +256,7 @@ class _Runtime:
         forget()
         gc.collect()  # graphs are full of cycles; what capture left behind is gone before the first step
         release_free_memory()
-        return _Compiled(executable, result.program.guards, result.records, capture_s)
+        return _Compiled(executable, comm, result.program.guards, result.records, capture_s)
 
     def _device(self) -> torch.device | None:
         """Where parameters without memory live; None before they have a place."""
@@ -370,7 +372,7 @@ class _Runtime:
             "param_bytes": sum(t.nbytes for t in self.state.params.values()),
             "optimizer_state_bytes": sum(t.nbytes for t in states),
             "buffer_bytes": sum(b.nbytes for b in self.model.buffers()),
-            "collectives": self.comm.traffic.as_dict(),
+            "collectives": last.comm.traffic.as_dict(),
             "num_nodes": last.executable.program.num_nodes(),
             "num_captures": len({id(c) for entries in self.cache.values() for c in entries}),
             "capture_s": last.capture_s,
@@ -401,14 +403,13 @@ def _fact_of(leaf: Any) -> str:
     )
 
 
-def _process_group(model: nn.Module) -> dist.ProcessGroup | None:
+def _process_group() -> dist.ProcessGroup | None:
     """The default group, made from torchrun's environment if need be; None for a single process."""
     if not dist.is_available():
         return None
     if not dist.is_initialized():
         if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
             return None
-        device = next((p.device.type for p in model.parameters() if not p.is_meta), "cpu")
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        dist.init_process_group(default_backend())
     group = dist.group.WORLD
     return group if group is not None and dist.get_world_size(group) > 1 else None
