@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Callable
 
 import pytest
@@ -122,3 +124,73 @@ def replace_a_function() -> None:
 
 def test_functions_among_the_optimizers_options_are_compared_by_name_and_replaced_by_identity(ranks: Ranks) -> None:
     ranks.run(replace_a_function)
+
+
+OUT_OF_RANGE = torch.tensor([0, 1, 9])
+
+
+def fail_within_a_step(zero: int) -> None:
+    model, optimizer = compiled(zero)
+    model.train_step(INDEX)
+    with pytest.raises(IndexError):
+        model.train_step(OUT_OF_RANGE)
+    collectives = [lambda: model.train_step(INDEX), optimizer.state_dict]
+    collectives += [model.state_dict] if zero == 3 else []
+    for call in collectives:
+        with pytest.raises(RankError, match=r"IndexError: .*out of range") as refusal:
+            call()
+        assert isinstance(refusal.value.__cause__, IndexError)
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_a_step_that_fails_between_collectives_is_the_last(ranks: Ranks, zero: int) -> None:
+    ranks.run(fail_within_a_step, zero, timeout_s=60)
+
+
+def test_a_step_that_fails_in_a_single_process_is_no_step() -> None:
+    (model, optimizer), (other, other_optimizer) = compiled(), compiled()
+    for each in (model, other):
+        each.train_step(INDEX)
+    with pytest.raises(IndexError):
+        model.train_step(OUT_OF_RANGE)
+    assert model.train_step(INDEX).item() == other.train_step(INDEX).item()
+    assert all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
+    assert str(optimizer.state_dict()) == str(other_optimizer.state_dict())
+
+
+def do_different_things() -> None:
+    model, optimizer = compiled(zero=3)
+    model.train_step(INDEX)
+
+    def evaluate() -> None:
+        with torch.no_grad():
+            model(INDEX)
+
+    calls = {
+        "model.train_step()": lambda: model.train_step(INDEX),
+        "model.state_dict()": model.state_dict,
+        "optimizer.state_dict()": optimizer.state_dict,
+        "model()": evaluate,
+    }
+    for one, other in itertools.permutations(calls, 2):
+        with pytest.raises(RankError, match=re.escape(f"rank 0 has called {one}, rank 1 {other}")):
+            calls[(one, other)[world()[0]]]()
+    for call in calls.values():
+        call()
+    assert model.train_step(INDEX).isfinite()
+
+
+def test_ranks_that_call_different_things_are_told_which(ranks: Ranks) -> None:
+    ranks.run(do_different_things, timeout_s=60)
+
+
+def save_on_rank_0() -> None:
+    model, _ = compiled(zero=2)
+    model.train_step(INDEX)
+    if world()[0] == 0:
+        model.state_dict()
+    model.train_step(INDEX)
+
+
+def test_one_rank_may_save_what_it_has_whole(ranks: Ranks) -> None:
+    ranks.run(save_on_rank_0, timeout_s=60)

@@ -329,7 +329,7 @@ def refuse_on_rank_1(late: bool) -> None:
     assert state.layout is None
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
-    state.agreement.check({"still": "together"})
+    state.agreement.check("still together")
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -342,7 +342,7 @@ def lacks_reset_on_rank_1() -> None:
     state = TrainingState(model, None, group())
     with pytest.raises(StateError if dist.get_rank() == 1 else RankError, match=re.escape("1 (Custom): weight, table")):
         state.commit(layout_of(model, 2, 3))
-    state.agreement.check({"still": "together"})
+    state.agreement.check("still together")
 
 
 def test_a_module_that_one_rank_cannot_initialise_stops_all(ranks):

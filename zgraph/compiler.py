@@ -196,7 +196,7 @@ class _Runtime:
             "zgraph options": repr(self.config),
             "which parameters have been given other values": repr(replaced),
         }
-        self.agreement.check({**facts, **others}, error)
+        self.agreement.check("model.train_step()", {**facts, **others}, error)
         key = self._key(facts)
         values = self._guarded_values(hypers)
         compiled = next((c for c in self.cache.get(key, ()) if _hold(c.guards, values)), None)
@@ -213,7 +213,8 @@ class _Runtime:
             self.cache.setdefault(key, []).append(compiled)
         self._last = compiled
         compiled.comm.traffic.clear()
-        loss = compiled.executable.run([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], hypers)
+        with self.agreement.no_return():
+            loss = compiled.executable.run([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], hypers)
         if is_new:
             facts = {**self._facts(leaves, spec), **self._objects()}
             known = self.cache.setdefault(self._key(facts), [])
@@ -356,6 +357,8 @@ class _Runtime:
             )
         if self.state.layout is None:
             return nullcontext()
+        if self.state.divided:
+            self.agreement.check("model()")
         return GatherOnUse(self.state)
 
     def last(self) -> _Compiled:

@@ -7,7 +7,7 @@ whole buckets, on meta (a shape without memory) where buckets are divided.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,9 +49,14 @@ class TrainingState:
         self.layout: Layout | None = None
         self.params: dict[str, torch.Tensor] = {}
         self.agreement = Agreement(group)
-        self._optimizer_state = OptimizerState(optimizer, group)
+        self._optimizer_state = OptimizerState(optimizer, group, self.agreement)
         self._placed: dict[str, nn.Parameter] = {}
         self._memory: dict[str, tuple[int, bool] | None] = {}
+
+    @property
+    def divided(self) -> bool:
+        """Whether a rank has no more than its part of the parameters, and reading them takes all ranks."""
+        return self.layout is not None and self.layout.shard_params and self.layout.world > 1
 
     @property
     def opt(self) -> dict[str, dict[str, Value]]:
@@ -85,7 +90,8 @@ class TrainingState:
         assert current.keys() == {s.name for b in layout.buckets for s in b.segments}, "the layout of another model"
         replaced = self.replaced()
         if layout == self.layout and all(self._placed[n] is current[n] and not current[n].is_meta for n in replaced):
-            self._take_in(replaced)
+            with self.agreement.no_return():
+                self._take_in(replaced)
             return
         kept = current.keys() - set(replaced)
         with self.agreement.together():
@@ -93,15 +99,26 @@ class TrainingState:
             forms = self._optimizer_state.forms(current)
             check_agreement(layout, forms)
 
-        old = None if self.layout is None else self._stored_params(num_cached=2)
         new = FlatTensors(layout, sharded=layout.shard_params, group=self.group)
         initialise(meta_modules, {id(param): name for name, param in current.items()}, new, self.agreement)
         initialised = {id(param) for module in meta_modules for param in module.params.values()}
-        for bucket in layout.buckets:
+        with self.agreement.no_return():
+            moving = {name: param for name, param in current.items() if id(param) not in initialised}
+            self._move(new, moving, kept)
+            self._optimizer_state.move(layout, current, forms)
+            if self.layout is None:
+                self._share_buffers()
+        self.layout, self.params, self._placed = layout, new.tensors, current
+        self._memory = {name: _memory(param) for name, param in current.items()}
+
+    def _move(self, new: FlatTensors, params: Mapping[str, nn.Parameter], kept: Collection[str]) -> None:
+        """Store parameters, and have those of them that are not ``kept`` be rank 0's."""
+        old = None if self.layout is None else self._stored_params(num_cached=2)
+        for bucket in new.layout.buckets:
             new.allocate(bucket)
             for segment in bucket.segments:
-                param = current[segment.name]
-                if id(param) in initialised:
+                param = params.get(segment.name)
+                if param is None:
                     continue
                 if old is not None and old.sharded and segment.name in kept:
                     value = old.read(segment.name)
@@ -112,14 +129,13 @@ class TrainingState:
                         broadcast(value, self.group)
                 new.write(segment.name, value)
                 place(param, without_memory(param) if new.sharded else new.read(segment.name))
-        self._optimizer_state.move(layout, current, forms)
-        if old is None:
-            for buffer in self.model.buffers():
-                if not buffer.is_contiguous():
-                    buffer.data = buffer.data.contiguous()  # an expanded one has elements in common: no receiving it
-                broadcast(buffer, self.group)
-        self.layout, self.params, self._placed = layout, new.tensors, current
-        self._memory = {name: _memory(param) for name, param in current.items()}
+
+    def _share_buffers(self) -> None:
+        """Make rank 0's buffers those of all ranks."""
+        for buffer in self.model.buffers():
+            if not buffer.is_contiguous():
+                buffer.data = buffer.data.contiguous()  # an expanded one has elements in common: no receiving it
+            broadcast(buffer, self.group)
 
     def _take_in(self, names: list[str]) -> None:
         """Store the values of parameters that have got other memory, and give them their place back."""
@@ -154,9 +170,13 @@ class TrainingState:
 
         Divided parameters are fresh full tensors (with ``keep_vars`` too). Others, and buffers, are references to
         live memory, as in plain PyTorch.
+
+        Raises:
+            RankError: parameters are divided, and another rank has called something else.
         """
-        if self.layout is None or not self._stored_params().sharded:
+        if not self.divided:
             return original(*args, **kwargs)
+        self.agreement.check("model.state_dict()")
         with torch.no_grad(), self._whole():
             result = original(*args, **kwargs)
             result.update({key: value.detach() for key, value in result.items() if isinstance(value, nn.Parameter)})
