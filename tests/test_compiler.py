@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import linecache
 import re
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 import zgraph
 from tests.ranks import Ranks
 from tests.reference import world
+from zgraph import compiler
 from zgraph.errors import RankError, ZgraphError
 
 
@@ -194,3 +198,67 @@ def save_on_rank_0() -> None:
 
 def test_one_rank_may_save_what_it_has_whole(ranks: Ranks) -> None:
     ranks.run(save_on_rank_0, timeout_s=60)
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor, factor: float) -> Tensor:
+        return (self.weight * x).sum() * factor
+
+
+def count_sources() -> int:
+    """Steps whose source Python's tracebacks can show."""
+    return sum(name.startswith("<zgraph step") for name in linecache.cache)
+
+
+def test_a_bounded_number_of_steps_is_kept_and_who_needs_more_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compiler, "NUM_KEPT_STEPS", 2)
+    model = Scaled()
+    zgraph.compile(model, optimizer=SGD(model.parameters(), lr=0.0))
+    programs, num_sources = [], count_sources()
+    for factor in (1.0, 2.0, 1.0, 3.0, 1.0, 4.0, 2.0):
+        assert model.train_step(torch.ones(2), factor).item() == 2 * factor
+        programs.append(weakref.ref(model.program))
+    assert model.stats()["num_captures"] == 5, "the step for 1.0 was among those used last"
+    gc.collect()
+    assert len({id(program()) for program in programs if program() is not None}) == 2
+    assert count_sources() <= num_sources + 2
+    told = [record.getMessage() for record in caplog.records if "times" in record.getMessage()]
+    assert len(told) == 1
+    assert "the arguments' shapes and values changed 2 times" in told[0]
+    assert "as tensors" in told[0]
+
+
+class CreatesState(Optimizer):
+    """Its first step differs from later ones."""
+
+    def __init__(self, params: Iterable[nn.Parameter]) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            for p in group["params"]:
+                if "velocity" in self.state[p]:
+                    self.state[p]["velocity"].add_(p.grad)
+                else:
+                    self.state[p]["velocity"] = p.grad.clone()
+                p.sub_(self.state[p]["velocity"], alpha=group["lr"])
+
+
+def test_the_second_capture_of_an_optimizer_that_creates_its_state_is_explained(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = Net()
+    zgraph.compile(model, optimizer=CreatesState(model.parameters()))
+    for _ in range(3):
+        model.train_step(INDEX)
+    assert model.stats()["num_captures"] == 2
+    (told,) = [record.getMessage() for record in caplog.records if record.name == "zgraph"]
+    assert "first step has created its state" in told

@@ -11,6 +11,7 @@ import gc
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -40,6 +41,9 @@ log = logging.getLogger("zgraph")
 
 STEP_COUNTS = "the optimizer's step counts"
 """The one fact that ranks must agree on although a captured step does not depend on it."""
+
+NUM_KEPT_STEPS = 8
+"""Compiled steps that are kept, those used last: each holds a graph of its own. Who needs more is told so."""
 
 
 def compile(  # noqa: A001
@@ -147,8 +151,12 @@ class CompiledModule(nn.Module):
 
 @dataclass(eq=False)
 class _Compiled:
-    """A step compiled for one kind of batch."""
+    """A step compiled for one kind of batch.
 
+    ``keys`` are of the facts that it was captured under, and of those that its own first run led to.
+    """
+
+    keys: set[str]
     executable: Executable
     comm: Comm
     guards: tuple[Guard, ...]
@@ -163,7 +171,9 @@ class _Runtime:
     loss: Callable[..., torch.Tensor] | None
     config: Config
     group: dist.ProcessGroup | None
-    cache: dict[str, list[_Compiled]] = field(default_factory=dict)
+    cache: list[_Compiled] = field(default_factory=list)  # in order of last use
+    _num_captures: int = 0
+    _num_changes: Counter[str] = field(default_factory=Counter)
     _last: _Compiled | None = None
     _facts_seen: dict[str, str] = field(default_factory=dict)
     _met: list[Any] = field(default_factory=list)
@@ -199,33 +209,39 @@ class _Runtime:
         self.agreement.check("model.train_step()", {**facts, **others}, error)
         key = self._key(facts)
         values = self._guarded_values(hypers)
-        compiled = next((c for c in self.cache.get(key, ()) if _hold(c.guards, values)), None)
+        compiled = next((c for c in self.cache if key in c.keys and _hold(c.guards, values)), None)
         is_new = compiled is None
         if compiled is None:
             if self._last is not None:
-                log.warning("zgraph: capturing the training step again, because %s", self._what_changed(key, facts))
-            compiled = self._compile(args, kwargs)
+                self._warn(key, facts)
+            compiled = self._compile(key, args, kwargs)
         layout = compiled.executable.program.layout
         assert layout is not None
         if replaced or layout != self.state.layout:
             self.state.commit(layout)
-        if is_new:
-            self.cache.setdefault(key, []).append(compiled)
-        self._last = compiled
+        self._keep(compiled)
         compiled.comm.traffic.clear()
         with self.agreement.no_return():
             loss = compiled.executable.run([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], hypers)
         if is_new:
             facts = {**self._facts(leaves, spec), **self._objects()}
-            known = self.cache.setdefault(self._key(facts), [])
-            # what created its state reads it from now on
-            if compiled.executable.reads_all_state() and compiled not in known:
-                known.append(compiled)
+            if compiled.executable.reads_all_state():  # what created its state reads it from now on
+                compiled.keys.add(self._key(facts))
         self._facts_seen = facts
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # as after optimizer.step(), for schedulers
         return loss
 
-    def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Compiled:
+    def _keep(self, compiled: _Compiled) -> None:
+        """Count the step as used last; of all steps those used last are kept. All ranks decide alike."""
+        if compiled in self.cache:
+            self.cache.remove(compiled)
+        else:
+            self._num_captures += 1
+        self.cache.append(compiled)
+        del self.cache[:-NUM_KEPT_STEPS]
+        self._last = compiled
+
+    def _compile(self, key: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Compiled:
         assert self.optimizer is not None
         error: Exception | None = None
         digest = b""
@@ -257,7 +273,7 @@ class _Runtime:
         forget()
         gc.collect()  # graphs are full of cycles; what capture left behind is gone before the first step
         release_free_memory()
-        return _Compiled(executable, comm, result.program.guards, result.records, capture_s)
+        return _Compiled({key}, executable, comm, result.program.guards, result.records, capture_s)
 
     def _device(self) -> torch.device | None:
         """Where parameters without memory live; None before they have a place."""
@@ -328,13 +344,26 @@ class _Runtime:
     def _key(self, facts: dict[str, str]) -> str:
         return repr({name: fact for name, fact in facts.items() if name != STEP_COUNTS})
 
-    def _what_changed(self, key: str, facts: dict[str, str]) -> str:
-        if key in self.cache:
-            return "a hyperparameter crossed a condition in the optimizer's step()"
+    def _warn(self, key: str, facts: dict[str, str]) -> None:
+        """Say why the step is captured again, and once when one cause recurs."""
         changed = [name for name in facts if name != STEP_COUNTS and facts[name] != self._facts_seen.get(name)]
-        if not changed:
-            return "the optimizer's first step has created its state, and later ones read it"
-        return f"{' and '.join(changed)} changed"
+        if any(key in compiled.keys for compiled in self.cache):
+            why = "a hyperparameter crossed a condition in the optimizer's step()"
+        elif changed:
+            why = f"{' and '.join(changed)} changed"
+        else:
+            why = "the optimizer's first step has created its state, and later ones read it"
+        log.warning("zgraph: capturing the training step again, because %s", why)
+        self._num_changes.update(changed)
+        for name in changed:
+            if self._num_changes[name] == NUM_KEPT_STEPS:
+                log.warning(
+                    "zgraph: %s changed %d times, and each time the step was captured again; only %d captured steps "
+                    "are kept. Pass numbers that change as tensors, and batches in few shapes",
+                    name,
+                    NUM_KEPT_STEPS,
+                    NUM_KEPT_STEPS,
+                )
 
     def _guarded_values(self, hypers: dict[str, float]) -> dict[Input, float]:
         values = {Input(Role.HYPER, path): value for path, value in hypers.items()}
@@ -377,7 +406,7 @@ class _Runtime:
             "buffer_bytes": sum(b.nbytes for b in self.model.buffers()),
             "collectives": last.comm.traffic.as_dict(),
             "num_nodes": last.executable.program.num_nodes(),
-            "num_captures": len({id(c) for entries in self.cache.values() for c in entries}),
+            "num_captures": self._num_captures,
             "capture_s": last.capture_s,
             "passes_s": sum(record.time_s + record.verify_s for record in last.records),
         }
