@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import io
 import itertools
 import linecache
+import pickle
 import re
 import weakref
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +22,7 @@ import zgraph
 from tests.ranks import Ranks
 from tests.reference import world
 from zgraph import compiler
-from zgraph.errors import RankError, ZgraphError
+from zgraph.errors import RankError, StateError, ZgraphError
 
 
 class Net(nn.Module):
@@ -262,3 +266,32 @@ def test_the_second_capture_of_an_optimizer_that_creates_its_state_is_explained(
     assert model.stats()["num_captures"] == 2
     (told,) = [record.getMessage() for record in caplog.records if record.name == "zgraph"]
     assert "first step has created its state" in told
+
+
+@pytest.mark.parametrize("save", [pickle.dumps, lambda model: torch.save(model, io.BytesIO()), copy.copy])
+def test_a_compiled_model_refuses_to_be_pickled(save: Callable[[nn.Module], Any]) -> None:
+    model, _ = compiled()
+    model.train_step(INDEX)
+    with pytest.raises(StateError, match=r"pickled") as refusal:
+        save(model)
+    assert "state_dict()" in refusal.value.fix
+
+
+def test_a_copy_in_a_single_process_trains_on_its_own() -> None:
+    model, _ = compiled()
+    model.train_step(INDEX)
+    other = copy.deepcopy(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    losses = [other.train_step(INDEX) for _ in range(2)]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert losses == [model.train_step(INDEX) for _ in range(2)]
+
+
+def copy_on_two_ranks() -> None:
+    model, _ = compiled()
+    with pytest.raises(StateError, match="process group"):
+        copy.deepcopy(model)
+
+
+def test_a_model_that_is_divided_refuses_to_be_copied(ranks: Ranks) -> None:
+    ranks.run(copy_on_two_ranks)

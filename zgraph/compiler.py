@@ -7,6 +7,7 @@ parameters move into their buckets. Until that moment the user's model and optim
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import os
@@ -27,7 +28,7 @@ from zgraph.codegen.emit import emit
 from zgraph.comm import Comm, default_backend, make_comm
 from zgraph.config import Config
 from zgraph.eager import GatherOnUse
-from zgraph.errors import CaptureError, OptimizerError, OptionError, ZgraphError
+from zgraph.errors import CaptureError, OptimizerError, OptionError, StateError, ZgraphError
 from zgraph.execute import Executable
 from zgraph.heap import release_free_memory
 from zgraph.passes import default_passes
@@ -147,6 +148,23 @@ class CompiledModule(nn.Module):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load full parameters; each rank stores its part."""
         return self.__dict__["_zgraph"].state.load_state_dict(super().load_state_dict, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise StateError(
+            "a compiled model cannot be pickled: it holds generated code and, on several ranks, a part of the state",
+            fix="save model.state_dict(), which has the whole parameters under their original names",
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy with an optimizer of its own, as plain modules and their optimizers have when copied together."""
+        if self.__dict__["_zgraph"].group is not None:
+            raise StateError(
+                "a compiled model cannot be copied while its process group is part of it",
+                fix="build another model and load_state_dict(model.state_dict())",
+            )
+        copied = memo[id(self)] = self.__class__.__new__(self.__class__)
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
 
 @dataclass(eq=False)
