@@ -11,6 +11,7 @@ import linecache
 import math
 import operator
 import re
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -103,4 +104,5 @@ class SourceWriter:
         linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
         exec(compile(source, filename, "exec"), self.namespace)  # noqa: S102
         function: Callable[..., Any] = self.namespace[name]
+        weakref.finalize(function, linecache.cache.pop, filename, None)
         return function

@@ -244,7 +244,9 @@ class _Flattener:
         self.program, self.updates, self.layout = program, updates, layout
         self.position = {node: i for i, node in enumerate(program.graph.nodes)}
         self.params = program.inputs(Role.PARAM)
-        self.states = program.inputs(Role.OPT_STATE)
+        self.states: dict[str, dict[str, fx.Node]] = {}
+        for (name, key), node in program.inputs(Role.OPT_STATE).items():
+            self.states.setdefault(name, {})[key] = node
         self.first = next(n for n in program.graph.nodes if n.op == "call_function")
         self.replaced = [node for node, what in program.placeholders() if what.role in (Role.PARAM, Role.OPT_STATE)]
 
@@ -361,12 +363,11 @@ class _Flattener:
             self.params[model.name, ""]: flat,
             self.updates.gradient[model.name]: gradient,
         }
-        for (name, key), node in self.states.items():
-            if name == model.name:
-                val = node.meta["val"]
-                if self.updates.is_vector(name, key):
-                    val = program.empty([bucket.numel], val.dtype, val.device)
-                copies[node] = program.placeholder(Input(Role.OPT_STATE, bucket.name, key), val, before=anchor)
+        for key, node in self.states.get(model.name, {}).items():
+            val = node.meta["val"]
+            if self.updates.is_vector(model.name, key):
+                val = program.empty([bucket.numel], val.dtype, val.device)
+            copies[node] = program.placeholder(Input(Role.OPT_STATE, bucket.name, key), val, before=anchor)
         before = gradient.next
 
         def copied(arg: Any) -> Any:

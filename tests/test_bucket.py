@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import operator
+import sys
 from dataclasses import replace
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -60,9 +62,9 @@ def test_parameters_become_views_of_a_flat_buffer_that_is_updated_as_one() -> No
 %10: f64[2, 4] = aten.t.default(%1)
 %11: f64[2, 3] = aten.mm.default(%10, %8)
 %12: f64[6] = aten.reshape.default(%11, [-1])
-%13: f64[10] = aten.full.default([10], 0, device=device(type='cpu'), dtype=torch.float64)
+%13: f64[10] = aten.full.default([10], 0, device=cpu, dtype=torch.float64)
 %14: f64[3] = aten.reshape.default(%9, [-1])
-%15: f64[13] = aten.full.default([13], 0, device=device(type='cpu'), dtype=torch.float64)
+%15: f64[13] = aten.full.default([13], 0, device=cpu, dtype=torch.float64)
 %16: f64[32] = aten.cat.default([%12, %13, %14, %15])
 %17: f64[32] = aten.add.Tensor(%0, %16, alpha=%2)
 %18: f64[] = aten.sum.default(%7)
@@ -258,3 +260,33 @@ def test_existing_buckets_of_another_model_are_not_kept() -> None:
     ):
         found = FormBuckets(2, 10**6, layout=Layout((bad, *layout.buckets[1:]), 2))(with_state()).layout
         assert found == layout
+
+
+def lines_run(num_params: int) -> int:
+    """Lines of this pass's own file that run for as many buckets as parameters."""
+    b = Builder()
+    results: dict[Input | None, Any] = {}
+    for i in range(num_params):
+        w, m = b.input(Role.PARAM, f"w{i}", shape=[2]), b.input(Role.OPT_STATE, f"w{i}", "m", shape=[2])
+        moment = b.call(Phase.UPDATE, aten.add.Tensor, m, b.call(Phase.BACKWARD, aten.mul.Tensor, w, 2), module=f"w{i}")
+        results[Input(Role.OPT_STATE, f"w{i}", "m")] = moment
+        results[param(f"w{i}")] = b.call(Phase.UPDATE, aten.sub.Tensor, w, moment, module=f"w{i}")
+    program = b.finish({None: b.forward(aten.sum.default, w), **results})
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal count
+        count += event == "line"
+        return trace if frame.f_code.co_filename == sys.modules[FormBuckets.__module__].__file__ else None
+
+    sys.settrace(trace)
+    try:
+        FormBuckets(1, 1).rewrite(program)
+    finally:
+        sys.settrace(None)
+    return count
+
+
+def test_work_is_proportional_to_the_number_of_buckets() -> None:
+    few, many = lines_run(10), lines_run(40)
+    assert many < 4.4 * few

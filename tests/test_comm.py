@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gc
 import weakref
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from tests.ranks import Ranks
-from zgraph.comm import FunctionalComm, PointToPointComm, SingleComm, make_comm
+from zgraph.agreement import Agreement
+from zgraph.comm import FunctionalComm, PointToPointComm, SingleComm, backends, default_backend, make_comm
 
 SIZES = [16, 48, 4096 + 16]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -34,7 +37,7 @@ def everyones(value: torch.Tensor) -> list[torch.Tensor]:
 
 
 def gather_everything() -> None:
-    comm, (rank, world) = make_comm(group()), (dist.get_rank(), dist.get_world_size())
+    comm, (rank, world) = make_comm(group(), {"cpu"}), (dist.get_rank(), dist.get_world_size())
     for dtype in [*DTYPES, torch.int64, torch.bool]:
         for size in SIZES:
             shard = made(size, dtype)
@@ -57,7 +60,7 @@ def test_all_gather_equals_torchs_own(ranks: Ranks, world: int) -> None:
 
 
 def reduce_everything() -> None:
-    comm, (rank, world) = make_comm(group()), (dist.get_rank(), dist.get_world_size())
+    comm, (rank, world) = make_comm(group(), {"cpu"}), (dist.get_rank(), dist.get_world_size())
     for dtype in DTYPES:
         for size in SIZES:
             full = made(size * world, dtype)
@@ -89,7 +92,9 @@ def own_the_same() -> list[float]:
     """Every rank owns the same numbers of everybody's."""
     block = made(64, torch.float32)
     return (
-        make_comm(group()).wait(make_comm(group()).reduce_scatter(block.repeat(dist.get_world_size()), "avg")).tolist()
+        make_comm(group(), {"cpu"})
+        .wait(make_comm(group(), {"cpu"}).reduce_scatter(block.repeat(dist.get_world_size()), "avg"))
+        .tolist()
     )
 
 
@@ -99,7 +104,7 @@ def test_a_sum_does_not_depend_on_which_rank_owns_it(ranks: Ranks) -> None:
 
 
 def overlap() -> None:
-    comm, world = make_comm(group()), dist.get_world_size()
+    comm, world = make_comm(group(), {"cpu"}), dist.get_world_size()
     shards = [made(16 * (i + 1), torch.float64) for i in range(4)]
     fulls = [made(32 * world, torch.float64) + i for i in range(3)]
     gathers = [comm.all_gather(shard) for shard in shards]
@@ -124,7 +129,7 @@ def test_a_group_starts_anew_whatever_its_ranks_have_done_in_others(ranks: Ranks
 
 
 def count() -> dict[str, dict[str, int]]:
-    comm, world = make_comm(group()), dist.get_world_size()
+    comm, world = make_comm(group(), {"cpu"}), dist.get_world_size()
     comm.wait(comm.all_gather(torch.zeros(32, dtype=torch.float64)))
     comm.wait(comm.all_gather(torch.zeros(16), out=torch.zeros(16 * world)))
     comm.wait(comm.reduce_scatter(torch.zeros(16 * world, dtype=torch.bfloat16), "avg"))
@@ -148,7 +153,7 @@ def test_collectives_and_bytes_are_counted(ranks: Ranks, world: int) -> None:
 
 
 def release() -> None:
-    comm = make_comm(group())
+    comm = make_comm(group(), {"cpu"})
     shard, full = made(1024, torch.float32), made(1024 * dist.get_world_size(), torch.float32)
     sent = [weakref.ref(shard), weakref.ref(full)]
     started = [comm.all_gather(shard), comm.reduce_scatter(full, "avg")]
@@ -186,13 +191,54 @@ def test_functional_collectives_take_the_same_calls(ranks: Ranks) -> None:
     ranks.run(run_functional)
 
 
-def choose() -> str:
-    return type(make_comm(group())).__name__
+CONFIGS = {
+    "cpu:gloo,cuda:gloo": {"cpu": "gloo", "cuda": "gloo"},
+    "cpu:gloo,cuda:nccl": {"cpu": "gloo", "cuda": "nccl"},
+    "cpu:gloo": {"cpu": "gloo"},
+    "cuda:nccl": {"cuda": "nccl"},
+    "cpu:mpi,cuda:mpi": {"cpu": "mpi", "cuda": "mpi"},
+}
 
 
-def test_the_backend_decides_how_data_travels(ranks: Ranks) -> None:
-    assert ranks.run(choose) == [PointToPointComm.__name__] * 2
-    assert isinstance(make_comm(None), SingleComm)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_each_type_of_device_has_a_backend(monkeypatch: pytest.MonkeyPatch, config: str) -> None:
+    monkeypatch.setattr(dist, "get_backend_config", lambda _: config)
+    assert backends(None) == CONFIGS[config]  # type: ignore[arg-type]
+
+
+def choose() -> None:
+    for config, served in CONFIGS.items():
+        with mock.patch.object(dist, "get_backend_config", lambda _, config=config: config):
+            expected = PointToPointComm if served.get("cpu") == "gloo" else FunctionalComm
+            assert type(make_comm(group(), {"cpu"})) is expected, config
+            assert type(make_comm(group(), {"cuda"})) is FunctionalComm, config
+            assert type(make_comm(group(), {"cpu", "cuda"})) is FunctionalComm, config
+
+
+def test_the_backend_of_the_buckets_device_decides_how_data_travels(ranks: Ranks) -> None:
+    ranks.run(choose)
+    assert isinstance(make_comm(None, {"cpu"}), SingleComm)
+
+
+def name_no_backend(rendezvous: str) -> tuple[str, str, bool]:
+    dist.init_process_group(init_method=f"file://{rendezvous}", rank=0, world_size=1)
+    agreement = Agreement(group())
+    agreement.check("anything")
+    same = agreement._group is group()
+    return dist.get_backend(), type(make_comm(group(), {"cpu"})).__name__, same
+
+
+def test_a_group_made_without_naming_a_backend_is_used_as_it_is(ranks: Ranks, tmp_path: Path) -> None:
+    found = ranks.run(name_no_backend, str(tmp_path / "rendezvous"), world=1)
+    assert found == [("undefined", PointToPointComm.__name__, True)]
+
+
+def test_a_group_made_by_zgraph_serves_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert default_backend() == "gloo"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    assert default_backend() == "cpu:gloo,cuda:nccl"
 
 
 def test_a_single_process_sends_nothing() -> None:

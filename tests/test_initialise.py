@@ -12,7 +12,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.layouts import layout_of
-from zgraph.errors import StateError
+from zgraph.errors import RankError, StateError
 from zgraph.state import TrainingState
 
 WORLDS = [1, 2, pytest.param(3, marks=pytest.mark.slow)]
@@ -280,7 +280,7 @@ BAD = [
     (fill_buffer_only, StateError, "reset_parameters() of 1 (Custom) does not fill weight"),
     (leave_buffer_on_meta, StateError, "reset_parameters() of 1 (Custom) does not fill table"),
     (replace_weight, StateError, "reset_parameters() of 1 (Custom) replaces parameter 'weight'"),
-    (fail, ValueError, "a bug of the user's"),
+    (fail, StateError, "reset_parameters() of 1 (Custom) raised ValueError: a bug of the user's"),
 ]
 
 
@@ -302,6 +302,51 @@ def refuse(reset: Callable[[Custom], None] | None, error: type[Exception], messa
 @pytest.mark.parametrize(("reset", "error", "message"), BAD, ids=lambda value: getattr(value, "__name__", ""))
 def test_a_reset_that_does_not_do_its_job_is_refused_and_changes_nothing(ranks, world, reset, error, message):
     ranks.run(refuse, reset, error, message, world=world)
+
+
+def fail_on_rank_1(module: Custom) -> None:
+    module.table.zero_()
+    if dist.get_rank() == 1:
+        raise ValueError("a bug of the user's")
+    module.weight.normal_()
+
+
+def refuse_on_rank_1(late: bool) -> None:
+    """Rank 0 learns it where it would communicate next: to rescale a weight that is divided already, or at the end."""
+    model = on_meta(lambda: nn.Sequential(Late().linear, Custom(fail_on_rank_1)))
+    if late:
+        with torch.device("meta"):
+            model.append(Late.Scaler(model[0]))
+    generator = torch.get_rng_state()
+    state = TrainingState(model, None, group())
+    if dist.get_rank() == 1:
+        with pytest.raises(StateError, match=re.escape("reset_parameters() of 1 (Custom) raised")) as caught:
+            state.commit(layout_of(model, 2, 3))
+        assert "test_initialise.py" in caught.value.where
+    else:
+        with pytest.raises(RankError, match=re.escape("rank 1 failed: reset_parameters() of 1 (Custom) raised")):
+            state.commit(layout_of(model, 2, 3))
+    assert state.layout is None
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+    state.agreement.check("still together")
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_reset_that_fails_on_one_rank_stops_all(ranks, late):
+    ranks.run(refuse_on_rank_1, late, world=2, timeout_s=60)
+
+
+def lacks_reset_on_rank_1() -> None:
+    model = on_meta(lambda: nn.Sequential(nn.Linear(3, 3), Custom(fill_weight_only if dist.get_rank() == 0 else None)))
+    state = TrainingState(model, None, group())
+    with pytest.raises(StateError if dist.get_rank() == 1 else RankError, match=re.escape("1 (Custom): weight, table")):
+        state.commit(layout_of(model, 2, 3))
+    state.agreement.check("still together")
+
+
+def test_a_module_that_one_rank_cannot_initialise_stops_all(ranks):
+    ranks.run(lacks_reset_on_rank_1, world=2, timeout_s=60)
 
 
 def test_modules_without_reset_parameters_are_named_before_anything_is_touched():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +18,20 @@ from tests.programs import Builder, Recipe, build, few_examples, param, recipes
 from zgraph import ops
 from zgraph.codegen.kernel import Kernel, region
 from zgraph.layout import Layout, ParamSpec, make_buckets
-from zgraph.program import Input, Origin, Phase, Program, Role, Stage, describe, readers, update_nodes
+from zgraph.program import (
+    Input,
+    Origin,
+    Phase,
+    Program,
+    Role,
+    Stage,
+    describe,
+    in_words,
+    readers,
+    show,
+    target_name,
+    update_nodes,
+)
 
 aten = torch.ops.aten
 
@@ -146,6 +160,44 @@ def test_a_digest_covers_shapes_roles_results_and_layout_but_not_where_nodes_com
     for node in program.graph.nodes:
         node.meta["origin"] = Origin(Phase.BACKWARD, "elsewhere", "/another/machine/model.py:1 (forward)")
     assert program.digest() == digest
+
+
+def on_device(index: int) -> Program:
+    """A program with a device among its literals and in its layout, as the rank that has that device makes it."""
+    device = torch.device("cuda", index)
+    program = small()
+    node = next(node for node in program.graph.nodes if node.target is aten.sum.default)
+    node.kwargs = {"device": device}
+    spec = ParamSpec("w", (3,), torch.float64, device, True)
+    program.layout = Layout(make_buckets([spec], 1, 64), 1)
+    return program
+
+
+def test_each_rank_may_have_a_device_of_its_own() -> None:
+    assert on_device(0).digest() == on_device(1).digest()
+    assert "device=cuda)" in on_device(1).text()
+    program = on_device(0)
+    program.layout = replace(program.layout, buckets=(replace(program.layout.buckets[0], device=torch.device("cpu")),))
+    assert program.digest() != on_device(0).digest()
+
+
+class Opaque:
+    """It has no repr, so Python shows its address."""
+
+
+def named() -> None:
+    pass
+
+
+def test_objects_are_shown_by_name_and_never_by_address() -> None:
+    held = [Opaque(), Opaque(), named, Opaque.__init__, functools.partial(named), lambda: None, torch.Generator()]
+    values = [*held, {"deep": (held[0], {3: held[1]})}, frozenset({named})]
+    assert not [words for words in map(in_words, values) if "0x" in words]
+    assert in_words(held[0]) == in_words(held[1]) != in_words(named)
+    assert in_words(named) == f"{__name__}.named"
+    assert show([held[0]], {}) == f"[{__name__}.Opaque]"
+    assert target_name(functools.partial(named)) == "functools.partial"
+    assert len({in_words(v) for v in (1, 1.0, True, "1", torch.float32, (1,), [1], {1: 1}, torch.tensor([1]))}) == 9
 
 
 def test_a_call_infers_its_value_and_records_which_pass_made_it() -> None:

@@ -262,6 +262,64 @@ def test_the_same_layout_again_moves_nothing():
     assert all(state.params[name] is flat for name, flat in before.items())
 
 
+# -- values that the user assigns --------------------------------------------------------------------------------------
+
+
+def assign(zero: int) -> None:
+    """``param.data = ...`` on every rank, values of its own: rank 0's count."""
+    model, state = committed(zero)
+    expected = tensors_of(awkward(1))
+    flats, params = dict(state.params), dict(model.named_parameters())
+    assert state.replaced() == []
+    for name, value in (("blocks.0.weight", torch.ones(20, 20)), ("shift", torch.zeros(1).expand(1))):
+        given_value = value * own_seed()
+        if params[name].is_meta:
+            torch.utils.swap_tensors(params[name], nn.Parameter(given_value))
+        else:
+            params[name].data = given_value
+        expected[name] = value
+    assert state.replaced() == ["shift", "blocks.0.weight"]
+    state.commit(state.layout)
+    assert state.replaced() == []
+    assert dict(model.named_parameters()) == params
+    assert all(state.params[name] is flat for name, flat in flats.items()), "only what is new is moved"
+    assert_same({**dict(state.full_params()), **dict(model.named_buffers())}, expected)
+
+
+@pytest.mark.parametrize(("world", "zero"), [(1, 0), (2, 1), (2, 3)])
+def test_values_that_replace_a_parameters_memory_are_taken_in(ranks, world, zero):
+    ranks.run(assign, zero, world=world)
+
+
+def test_values_that_lie_in_the_place_of_others_are_taken_in():
+    model, state = committed(zero=0)
+    first, second = (block.weight for block in model.blocks)
+    values = first.detach().clone(), second.detach().clone()
+    first.data, second.data = second.data, first.data.t()
+    assert state.replaced() == ["blocks.0.weight", "blocks.1.weight"]
+    state.commit(state.layout)
+    assert torch.equal(first, values[1])
+    assert torch.equal(second, values[0].t())
+    first.data = first.data.t()
+    assert state.replaced() == ["blocks.0.weight"], "the same memory in another order"
+
+
+def assign_and_change_layout(zero: int) -> None:
+    model, state = committed(zero)
+    expected = tensors_of(awkward(1))
+    new = torch.full((20, 20), float(own_seed()))
+    torch.utils.swap_tensors(model.blocks[0].weight, nn.Parameter(new))
+    expected["blocks.0.weight"] = torch.ones(20, 20)
+    state.commit(layout_of(model, world(), zero, bucket_bytes=4096))
+    found = {**dict(state.full_params()), **dict(model.named_buffers())}
+    assert_same({name: found[name] for name in expected}, expected)
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_assigned_values_survive_another_layout(ranks, zero):
+    ranks.run(assign_and_change_layout, zero, world=2)
+
+
 # -- state_dict -------------------------------------------------------------------------------------------------------
 
 

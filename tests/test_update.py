@@ -14,7 +14,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 from tests.optimizers import OPTIMIZERS, Lion
 from zgraph.errors import OptimizerError
 from zgraph.program import Input, Role, StateInit, describe
-from zgraph.update import StateEntry, StateSpec, Update, hyperparameters, structure, trace_update
+from zgraph.update import StateEntry, StateSpec, Update, hyperparameters, structure, trace_update, unnamed
 
 CPU = torch.device("cpu")
 
@@ -232,6 +232,20 @@ def test_numbers_are_hyperparameters_by_path_and_the_rest_is_structure() -> None
         changed.param_groups[1][key] = value
         assert structure(changed) != before, key
     assert structure(AdamW(params.parameters())) != structure(Adam(params.parameters()))
+
+
+def test_objects_are_part_of_the_structure_by_name_and_can_be_told_apart() -> None:
+    params = Params()
+    optimizers = [
+        AdamW([{"params": params.parameters(), "lr_fn": lambda step: step, "log": [torch.Generator()]}])
+        for _ in range(2)
+    ]  # fmt: skip
+    assert structure(optimizers[0]) == structure(optimizers[1])
+    assert "<lambda>" in str(structure(optimizers[0]))
+    group = optimizers[0].param_groups[0]
+    assert unnamed(optimizers[0]) == [group["log"][0], group["lr_fn"]]
+    group["lr_fn"] = torch.sin
+    assert structure(optimizers[0]) != structure(optimizers[1])
 
 
 def test_tracing_leaves_the_optimizer_alone() -> None:

@@ -1,18 +1,21 @@
 """Ranks agree before they communicate: a digest is exchanged before every step and after every compile.
 
-Ranks that differ (another model, batch shape, option, learning rate; an error on one of them) would hang in the next
-collective or average unlike things. Here all of them stop with the same explanation instead.
+Ranks that differ (another model, batch shape, option, learning rate; an error on one of them; one that saves while
+another trains) would hang in the next collective or average unlike things. Here all of them stop with the same
+explanation instead.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 
+from zgraph.comm import backends
 from zgraph.errors import RankError
 
 _MAX_BYTES = 4096
@@ -28,33 +31,43 @@ class Agreement:
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.rank, self.world = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
         self._group = group
-        if group is not None and dist.get_backend(group) != "gloo":
+        if group is not None and backends(group).get("cpu") != "gloo":
             self._group = dist.new_group(dist.get_process_group_ranks(group), backend="gloo")
+        self._behind: BaseException | None = None
 
-    def check(self, facts: Mapping[str, str], error: Exception | None = None) -> None:
-        """Raise on all ranks, naming the first fact that differs, unless ``facts`` are the same everywhere.
+    def check(self, operation: str, facts: Mapping[str, str] | None = None, error: Exception | None = None) -> None:
+        """Raise on all ranks, naming the first fact that differs, unless all do the same with the same facts.
 
         Args:
-            facts: in words, by name.
+            operation: what the user called, which all ranks must call together.
+            facts: in words, by name; the same names wherever the operation is the same.
             error: what went wrong on this rank before it knew its facts.
 
         Raises:
-            RankError: with the fact's name, this rank's value and the other's; or quoting another rank's error.
+            RankError: with the operations; or with the fact's name, this rank's value and the other's; or quoting
+                another rank's error.
         """
+        facts = facts or {}
         if self._group is None:
             if error is not None:
                 raise error
             return
-        digest = hashlib.sha256(repr(sorted(facts.items())).encode()).digest()
+        digest = hashlib.sha256(repr((operation, sorted(facts.items()))).encode()).digest()
         if len(set(self._exchange(bytes(len(digest)) if error else digest))) == 1 and error is None:
             return
-        mine = json.dumps({"facts": dict(facts), "error": str(error) if error else ""}).encode()
+        mine = json.dumps({"operation": operation, "facts": dict(facts), "error": str(error) if error else ""}).encode()
         everyone = [json.loads(raw) for raw in self._exchange_long(mine)]
         if error is not None:
             raise error
         for rank, other in enumerate(everyone):
             if other["error"]:
                 raise _failed(rank, other["error"])
+        for rank, other in enumerate(everyone):
+            if other["operation"] != everyone[0]["operation"]:
+                raise RankError(
+                    f"rank 0 has called {everyone[0]['operation']}, rank {rank} {other['operation']}",
+                    fix="call each of them on all ranks, in the same order",
+                )
         for name, value in everyone[0]["facts"].items():
             for rank, other in enumerate(everyone):
                 if other["facts"][name] != value:
@@ -63,6 +76,31 @@ class Agreement:
                         fix="run the same script with the same model, options and batch shapes on all ranks",
                     )
         raise AssertionError("digests differ but no fact does")
+
+    @contextmanager
+    def no_return(self) -> Iterator[None]:
+        """Around what takes all ranks to its end: this rank is behind the others for good if it fails inside."""
+        try:
+            yield
+        except BaseException as error:
+            if self._group is not None:
+                self._behind = error
+            raise
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around a part that may fail on one rank alone: all go on, or all raise, as ``share_outcome`` does.
+
+        Before a collective inside, every rank calls ``share_outcome`` too, where it meets one that has failed.
+        """
+        try:
+            yield
+        except RankError:
+            raise  # from another rank, in an exchange that all of them took part in
+        except Exception as error:
+            self.share_outcome(b"", error)
+            raise
+        self.share_outcome(b"", None)
 
     def share_outcome(self, digest: bytes, error: Exception | None) -> None:
         """After a part that may fail on one rank alone: raise everywhere if it failed anywhere.
@@ -94,6 +132,12 @@ class Agreement:
 
     def _exchange(self, message: bytes) -> list[bytes]:
         """All ranks' messages; all of one length."""
+        if self._behind is not None:
+            raise RankError(
+                "an earlier error has stopped this rank between the collectives of a step, so that it is behind the "
+                f"others: {type(self._behind).__name__}: {self._behind}",
+                fix="mend that error, restart all ranks and load the state that was saved last",
+            ) from self._behind
         mine = torch.frombuffer(bytearray(message), dtype=torch.uint8)
         theirs = [torch.empty_like(mine) for _ in range(self.world)]
         try:

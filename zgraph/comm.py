@@ -1,8 +1,9 @@
 """Collectives of one process group, started and waited for separately.
 
-With NCCL and other backends these are torch's functional collectives. With gloo they are point-to-point transfers
-straight between the tensors concerned: gloo's own all-gather and reduce-scatter stage through a second buffer of full
-size and run reduce-scatter as an all-reduce, which doubles both memory and bytes (measured in benchmarks/comm.py).
+With NCCL and other backends these are torch's functional collectives. With gloo on CPU they are point-to-point
+transfers straight between the tensors concerned: gloo's own all-gather and reduce-scatter stage through a second buffer
+of full size and run reduce-scatter as an all-reduce, which doubles both memory and bytes (measured in
+benchmarks/comm.py).
 """
 
 from __future__ import annotations
@@ -16,6 +17,20 @@ import torch
 import torch.distributed as dist
 
 from zgraph import ops
+
+
+def backends(group: dist.ProcessGroup) -> dict[str, str]:
+    """The backend that serves each type of device: ``{"cpu": "gloo", "cuda": "nccl"}``.
+
+    ``dist.get_backend`` knows one name only: it says "undefined" for a group that was made without naming a backend.
+    """
+    served = (part.partition(":") for part in dist.get_backend_config(group).split(","))
+    return {device: backend for device, _, backend in served}
+
+
+def default_backend() -> str:
+    """What ``dist.init_process_group`` is given when the user has not called it: tensors of every device can travel."""
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
 
 
 @dataclass
@@ -204,10 +219,10 @@ class SingleComm(_Group):
         raise AssertionError("a program for one rank has no collectives")
 
 
-def make_comm(group: dist.ProcessGroup | None) -> Comm:
-    """The implementation for a group's backend; None is a single process."""
+def make_comm(group: dist.ProcessGroup | None, devices: set[str]) -> Comm:
+    """The implementation for a group (None is a single process) and the types of device that the buckets are on."""
     if group is None:
         return SingleComm()
-    if dist.get_backend(group) == "gloo":
+    if devices == {"cpu"} and backends(group).get("cpu") == "gloo":
         return PointToPointComm(group)
     return FunctionalComm(group)

@@ -7,10 +7,12 @@ parameters move into their buckets. Until that moment the user's model and optim
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -21,13 +23,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from zgraph.agreement import Agreement
 from zgraph.capture import capture, check_optimizer
 from zgraph.codegen.emit import emit
-from zgraph.comm import make_comm
+from zgraph.comm import Comm, default_backend, make_comm
 from zgraph.config import Config
 from zgraph.eager import GatherOnUse
-from zgraph.errors import CaptureError, OptimizerError, OptionError, ZgraphError
+from zgraph.errors import CaptureError, OptimizerError, OptionError, StateError, ZgraphError
 from zgraph.execute import Executable
 from zgraph.heap import release_free_memory
 from zgraph.passes import default_passes
@@ -35,12 +36,15 @@ from zgraph.pipeline import Pass, PassRecord, run
 from zgraph.program import Guard, Input, Mesh, Program, Role
 from zgraph.state import TrainingState
 from zgraph.tracing import forget
-from zgraph.update import StateEntry, StateSpec, hyperparameters, structure
+from zgraph.update import StateEntry, StateSpec, hyperparameters, structure, unnamed
 
 log = logging.getLogger("zgraph")
 
 STEP_COUNTS = "the optimizer's step counts"
 """The one fact that ranks must agree on although a captured step does not depend on it."""
+
+NUM_KEPT_STEPS = 8
+"""Compiled steps that are kept, those used last: each holds a graph of its own. Who needs more is told so."""
 
 
 def compile(  # noqa: A001
@@ -93,7 +97,7 @@ def compile(  # noqa: A001
                 f"the model has an attribute {name!r}, which zgraph.compile would hide", fix="rename the attribute"
             )
     _check_passes(passes)
-    group = _process_group(model)
+    group = _process_group()
     runtime = _Runtime(model, optimizer, loss, config, group, tuple(passes))
     model.__class__ = type(f"Compiled{type(model).__name__}", (CompiledModule, type(model)), {})
     model.__dict__["_zgraph"] = runtime
@@ -149,12 +153,34 @@ class CompiledModule(nn.Module):
         """Load full parameters; each rank stores its part."""
         return self.__dict__["_zgraph"].state.load_state_dict(super().load_state_dict, *args, **kwargs)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise StateError(
+            "a compiled model cannot be pickled: it holds generated code and, on several ranks, a part of the state",
+            fix="save model.state_dict(), which has the whole parameters under their original names",
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy with an optimizer of its own, as plain modules and their optimizers have when copied together."""
+        if self.__dict__["_zgraph"].group is not None:
+            raise StateError(
+                "a compiled model cannot be copied while its process group is part of it",
+                fix="build another model and load_state_dict(model.state_dict())",
+            )
+        copied = memo[id(self)] = self.__class__.__new__(self.__class__)
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
 
 @dataclass(eq=False)
 class _Compiled:
-    """A step compiled for one kind of batch."""
+    """A step compiled for one kind of batch.
 
+    ``keys`` are of the facts that it was captured under, and of those that its own first run led to.
+    """
+
+    keys: set[str]
     executable: Executable
+    comm: Comm
     guards: tuple[Guard, ...]
     records: tuple[PassRecord, ...]
     capture_s: float
@@ -168,15 +194,17 @@ class _Runtime:
     config: Config
     group: dist.ProcessGroup | None
     passes: tuple[Pass, ...] = ()
-    cache: dict[str, list[_Compiled]] = field(default_factory=dict)
+    cache: list[_Compiled] = field(default_factory=list)  # in order of last use
+    _num_captures: int = 0
+    _num_changes: Counter[str] = field(default_factory=Counter)
     _last: _Compiled | None = None
     _facts_seen: dict[str, str] = field(default_factory=dict)
+    _met: list[Any] = field(default_factory=list)
     _capturing: bool = False
 
     def __post_init__(self) -> None:
         self.state = TrainingState(self.model, self.optimizer, self.group)
-        self.agreement = Agreement(self.group)
-        self.comm = make_comm(self.group)
+        self.agreement = self.state.agreement
 
     # -- a step ---------------------------------------------------------------------------------------------
 
@@ -188,41 +216,55 @@ class _Runtime:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         hypers: dict[str, float] = {}
         facts: dict[str, str] = {}
+        replaced: list[str] = []
         error: Exception | None = None
         try:
             hypers = hyperparameters(self.optimizer)
-            facts = self._facts(leaves, spec)
+            facts = {**self._facts(leaves, spec), **self._objects()}
+            replaced = self.state.replaced()
         except Exception as caught:  # noqa: BLE001 -- another rank may not have it, and is told before this one stops
             error = caught
-        self.agreement.check(
-            {**facts, "hyperparameters": repr(hypers), "zgraph options": repr((self.config, self.passes))}, error
-        )
+        others = {
+            "hyperparameters": repr(hypers),
+            "zgraph options": repr((self.config, self.passes)),
+            "which parameters have been given other values": repr(replaced),
+        }
+        self.agreement.check("model.train_step()", {**facts, **others}, error)
         key = self._key(facts)
         values = self._guarded_values(hypers)
-        compiled = next((c for c in self.cache.get(key, ()) if _hold(c.guards, values)), None)
+        compiled = next((c for c in self.cache if key in c.keys and _hold(c.guards, values)), None)
         is_new = compiled is None
         if compiled is None:
             if self._last is not None:
-                log.warning("zgraph: capturing the training step again, because %s", self._what_changed(key, facts))
-            compiled = self._compile(args, kwargs)
-            self.cache.setdefault(key, []).append(compiled)
-        self._last = compiled
+                self._warn(key, facts)
+            compiled = self._compile(key, args, kwargs)
         layout = compiled.executable.program.layout
         assert layout is not None
-        self.state.commit(layout)
-        self.comm.traffic.clear()
-        loss = compiled.executable.run([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], hypers)
+        if replaced or layout != self.state.layout:
+            self.state.commit(layout)
+        self._keep(compiled)
+        compiled.comm.traffic.clear()
+        with self.agreement.no_return():
+            loss = compiled.executable.run([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], hypers)
         if is_new:
-            facts = self._facts(leaves, spec)
-            known = self.cache.setdefault(self._key(facts), [])
-            # what created its state reads it from now on
-            if compiled.executable.reads_all_state() and compiled not in known:
-                known.append(compiled)
+            facts = {**self._facts(leaves, spec), **self._objects()}
+            if compiled.executable.reads_all_state():  # what created its state reads it from now on
+                compiled.keys.add(self._key(facts))
         self._facts_seen = facts
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # as after optimizer.step(), for schedulers
         return loss
 
-    def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Compiled:
+    def _keep(self, compiled: _Compiled) -> None:
+        """Count the step as used last; of all steps those used last are kept. All ranks decide alike."""
+        if compiled in self.cache:
+            self.cache.remove(compiled)
+        else:
+            self._num_captures += 1
+        self.cache.append(compiled)
+        del self.cache[:-NUM_KEPT_STEPS]
+        self._last = compiled
+
+    def _compile(self, key: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Compiled:
         assert self.optimizer is not None
         error: Exception | None = None
         digest = b""
@@ -242,7 +284,9 @@ class _Runtime:
             mesh = Mesh(self.agreement.world)
             result = run(default_passes(self.config, mesh, self.state.layout, own=self.passes), program)
             digest = result.program.digest()
-            executable = Executable(result.program, emit(result.program), self.state, self.comm)
+            assert result.program.layout is not None
+            comm = make_comm(self.group, {bucket.device.type for bucket in result.program.layout.buckets})
+            executable = Executable(result.program, emit(result.program), self.state, comm)
             del program
         except Exception as caught:  # noqa: BLE001 -- whatever it is, the other ranks are told before this one stops
             error = caught
@@ -252,7 +296,7 @@ class _Runtime:
         forget()
         gc.collect()  # graphs are full of cycles; what capture left behind is gone before the first step
         release_free_memory()
-        return _Compiled(executable, result.program.guards, result.records, capture_s)
+        return _Compiled({key}, executable, comm, result.program.guards, result.records, capture_s)
 
     def _device(self) -> torch.device | None:
         """Where parameters without memory live; None before they have a place."""
@@ -306,16 +350,43 @@ class _Runtime:
             ),
         }
 
+    def _objects(self) -> dict[str, str]:
+        """Objects among the optimizer's options, by the order in which this runtime met them.
+
+        So that one put in the place of another counts as a change, and yet ranks that do the same say the same.
+        """
+        assert self.optimizer is not None
+        numbers = []
+        for value in unnamed(self.optimizer):
+            number = next((i for i, seen in enumerate(self._met) if seen is value), len(self._met))
+            if number == len(self._met):
+                self._met.append(value)
+            numbers.append(number)
+        return {"the objects among the optimizer's options": repr(numbers)}
+
     def _key(self, facts: dict[str, str]) -> str:
         return repr({name: fact for name, fact in facts.items() if name != STEP_COUNTS})
 
-    def _what_changed(self, key: str, facts: dict[str, str]) -> str:
-        if key in self.cache:
-            return "a hyperparameter crossed a condition in the optimizer's step()"
+    def _warn(self, key: str, facts: dict[str, str]) -> None:
+        """Say why the step is captured again, and once when one cause recurs."""
         changed = [name for name in facts if name != STEP_COUNTS and facts[name] != self._facts_seen.get(name)]
-        if not changed:
-            return "the optimizer's first step has created its state, and later ones read it"
-        return f"{' and '.join(changed)} changed"
+        if any(key in compiled.keys for compiled in self.cache):
+            why = "a hyperparameter crossed a condition in the optimizer's step()"
+        elif changed:
+            why = f"{' and '.join(changed)} changed"
+        else:
+            why = "the optimizer's first step has created its state, and later ones read it"
+        log.warning("zgraph: capturing the training step again, because %s", why)
+        self._num_changes.update(changed)
+        for name in changed:
+            if self._num_changes[name] == NUM_KEPT_STEPS:
+                log.warning(
+                    "zgraph: %s changed %d times, and each time the step was captured again; only %d captured steps "
+                    "are kept. Pass numbers that change as tensors, and batches in few shapes",
+                    name,
+                    NUM_KEPT_STEPS,
+                    NUM_KEPT_STEPS,
+                )
 
     def _guarded_values(self, hypers: dict[str, float]) -> dict[Input, float]:
         values = {Input(Role.HYPER, path): value for path, value in hypers.items()}
@@ -338,6 +409,8 @@ class _Runtime:
             )
         if self.state.layout is None:
             return nullcontext()
+        if self.state.divided:
+            self.agreement.check("model()")
         return GatherOnUse(self.state)
 
     def last(self) -> _Compiled:
@@ -354,9 +427,9 @@ class _Runtime:
             "param_bytes": sum(t.nbytes for t in self.state.params.values()),
             "optimizer_state_bytes": sum(t.nbytes for t in states),
             "buffer_bytes": sum(b.nbytes for b in self.model.buffers()),
-            "collectives": self.comm.traffic.as_dict(),
+            "collectives": last.comm.traffic.as_dict(),
             "num_nodes": last.executable.program.num_nodes(),
-            "num_captures": len({id(c) for entries in self.cache.values() for c in entries}),
+            "num_captures": self._num_captures,
             "capture_s": last.capture_s,
             "passes_s": sum(record.time_s + record.verify_s for record in last.records),
         }
@@ -396,14 +469,13 @@ def _fact_of(leaf: Any) -> str:
     )
 
 
-def _process_group(model: nn.Module) -> dist.ProcessGroup | None:
+def _process_group() -> dist.ProcessGroup | None:
     """The default group, made from torchrun's environment if need be; None for a single process."""
     if not dist.is_available():
         return None
     if not dist.is_initialized():
         if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
             return None
-        device = next((p.device.type for p in model.parameters() if not p.is_meta), "cpu")
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        dist.init_process_group(default_backend())
     group = dist.group.WORLD
     return group if group is not None and dist.get_world_size(group) > 1 else None

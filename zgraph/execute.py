@@ -19,7 +19,7 @@ class Executable:
     def __init__(self, program: Program, step: Step, state: TrainingState, comm: Comm) -> None:
         self.program, self.step = program, step
         self._state, self._comm = state, comm
-        self._inputs = [what for _, what in program.placeholders()]
+        self._values = {what: node.meta["val"] for node, what in program.placeholders()}
 
     def run(self, batch: Sequence[torch.Tensor], hypers: dict[str, float]) -> torch.Tensor:
         """One training step.
@@ -32,7 +32,7 @@ class Executable:
             The loss, averaged over the ranks: a 0-dim tensor.
         """
         with torch.no_grad():
-            inputs = [self._fetch(what, batch, hypers) for what in self._inputs]
+            inputs = [self._fetch(what, batch, hypers) for what in self._values]
             loss, *new = self.step.function(inputs, self._comm)
             for what, value in zip(self.program.outputs[1:], new, strict=True):
                 assert what is not None
@@ -43,7 +43,7 @@ class Executable:
     def reads_all_state(self) -> bool:
         """Whether every optimizer state that the step writes is also one of its inputs."""
         written = {what for what in self.program.outputs if what is not None and what.role is Role.OPT_STATE}
-        return written <= set(self._inputs)
+        return written <= self._values.keys()
 
     def _fetch(self, what: Input, batch: Sequence[torch.Tensor], hypers: dict[str, float]) -> Any:
         if what.role is Role.PARAM:
@@ -62,7 +62,7 @@ class Executable:
         return self.program.constants[what.name]
 
     def _initial(self, what: Input, start: StateInit) -> torch.Tensor | int | float:
-        val = self.program.inputs(Role.OPT_STATE)[what.name, what.key].meta["val"]
+        val = self._values[what]
         if start.fill is None:
             param = self._state.params[what.name]
             return (param if param.shape == val.shape else self._comm.shard(param)).to(val.dtype, copy=True)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
+from zgraph.comm import backends
 from zgraph.layout import Bucket, Layout
 
 
@@ -130,7 +131,8 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 def _carrier(device: torch.device, group: dist.ProcessGroup) -> torch.device:
     """The device from which a value on ``device`` can be sent: NCCL, for one, takes no CPU tensors."""
-    served = [part.partition(":")[0] for part in dist.get_backend_config(group).split(",")]
+    served = backends(group)
     if device.type in served:
         return device
-    return torch.device(served[0], torch.get_device_module(served[0]).current_device())
+    first = next(iter(served))
+    return torch.device(first, torch.get_device_module(first).current_device())

@@ -16,9 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from zgraph.agreement import Agreement
 from zgraph.eager import OnTouch
-from zgraph.errors import StateError
+from zgraph.errors import StateError, ZgraphError
 from zgraph.flat import FlatTensors, broadcast, place, without_memory
+from zgraph.tracing import source_of_error
 
 _UNWRITTEN = 0xFE
 """Every byte of fresh memory: what still holds it everywhere after ``reset_parameters`` was not initialised. As a
@@ -38,10 +40,23 @@ class MetaModule:
         return f"{self.path or 'the model'} ({type(self.module).__name__})"
 
     def reset(self) -> None:
-        """Call the module's ``reset_parameters`` (nn.MultiheadAttention spells it with an underscore)."""
+        """Call the module's ``reset_parameters`` (nn.MultiheadAttention spells it with an underscore).
+
+        Raises:
+            StateError: it raised something.
+        """
         method = getattr(self.module, "reset_parameters", None) or getattr(self.module, "_reset_parameters", None)
         assert callable(method)
-        method()
+        try:
+            method()
+        except ZgraphError:
+            raise
+        except Exception as error:
+            raise StateError(
+                f"reset_parameters() of {self} raised {type(error).__name__}: {error}",
+                where=source_of_error(error),
+                fix="it must run again on a module that is built already, or build the model on a real device",
+            ) from error
 
 
 def find_meta_modules(model: nn.Module, *, except_for: Iterable[nn.Parameter] = ()) -> list[MetaModule]:
@@ -76,7 +91,7 @@ def find_meta_modules(model: nn.Module, *, except_for: Iterable[nn.Parameter] = 
     return found
 
 
-def initialise(modules: list[MetaModule], names: dict[int, str], params: FlatTensors) -> None:
+def initialise(modules: list[MetaModule], names: dict[int, str], params: FlatTensors, agreement: Agreement) -> None:
     """Initialise parameters and buffers, storing this rank's part in ``params``.
 
     Divided parameters are on meta again afterwards; whole ones have become views of their bucket.
@@ -85,24 +100,27 @@ def initialise(modules: list[MetaModule], names: dict[int, str], params: FlatTen
         modules: from ``find_meta_modules``.
         names: canonical parameter names by ``id``.
         params: where the values go.
+        agreement: of the ranks, all of which go on or raise.
 
     Raises:
-        StateError: a ``reset_parameters`` left a tensor unwritten, or replaced a parameter. Whatever is raised, the
-            modules' tensors and the random generators are as before.
+        StateError: a ``reset_parameters`` raised, left a tensor unwritten, or replaced a parameter.
+        RankError: another rank raised that. Whatever is raised, the modules' tensors and the random generators are as
+            before.
     """
     if not modules:
         return
     devices = {bucket.device for bucket in params.layout.buckets}
-    tensors = _TensorsOnTouch(modules, names, params)
+    tensors = _TensorsOnTouch(modules, names, params, agreement)
     with _generators_of_rank_0(devices, params.group):
         try:
-            for module in modules:
-                for tensor in (*module.params.values(), *module.buffers.values()):
-                    tensors.touch(tensor)
-                with tensors:
-                    module.reset()
-                tensors.check(module)
-                tensors.release(module)
+            with agreement.together():
+                for module in modules:
+                    for tensor in (*module.params.values(), *module.buffers.values()):
+                        tensors.touch(tensor)
+                    with tensors:
+                        module.reset()
+                    tensors.check(module)
+                    tensors.release(module)
         except BaseException:
             tensors.undo()
             raise
@@ -114,9 +132,11 @@ class _TensorsOnTouch(OnTouch):
     A module's own tensors are touched before it is reset; this is for those of others that it writes to.
     """
 
-    def __init__(self, modules: list[MetaModule], names: dict[int, str], params: FlatTensors) -> None:
+    def __init__(
+        self, modules: list[MetaModule], names: dict[int, str], params: FlatTensors, agreement: Agreement
+    ) -> None:
         super().__init__()
-        self._modules, self._names, self._params = modules, names, params
+        self._modules, self._names, self._params, self._agreement = modules, names, params, agreement
         self._buffer_device = params.layout.buckets[0].device if params.layout.buckets else torch.device("cpu")
         self._waiting = {id(t): t for m in modules for t in (*m.params.values(), *m.buffers.values())}
         self._uses = Counter(id(p) for m in modules for p in m.params.values())
@@ -183,6 +203,7 @@ class _TensorsOnTouch(OnTouch):
             stored = FlatTensors(
                 self._params.layout, sharded=True, group=self._params.group, tensors=self._params.tensors
             )
+            self._agreement.share_outcome(b"", None)
             place(tensor, stored.read(name).clone())
         else:
             place(tensor, _fresh(tensor, bucket.device))

@@ -71,11 +71,6 @@ def alive_bytes(program: Program) -> Iterator[tuple[fx.Node, int]]:
                 alive -= _allocated(program, value)
 
 
-def peak_bytes(program: Program) -> int:
-    """The most bytes of temporaries alive at once."""
-    return max((alive for _, alive in alive_bytes(program)), default=0)
-
-
 def _allocated(program: Program, node: fx.Node) -> int:
     """Bytes that running ``node`` allocates for its results."""
     if node.target in (ops.wait, ops.all_gather_into) or _has_getitems(node):

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from zgraph.agreement import Agreement
 from zgraph.errors import StateError
 from zgraph.flat import FlatTensors, place, without_memory
 from zgraph.layout import Layout
@@ -55,14 +56,17 @@ class OptimizerState:
     Args:
         optimizer: the user's; without one there is no state.
         group: the ranks; None for a single process.
+        agreement: of these ranks.
 
     Attributes:
         stored: bucket name -> state key -> this rank's flat tensor, a 0-dim tensor, or a number.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer | None, group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer | None, group: dist.ProcessGroup | None, agreement: Agreement
+    ) -> None:
         self.stored: dict[str, dict[str, Value]] = {}
-        self._optimizer, self._group = optimizer, group
+        self._optimizer, self._group, self._agreement = optimizer, group, agreement
         self._layout = Layout((), world=1)
         self._params: Params = {}
         self._hooked = False
@@ -190,6 +194,9 @@ class OptimizerState:
 
     @torch.no_grad()
     def _before_save(self, optimizer: torch.optim.Optimizer) -> None:
+        values = [value for entries in self.stored.values() for value in entries.values()]
+        if self._layout.shard_state and self._layout.world > 1 and any(map(_is_flat, values)):
+            self._agreement.check("optimizer.state_dict()")
         full: dict[int, dict[str, Value]] = {}
         for bucket in self._layout.buckets:
             params = [self._params[segment.name] for segment in bucket.segments]

@@ -11,9 +11,9 @@ import enum
 import hashlib
 import logging
 import operator
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -296,7 +296,7 @@ class Program:
     def digest(self) -> bytes:
         """SHA-256 of the program text and layout: equal on ranks that will issue the same operations."""
         facts = (self.layout, sorted(self.init.items()), sorted(self.given.items()), [g.text for g in self.guards])
-        return hashlib.sha256((self.text() + repr(facts)).encode()).digest()
+        return hashlib.sha256((self.text() + in_words(facts)).encode()).digest()
 
     def __str__(self) -> str:
         return self.text()
@@ -352,8 +352,7 @@ def target_name(target: Any) -> str:
         return str(target)
     if isinstance(target, torch._ops.OpOverload):
         return str(target)
-    module = getattr(target, "__module__", "").removeprefix("_")
-    return f"{module}.{getattr(target, '__name__', target)}"
+    return in_words(target).removeprefix("_")
 
 
 def source_of(node: Any) -> str | None:
@@ -416,7 +415,49 @@ def show(arg: Any, number: dict[fx.Node, str]) -> str:
         return number[arg]
     if isinstance(arg, (list, tuple)):
         return "[" + ", ".join(show(a, number) for a in arg) + "]"
-    return repr(arg)
+    return in_words(arg)
+
+
+_SAY_ALL = (
+    type(None), bool, int, float, complex, str, bytes, slice, range, enum.Enum,
+    torch.dtype, torch.layout, torch.memory_format,
+)  # fmt: skip
+"""Types whose repr is the whole value and the same in every process."""
+
+
+def qualified_name(value: Any) -> str:
+    """Where a function or type, or else the type of an object, is defined."""
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return ".".join(filter(None, (getattr(named, "__module__", None), named.__qualname__)))
+
+
+def in_words(value: Any, name: Callable[[Any], str] = qualified_name) -> str:
+    """A value as text that ranks can compare.
+
+    A device is its type, since each rank has its own. What has no value to show is called what ``name`` says: its repr
+    would hold an address.
+    """
+
+    def words(inner: Any) -> str:
+        return in_words(inner, name)
+
+    if isinstance(value, _SAY_ALL):
+        return repr(value)
+    if isinstance(value, torch.device):
+        return value.type
+    if isinstance(value, torch.Tensor):
+        content = "" if value.is_meta or isinstance(value, FakeTensor) else repr(value.tolist())
+        return f"{describe(value)} {content}"
+    if isinstance(value, (list, tuple)):
+        return f"{type(value).__name__}({', '.join(map(words, value))})"
+    if isinstance(value, (set, frozenset)):
+        return f"{type(value).__name__}({', '.join(sorted(map(words, value)))})"
+    if isinstance(value, Mapping):
+        return f"{type(value).__name__}({', '.join(f'{words(k)}: {words(v)}' for k, v in value.items())})"
+    if is_dataclass(value) and not isinstance(value, type):
+        shown = [f"{f.name}={words(getattr(value, f.name))}" for f in fields(value) if f.repr]
+        return f"{type(value).__name__}({', '.join(shown)})"
+    return name(value)
 
 
 __all__ = [
@@ -431,7 +472,9 @@ __all__ = [
     "Stage",
     "StateInit",
     "describe",
+    "in_words",
     "operand",
+    "qualified_name",
     "readers",
     "show",
     "source_of",

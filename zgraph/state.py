@@ -7,7 +7,7 @@ whole buckets, on meta (a shape without memory) where buckets are divided.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from zgraph.agreement import Agreement
 from zgraph.eager import getter
 from zgraph.errors import StateError
 from zgraph.flat import FlatTensors, broadcast, place, without_memory
@@ -38,6 +39,7 @@ class TrainingState:
     Attributes:
         layout: the buckets; None before the first ``commit``.
         params: bucket name -> this rank's flat parameters.
+        agreement: of the ranks.
     """
 
     def __init__(
@@ -46,8 +48,15 @@ class TrainingState:
         self.model, self.optimizer, self.group = model, optimizer, group
         self.layout: Layout | None = None
         self.params: dict[str, torch.Tensor] = {}
-        self._optimizer_state = OptimizerState(optimizer, group)
+        self.agreement = Agreement(group)
+        self._optimizer_state = OptimizerState(optimizer, group, self.agreement)
         self._placed: dict[str, nn.Parameter] = {}
+        self._memory: dict[str, tuple[int, bool] | None] = {}
+
+    @property
+    def divided(self) -> bool:
+        """Whether a rank has no more than its part of the parameters, and reading them takes all ranks."""
+        return self.layout is not None and self.layout.shard_params and self.layout.world > 1
 
     @property
     def opt(self) -> dict[str, dict[str, Value]]:
@@ -57,50 +66,88 @@ class TrainingState:
         """
         return self._optimizer_state.stored
 
+    def replaced(self) -> list[str]:
+        """Parameters that are not as ``commit`` left them: other objects, or (``param.data = ...``) other memory."""
+        return [
+            name
+            for name, param in self.model.named_parameters()
+            if self._placed.get(name) is not param or self._memory[name] != _memory(param)
+        ]
+
     @torch.no_grad()
     def commit(self, layout: Layout) -> None:
         """Move parameters and optimizer state into the buckets of ``layout``, and initialise what is on meta.
 
         The first call makes rank 0's parameters and buffers those of all ranks. A later one, with another layout,
-        keeps every value. Gradients are dropped: a compiled step makes its own.
+        keeps every value; rank 0's values of parameters that have been ``replaced`` become those of all ranks.
+        Gradients are dropped: a compiled step makes its own.
 
         Raises:
-            StateError: a module cannot be initialised, or optimizer state does not fit; nothing has changed then.
+            StateError: a module cannot be initialised, or optimizer state does not fit.
+            RankError: it was so on another rank. Nothing has changed then, on any rank.
         """
         current = dict(self.model.named_parameters())
         assert current.keys() == {s.name for b in layout.buckets for s in b.segments}, "the layout of another model"
-        kept = {name for name, param in self._placed.items() if current.get(name) is param}
-        if layout == self.layout and len(kept) == len(current):
+        replaced = self.replaced()
+        if layout == self.layout and all(self._placed[n] is current[n] and not current[n].is_meta for n in replaced):
+            with self.agreement.no_return():
+                self._take_in(replaced)
             return
-        meta_modules = find_meta_modules(self.model, except_for=[current[name] for name in kept])
-        forms = self._optimizer_state.forms(current)
-        check_agreement(layout, forms)
+        kept = current.keys() - set(replaced)
+        with self.agreement.together():
+            meta_modules = find_meta_modules(self.model, except_for=[current[name] for name in kept])
+            forms = self._optimizer_state.forms(current)
+            check_agreement(layout, forms)
 
-        old = None if self.layout is None else self._stored_params(num_cached=2)
         new = FlatTensors(layout, sharded=layout.shard_params, group=self.group)
-        initialise(meta_modules, {id(param): name for name, param in current.items()}, new)
+        initialise(meta_modules, {id(param): name for name, param in current.items()}, new, self.agreement)
         initialised = {id(param) for module in meta_modules for param in module.params.values()}
-        for bucket in layout.buckets:
+        with self.agreement.no_return():
+            moving = {name: param for name, param in current.items() if id(param) not in initialised}
+            self._move(new, moving, kept)
+            self._optimizer_state.move(layout, current, forms)
+            if self.layout is None:
+                self._share_buffers()
+        self.layout, self.params, self._placed = layout, new.tensors, current
+        self._memory = {name: _memory(param) for name, param in current.items()}
+
+    def _move(self, new: FlatTensors, params: Mapping[str, nn.Parameter], kept: Collection[str]) -> None:
+        """Store parameters, and have those of them that are not ``kept`` be rank 0's."""
+        old = None if self.layout is None else self._stored_params(num_cached=2)
+        for bucket in new.layout.buckets:
             new.allocate(bucket)
             for segment in bucket.segments:
-                param = current[segment.name]
-                if id(param) in initialised:
+                param = params.get(segment.name)
+                if param is None:
                     continue
                 if old is not None and old.sharded and segment.name in kept:
                     value = old.read(segment.name)
                 else:
                     value = param.detach()
                     if segment.name not in kept:
+                        value = value.contiguous()  # an expanded one has elements in common: no receiving it
                         broadcast(value, self.group)
                 new.write(segment.name, value)
                 place(param, without_memory(param) if new.sharded else new.read(segment.name))
-        self._optimizer_state.move(layout, current, forms)
-        if old is None:
-            for buffer in self.model.buffers():
-                if not buffer.is_contiguous():
-                    buffer.data = buffer.data.contiguous()  # an expanded one has elements in common: no receiving it
-                broadcast(buffer, self.group)
-        self.layout, self.params, self._placed = layout, new.tensors, current
+
+    def _share_buffers(self) -> None:
+        """Make rank 0's buffers those of all ranks."""
+        for buffer in self.model.buffers():
+            if not buffer.is_contiguous():
+                buffer.data = buffer.data.contiguous()  # an expanded one has elements in common: no receiving it
+            broadcast(buffer, self.group)
+
+    def _take_in(self, names: list[str]) -> None:
+        """Store the values of parameters that have got other memory, and give them their place back."""
+        stored = self._stored_params()
+        values = []
+        for name in names:  # all of them before any is written: one may lie in the place of another
+            values.append(self._placed[name].detach().clone(memory_format=torch.contiguous_format))
+            broadcast(values[-1], self.group)
+        for name, value in zip(names, values, strict=True):
+            param = self._placed[name]
+            stored.write(name, value)
+            place(param, without_memory(param) if stored.sharded else stored.read(name))
 
     def buffer(self, name: str) -> torch.Tensor:
         """The module's buffer as it is now."""
@@ -123,9 +170,13 @@ class TrainingState:
 
         Divided parameters are fresh full tensors (with ``keep_vars`` too). Others, and buffers, are references to
         live memory, as in plain PyTorch.
+
+        Raises:
+            RankError: parameters are divided, and another rank has called something else.
         """
-        if self.layout is None or not self._stored_params().sharded:
+        if not self.divided:
             return original(*args, **kwargs)
+        self.agreement.check("model.state_dict()")
         with torch.no_grad(), self._whole():
             result = original(*args, **kwargs)
             result.update({key: value.detach() for key, value in result.items() if isinstance(value, nn.Parameter)})
@@ -187,6 +238,11 @@ class TrainingState:
         finally:
             for param in self._placed.values():
                 place(param, without_memory(param))
+
+
+def _memory(param: torch.Tensor) -> tuple[int, bool] | None:
+    """Where the elements are; None for those that are nowhere."""
+    return None if param.is_meta else (param.data_ptr(), param.is_contiguous())
 
 
 @contextmanager

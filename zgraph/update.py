@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from zgraph.errors import OptimizerError, ZgraphError, quoted
 from zgraph.functional import make_functional
-from zgraph.program import Guard, Input, Phase, Role, StateInit
+from zgraph.program import Guard, Input, Phase, Role, StateInit, in_words
 from zgraph.tracing import Recorder, fake_mode, source_of_error, trace
 
 aten = torch.ops.aten
@@ -96,9 +96,24 @@ def structure(optimizer: torch.optim.Optimizer) -> tuple[Any, ...]:
         for key, value in sorted(group.items(), key=lambda item: item[0]):
             if key != "params":
                 leaves = _leaves(value, optimizer.defaults.get(key))
-                fixed.append((key, tuple("float" if _as_float(v, d) is not None else repr(v) for _, v, d in leaves)))
+                fixed.append(
+                    (key, tuple("float" if _as_float(v, d) is not None else in_words(v) for _, v, d in leaves))
+                )
         groups.append(tuple(fixed))
     return (type(optimizer).__module__, type(optimizer).__qualname__, tuple(groups))
+
+
+def unnamed(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """Objects in ``param_groups`` that ``structure`` describes by type alone, in order."""
+    found: list[Any] = []
+
+    def note(value: Any) -> str:
+        found.append(value)
+        return ""
+
+    for group in optimizer.param_groups:
+        in_words([value for key, value in sorted(group.items(), key=lambda item: item[0]) if key != "params"], note)
+    return found
 
 
 def _leaves(value: Any, default: Any) -> Iterator[tuple[str, Any, Any]]:
