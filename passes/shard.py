@@ -197,7 +197,9 @@ class ShardParams(Pass):
             flat.meta["val"] = program.empty([bucket.numel // self.mesh.size], bucket.dtype, bucket.device)
             family = _derived(flat, position)
             readers = [u for node in (flat, *family) for u in node.users if u not in family and u.op == "call_function"]
-            readers += [node for node in family if program.output_node in node.users]  # itself a result, such as a buffer
+            readers += [
+                node for node in family if program.output_node in node.users
+            ]  # itself a result, such as a buffer
             for phase in (Phase.FORWARD, Phase.BACKWARD):
                 mine = sorted({u for u in readers if u.meta["origin"].phase is phase}, key=lambda u: position.get(u, 0))
                 if mine:

@@ -194,6 +194,18 @@ def test_gradient_hooks_are_refused() -> None:
         compiled.train_step(torch.randn(4, 6))
 
 
+def test_a_step_hook_that_comes_later_is_refused_at_the_next_step() -> None:
+    net = Net(default_dropout)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    compiled = small_buckets(net, optimizer)
+    compiled.train_step(torch.randn(4, 6))
+    handle = optimizer.register_step_post_hook(lambda *_: None)
+    with pytest.raises(zgraph.OptimizerError, match="step hook"):
+        compiled.train_step(torch.randn(4, 6))
+    handle.remove()
+    compiled.train_step(torch.randn(4, 6))
+
+
 def test_an_array_in_the_batch_is_refused_instead_of_frozen() -> None:
     net = nn.Linear(2, 1)
     compiled = zgraph.compile(

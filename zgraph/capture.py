@@ -22,7 +22,7 @@ from zgraph.errors import CaptureError, OptimizerError, ZgraphError
 from zgraph.functional import make_functional
 from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage, describe
 from zgraph.tracing import Recorder, fake_mode, quoted, source_of_error, trace
-from zgraph.update import StateSpec, Update, trace_update
+from zgraph.update import StateSpec, Update, check_step, trace_update
 
 aten = torch.ops.aten
 
@@ -162,11 +162,12 @@ def capture(
 
 
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimizer that holds parameters which are not the model's.
+    """Refuse an optimizer that holds parameters which are not the model's, or whose ``step()`` is not all it does.
 
     Raises:
-        OptimizerError: with the group and shape of the first such parameter.
+        OptimizerError: with the group and shape of the first such parameter; or see ``check_step``.
     """
+    check_step(optimizer)
     names = {id(p) for p in model.parameters()}
     for index, group in enumerate(optimizer.param_groups):
         for p in group["params"]:

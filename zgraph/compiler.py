@@ -35,7 +35,7 @@ from zgraph.pipeline import PassRecord, run
 from zgraph.program import Guard, Input, Mesh, Program, Role
 from zgraph.state import TrainingState
 from zgraph.tracing import forget
-from zgraph.update import StateEntry, StateSpec, hyperparameters, structure
+from zgraph.update import StateEntry, StateSpec, check_step, hyperparameters, structure
 
 log = logging.getLogger("zgraph")
 
@@ -67,7 +67,7 @@ def compile(  # noqa: A001
 
     Raises:
         OptionError: an unknown option, or one out of range.
-        OptimizerError: the optimizer holds parameters that are not the model's.
+        OptimizerError: the optimizer holds parameters that are not the model's, or has step hooks.
         CaptureError: there is nothing to train.
     """
     config = Config.from_options(options)
@@ -185,6 +185,7 @@ class _Runtime:
         facts: dict[str, str] = {}
         error: Exception | None = None
         try:
+            check_step(self.optimizer)
             hypers = hyperparameters(self.optimizer)
             facts = self._facts(leaves, spec)
         except Exception as caught:  # noqa: BLE001 -- another rank may not have it, and is told before this one stops
