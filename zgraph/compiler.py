@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -29,18 +30,16 @@ from zgraph.config import Config
 from zgraph.eager import GatherOnUse
 from zgraph.errors import CaptureError, OptimizerError, OptionError, ZgraphError
 from zgraph.execute import Executable
+from zgraph.facts import ATTRIBUTES, STEP_COUNTS, Facts
 from zgraph.heap import release_free_memory
 from zgraph.passes import default_passes
 from zgraph.pipeline import PassRecord, run
 from zgraph.program import Guard, Input, Mesh, Program, Role
 from zgraph.state import TrainingState
 from zgraph.tracing import forget
-from zgraph.update import StateEntry, StateSpec, check_step, hyperparameters, structure
+from zgraph.update import StateEntry, StateSpec, check_step, hyperparameters
 
 log = logging.getLogger("zgraph")
-
-STEP_COUNTS = "the optimizer's step counts"
-"""The one fact that ranks must agree on although a captured step does not depend on it."""
 
 
 def compile(  # noqa: A001
@@ -170,13 +169,14 @@ class _Runtime:
 
     def __post_init__(self) -> None:
         self.state = TrainingState(self.model, self.optimizer, self.group)
+        self.facts = Facts(self.model, self.optimizer, self.state) if self.optimizer is not None else None
         self.agreement = Agreement(self.group)
         self.comm = make_comm(self.group)
 
     # -- a step ---------------------------------------------------------------------------------------------
 
     def train_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        if self.optimizer is None:
+        if self.optimizer is None or self.facts is None:
             raise OptimizerError(
                 "train_step needs an optimizer", fix="zgraph.compile(model, optimizer=torch.optim.AdamW(...))"
             )
@@ -187,11 +187,11 @@ class _Runtime:
         try:
             check_step(self.optimizer)
             hypers = hyperparameters(self.optimizer)
-            facts = self._facts(leaves, spec)
+            facts = self.facts.read(leaves, spec)
         except Exception as caught:  # noqa: BLE001 -- another rank may not have it, and is told before this one stops
             error = caught
         self.agreement.check({**facts, "hyperparameters": repr(hypers), "zgraph options": repr(self.config)}, error)
-        key = self._key(facts)
+        key = self.facts.key
         values = self._guarded_values(hypers)
         compiled = next((c for c in self.cache.get(key, ()) if _hold(c.guards, values)), None)
         is_new = compiled is None
@@ -199,6 +199,7 @@ class _Runtime:
             if self._last is not None:
                 log.warning("zgraph: capturing the training step again, because %s", self._what_changed(key, facts))
             compiled = self._compile(args, kwargs)
+            self.facts.settle()
             self.cache.setdefault(key, []).append(compiled)
         self._last = compiled
         layout = compiled.executable.program.layout
@@ -207,8 +208,8 @@ class _Runtime:
         self.comm.traffic.clear()
         loss = compiled.executable.run([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], hypers)
         if is_new:
-            facts = self._facts(leaves, spec)
-            known = self.cache.setdefault(self._key(facts), [])
+            facts = self.facts.read(leaves, spec)
+            known = self.cache.setdefault(self.facts.key, [])
             # what created its state reads it from now on
             if compiled.executable.reads_all_state() and compiled not in known:
                 known.append(compiled)
@@ -265,51 +266,14 @@ class _Runtime:
                 spec[name] = entries
         return spec
 
-    # -- what a compiled step depends on --------------------------------------------------------------------
-
-    def _facts(self, leaves: list[Any], spec: pytree.TreeSpec) -> dict[str, str]:
-        """Everything a captured step is specialised on, in words."""
-        assert self.optimizer is not None
-        params = list(self.model.named_parameters())
-        names = {id(p): name for name, p in params}
-        batch = [_fact_of(leaf) for leaf in leaves]
-        members = [[names.get(id(p), "?") for p in group["params"]] for group in self.optimizer.param_groups]
-        modes = [
-            f"{device}: {torch.get_autocast_dtype(device)}"
-            for device in ("cpu", "cuda")
-            if torch.is_autocast_enabled(device)
-        ]
-        # Step counts themselves change every step; which parameters share one is what buckets depend on.
-        counts: dict[Any, int] = {}
-        state = []
-        for name, forms in self.state.state_forms().items():
-            numbers = tuple((key, form.value) for key, form in forms.items() if form.value is not None)
-            kinds = [(key, form.elementwise, str(form.dtype)) for key, form in forms.items()]
-            state.append((name, kinds, counts.setdefault(numbers, len(counts))))
-        return {
-            "the arguments' structure": str(spec),
-            "the arguments' shapes and values": repr(batch),
-            "the model's parameters": repr([(n, tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in params]),
-            "the model's buffers": repr([(n, tuple(b.shape), str(b.dtype)) for n, b in self.model.named_buffers()]),
-            "training mode": "".join("t" if m.training else "e" for m in self.model.modules()),
-            "the optimizer": repr((structure(self.optimizer), members)),
-            "the optimizer's state": repr(state),
-            STEP_COUNTS: repr(list(counts)),
-            "autocast and defaults": repr(
-                (modes, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())
-            ),
-        }
-
-    def _key(self, facts: dict[str, str]) -> str:
-        return repr({name: fact for name, fact in facts.items() if name != STEP_COUNTS})
-
     def _what_changed(self, key: str, facts: dict[str, str]) -> str:
         if key in self.cache:
             return "a hyperparameter crossed a condition in the optimizer's step()"
         changed = [name for name in facts if name != STEP_COUNTS and facts[name] != self._facts_seen.get(name)]
         if not changed:
             return "the optimizer's first step has created its state, and later ones read it"
-        return f"{' and '.join(changed)} changed"
+        what = f"{' and '.join(changed)} changed"
+        return f"{what}: {shorten(facts[ATTRIBUTES], 300, placeholder=' ...')}" if ATTRIBUTES in changed else what
 
     def _guarded_values(self, hypers: dict[str, float]) -> dict[Input, float]:
         values = {Input(Role.HYPER, path): value for path, value in hypers.items()}
@@ -360,22 +324,6 @@ def _hold(guards: tuple[Guard, ...], values: dict[Input, float]) -> bool:
     return all(
         all(what in values for what in guard.inputs) and guard.holds(*(values[what] for what in guard.inputs))
         for guard in guards
-    )
-
-
-def _fact_of(leaf: Any) -> str:
-    """What a captured step depends on of one leaf of its arguments.
-
-    Raises:
-        CaptureError: the leaf is an object whose content would silently become a constant of the graph.
-    """
-    if isinstance(leaf, torch.Tensor):
-        return f"{leaf.dtype} {tuple(leaf.shape)} {tuple(leaf.stride())} {leaf.device.type}"
-    if leaf is None or isinstance(leaf, (bool, int, float, complex, str, torch.dtype, torch.device)):
-        return repr(leaf)
-    raise CaptureError(
-        f"an argument of train_step holds a {type(leaf).__name__}, which would become a constant of the graph",
-        fix="pass tensors (torch.from_numpy for arrays), numbers and strings, in lists, tuples and dictionaries",
     )
 
 
