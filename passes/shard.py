@@ -188,8 +188,6 @@ class ShardParams(Pass):
             return
         position = {node: i for i, node in enumerate(program.graph.nodes)}
         params = program.inputs(Role.PARAM)
-        results, outputs = program.results(), list(program.outputs)
-        at = {what: i for i, what in enumerate(outputs)}
         for bucket in program.layout.buckets:
             flat = params[bucket.name, ""]
             for node in list(flat.users):
@@ -199,14 +197,18 @@ class ShardParams(Pass):
             flat.meta["val"] = program.empty([bucket.numel // self.mesh.size], bucket.dtype, bucket.device)
             family = _derived(flat, position)
             readers = [u for node in (flat, *family) for u in node.users if u not in family and u.op == "call_function"]
+            readers += [
+                node for node in family if program.output_node in node.users
+            ]  # itself a result, such as a buffer
             for phase in (Phase.FORWARD, Phase.BACKWARD):
                 mine = sorted({u for u in readers if u.meta["origin"].phase is phase}, key=lambda u: position.get(u, 0))
                 if mine:
                     self._gather(program, bucket, flat, family, mine, phase)
-            if bucket.trainable:
-                index = at[Input(Role.PARAM, bucket.name)]
-                results[index] = operand(operand(results[index]))
-        program.set_results(results, outputs)
+        results = program.results()
+        for bucket in _trainable(program):
+            index = program.outputs.index(Input(Role.PARAM, bucket.name))
+            results[index] = operand(operand(results[index]))
+        program.set_results(results, program.outputs)
         remove_dead(program)
 
     def _gather(
@@ -218,7 +220,10 @@ class ShardParams(Pass):
         readers: list[fx.Node],
         phase: Phase,
     ) -> None:
-        """Let ``readers`` read views of a buffer gathered just before the first of them."""
+        """Let ``readers`` read views of a buffer gathered just before the first of them.
+
+        A reader that belongs to the family itself is a result of the program, which is then made from that buffer.
+        """
         origin = Origin(phase, bucket.name, readers[0].meta["origin"].source)
         start = program.call(ops.all_gather, flat, self.mesh.size, self.mesh.axis, origin=origin, before=readers[0])
         copies: dict[fx.Node, fx.Node] = {flat: program.call(ops.wait, start, origin=origin, before=readers[0])}
@@ -233,6 +238,9 @@ class ShardParams(Pass):
             return copies[node]
 
         for reader in readers:
+            if reader in members:
+                program.output_node.replace_input_with(reader, copied(reader, reader))
+                continue
             for source in reader.all_input_nodes:
                 if source in members or source is flat:
                     reader.replace_input_with(source, copied(source, reader))

@@ -131,6 +131,18 @@ def tokens_and_targets(num_samples: int) -> Batch:
     return Batch((torch.randint(37, (num_samples, 7)), torch.randint(37, (num_samples, 7))), {})
 
 
+class Recurrent(nn.Module):
+    """A bidirectional LSTM of two layers; its operator on CPU, in float32, gives backward a workspace of its own."""
+
+    def __init__(self, width: int = 6, vocab: int = 37) -> None:
+        super().__init__()
+        self.tokens, self.head = nn.Embedding(vocab, width), nn.Linear(2 * width, vocab)
+        self.layers = nn.LSTM(width, width, 2, batch_first=True, bidirectional=True)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(self.layers(self.tokens(tokens))[0]).flatten(0, 1), targets.flatten())
+
+
 # Awkward parameters and buffers
 
 
@@ -382,6 +394,7 @@ CASES = {
     "partial": Case(Partial, features_and_classes, class_loss),
     "counting": Case(Counting, features_and_classes, class_loss),
     "in_place": Case(InPlace, features_and_classes, class_loss),
+    "recurrent": Case(Recurrent, tokens_and_targets),
     "experts": Case(MixtureOfExperts, tokens_and_targets),
     "recommender": Case(Recommender, clicks, click_loss),
     "resnet": Case(ResNet, images_and_classes, class_loss, per_rank=True),

@@ -3,8 +3,8 @@
     python -m tests.operators              the whole database, as a table in Markdown (docs/operators.md)
     python -m tests.operators add softmax  only operators whose names contain one of these
 
-For each operator a model is made whose parameters are the operator's inputs. Its step goes through capture, ZeRO-3 on two
-ranks and the verifier, and what the two ranks compute in one process is compared with eager PyTorch.
+For each operator a model is made whose parameters are the operator's inputs. Its step goes through capture, ZeRO-3 on
+two ranks and the verifier, and what the two ranks compute in one process is compared with eager PyTorch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn

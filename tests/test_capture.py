@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -212,7 +213,7 @@ _QUICK = ("gpt_tied", "gpt_dropout", "counting", "in_place", "resnet", "partial"
 
 
 @pytest.mark.parametrize(
-    "name", [n if n in _QUICK else pytest.param(n, marks=pytest.mark.slow) for n in list(CASES)[:11]]
+    "name", [n if n in _QUICK else pytest.param(n, marks=pytest.mark.slow) for n in list(CASES)[:12]]
 )
 def test_the_captured_step_replayed_is_bitwise_the_eager_step(name: str) -> None:
     """Dropout included: the same draws, in the same order."""
@@ -476,6 +477,72 @@ def test_a_parameter_that_is_read_past_its_module_is_refused() -> None:
     with pytest.raises(CaptureError, match=r"forward reads layer.weight through a reference") as refusal:
         captured(KeepsReference(), torch.randn(4, 3))
     assert "self.weights[0].t()" in (refusal.value.where or "")
+
+
+def shares_data(model: Line) -> None:
+    model.layer.bias = nn.Parameter(model.layer.weight.data[:, 1])
+
+
+def buffer_in_a_parameter(model: Line) -> None:
+    model.register_buffer("row", model.layer.weight.data[1])
+
+
+def buffer_in_a_buffer(model: Line) -> None:
+    model.register_buffer("seen", torch.zeros(4))
+    model.register_buffer("part", model.seen[1:3])
+
+
+def buffer_in_other_units(model: Line) -> None:
+    model.register_buffer("bits", model.layer.bias.data.view(torch.int16))
+
+
+def buffer_in_shared_array(model: Line) -> None:
+    array = np.zeros(4, dtype=np.float32)
+    model.register_buffer("seen", torch.from_numpy(array))
+    model.register_buffer("again", torch.from_numpy(array))
+
+
+@pytest.mark.parametrize(
+    ("share", "names"),
+    [
+        (shares_data, {"layer.weight", "layer.bias"}),
+        (buffer_in_a_parameter, {"layer.weight", "row"}),
+        (buffer_in_a_buffer, {"seen", "part"}),
+        (buffer_in_other_units, {"layer.bias", "bits"}),
+        (buffer_in_shared_array, {"seen", "again"}),
+    ],
+)
+def test_tensors_that_share_memory_without_being_one_are_refused_with_both_names(
+    share: Callable[[Line], None], names: set[str]
+) -> None:
+    model = Line()
+    share(model)
+    with pytest.raises(CaptureError, match="share memory, but are not one tensor") as refusal:
+        captured(model, torch.randn(4, 3))
+    assert (
+        set(str(refusal.value).splitlines()[0].removesuffix(" share memory, but are not one tensor").split(" and "))
+        == names
+    )
+
+
+def test_tensors_that_lie_side_by_side_in_one_memory_are_not_shared() -> None:
+    model = Line()
+    whole = torch.randn(2, 6)  # its columns in turn
+    model.layer.weight = nn.Parameter(whole[:, ::2])
+    model.register_buffer("between", whole[:, 1::2])
+    model.register_buffer("empty", whole[:0])
+    model.register_buffer("expanded", torch.zeros(1).expand(5))
+    model.register_buffer("tied", model.expanded)
+    captured(model, torch.randn(4, 3))
+
+
+def test_a_sparse_tensor_in_batch_or_buffers_is_refused() -> None:
+    with pytest.raises(CaptureError, match=r"a tensor of the batch is torch.sparse_coo, not a dense tensor"):
+        captured(Line(), torch.eye(3).to_sparse())
+    model = Line()
+    model.register_buffer("graph", torch.eye(3).to_sparse())
+    with pytest.raises(CaptureError, match=r"graph is torch.sparse_coo, not a dense tensor"):
+        captured(model, torch.randn(4, 3))
 
 
 def test_tensor_subclasses_are_refused() -> None:

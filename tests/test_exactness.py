@@ -24,6 +24,7 @@ class Net(nn.Module):
         self.body = body
         self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 6)
         self.narrow = nn.Linear(6, 6, dtype=torch.bfloat16)
+        self.recurrent = nn.LSTM(6, 3, 2, dropout=0.2, bidirectional=True)
         self.weight = nn.Parameter(torch.randn(6, 6))
         self.scale = nn.Parameter(torch.tensor(0.5))
         self.register_buffer("now", torch.zeros(6))
@@ -90,9 +91,14 @@ def read_halves_of_a_parameter(net: Net, x: torch.Tensor) -> torch.Tensor:
     return net.second(net.first(hidden)) @ net.weight
 
 
+def recur(net: Net, x: torch.Tensor) -> torch.Tensor:
+    return net.second(net.first(net.recurrent(x)[0]))
+
+
 BODIES = [
     default_dropout, write_to_a_chunk, write_under_chunks, write_to_rows, write_in_lower_precision, pass_a_buffer_on,
     remember_part_of_a_parameter, remember_a_parameter, a_parameter_is_the_loss, read_halves_of_a_parameter,
+    recur,
 ]  # fmt: skip
 
 
@@ -119,6 +125,16 @@ def test_training_is_bit_equal_to_eager(body: Forward) -> None:
         state = compiled.state_dict()
         for name, value in eager.state_dict().items():
             assert torch.equal(state[name], value), name
+
+
+def test_a_batch_or_buffer_that_requires_a_gradient_leaves_no_autograd_graph() -> None:
+    net = Net(pass_a_buffer_on)
+    net.now.requires_grad_()
+    compiled = small_buckets(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    for _ in range(2):
+        loss = compiled.train_step(torch.randn(4, 6, requires_grad=True))
+        assert loss.grad_fn is None
+        assert not any(tensor.grad_fn for tensor in compiled.state_dict(keep_vars=True).values())
 
 
 def test_freezing_one_layer_after_another_equals_eager() -> None:
@@ -176,6 +192,18 @@ def test_gradient_hooks_are_refused() -> None:
     compiled = small_buckets(net, torch.optim.SGD(net.parameters(), lr=0.1))
     with pytest.raises(zgraph.CaptureError, match="weight has a gradient hook"):
         compiled.train_step(torch.randn(4, 6))
+
+
+def test_a_step_hook_that_comes_later_is_refused_at_the_next_step() -> None:
+    net = Net(default_dropout)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    compiled = small_buckets(net, optimizer)
+    compiled.train_step(torch.randn(4, 6))
+    handle = optimizer.register_step_post_hook(lambda *_: None)
+    with pytest.raises(zgraph.OptimizerError, match="step hook"):
+        compiled.train_step(torch.randn(4, 6))
+    handle.remove()
+    compiled.train_step(torch.randn(4, 6))
 
 
 def test_an_array_in_the_batch_is_refused_instead_of_frozen() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from expecttest import assert_expected_inline
 from hypothesis import given
@@ -31,7 +32,7 @@ from zgraph.passes import (
     ShardParams,
 )
 from zgraph.pipeline import Pass
-from zgraph.program import FlatGradient, Mesh, Phase, Program, Role, operand, target_name
+from zgraph.program import FlatGradient, Input, Mesh, Phase, Program, Role, operand, target_name
 
 aten = torch.ops.aten
 
@@ -171,6 +172,27 @@ def test_stage_3_gathers_parameters_before_forward_and_backward_read_them() -> N
 %46: f64[] = wait(%45)
 return [%46, %44, %43, %35, %34]  # loss, param:bucket0, opt_state:bucket0:m, param:bucket1, opt_state:bucket1:m""",
     )
+
+
+def remembers_casts() -> Program:
+    """Two buffers become casts of w, one made in forward, where w is read later, and one in backward."""
+    b = Builder()
+    w, x = b.input(Role.PARAM, "w", shape=[4, 4]), b.input(Role.BATCH, "0", shape=[4, 4])
+    for name in ("early", "late"):
+        b.input(Role.BUFFER, name, shape=[4, 4], dtype=torch.float32)
+    early = b.forward(aten.t.default, b.forward(aten._to_copy.default, w, dtype=torch.float32))
+    y = b.forward(aten.mm.default, x, w)
+    gw = b.backward(aten.mm.default, b.backward(aten.t.default, x), y)
+    late = b.backward(aten._to_copy.default, b.backward(aten.t.default, w), dtype=torch.float32)
+    new = b.call(Phase.UPDATE, aten.add.Tensor, w, gw, module="w")
+    buffers = {Input(Role.BUFFER, "early"): early, Input(Role.BUFFER, "late"): late}
+    return b.finish({None: b.forward(aten.sum.default, y), **buffers, param("w"): new})
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_results_that_are_casts_of_a_parameter_are_made_of_all_of_it(zero: int) -> None:
+    captured = remembers_casts()
+    assert_same_step(sharded(captured, zero), captured)
 
 
 def reads_of_norm() -> Program:

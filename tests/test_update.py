@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,11 +11,21 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from tests.optimizers import OPTIMIZERS, Lion
 from zgraph.errors import OptimizerError
 from zgraph.program import Input, Role, StateInit, describe
-from zgraph.update import StateEntry, StateSpec, Update, hyperparameters, structure, trace_update, unnamed
+from zgraph.update import (
+    StateEntry,
+    StateSpec,
+    Update,
+    check_step,
+    hyperparameters,
+    structure,
+    trace_update,
+    unnamed,
+)
 
 CPU = torch.device("cpu")
 
@@ -251,15 +262,12 @@ def test_objects_are_part_of_the_structure_by_name_and_can_be_told_apart() -> No
 def test_tracing_leaves_the_optimizer_alone() -> None:
     params = Params()
     optimizer = Adam(params.parameters(), lr=0.1, foreach=True)
-    calls: list[str] = []
-    optimizer.register_step_pre_hook(lambda *_: calls.append("hook"))
     before = {key: value for key, value in vars(optimizer).items() if key != "state"}
     group = dict(optimizer.param_groups[0])
     traced(optimizer, params)
     assert {key: value for key, value in vars(optimizer).items() if key != "state"} == before
     assert dict(optimizer.param_groups[0]) == group
     assert not optimizer.state
-    assert not calls
     assert all(p.grad is None for p in params.parameters())
 
 
@@ -385,3 +393,52 @@ def test_what_no_graph_can_do_is_refused_with_its_line_and_without_a_trace(
     assert not optimizer.state
     if isinstance(optimizer, Bad):
         assert optimizer.total.tolist() == [0.0, 0.0]
+
+
+def clip(optimizer: Optimizer, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        nn.utils.clip_grad_value_(group["params"], 0.1)
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda optimizer: optimizer.register_step_pre_hook(clip),
+        lambda optimizer: optimizer.register_step_post_hook(clip),
+        lambda _: register_optimizer_step_pre_hook(clip),
+        lambda _: register_optimizer_step_post_hook(clip),
+    ],
+)
+def test_step_hooks_are_refused_with_their_name_and_line(register: Callable[[Optimizer], Any]) -> None:
+    optimizer = SGD(Params().parameters(), lr=0.1)
+    handle = register(optimizer)
+    with pytest.raises(OptimizerError, match="SGD has a step hook, clip,") as refusal:
+        check_step(optimizer)
+    assert "def clip(" in (refusal.value.where or "")
+    handle.remove()
+    check_step(optimizer)
+
+
+def test_a_step_that_was_replaced_on_the_object_is_refused() -> None:
+    optimizer = SGD(Params().parameters(), lr=0.1)
+    plain = optimizer.step
+
+    def twice(_: Optimizer) -> None:
+        plain()
+        plain()
+
+    optimizer.step = types.MethodType(twice, optimizer)  # type: ignore[method-assign]
+    with pytest.raises(OptimizerError, match=r"step was replaced on this SGD by .*twice") as refusal:
+        check_step(optimizer)
+    assert "def twice(" in (refusal.value.where or "")
+    torch.optim.lr_scheduler.ConstantLR(optimizer)  # a scheduler on top does not hide it
+    with pytest.raises(OptimizerError, match=r"step was replaced on this SGD by .*twice"):
+        check_step(optimizer)
+
+
+def test_a_step_that_a_scheduler_wrapped_is_still_the_optimizers() -> None:
+    optimizer = SGD(Params().parameters(), lr=0.1)
+    for _ in range(2):
+        torch.optim.lr_scheduler.ConstantLR(optimizer)
+        assert "step" in vars(optimizer)
+        check_step(optimizer)

@@ -22,7 +22,7 @@ from zgraph.errors import CaptureError, OptimizerError, ZgraphError, quoted
 from zgraph.functional import make_functional
 from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage, describe
 from zgraph.tracing import Recorder, fake_mode, source_of_error, trace
-from zgraph.update import StateSpec, Update, trace_update
+from zgraph.update import StateSpec, Update, check_step, trace_update
 
 aten = torch.ops.aten
 
@@ -63,6 +63,10 @@ def capture(
     for name, tensor in [*params.items(), *buffers.items()]:
         if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):
             raise CaptureError(f"{name} is a {type(tensor).__name__}; only plain tensors can be captured")
+        _check_dense(name, tensor)
+    for i in tensor_at:
+        _check_dense("a tensor of the batch", leaves[i])
+    _check_memory({**params, **buffers})
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, p in params.items():
         if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
@@ -162,11 +166,12 @@ def capture(
 
 
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimizer that holds parameters which are not the model's.
+    """Refuse an optimizer that holds parameters which are not the model's, or whose ``step()`` is not all it does.
 
     Raises:
-        OptimizerError: with the group and shape of the first such parameter.
+        OptimizerError: with the group and shape of the first such parameter; or see ``check_step``.
     """
+    check_step(optimizer)
     names = {id(p) for p in model.parameters()}
     for index, group in enumerate(optimizer.param_groups):
         for p in group["params"]:
@@ -192,6 +197,49 @@ def _check_constants(graph: fx.Graph, constants: dict[str, torch.Tensor], params
                     where=quoted(user.meta["origin"].source) if "origin" in user.meta else None,
                     fix="read it as an attribute of the module, or keep such parameters in an nn.ParameterList",
                 )
+
+
+def _check_dense(name: str, tensor: torch.Tensor) -> None:
+    if tensor.layout is not torch.strided:
+        raise CaptureError(
+            f"{name} is {tensor.layout}, not a dense tensor",
+            fix="use tensor.to_dense(), or pass indices and values as tensors of their own",
+        )
+
+
+def _check_memory(tensors: dict[str, torch.Tensor]) -> None:
+    """Refuse distinct parameters and buffers with elements in common: writing to one would no longer change the other.
+
+    Only real memory counts. Every parameter gets memory of its own, so views of one tensor that lie side by side may be
+    parameters; tensors that are on meta have nothing to share.
+    """
+    real = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta and tensor.numel()}
+    near: list[str] = []  # those that reach beyond the start of this one
+    for name, tensor in sorted(real.items(), key=lambda item: (str(item[1].device), item[1].data_ptr())):
+        near = [o for o in near if real[o].device == tensor.device and _end(real[o]) > tensor.data_ptr()]
+        for other in near:
+            if real[other] is not tensor and _have_elements_in_common(real[other], tensor):
+                raise CaptureError(
+                    f"{other} and {name} share memory, but are not one tensor",
+                    fix="make them the same object, which is trained once, or clone() one of them",
+                )
+        near.append(name)
+
+
+def _end(tensor: torch.Tensor) -> int:
+    """The address behind the last element."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr() + (last + 1) * tensor.itemsize
+
+
+def _have_elements_in_common(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether some memory belongs to both; ``second`` does not start before ``first``."""
+    offset, between = divmod(second.data_ptr() - first.data_ptr(), first.itemsize)
+    if between or first.itemsize != second.itemsize:
+        return True
+    used = torch.zeros((max(_end(first), _end(second)) - first.data_ptr()) // first.itemsize, dtype=torch.bool)
+    used.as_strided(first.shape, first.stride()).fill_(True)
+    return bool(used.as_strided(second.shape, second.stride(), offset).any())
 
 
 def _blank(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -30,18 +31,16 @@ from zgraph.config import Config
 from zgraph.eager import GatherOnUse
 from zgraph.errors import CaptureError, OptimizerError, OptionError, StateError, ZgraphError
 from zgraph.execute import Executable
+from zgraph.facts import ATTRIBUTES, STEP_COUNTS, Facts
 from zgraph.heap import release_free_memory
 from zgraph.passes import default_passes
 from zgraph.pipeline import Pass, PassRecord, run
 from zgraph.program import Guard, Input, Mesh, Program, Role
 from zgraph.state import TrainingState
 from zgraph.tracing import forget
-from zgraph.update import StateEntry, StateSpec, hyperparameters, structure, unnamed
+from zgraph.update import StateEntry, StateSpec, check_step, hyperparameters
 
 log = logging.getLogger("zgraph")
-
-STEP_COUNTS = "the optimizer's step counts"
-"""The one fact that ranks must agree on although a captured step does not depend on it."""
 
 NUM_KEPT_STEPS = 8
 """Compiled steps that are kept, those used last: each holds a graph of its own. Who needs more is told so."""
@@ -74,7 +73,7 @@ def compile(  # noqa: A001
 
     Raises:
         OptionError: an unknown option, or one out of range; a pass that cannot be placed.
-        OptimizerError: the optimizer holds parameters that are not the model's.
+        OptimizerError: the optimizer holds parameters that are not the model's, or has step hooks.
         CaptureError: there is nothing to train.
     """
     config = Config.from_options(options)
@@ -199,17 +198,17 @@ class _Runtime:
     _num_changes: Counter[str] = field(default_factory=Counter)
     _last: _Compiled | None = None
     _facts_seen: dict[str, str] = field(default_factory=dict)
-    _met: list[Any] = field(default_factory=list)
     _capturing: bool = False
 
     def __post_init__(self) -> None:
         self.state = TrainingState(self.model, self.optimizer, self.group)
         self.agreement = self.state.agreement
+        self.facts = Facts(self.model, self.optimizer, self.state) if self.optimizer is not None else None
 
     # -- a step ---------------------------------------------------------------------------------------------
 
     def train_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        if self.optimizer is None:
+        if self.optimizer is None or self.facts is None:
             raise OptimizerError(
                 "train_step needs an optimizer", fix="zgraph.compile(model, optimizer=torch.optim.AdamW(...))"
             )
@@ -219,8 +218,9 @@ class _Runtime:
         replaced: list[str] = []
         error: Exception | None = None
         try:
+            check_step(self.optimizer)
             hypers = hyperparameters(self.optimizer)
-            facts = {**self._facts(leaves, spec), **self._objects()}
+            facts = self.facts.read(leaves, spec)
             replaced = self.state.replaced()
         except Exception as caught:  # noqa: BLE001 -- another rank may not have it, and is told before this one stops
             error = caught
@@ -230,7 +230,7 @@ class _Runtime:
             "which parameters have been given other values": repr(replaced),
         }
         self.agreement.check("model.train_step()", {**facts, **others}, error)
-        key = self._key(facts)
+        key = self.facts.key
         values = self._guarded_values(hypers)
         compiled = next((c for c in self.cache if key in c.keys and _hold(c.guards, values)), None)
         is_new = compiled is None
@@ -238,6 +238,7 @@ class _Runtime:
             if self._last is not None:
                 self._warn(key, facts)
             compiled = self._compile(key, args, kwargs)
+            self.facts.settle()
         layout = compiled.executable.program.layout
         assert layout is not None
         if replaced or layout != self.state.layout:
@@ -247,9 +248,9 @@ class _Runtime:
         with self.agreement.no_return():
             loss = compiled.executable.run([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], hypers)
         if is_new:
-            facts = {**self._facts(leaves, spec), **self._objects()}
+            facts = self.facts.read(leaves, spec)
             if compiled.executable.reads_all_state():  # what created its state reads it from now on
-                compiled.keys.add(self._key(facts))
+                compiled.keys.add(self.facts.key)
         self._facts_seen = facts
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # as after optimizer.step(), for schedulers
         return loss
@@ -315,58 +316,6 @@ class _Runtime:
                 spec[name] = entries
         return spec
 
-    # -- what a compiled step depends on --------------------------------------------------------------------
-
-    def _facts(self, leaves: list[Any], spec: pytree.TreeSpec) -> dict[str, str]:
-        """Everything a captured step is specialised on, in words."""
-        assert self.optimizer is not None
-        params = list(self.model.named_parameters())
-        names = {id(p): name for name, p in params}
-        batch = [_fact_of(leaf) for leaf in leaves]
-        members = [[names.get(id(p), "?") for p in group["params"]] for group in self.optimizer.param_groups]
-        modes = [
-            f"{device}: {torch.get_autocast_dtype(device)}"
-            for device in ("cpu", "cuda")
-            if torch.is_autocast_enabled(device)
-        ]
-        # Step counts themselves change every step; which parameters share one is what buckets depend on.
-        counts: dict[Any, int] = {}
-        state = []
-        for name, forms in self.state.state_forms().items():
-            numbers = tuple((key, form.value) for key, form in forms.items() if form.value is not None)
-            kinds = [(key, form.elementwise, str(form.dtype)) for key, form in forms.items()]
-            state.append((name, kinds, counts.setdefault(numbers, len(counts))))
-        return {
-            "the arguments' structure": str(spec),
-            "the arguments' shapes and values": repr(batch),
-            "the model's parameters": repr([(n, tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in params]),
-            "the model's buffers": repr([(n, tuple(b.shape), str(b.dtype)) for n, b in self.model.named_buffers()]),
-            "training mode": "".join("t" if m.training else "e" for m in self.model.modules()),
-            "the optimizer": repr((structure(self.optimizer), members)),
-            "the optimizer's state": repr(state),
-            STEP_COUNTS: repr(list(counts)),
-            "autocast and defaults": repr(
-                (modes, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())
-            ),
-        }
-
-    def _objects(self) -> dict[str, str]:
-        """Objects among the optimizer's options, by the order in which this runtime met them.
-
-        So that one put in the place of another counts as a change, and yet ranks that do the same say the same.
-        """
-        assert self.optimizer is not None
-        numbers = []
-        for value in unnamed(self.optimizer):
-            number = next((i for i, seen in enumerate(self._met) if seen is value), len(self._met))
-            if number == len(self._met):
-                self._met.append(value)
-            numbers.append(number)
-        return {"the objects among the optimizer's options": repr(numbers)}
-
-    def _key(self, facts: dict[str, str]) -> str:
-        return repr({name: fact for name, fact in facts.items() if name != STEP_COUNTS})
-
     def _warn(self, key: str, facts: dict[str, str]) -> None:
         """Say why the step is captured again, and once when one cause recurs."""
         changed = [name for name in facts if name != STEP_COUNTS and facts[name] != self._facts_seen.get(name)]
@@ -374,6 +323,8 @@ class _Runtime:
             why = "a hyperparameter crossed a condition in the optimizer's step()"
         elif changed:
             why = f"{' and '.join(changed)} changed"
+            if ATTRIBUTES in changed:
+                why += f": {shorten(facts[ATTRIBUTES], 300, placeholder=' ...')}"
         else:
             why = "the optimizer's first step has created its state, and later ones read it"
         log.warning("zgraph: capturing the training step again, because %s", why)
@@ -450,22 +401,6 @@ def _hold(guards: tuple[Guard, ...], values: dict[Input, float]) -> bool:
     return all(
         all(what in values for what in guard.inputs) and guard.holds(*(values[what] for what in guard.inputs))
         for guard in guards
-    )
-
-
-def _fact_of(leaf: Any) -> str:
-    """What a captured step depends on of one leaf of its arguments.
-
-    Raises:
-        CaptureError: the leaf is an object whose content would silently become a constant of the graph.
-    """
-    if isinstance(leaf, torch.Tensor):
-        return f"{leaf.dtype} {tuple(leaf.shape)} {tuple(leaf.stride())} {leaf.device.type}"
-    if leaf is None or isinstance(leaf, (bool, int, float, complex, str, torch.dtype, torch.device)):
-        return repr(leaf)
-    raise CaptureError(
-        f"an argument of train_step holds a {type(leaf).__name__}, which would become a constant of the graph",
-        fix="pass tensors (torch.from_numpy for arrays), numbers and strings, in lists, tuples and dictionaries",
     )
 
 

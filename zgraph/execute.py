@@ -33,7 +33,10 @@ class Executable:
         """
         with torch.no_grad():
             inputs = [self._fetch(what, batch, hypers) for what in self._values]
-            loss, *new = self.step.function(inputs, self._comm)
+            # In grad mode, as in eager: nn.LSTM's operator keeps what its backward needs only there. No input requires
+            # a gradient, so autograd records nothing.
+            with torch.enable_grad():
+                loss, *new = self.step.function(inputs, self._comm)
             for what, value in zip(self.program.outputs[1:], new, strict=True):
                 assert what is not None
                 self._store(what, value)
@@ -54,9 +57,9 @@ class Executable:
                 entries[what.key] = self._initial(what, self.program.init[what.name, what.key])
             return entries[what.key]
         if what.role is Role.BUFFER:
-            return self._state.buffer(what.name)
+            return self._state.buffer(what.name).detach()
         if what.role is Role.BATCH:
-            return batch[int(what.name)]
+            return batch[int(what.name)].detach()
         if what.role is Role.HYPER:
             return hypers[what.name]
         return self.program.constants[what.name]

@@ -79,11 +79,19 @@ class OptimizerState:
         """
         given = self._given(params)
         forms = _forms_of(given, params)
+        stored = self.stored_forms()
         for name, param in params.items():
             if name not in given and self._params.get(name) is param:
                 bucket, _ = self._layout.find(name)
-                forms[name] = {key: _stored_form(value) for key, value in self.stored[bucket.name].items()}
+                forms[name] = stored[bucket.name]
         return forms
+
+    def stored_forms(self) -> Forms:
+        """The state that is stored, by bucket name."""
+        return {
+            bucket: {key: _stored_form(value) for key, value in entries.items()}
+            for bucket, entries in self.stored.items()
+        }
 
     @torch.no_grad()
     def move(self, layout: Layout, params: Params, forms: Forms) -> None:

@@ -165,6 +165,10 @@ class TrainingState:
         """
         return self._optimizer_state.forms(dict(self.model.named_parameters()))
 
+    def stored_forms(self) -> Forms:
+        """The optimizer state in the buckets, by bucket name and key: ``state_forms`` if the optimizer holds none."""
+        return self._optimizer_state.stored_forms()
+
     def state_dict(self, original: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What the module's own ``state_dict`` method, ``original``, gives when parameters are whole.
 

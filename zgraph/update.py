@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ import torch
 from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic, GuardOnDataDependentSymNode, ShapeEnv
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils import _pytree as pytree
 
 from zgraph.errors import OptimizerError, ZgraphError, quoted
@@ -114,6 +115,46 @@ def unnamed(optimizer: torch.optim.Optimizer) -> list[Any]:
     for group in optimizer.param_groups:
         in_words([value for key, value in sorted(group.items(), key=lambda item: item[0]) if key != "params"], note)
     return found
+
+
+def check_step(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse what would run around an optimizer's ``step()`` without being part of its class.
+
+    Learning-rate schedulers replace ``step`` on the optimizer, too, but only to count its calls.
+
+    Raises:
+        OptimizerError: with the hook, or the replaced method.
+    """
+    kind = type(optimizer)
+    for_all = [*_global_optimizer_pre_hooks.values(), *_global_optimizer_post_hooks.values()]
+    hooks: list[Callable[..., Any]] = [
+        *optimizer._optimizer_step_pre_hooks.values(),
+        *optimizer._optimizer_step_post_hooks.values(),
+        *(hook for hook in for_all if not hook.__module__.startswith("torch.")),  # torch's profiler counts steps
+    ]
+    if hooks:
+        raise OptimizerError(
+            f"{kind.__name__} has a step hook, {_name(hooks[0])}, which a compiled step would not call",
+            where=_definition(hooks[0]),
+            fix="remove the hook, or put what it does into the optimizer's step()",
+        )
+    step = vars(optimizer).get("step")
+    counts_calls = hasattr(step, "_wrapped_by_lr_sched") and getattr(step, "__wrapped__", None) is kind.step
+    if step is not None and not counts_calls:
+        raise OptimizerError(
+            f"step was replaced on this {kind.__name__} by {_name(step)}, which a compiled step would not call",
+            where=_definition(step),
+            fix=f"define step() in a subclass of {kind.__name__} instead",
+        )
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__qualname__", type(function).__name__)
+
+
+def _definition(function: Callable[..., Any]) -> str | None:
+    code = getattr(function, "__code__", None)
+    return quoted(f"{code.co_filename}:{code.co_firstlineno} ({code.co_name})") if code is not None else None
 
 
 def _leaves(value: Any, default: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -220,8 +261,6 @@ def _trace_once(
         fake = type(optimizer).__new__(type(optimizer))  # copy.copy would leave out what subclasses add
         for attribute, value in vars(optimizer).items():
             setattr(fake, attribute, copy.copy(value) if isinstance(value, (dict, list, set)) else value)
-        for attribute in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
-            setattr(fake, attribute, OrderedDict())
         fake.state = defaultdict(dict)
         fake.param_groups = []
         leaves: dict[str, torch.Tensor] = {}

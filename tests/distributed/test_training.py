@@ -28,7 +28,7 @@ def test_every_stage_on_one_to_three_ranks_equals_eager(ranks: Ranks, world: int
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["gpt", "gpt_tied", "experts", "recommender"])
+@pytest.mark.parametrize("case", ["gpt", "gpt_tied", "experts", "recommender", "recurrent"])
 @pytest.mark.parametrize(("world", "zero"), [(2, 3), (3, 1)])
 def test_float32_equals_eager(ranks: Ranks, world: int, zero: int, case: str) -> None:
     ranks.run(train_like_eager, case, zero=zero, dtype=torch.float32, world=world)
