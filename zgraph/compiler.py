@@ -33,7 +33,7 @@ from zgraph.execute import Executable
 from zgraph.heap import release_free_memory
 from zgraph.passes import default_passes
 from zgraph.pipeline import PassRecord, run
-from zgraph.program import Guard, Input, Mesh, Program, Role
+from zgraph.program import Guard, Input, Mesh, Program, Role, in_words
 from zgraph.state import TrainingState
 from zgraph.tracing import forget
 from zgraph.update import StateEntry, StateSpec, hyperparameters, structure, unnamed
@@ -446,7 +446,7 @@ def _fact_of(leaf: Any) -> str:
     if isinstance(leaf, torch.Tensor):
         return f"{leaf.dtype} {tuple(leaf.shape)} {tuple(leaf.stride())} {leaf.device.type}"
     if leaf is None or isinstance(leaf, (bool, int, float, complex, str, torch.dtype, torch.device)):
-        return repr(leaf)
+        return in_words(leaf)
     raise CaptureError(
         f"an argument of train_step holds a {type(leaf).__name__}, which would become a constant of the graph",
         fix="pass tensors (torch.from_numpy for arrays), numbers and strings, in lists, tuples and dictionaries",
