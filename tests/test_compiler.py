@@ -70,6 +70,22 @@ def test_values_assigned_on_one_rank_alone_are_refused(ranks: Ranks) -> None:
     ranks.run(assign_on_rank_1, timeout_s=60)
 
 
+class ToldWhere(Net):
+    def forward(self, index: Tensor, device: torch.device) -> Tensor:
+        assert device.type == "cuda"
+        return super().forward(index)
+
+
+def pass_own_device() -> None:
+    model = ToldWhere()
+    zgraph.compile(model, optimizer=AdamW(model.parameters()))
+    assert model.train_step(INDEX, torch.device("cuda", world()[0])).isfinite()
+
+
+def test_each_rank_may_pass_a_device_of_its_own(ranks: Ranks) -> None:
+    ranks.run(pass_own_device, timeout_s=60)
+
+
 class Breaks(nn.Linear):
     """It cannot be initialised while it says so."""
 

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from zgraph.errors import CaptureError
 from zgraph.optimizer_state import Forms
+from zgraph.program import in_words
 from zgraph.state import TrainingState
 from zgraph.update import structure, unnamed
 
@@ -198,7 +199,7 @@ def _fact_of(leaf: Any) -> str:
         order = tuple(leaf.stride()) if leaf.layout is torch.strided else leaf.layout
         return f"{leaf.dtype} {tuple(leaf.shape)} {order} {leaf.device.type}"
     if leaf is None or isinstance(leaf, (bool, int, float, complex, str, torch.dtype, torch.device)):
-        return repr(leaf)
+        return in_words(leaf)
     raise CaptureError(
         f"an argument of train_step holds a {type(leaf).__name__}, which would become a constant of the graph",
         fix="pass tensors (torch.from_numpy for arrays), numbers and strings, in lists, tuples and dictionaries",
