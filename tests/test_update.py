@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import types
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -329,6 +330,11 @@ class KeepsTable(Bad):
         self.table["last"] = p.grad
 
 
+class Draws(Bad):
+    def extra(self, group: dict[str, Any], p: Tensor) -> None:
+        p.grad.mul_(random.random())
+
+
 class WritesOwnTensor(Bad):
     def extra(self, group: dict[str, Any], p: Tensor) -> None:
         self.total += p.grad.sum()
@@ -346,6 +352,7 @@ class WritesOwnTensor(Bad):
         (Schedules, r"Schedules.step\(\) changes param_groups\[0\]\['lr'\]", None),
         (Logs, r"Logs.step\(\) changes its attribute 'log'", None),
         (KeepsTable, r"KeepsTable.step\(\) changes its attribute 'table'", None),
+        (Draws, r"Draws.step\(\) draws numbers from random", None),
         (WritesOwnTensor, r"WritesOwnTensor.step\(\) writes to a tensor that is not in its state", "self.total +="),
         (lambda p: torch.optim.LBFGS(list(p)), r"LBFGS.step\(\) cannot be traced", None),
     ],

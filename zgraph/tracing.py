@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import linecache
 import os
+import random
 import re
 import sys
 import sysconfig
@@ -19,6 +20,7 @@ from types import FrameType
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import sympy.tensor.tensor  # noqa: F401
 import torch
 import torch._inductor.compiler_bisector
@@ -190,6 +192,25 @@ class _UndoWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with torch.no_grad():
             for tensor, before in reversed(self._before.values()):
                 tensor.copy_(before)
+
+
+@contextmanager
+def python_generators_kept() -> Iterator[list[str]]:
+    """Put the global generators of Python and numpy back; gives the names of those that were drawn from, at the end.
+
+    What they give becomes a constant of the graph, where torch's generator becomes an operator.
+    """
+    drawn: list[str] = []
+    before, numpy_before = random.getstate(), np.random.get_state(legacy=False)  # noqa: NPY002 -- the user's generator
+    try:
+        yield drawn
+    finally:
+        if random.getstate() != before:
+            drawn.append("random")
+            random.setstate(before)
+        if str(np.random.get_state(legacy=False)) != str(numpy_before):  # noqa: NPY002
+            drawn.append("numpy.random")
+            np.random.set_state(numpy_before)  # noqa: NPY002
 
 
 def fake_mode(*, scalars: bool) -> FakeTensorMode:
