@@ -438,6 +438,8 @@ def _initial_values(first: Update, later: Update) -> dict[Input, StateInit] | No
     The two graphs are walked together from their results. Where ``later`` reads a state placeholder, whatever
     ``first`` has there is that state's initial value; everywhere else they must be the same operator.
     """
+    if first.results.keys() != later.results.keys():
+        return None  # state is created, or dropped, in the second step
     bound: dict[fx.Node, Any] = {}
     done: set[tuple[fx.Node, Any]] = set()
     gradient_of = {node: name for u in (first, later) for name, node in u.gradients.items()}
