@@ -267,11 +267,11 @@ class _Runtime:
         return spec
 
     def _what_changed(self, key: str, facts: dict[str, str]) -> str:
-        if key in self.cache:
+        if self.cache.get(key):
             return "a hyperparameter crossed a condition in the optimizer's step()"
         changed = [name for name in facts if name != STEP_COUNTS and facts[name] != self._facts_seen.get(name)]
         if not changed:
-            return "the optimizer's first step has created its state, and later ones read it"
+            return "the last one created optimizer state, which later ones read"
         what = f"{' and '.join(changed)} changed"
         return f"{what}: {shorten(facts[ATTRIBUTES], 300, placeholder=' ...')}" if ATTRIBUTES in changed else what
 
