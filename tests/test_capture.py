@@ -469,9 +469,19 @@ class Fails(Line):
         return super().forward(x @ x)
 
 
+class DrawsFromItsOwn(Line):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + torch.rand(4, 3, generator=self.generator))
+
+
 @pytest.mark.parametrize(
     ("model", "says", "line"),
     [
+        (DrawsFromItsOwn, r"aten.rand.generator is given a Generator", "generator=self.generator)"),
         (Writes, r"forward writes to batch:0 in place", "x.add_(1)"),
         (WholeLoss, r"not a scalar: it has shape \(\) and dtype torch.int64", ".long()"),
         (Fails, r"cannot be captured: RuntimeError", "super().forward(x @ x)"),

@@ -32,6 +32,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from zgraph.errors import CaptureError
 from zgraph.program import Input, Origin, Phase, Role
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -284,6 +285,15 @@ def _lift_constants(graph: fx.Graph, module: fx.GraphModule, mode: FakeTensorMod
         if attribute not in by_attribute:
             name = f"constant{len(constants)}"
             value = getattr(module, attribute)
+            if not isinstance(value, torch.Tensor):
+                user = next(iter(node.users))
+                raise CaptureError(
+                    f"{user.target} is given a {type(value).__name__}, which no input of a graph can be",
+                    where=quoted(user.meta["origin"].source),
+                    fix="leave generator= out: torch's global generator is advanced as in plain PyTorch"
+                    if isinstance(value, torch.Generator)
+                    else "compute with tensors and numbers",
+                )
             constants[name] = value.detach()
             with graph.inserting_after(last):
                 last = by_attribute[attribute] = graph.placeholder(name)
