@@ -403,8 +403,9 @@ def _guards(env: ShapeEnv, symbols: dict[sympy.Symbol, Input]) -> tuple[Guard, .
     guards = []
     for guard in env.guards:
         free = sorted(guard.expr.free_symbols, key=str)
-        if not free or any(symbol not in symbols for symbol in free):
+        if not free:
             continue
+        assert symbols.keys() >= set(free), f"{guard.expr} was decided on something that is no input"
         text = str(guard.expr.xreplace({s: sympy.Symbol(f"x{i}") for i, s in enumerate(free)}))
         guards.append(Guard(tuple(symbols[s] for s in free), _holds(guard.expr, free), text))
     return tuple(guards)
