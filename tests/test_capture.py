@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -386,12 +387,14 @@ class Careless(nn.Module):
         super().__init__()
         self.layer, self.norm = nn.Linear(3, 2), nn.BatchNorm1d(2)
         self.register_buffer("seen", torch.zeros(()))
-        self.calls, self.history = 0, ["start"]
+        self.length, self.history = 0, ["start"]
+        self.outputs: list[Tensor] = []
 
     def forward(self, x: Tensor, fail: str = "") -> Tensor:
-        self.calls += 1
+        self.length = len(x)
         self.history = [*self.history, "forward"]
         self.hidden = F.dropout(self.norm(self.layer(x)), 0.5)
+        self.outputs.append(self.hidden)
         self.seen = self.seen + self.hidden.detach().sum()
         self.layer.scratch = torch.ones(3)
         self.late = nn.Linear(2, 2, bias=False)
@@ -417,6 +420,7 @@ def test_capture_touches_nothing_even_if_it_fails(fail: str) -> None:
     else:
         captured(model, torch.randn(4, 3, generator=torch.Generator()), optimizer=optimizer)
     assert {name: m.__dict__ for name, m in model.named_modules()} == attributes
+    assert not model.outputs
     assert {n: (m._parameters, m._buffers, m._modules) for n, m in model.named_modules()} == inner
     for name, value in model.state_dict(keep_vars=True).items():
         original, before = tensors[name]
@@ -426,6 +430,24 @@ def test_capture_touches_nothing_even_if_it_fails(fail: str) -> None:
     assert not optimizer.state
     assert [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups] == groups
     assert torch.equal(torch.get_rng_state(), generator)
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "zgraph"]
+
+
+def test_attributes_that_forward_sets_are_named_in_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    captured(Careless(), torch.randn(4, 3))
+    (warning,) = warnings_of(caplog)
+    assert "forward sets hidden, history, late, layer.scratch, length, outputs;" in warning
+
+
+@pytest.mark.parametrize("name", ["gpt", "counting", "recurrent", "resnet"])
+def test_models_that_keep_nothing_but_buffers_give_no_warning(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    case = CASES[name]
+    model, batch = case.model(), case.make_batch(2)
+    capture(model, SGD(model.parameters(), lr=0.1), batch.args, batch.kwargs, loss=case.loss)
+    assert not warnings_of(caplog)
 
 
 # Refusals that need no ranks; the rest are in distributed/test_refusals.py
@@ -447,9 +469,19 @@ class Fails(Line):
         return super().forward(x @ x)
 
 
+class DrawsFromItsOwn(Line):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + torch.rand(4, 3, generator=self.generator))
+
+
 @pytest.mark.parametrize(
     ("model", "says", "line"),
     [
+        (DrawsFromItsOwn, r"aten.rand.generator is given a Generator", "generator=self.generator)"),
         (Writes, r"forward writes to batch:0 in place", "x.add_(1)"),
         (WholeLoss, r"not a scalar: it has shape \(\) and dtype torch.int64", ".long()"),
         (Fails, r"cannot be captured: RuntimeError", "super().forward(x @ x)"),
@@ -471,6 +503,64 @@ class KeepsReference(Line):
 
     def forward(self, x: Tensor) -> Tensor:
         return (x @ self.weights[0].t() + self.layer.bias).square().mean()
+
+
+class Counts(Line):
+    """Has a number that falls with every call, which a tensor could keep and a graph cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Module()
+        self.inner.temperature = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.inner.temperature *= 0.5
+        return super().forward(x) * self.inner.temperature
+
+
+class Alternates(Line):
+    negative = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.negative = not self.negative
+        return super().forward(-x if self.negative else x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        (Counts, r"forward changes inner.temperature with every call, from 1.0 to 0.5 to 0.25"),
+        (Alternates, r"forward changes negative with every call, from None to True to False"),
+    ],
+)
+def test_numbers_that_change_with_every_call_are_refused_with_their_name(kind: Callable[[], Line], says: str) -> None:
+    model = kind()
+    before = dict(vars(model))
+    with pytest.raises(CaptureError, match=says):
+        captured(model, torch.randn(4, 3))
+    assert vars(model) == before
+
+
+class DrawsInPython(Line):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * random.random()
+
+
+class DrawsInNumpy(Line):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * float(np.random.rand())  # noqa: NPY002
+
+
+@pytest.mark.parametrize(("kind", "name"), [(DrawsInPython, "random"), (DrawsInNumpy, "numpy.random")])
+def test_numbers_drawn_outside_of_torch_are_refused_and_not_used_up(kind: Callable[[], Line], name: str) -> None:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    expected = random.random(), np.random.rand()  # noqa: NPY002
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    with pytest.raises(CaptureError, match=rf"forward draws numbers from {name}, which would be the same"):
+        captured(kind(), torch.randn(4, 3))
+    assert (random.random(), np.random.rand()) == expected  # noqa: NPY002
 
 
 def test_a_parameter_that_is_read_past_its_module_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import types
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -195,6 +196,30 @@ def test_state_that_starts_as_the_parameter_or_as_a_python_number_is_found(to_on
     assert assert_follows(lambda p: Anchored(p.parameters(), to_ones=to_ones), exact=True) == 1
 
 
+class Late(Optimizer):
+    """Creates a second state in the second step."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    state = self.state[p]
+                    if "momentum" not in state:
+                        state["momentum"] = torch.zeros_like(p)
+                    elif "square" not in state:
+                        state["square"] = p.grad.square()
+                    state["momentum"].add_(p.grad)
+                    p.sub_(state["momentum"], alpha=group["lr"])
+                    if "square" in state:
+                        p.sub_(state["square"], alpha=group["lr"])
+
+
+def test_state_that_is_created_in_a_later_step_is_traced_again() -> None:
+    assert_follows(lambda p: Late(p.parameters(), {"lr": 0.1}), exact=True, num_steps=4)
+
+
 def test_conditions_on_numbers_become_guards() -> None:
     params = Params()
     groups = [{"params": [params.matrix], "weight_decay": 0.1}, {"params": [params.vector], "weight_decay": 0.0}]
@@ -352,6 +377,11 @@ class KeepsTable(Bad):
         self.table["last"] = p.grad
 
 
+class Draws(Bad):
+    def extra(self, group: dict[str, Any], p: Tensor) -> None:
+        p.grad.mul_(random.random())
+
+
 class WritesOwnTensor(Bad):
     def extra(self, group: dict[str, Any], p: Tensor) -> None:
         self.total += p.grad.sum()
@@ -369,6 +399,7 @@ class WritesOwnTensor(Bad):
         (Schedules, r"Schedules.step\(\) changes param_groups\[0\]\['lr'\]", None),
         (Logs, r"Logs.step\(\) changes its attribute 'log'", None),
         (KeepsTable, r"KeepsTable.step\(\) changes its attribute 'table'", None),
+        (Draws, r"Draws.step\(\) draws numbers from random", None),
         (WritesOwnTensor, r"WritesOwnTensor.step\(\) writes to a tensor that is not in its state", "self.total +="),
         (lambda p: torch.optim.LBFGS(list(p)), r"LBFGS.step\(\) cannot be traced", None),
     ],

@@ -7,9 +7,11 @@ The user's model, optimizer and random state are as before, whatever happens.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -18,13 +20,16 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils import _pytree as pytree
 
 from zgraph import ops
+from zgraph.attributes import ModuleAttributes, is_plain, is_same
 from zgraph.errors import CaptureError, OptimizerError, ZgraphError, quoted
 from zgraph.functional import make_functional
 from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage, describe
-from zgraph.tracing import Recorder, fake_mode, source_of_error, trace
+from zgraph.tracing import Recorder, fake_mode, python_generators_kept, source_of_error, trace
 from zgraph.update import StateSpec, Update, check_step, trace_update
 
 aten = torch.ops.aten
+
+log = logging.getLogger("zgraph")
 
 LossFunction = Callable[..., torch.Tensor]
 
@@ -91,11 +96,14 @@ def capture(
     recorder = Recorder(Phase.FORWARD, {id(m): name for name, m in model.named_modules()})
     found: dict[str, Any] = {}
 
-    def run(params_in: dict[str, torch.Tensor], buffers_in: dict[str, torch.Tensor], batch: list[torch.Tensor]) -> Any:
+    def arguments(batch: list[torch.Tensor]) -> Any:
         whole = list(leaves)
         for i, tensor in zip(tensor_at, batch, strict=True):
             whole[i] = tensor
-        inner_args, inner_kwargs = pytree.tree_unflatten(whole, spec)
+        return pytree.tree_unflatten(whole, spec)
+
+    def run(params_in: dict[str, torch.Tensor], buffers_in: dict[str, torch.Tensor], batch: list[torch.Tensor]) -> Any:
+        inner_args, inner_kwargs = arguments(batch)
         leaf = {name: t.detach().requires_grad_(params[name].requires_grad) for name, t in params_in.items()}
         swapped = {**leaf, **buffers_in}
         output = torch.func.functional_call(model, swapped, inner_args, inner_kwargs)
@@ -115,13 +123,28 @@ def capture(
         found["replaced"] = list(replaced)
         return [value.detach().reshape(()), *[g for g in grads if g is not None], *replaced.values()]
 
-    with _untouched(model), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+    def call_again() -> None:
+        with mode, torch.no_grad():
+            torch.func.functional_call(model, {**fake_params, **fake_buffers}, *arguments(fake_batch))
+
+    with (
+        _untouched(model) as attributes,
+        python_generators_kept() as drawn,
+        torch.random.fork_rng(devices=[]),
+        torch.enable_grad(),
+    ):
         try:
             graph, constants = trace(run, (fake_params, fake_buffers, fake_batch), mode, recorder)
+            _check_attributes(attributes, call_again)
         except ZgraphError:
             raise
         except Exception as error:
             raise _explain(error) from error
+    if drawn:
+        raise CaptureError(
+            f"forward draws numbers from {' and '.join(drawn)}, which would be the same in every step",
+            fix="draw with torch, e.g. torch.rand(()), or pass what is drawn as a tensor of the batch",
+        )
     inputs = [Input(Role.PARAM, name) for name in params]
     inputs += [Input(Role.BUFFER, name) for name in buffers]
     inputs += [Input(Role.BATCH, str(i)) for i in range(len(tensor_at))]
@@ -312,23 +335,42 @@ def _explain(error: Exception) -> CaptureError:
 
 
 @contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
+def _untouched(model: nn.Module) -> Iterator[ModuleAttributes]:
     """Put back every attribute of every module afterwards: forward may store fake tensors on them."""
-    before = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers), dict(m._modules)) for m in model.modules()]
+    attributes = ModuleAttributes(model)
     try:
-        yield
+        yield attributes
     finally:
-        for module, attributes, parameters, buffers, children in before:
-            registries: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
-                (module._parameters, parameters),
-                (module._buffers, buffers),
-                (module._modules, children),
-            )
-            for registry, saved in registries:
-                registry.clear()
-                registry.update(saved)
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
+        attributes.restore()
+
+
+def _check_attributes(attributes: ModuleAttributes, call_again: Callable[[], Any]) -> None:
+    """Refuse numbers that forward changes with every call: a graph has them as constants. Tell what else it sets.
+
+    What comes out the same when forward is called again (``self.length = x.shape[1]``) does no harm.
+
+    Raises:
+        CaptureError: with the attribute and its values.
+    """
+    changes = attributes.changes()
+    if not changes:
+        return
+    if any(is_plain(after) for _, after in changes.values()):
+        call_again()
+        later = attributes.changes()
+        for name, (before, after) in changes.items():
+            last = later[name][1] if name in later else before
+            if is_plain(after) and is_plain(last) and not is_same(after, last):
+                raise CaptureError(
+                    f"forward changes {name} with every call, from {before!r} to {after!r} to {last!r}, "
+                    "but a captured step would have it as a constant",
+                    fix="keep it in a buffer, or pass it as an argument of train_step",
+                )
+    log.warning(
+        "zgraph: forward sets %s; a compiled step leaves %s as before (what must last belongs into a buffer)",
+        shorten(", ".join(changes), 300, placeholder=" ..."),
+        "these attributes" if len(changes) > 1 else "this attribute",
+    )
 
 
 def _join(

@@ -326,7 +326,7 @@ class _Runtime:
             if ATTRIBUTES in changed:
                 why += f": {shorten(facts[ATTRIBUTES], 300, placeholder=' ...')}"
         else:
-            why = "the optimizer's first step has created its state, and later ones read it"
+            why = "the last one created optimizer state, which later ones read"
         log.warning("zgraph: capturing the training step again, because %s", why)
         self._num_changes.update(changed)
         for name in changed:

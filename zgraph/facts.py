@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from zgraph.attributes import plain_attributes
 from zgraph.errors import CaptureError
 from zgraph.optimizer_state import Forms
 from zgraph.program import in_words
@@ -25,7 +26,6 @@ STEP_COUNTS = "the optimizer's step counts"
 ATTRIBUTES = "what modules and the optimizer have as attributes"
 """Only what differs from the first capture: ranks may have different attributes, but must change them together."""
 
-_PLAIN = frozenset({bool, int, float, complex, str, type(None), torch.dtype, torch.device})
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _TOLD_ELSEWHERE = frozenset({"training", "_opt_called"})  # by a fact of its own; by learning-rate schedulers
 
@@ -59,7 +59,7 @@ class Facts:
             torch.are_deterministic_algorithms_enabled(),
         )
         members = [list(map(id, group["params"])) for group in self._optimizer.param_groups]
-        optimizer = (structure(self._optimizer), _attributes(self._optimizer), members, self._objects())
+        optimizer = (structure(self._optimizer), plain_attributes(self._optimizer), members, self._objects())
         forms = self._state.state_forms() if self._optimizer.state else self._state.stored_forms()
         kinds, counts = _kinds_and_counts(forms)
         fingerprint = (str(spec), batch, modules, settings, optimizer, kinds, self._state.layout)
@@ -151,7 +151,7 @@ def _of_module(module: nn.Module) -> tuple[Any, ...]:
     """Attributes, numbers of hooks, parameters and buffers of one module, to be compared."""
     own = vars(module)
     return (
-        _attributes(module),
+        plain_attributes(module),
         [len(own[name]) for name in _HOOKS],
         [
             (name, id(p), p.shape, p.dtype, p.requires_grad, _num_hooks(p))
@@ -164,15 +164,6 @@ def _of_module(module: nn.Module) -> tuple[Any, ...]:
 
 def _num_hooks(param: torch.Tensor) -> int:
     return len(param._backward_hooks or ()) + len(getattr(param, "_post_accumulate_grad_hooks", None) or ())
-
-
-def _attributes(owner: object) -> list[tuple[str, str]]:
-    """Attributes that are plain values, or tuples of them: what a trace takes for constants."""
-    return [
-        (name, repr(value))
-        for name, value in vars(owner).items()
-        if type(value) in _PLAIN or (type(value) is tuple and _PLAIN.issuperset(map(type, value)))
-    ]
 
 
 def _kinds_and_counts(forms: Forms) -> tuple[list[Any], set[Any]]:

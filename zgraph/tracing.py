@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from types import FrameType
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import sympy.tensor.tensor  # noqa: F401
 import torch
 import torch._inductor.compiler_bisector
@@ -28,7 +30,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from zgraph.errors import quoted
+from zgraph.errors import CaptureError, quoted
 from zgraph.program import Input, Origin, Phase, Role
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -184,6 +186,25 @@ class _UndoWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 tensor.copy_(before)
 
 
+@contextmanager
+def python_generators_kept() -> Iterator[list[str]]:
+    """Put the global generators of Python and numpy back; gives the names of those that were drawn from, at the end.
+
+    What they give becomes a constant of the graph, where torch's generator becomes an operator.
+    """
+    drawn: list[str] = []
+    before, numpy_before = random.getstate(), np.random.get_state(legacy=False)  # noqa: NPY002 -- the user's generator
+    try:
+        yield drawn
+    finally:
+        if random.getstate() != before:
+            drawn.append("random")
+            random.setstate(before)
+        if str(np.random.get_state(legacy=False)) != str(numpy_before):  # noqa: NPY002
+            drawn.append("numpy.random")
+            np.random.set_state(numpy_before)  # noqa: NPY002
+
+
 def fake_mode(*, scalars: bool) -> FakeTensorMode:
     """A mode whose tensors have shapes but no data; with ``scalars``, ``.item()`` gives a symbolic number."""
     if scalars:
@@ -255,6 +276,15 @@ def _lift_constants(graph: fx.Graph, module: fx.GraphModule, mode: FakeTensorMod
         if attribute not in by_attribute:
             name = f"constant{len(constants)}"
             value = getattr(module, attribute)
+            if not isinstance(value, torch.Tensor):
+                user = next(iter(node.users))
+                raise CaptureError(
+                    f"{user.target} is given a {type(value).__name__}, which no input of a graph can be",
+                    where=quoted(user.meta["origin"].source),
+                    fix="leave generator= out: torch's global generator is advanced as in plain PyTorch"
+                    if isinstance(value, torch.Generator)
+                    else "compute with tensors and numbers",
+                )
             constants[name] = value.detach()
             with graph.inserting_after(last):
                 last = by_attribute[attribute] = graph.placeholder(name)

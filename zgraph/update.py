@@ -7,7 +7,6 @@ double precision exactly as eager does. Conditions on such numbers (``if weight_
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -24,10 +23,11 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, GuardOnDataDepende
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils import _pytree as pytree
 
+from zgraph.attributes import contents, is_same
 from zgraph.errors import OptimizerError, ZgraphError, quoted
 from zgraph.functional import make_functional
 from zgraph.program import Guard, Input, Phase, Role, StateInit, in_words
-from zgraph.tracing import Recorder, fake_mode, source_of_error, trace
+from zgraph.tracing import Recorder, fake_mode, python_generators_kept, source_of_error, trace
 
 aten = torch.ops.aten
 
@@ -260,7 +260,7 @@ def _trace_once(
     def run(arguments: list[Any]) -> list[Any]:
         fake = type(optimizer).__new__(type(optimizer))  # copy.copy would leave out what subclasses add
         for attribute, value in vars(optimizer).items():
-            setattr(fake, attribute, copy.copy(value) if isinstance(value, (dict, list, set)) else value)
+            setattr(fake, attribute, contents(value))
         fake.state = defaultdict(dict)
         fake.param_groups = []
         leaves: dict[str, torch.Tensor] = {}
@@ -283,7 +283,7 @@ def _trace_once(
         with _symbolic_math():
             type(optimizer).step(fake)
         for what, value in _held(fake).items():
-            if not _is_same(value, before.get(what)):
+            if not is_same(value, before.get(what)):
                 raise OptimizerError(
                     f"{type(optimizer).__name__}.step() changes {what}, which a captured step would not",
                     fix="keep what changes from step to step in optimizer.state[param]",
@@ -306,7 +306,8 @@ def _trace_once(
     recorder = Recorder(Phase.UPDATE)
     try:
         # A step count that was just created must stay an input, not become the literal it was created from.
-        graph, constants = trace(run, (values,), mode, recorder, fold_literals=False)
+        with python_generators_kept() as drawn:
+            graph, constants = trace(run, (values,), mode, recorder, fold_literals=False)
     except ZgraphError:
         raise
     except GuardOnDataDependentSymNode as error:
@@ -322,6 +323,12 @@ def _trace_once(
             where=source_of_error(error),
             fix="the update must be made of torch operators on parameters, gradients and state",
         ) from error
+    if drawn:
+        raise OptimizerError(
+            f"{type(optimizer).__name__}.step() draws numbers from {' and '.join(drawn)}, "
+            "which would be the same in every step",
+            fix="draw them outside of step() and pass them as a float hyperparameter in param_groups",
+        )
     placeholders = list(graph.find_nodes(op="placeholder"))
     for node, meaning in zip(placeholders, inputs, strict=False):
         if not isinstance(meaning, str):
@@ -370,16 +377,7 @@ def _held(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     held = {f"its attribute {key!r}": v for key, v in vars(optimizer).items() if key not in ("state", "param_groups")}
     for index, group in enumerate(optimizer.param_groups):
         held.update({f"param_groups[{index}][{key!r}]": value for key, value in group.items()})
-    return {what: copy.copy(v) if isinstance(v, (dict, list, set)) else v for what, v in held.items()}
-
-
-def _is_same(value: Any, other: Any) -> bool:
-    """Whether two values, or all that two containers hold, are the same objects."""
-    if isinstance(value, dict) and isinstance(other, dict):
-        return value.keys() == other.keys() and all(value[key] is other[key] for key in value)
-    if isinstance(value, (list, set)) and isinstance(other, (list, set)):
-        return list(map(id, value)) == list(map(id, other))
-    return value is other
+    return {what: contents(value) for what, value in held.items()}
 
 
 def _entry(value: Any) -> StateEntry | None:
@@ -420,8 +418,9 @@ def _guards(env: ShapeEnv, symbols: dict[sympy.Symbol, Input]) -> tuple[Guard, .
     guards = []
     for guard in env.guards:
         free = sorted(guard.expr.free_symbols, key=str)
-        if not free or any(symbol not in symbols for symbol in free):
+        if not free:
             continue
+        assert symbols.keys() >= set(free), f"{guard.expr} was decided on something that is no input"
         text = str(guard.expr.xreplace({s: sympy.Symbol(f"x{i}") for i, s in enumerate(free)}))
         guards.append(Guard(tuple(symbols[s] for s in free), _holds(guard.expr, free), text))
     return tuple(guards)
@@ -455,6 +454,8 @@ def _initial_values(first: Update, later: Update) -> dict[Input, StateInit] | No
     The two graphs are walked together from their results. Where ``later`` reads a state placeholder, whatever
     ``first`` has there is that state's initial value; everywhere else they must be the same operator.
     """
+    if first.results.keys() != later.results.keys():
+        return None  # state is created, or dropped, in the second step
     bound: dict[fx.Node, Any] = {}
     done: set[tuple[fx.Node, Any]] = set()
     gradient_of = {node: name for u in (first, later) for name, node in u.gradients.items()}

@@ -1,0 +1,72 @@
+"""Attributes of Python objects: what a trace takes for constants, and what it may change and must put back."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+_PLAIN = frozenset({bool, int, float, complex, str, type(None), torch.dtype, torch.device})
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is a number, text or the like, or a tuple of these."""
+    return type(value) in _PLAIN or (type(value) is tuple and _PLAIN.issuperset(map(type, value)))
+
+
+def plain_attributes(owner: object) -> list[tuple[str, str]]:
+    """Names and values of the plain attributes of an object, to be compared and shown."""
+    return [(name, repr(value)) for name, value in vars(owner).items() if is_plain(value)]
+
+
+def contents(value: Any) -> Any:
+    """What to keep of a value that may be changed in place: a copy of a container, else the value itself."""
+    return copy.copy(value) if isinstance(value, (dict, list, set)) else value
+
+
+def is_same(value: Any, other: Any) -> bool:
+    """Whether two values are the same object, equal plain values, or containers of the same objects."""
+    if isinstance(value, dict) and isinstance(other, dict):
+        return value.keys() == other.keys() and all(value[key] is other[key] for key in value)
+    if isinstance(value, (list, set)) and isinstance(other, (list, set)):
+        return list(map(id, value)) == list(map(id, other))
+    return value is other or (is_plain(value) and repr(value) == repr(other))
+
+
+class ModuleAttributes:
+    """What the modules of a model hold, registered or not, to be compared with later and put back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._before = [
+            (f"{path}." if path else "", module, {name: (v, contents(v)) for name, v in vars(module).items()})
+            for path, module in model.named_modules()
+        ]
+
+    def changes(self) -> dict[str, tuple[Any, Any]]:
+        """What is no longer the same by name, before and now; None for what was not or is not there.
+
+        Private attributes of torch's own modules are left out, such as the list of weights in ``nn.LSTM``.
+        """
+        found = {}
+        for prefix, module, before in self._before:
+            is_torchs = type(module).__module__.startswith("torch.")
+            for name in before.keys() | vars(module).keys():
+                then, now = before.get(name, (None, None))[1], vars(module).get(name)
+                pairs = {name: (then, now)}
+                if name in ("_parameters", "_buffers", "_modules"):
+                    pairs = {key: (then.get(key), now.get(key)) for key in then.keys() | now.keys()}
+                elif is_torchs and name.startswith("_"):
+                    continue
+                found.update({prefix + key: pair for key, pair in pairs.items() if not is_same(*pair)})
+        return dict(sorted(found.items()))
+
+    def restore(self) -> None:
+        for _, module, before in self._before:
+            for value, kept in before.values():
+                if not is_same(value, kept):
+                    value.clear()
+                    (value.extend if isinstance(value, list) else value.update)(kept)
+            vars(module).clear()
+            vars(module).update({name: value for name, (value, _) in before.items()})
