@@ -16,7 +16,7 @@ from zgraph import ops
 from zgraph.codegen.source import SourceWriter
 from zgraph.heap import release_free_memory
 from zgraph.liveness import alive_bytes
-from zgraph.program import Phase, Program, describe
+from zgraph.program import Phase, Program, describe, operand
 
 _COMM_METHODS: dict[Any, str] = {
     ops.all_gather: "all_gather",
@@ -36,8 +36,12 @@ class Step:
     function: Callable[[list[Any], Any], list[Any]]
 
 
-def emit(program: Program) -> Step:
-    """Write and compile ``program``."""
+def emit(program: Program, *, tagged: bool = False) -> Step:
+    """Write and compile ``program``.
+
+    Args:
+        tagged: each collective says which one it is, for ``zgraph.agreement.CheckedComm``.
+    """
     writer = SourceWriter()
     names: dict[fx.Node, str] = {node: f"v{i}" for i, node in enumerate(program.graph.nodes)}
     dying = _last_uses(program)
@@ -63,7 +67,8 @@ def emit(program: Program) -> Step:
         if origin.phase is not phase or origin.module != module:
             phase, module = origin.phase, origin.module
             lines.append(f"    # {phase.value} {_comment(module)}".rstrip())
-        lines.append(f"    {names[node]} = {_expression(writer, node, names)}")
+        tag = _tag(node, names[node]) if tagged and node.target in ops.STARTS else None
+        lines.append(f"    {names[node]} = {_expression(writer, node, names, tag)}")
         dead = [names[n] for n in dying.get(node, ())]
         if dead:
             lines.append(f"    del {', '.join(dead)}")
@@ -71,12 +76,19 @@ def emit(program: Program) -> Step:
     return Step(source, writer.compile(source, "step", f"<zgraph step {id(program):x}>"))
 
 
-def _expression(writer: SourceWriter, node: fx.Node, names: dict[fx.Node, str]) -> str:
+def _tag(node: fx.Node, name: str) -> str:
+    """A collective's name, operation, and value; the same on all ranks that run the same program."""
+    return f"{name} = {_COMM_METHODS[node.target]} of {describe(operand(node).meta['val'])}"
+
+
+def _expression(writer: SourceWriter, node: fx.Node, names: dict[fx.Node, str], tag: str | None) -> str:
     method = _COMM_METHODS.get(node.target)
     if method is not None:
         # The mesh gives size and axis; what is passed is the tensor, the reduction, and where to put the result.
         args = [writer.argument(a, names) for a in node.args[: 2 if "reduce" in method else 1]]
         args += [f"{key}={writer.argument(value, names)}" for key, value in node.kwargs.items()]
+        if tag is not None:
+            args.append(f"tag={writer.literal(tag)}")
         return f"comm.{method}({', '.join(args)})"
     return writer.call(node, names)
 

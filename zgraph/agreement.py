@@ -11,11 +11,12 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from zgraph.comm import backends
+from zgraph.comm import Comm, backends
 from zgraph.errors import RankError
 
 _MAX_BYTES = 4096
@@ -153,6 +154,46 @@ class Agreement:
         lengths = [int.from_bytes(raw, "little") for raw in self._exchange(len(message).to_bytes(8, "little"))]
         padded = self._exchange(message.ljust(max(lengths), b"\0"))
         return [raw[:length] for raw, length in zip(padded, lengths, strict=True)]
+
+
+class CheckedComm:
+    """Collectives that start only when all ranks are about to start the same one.
+
+    gloo does not notice two all-reduces of one shape in another order: it sums unlike tensors and says nothing.
+
+    Args:
+        comm: does the work.
+        agreement: of the same ranks.
+    """
+
+    def __init__(self, comm: Comm, agreement: Agreement) -> None:
+        self._comm, self._agreement = comm, agreement
+        self.rank, self.world, self.traffic = comm.rank, comm.world, comm.traffic
+
+    def all_gather(self, shard: torch.Tensor, out: torch.Tensor | None = None, *, tag: str = "") -> Any:
+        """As ``Comm.all_gather``.
+
+        Raises:
+            RankError: on all ranks, with what each is about to start.
+        """
+        self._agreement.check(tag)
+        return self._comm.all_gather(shard, out)
+
+    def reduce_scatter(self, full: torch.Tensor, operation: str, *, tag: str = "") -> Any:
+        """As ``Comm.reduce_scatter``; raises as ``all_gather`` does."""
+        self._agreement.check(tag)
+        return self._comm.reduce_scatter(full, operation)
+
+    def all_reduce(self, value: torch.Tensor, operation: str, *, tag: str = "") -> Any:
+        """As ``Comm.all_reduce``; raises as ``all_gather`` does."""
+        self._agreement.check(tag)
+        return self._comm.all_reduce(value, operation)
+
+    def wait(self, started: Any) -> torch.Tensor:
+        return self._comm.wait(started)
+
+    def shard(self, full: torch.Tensor) -> torch.Tensor:
+        return self._comm.shard(full)
 
 
 def _failed(rank: int, message: str) -> RankError:

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from zgraph.agreement import CheckedComm
 from zgraph.capture import capture, check_optimizer
 from zgraph.codegen.emit import emit
 from zgraph.comm import Comm, default_backend, make_comm
@@ -287,7 +288,10 @@ class _Runtime:
             digest = result.program.digest()
             assert result.program.layout is not None
             comm = make_comm(self.group, {bucket.device.type for bucket in result.program.layout.buckets})
-            executable = Executable(result.program, emit(result.program), self.state, comm)
+            if self.config.check_collectives and self.group is not None:
+                comm = CheckedComm(comm, self.agreement)
+            step = emit(result.program, tagged=isinstance(comm, CheckedComm))
+            executable = Executable(result.program, step, self.state, comm)
             del program
         except Exception as caught:  # noqa: BLE001 -- whatever it is, the other ranks are told before this one stops
             error = caught

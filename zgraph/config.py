@@ -40,11 +40,14 @@ class Config:
         bucket_bytes: parameters that are used near each other share one flat buffer of about this many
             bytes, and travel together. A parameter larger than this has a bucket of its own.
         prefetch: how many buckets ahead of their first use parameters are gathered (ZeRO-3).
+        check_collectives: before each collective of a step all ranks compare which one they are about to start, and
+            stop with both names if they differ. For finding out why ranks part: it makes steps slower.
     """
 
     zero: int = 3
     bucket_bytes: int = 16 * 2**20
     prefetch: int = 1
+    check_collectives: bool = False
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> Config:
@@ -69,4 +72,6 @@ class Config:
             value = getattr(config, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise OptionError(f"{name}={value!r} is out of range", fix=f"give an integer from {low} to {high}")
+        if not isinstance(config.check_collectives, bool):
+            raise OptionError(f"check_collectives={config.check_collectives!r} is not a bool", fix="give True or False")
         return config
