@@ -1,10 +1,13 @@
-"""Capture and rewrite Llama-shaped models of growing depth on the meta device: seconds, nodes and memory.
+"""Capture, rewrite and prove Llama-shaped models of growing depth on the meta device: seconds, nodes and memory.
 
     python benchmarks/capture.py                    10, 20, 40 and 80 layers (up to 65B parameters)
     python benchmarks/capture.py --layers 4 8       smaller
+    python benchmarks/capture.py --plot FILE.svg    draw seconds over nodes, too (needs matplotlib)
 
 Nothing is trained and no process group is needed; each depth runs in a process of its own, so that its peak memory is
-its own. The pass column should grow with nodes and nothing else.
+its own. ``passes`` is what the nine passes take, ``proofs`` the verification after each of them together, and ``check``
+one proof of the finished program from nothing: the captured and the rewritten step evaluated and compared. All three
+should grow with nodes and nothing else.
 """
 
 from __future__ import annotations
@@ -88,6 +91,7 @@ def measure(num_layers: int, world: int) -> dict[str, float]:
     from zgraph.passes import default_passes
     from zgraph.pipeline import run
     from zgraph.program import Mesh
+    from zgraph.verify import Verifier
 
     with torch.device("meta"):
         model = Llama(num_layers)
@@ -98,15 +102,34 @@ def measure(num_layers: int, world: int) -> dict[str, float]:
     captured = time.perf_counter()
     result = run(default_passes(Config(zero=3), Mesh(world)), program)
     done = time.perf_counter()
+    Verifier(program).check(result.program, after="all passes", touched=())
+    checked = time.perf_counter()
     return {
         "layers": num_layers,
         "parameters": sum(p.numel() for p in model.parameters()),
         "nodes_captured": program.num_nodes(),
         "nodes_rewritten": result.program.num_nodes(),
         "capture_s": captured - start,
-        "passes_s": done - captured,
+        "passes_s": sum(record.time_s for record in result.records),
+        "proofs_s": sum(record.verify_s for record in result.records),
+        "compile_s": done - start,
+        "check_s": checked - done,
         "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+
+
+def plot(rows: list[dict[str, float]], file: str) -> None:
+    """Draw what the passes, their proofs and one whole proof take, over the nodes of the program."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.6))
+    nodes = [row["nodes_rewritten"] for row in rows]
+    for key, label in (("proofs_s", "all proofs"), ("passes_s", "all passes"), ("check_s", "one proof from nothing")):
+        axes.plot(nodes, [row[key] for row in rows], marker="o", label=label)
+    axes.set(xlabel="nodes of the sharded step", ylabel="seconds", xlim=(0, None), ylim=(0, None))
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(file, metadata={"Date": None})
 
 
 def main() -> int:
@@ -114,21 +137,30 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[10, 20, 40, 80])
     parser.add_argument("--world", type=int, default=8, help="ranks to shard over (default: 8)")
+    parser.add_argument("--plot", metavar="FILE", help="an SVG of seconds over nodes")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measure(options.layers[0], options.world)))
         return 0
-    print(f"{'layers':>6} {'params':>8} {'nodes':>7} {'capture s':>10} {'passes s':>9} {'us/node':>8} {'peak GB':>8}")
+    rows = []
+    print(
+        f"{'layers':>6} {'params':>8} {'nodes':>7} {'capture s':>10} {'passes s':>9} {'proofs s':>9} {'share':>6} "
+        f"{'check s':>8} {'us/node':>8} {'peak GB':>8}"
+    )
     for num_layers in options.layers:
         command = [sys.executable, __file__, "--one", "--layers", str(num_layers), "--world", str(options.world)]
         row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        rows.append(row)
         print(
             f"{row['layers']:6} {row['parameters'] / 1e9:7.1f}B {row['nodes_rewritten']:7} {row['capture_s']:10.1f} "
-            f"{row['passes_s']:9.1f} {row['passes_s'] / row['nodes_rewritten'] * 1e6:8.0f} "
+            f"{row['passes_s']:9.2f} {row['proofs_s']:9.2f} {row['proofs_s'] / row['compile_s']:6.1%} "
+            f"{row['check_s']:8.2f} {row['check_s'] / row['nodes_rewritten'] * 1e6:8.1f} "
             f"{row['peak_resident_bytes'] / 1e9:8.2f}",
             flush=True,
         )
+    if options.plot:
+        plot(rows, options.plot)
     return 0
 
 
