@@ -214,6 +214,7 @@ class _Runtime:
         hypers: dict[str, float] = {}
         facts: dict[str, str] = {}
         replaced: list[str] = []
+        num_met = len(self._met)
         error: Exception | None = None
         try:
             hypers = hyperparameters(self.optimizer)
@@ -226,7 +227,11 @@ class _Runtime:
             "zgraph options": repr(self.config),
             "which parameters have been given other values": repr(replaced),
         }
-        self.agreement.check("model.train_step()", {**facts, **others}, error)
+        try:
+            self.agreement.check("model.train_step()", {**facts, **others}, error)
+        except Exception:
+            del self._met[num_met:]  # a refused step is no step: ranks would count differently from now on
+            raise
         key = self._key(facts)
         values = self._guarded_values(hypers)
         compiled = next((c for c in self.cache if key in c.keys and _hold(c.guards, values)), None)
