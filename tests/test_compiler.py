@@ -144,6 +144,12 @@ def replace_a_function() -> None:
     model.train_step(INDEX)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.stats()["num_captures"] == 2
+    if world()[0] == 1:
+        optimizer.param_groups[0]["scale"] = scale_by(1.0)
+    with pytest.raises(RankError, match="objects among the optimizer's options"):
+        model.train_step(INDEX)
+    optimizer.param_groups[0]["scale"] = scale_by(2.0)
+    assert model.train_step(INDEX).isfinite()
 
 
 def test_functions_among_the_optimizers_options_are_compared_by_name_and_replaced_by_identity(ranks: Ranks) -> None:

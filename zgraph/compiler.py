@@ -161,11 +161,13 @@ class CompiledModule(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy with an optimizer of its own, as plain modules and their optimizers have when copied together."""
-        if self.__dict__["_zgraph"].group is not None:
+        runtime = self.__dict__["_zgraph"]
+        if runtime.group is not None:
             raise StateError(
                 "a compiled model cannot be copied while its process group is part of it",
                 fix="build another model and load_state_dict(model.state_dict())",
             )
+        memo[id(runtime.cache)], memo[id(runtime._last)] = [], None  # the copy captures a step of its own
         copied = memo[id(self)] = self.__class__.__new__(self.__class__)
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
@@ -230,7 +232,11 @@ class _Runtime:
             "zgraph options": repr((self.config, self.passes)),
             "which parameters have been given other values": repr(replaced),
         }
-        self.agreement.check("model.train_step()", {**facts, **others}, error)
+        try:
+            self.agreement.check("model.train_step()", {**facts, **others}, error)
+        except Exception:
+            self.facts.forget_last()
+            raise
         key = self.facts.key
         values = self._guarded_values(hypers)
         compiled = next((c for c in self.cache if key in c.keys and _hold(c.guards, values)), None)

@@ -43,6 +43,7 @@ class Facts:
         self._fingerprint: Any = None
         self._words: dict[str, str] = {}
         self._met: list[Any] = []
+        self._num_met = 0
         self._at_first: dict[str, str] | None = None
 
     def read(self, leaves: list[Any], spec: pytree.TreeSpec) -> dict[str, str]:
@@ -51,6 +52,7 @@ class Facts:
         Raises:
             CaptureError: an argument is an object whose content would silently become a constant of the graph.
         """
+        self._num_met = len(self._met)
         batch = [_fact_of(leaf) for leaf in leaves]
         modules = [(name, type(module), *_of_module(module)) for name, module in _modules(self._model)]
         settings = (
@@ -75,6 +77,11 @@ class Facts:
             }
             self.key = repr(self._words)
         return {**self._words, STEP_COUNTS: repr(sorted(counts))}
+
+    def forget_last(self) -> None:
+        """Undo a ``read`` whose step was refused: no step was taken, and ranks must keep counting alike."""
+        del self._met[self._num_met :]
+        self._fingerprint = None
 
     def settle(self) -> None:
         """Take the attributes read last for those that later ones are compared with."""
