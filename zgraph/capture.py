@@ -23,6 +23,7 @@ from zgraph import ops
 from zgraph.attributes import ModuleAttributes, is_plain, is_same
 from zgraph.errors import CaptureError, OptimizerError, ZgraphError, quoted
 from zgraph.functional import make_functional
+from zgraph.operands import check_operands
 from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage, describe
 from zgraph.tracing import Recorder, fake_mode, python_generators_kept, source_of_error, trace
 from zgraph.update import StateSpec, Update, check_step, trace_update
@@ -151,6 +152,7 @@ def capture(
     for node, what in zip(graph.find_nodes(op="placeholder"), inputs, strict=False):
         node.meta["input"] = what
     _check_constants(graph, constants, params)
+    check_operands(graph)
     graph, mutated = make_functional(graph, mode)
     written = {node.meta["input"]: value for node, value in mutated.items()}
     for node in graph.nodes:
@@ -290,6 +292,11 @@ def _loss_of(
         value = output["loss"]
     else:
         value = getattr(output, "loss", None)
+    if not isinstance(value, torch.Tensor) and loss is not None:
+        raise CaptureError(
+            f"the loss function returned {value if value is None else type(value).__name__} instead of a tensor",
+            fix="return the loss from loss(output, *args, **kwargs)",
+        )
     if not isinstance(value, torch.Tensor):
         raise CaptureError(
             f"the model returned a {type(output).__name__} without a loss",
@@ -317,7 +324,7 @@ def _explain(error: Exception) -> CaptureError:
     if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
         operator = getattr(error, "func", "an operator")
         what = (
-            "control flow in forward depends on the value of a tensor"
+            "control flow or an item() in forward depends on the value of a tensor"
             if operator in (aten._local_scalar_dense.default, aten.is_nonzero.default)
             else f"the shape of the result of {operator} depends on the value of a tensor"
         )

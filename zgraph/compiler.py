@@ -13,7 +13,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from textwrap import shorten
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from zgraph.agreement import CheckedComm
@@ -75,11 +76,20 @@ def compile(  # noqa: A001
     Raises:
         OptionError: an unknown option, or one out of range; a pass that cannot be placed.
         OptimizerError: the optimizer holds parameters that are not the model's, or has step hooks.
-        CaptureError: there is nothing to train.
+        CaptureError: there is nothing to train, or a lazy module has not been called yet.
     """
     config = Config.from_options(options)
     if not isinstance(model, nn.Module):
         raise OptionError(f"model is a {type(model).__name__}", fix="pass a torch.nn.Module")
+    if loss is not None and not callable(loss):
+        raise OptionError(f"loss is a {type(loss).__name__}", fix="pass a function loss(output, *args, **kwargs)")
+    params: Iterable[tuple[str, Any]] = model.named_parameters()
+    lazy = [name for name, p in params if is_lazy(p)]
+    if lazy:
+        raise CaptureError(
+            f"{lazy[0]} has no shape yet",
+            fix="call the model once on a batch before zgraph.compile, as lazy modules need",
+        )
     if isinstance(model, CompiledModule):
         raise OptionError("this model is compiled already", fix="compile each model once")
     if optimizer is not None:

@@ -193,6 +193,8 @@ def _fact_of(leaf: Any) -> str:
     Raises:
         CaptureError: the leaf is an object whose content would silently become a constant of the graph.
     """
+    if isinstance(leaf, torch.Tensor) and leaf.is_meta:
+        raise CaptureError("a tensor of the batch is on meta, where it has no values", fix="pass a batch with values")
     if isinstance(leaf, torch.Tensor):
         order = tuple(leaf.stride()) if leaf.layout is torch.strided else leaf.layout
         return f"{leaf.dtype} {tuple(leaf.shape)} {order} {leaf.device.type}"
