@@ -19,6 +19,7 @@ from torch import nn
 from zgraph.eager import OnTouch
 from zgraph.errors import StateError
 from zgraph.flat import FlatTensors, broadcast, place, without_memory
+from zgraph.generators import random_state, set_random_state
 
 _UNWRITTEN = 0xFE
 """Every byte of fresh memory: what still holds it everywhere after ``reset_parameters`` was not initialised. As a
@@ -215,14 +216,14 @@ def _generators_of_rank_0(devices: set[torch.device], group: dist.ProcessGroup |
     own has that back. After an error every rank has its own.
     """
     places = [torch.device("cpu"), *(device for device in devices if device.type == "cuda")]
-    own = {place: _random_state(place) for place in places}
+    own = {place: random_state(place) for place in places}
     differs = set()
     for place_, state in own.items():
         shared = state.clone()
         broadcast(shared, group)
         if not torch.equal(shared, state):
             differs.add(place_)
-            _set_random_state(place_, shared)
+            set_random_state(place_, shared)
     try:
         yield
     except BaseException:
@@ -230,15 +231,4 @@ def _generators_of_rank_0(devices: set[torch.device], group: dist.ProcessGroup |
         raise
     finally:
         for place_ in differs:
-            _set_random_state(place_, own[place_])
-
-
-def _random_state(device: torch.device) -> torch.Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _set_random_state(device: torch.device, state: torch.Tensor) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)
+            set_random_state(place_, own[place_])

@@ -71,6 +71,21 @@ def alive_bytes(program: Program) -> Iterator[tuple[fx.Node, int]]:
                 alive -= _allocated(program, value)
 
 
+def last_uses(program: Program) -> dict[fx.Node, list[fx.Node]]:
+    """For each call, the values that nothing reads after it (its own, if nothing reads it at all)."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.nodes:
+        if node.op != "placeholder":
+            last[node] = node
+        for source in node.all_input_nodes:
+            last[source] = node
+    dying: dict[fx.Node, list[fx.Node]] = {}
+    for value, node in last.items():
+        if node.op == "call_function":
+            dying.setdefault(node, []).append(value)
+    return dying
+
+
 def peak_bytes(program: Program) -> int:
     """The most bytes of temporaries alive at once."""
     return max((alive for _, alive in alive_bytes(program)), default=0)
