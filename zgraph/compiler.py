@@ -29,18 +29,16 @@ from zgraph.config import Config
 from zgraph.eager import GatherOnUse
 from zgraph.errors import CaptureError, OptimizerError, OptionError, ZgraphError
 from zgraph.execute import Executable
+from zgraph.facts import STEP_COUNTS, facts_of, hold, key_of, state_spec
 from zgraph.heap import release_free_memory
 from zgraph.passes import default_passes
 from zgraph.pipeline import Pass, PassRecord, run
 from zgraph.program import Guard, Input, Mesh, Program, Role
 from zgraph.state import TrainingState
 from zgraph.tracing import forget
-from zgraph.update import StateEntry, StateSpec, hyperparameters, structure
+from zgraph.update import hyperparameters
 
 log = logging.getLogger("zgraph")
-
-STEP_COUNTS = "the optimizer's step counts"
-"""The one fact that ranks must agree on although a captured step does not depend on it."""
 
 
 def compile(  # noqa: A001
@@ -74,25 +72,12 @@ def compile(  # noqa: A001
         CaptureError: there is nothing to train.
     """
     config = Config.from_options(options)
-    if not isinstance(model, nn.Module):
-        raise OptionError(f"model is a {type(model).__name__}", fix="pass a torch.nn.Module")
-    if isinstance(model, CompiledModule):
-        raise OptionError("this model is compiled already", fix="compile each model once")
-    if optimizer is not None:
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise OptionError(f"optimizer is a {type(optimizer).__name__}", fix="pass a torch.optim.Optimizer")
-        check_optimizer(model, optimizer)
-        if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
-            raise CaptureError(
-                "there is nothing to train: no parameter of the optimizer requires a gradient",
-                fix="leave requires_grad=True on what should train",
-            )
+    check_arguments(model, optimizer, passes)
     for name in ("train_step", "stats", "program", "source"):
         if hasattr(model, name):
             raise OptionError(
                 f"the model has an attribute {name!r}, which zgraph.compile would hide", fix="rename the attribute"
             )
-    _check_passes(passes)
     group = _process_group(model)
     runtime = _Runtime(model, optimizer, loss, config, group, tuple(passes))
     model.__class__ = type(f"Compiled{type(model).__name__}", (CompiledModule, type(model)), {})
@@ -197,9 +182,9 @@ class _Runtime:
         self.agreement.check(
             {**facts, "hyperparameters": repr(hypers), "zgraph options": repr((self.config, self.passes))}, error
         )
-        key = self._key(facts)
+        key = key_of(facts)
         values = self._guarded_values(hypers)
-        compiled = next((c for c in self.cache.get(key, ()) if _hold(c.guards, values)), None)
+        compiled = next((c for c in self.cache.get(key, ()) if hold(c.guards, values)), None)
         is_new = compiled is None
         if compiled is None:
             if self._last is not None:
@@ -214,9 +199,9 @@ class _Runtime:
         loss = compiled.executable.run([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], hypers)
         if is_new:
             facts = self._facts(leaves, spec)
-            known = self.cache.setdefault(self._key(facts), [])
+            known = self.cache.setdefault(key_of(facts), [])
             # what created its state reads it from now on
-            if compiled.executable.reads_all_state() and compiled not in known:
+            if compiled.executable.program.reads_all_state() and compiled not in known:
                 known.append(compiled)
         self._facts_seen = facts
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # as after optimizer.step(), for schedulers
@@ -235,7 +220,7 @@ class _Runtime:
                 args,
                 kwargs,
                 loss=self.loss,
-                state=self._state_spec(),
+                state=state_spec(self.model, self.state.state_forms()),
                 device=self._device(),
             )
             capture_s = time.perf_counter() - start
@@ -258,56 +243,11 @@ class _Runtime:
         """Where parameters without memory live; None before they have a place."""
         return self.state.layout.buckets[0].device if self.state.layout is not None else None
 
-    def _state_spec(self) -> StateSpec:
-        """Optimizer state that exists now, for capture."""
-        params = dict(self.model.named_parameters())
-        spec: StateSpec = {}
-        for name, forms in self.state.state_forms().items():
-            entries = {
-                key: StateEntry(tuple(params[name].shape) if form.elementwise else (), form.dtype, form.value)
-                for key, form in forms.items()
-            }
-            if entries:
-                spec[name] = entries
-        return spec
-
     # -- what a compiled step depends on --------------------------------------------------------------------
 
     def _facts(self, leaves: list[Any], spec: pytree.TreeSpec) -> dict[str, str]:
-        """Everything a captured step is specialised on, in words."""
         assert self.optimizer is not None
-        params = list(self.model.named_parameters())
-        names = {id(p): name for name, p in params}
-        batch = [_fact_of(leaf) for leaf in leaves]
-        members = [[names.get(id(p), "?") for p in group["params"]] for group in self.optimizer.param_groups]
-        modes = [
-            f"{device}: {torch.get_autocast_dtype(device)}"
-            for device in ("cpu", "cuda")
-            if torch.is_autocast_enabled(device)
-        ]
-        # Step counts themselves change every step; which parameters share one is what buckets depend on.
-        counts: dict[Any, int] = {}
-        state = []
-        for name, forms in self.state.state_forms().items():
-            numbers = tuple((key, form.value) for key, form in forms.items() if form.value is not None)
-            kinds = [(key, form.elementwise, str(form.dtype)) for key, form in forms.items()]
-            state.append((name, kinds, counts.setdefault(numbers, len(counts))))
-        return {
-            "the arguments' structure": str(spec),
-            "the arguments' shapes and values": repr(batch),
-            "the model's parameters": repr([(n, tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in params]),
-            "the model's buffers": repr([(n, tuple(b.shape), str(b.dtype)) for n, b in self.model.named_buffers()]),
-            "training mode": "".join("t" if m.training else "e" for m in self.model.modules()),
-            "the optimizer": repr((structure(self.optimizer), members)),
-            "the optimizer's state": repr(state),
-            STEP_COUNTS: repr(list(counts)),
-            "autocast and defaults": repr(
-                (modes, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())
-            ),
-        }
-
-    def _key(self, facts: dict[str, str]) -> str:
-        return repr({name: fact for name, fact in facts.items() if name != STEP_COUNTS})
+        return facts_of(self.model, self.optimizer, self.state.state_forms(), leaves, spec)
 
     def _what_changed(self, key: str, facts: dict[str, str]) -> str:
         if key in self.cache:
@@ -362,7 +302,25 @@ class _Runtime:
         }
 
 
-def _check_passes(passes: Sequence[Pass]) -> None:
+def check_arguments(model: Any, optimizer: Any, passes: Sequence[Any]) -> None:
+    """Refuse what cannot be trained.
+
+    Raises:
+        OptionError, OptimizerError, CaptureError: see ``compile``.
+    """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"model is a {type(model).__name__}", fix="pass a torch.nn.Module")
+    if isinstance(model, CompiledModule):
+        raise OptionError("this model is compiled already", fix="compile each model once")
+    if optimizer is not None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise OptionError(f"optimizer is a {type(optimizer).__name__}", fix="pass a torch.optim.Optimizer")
+        check_optimizer(model, optimizer)
+        if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
+            raise CaptureError(
+                "there is nothing to train: no parameter of the optimizer requires a gradient",
+                fix="leave requires_grad=True on what should train",
+            )
     for p in passes:
         if not isinstance(p, Pass):
             raise OptionError(f"passes holds a {type(p).__name__}", fix="pass instances of subclasses of zgraph.Pass")
@@ -371,29 +329,6 @@ def _check_passes(passes: Sequence[Pass]) -> None:
                 f"{p.name} takes a {p.takes.name} program and gives a {p.gives.name} one",
                 fix="leave the stage as it was: takes and gives must be equal for a pass of your own",
             )
-
-
-def _hold(guards: tuple[Guard, ...], values: dict[Input, float]) -> bool:
-    return all(
-        all(what in values for what in guard.inputs) and guard.holds(*(values[what] for what in guard.inputs))
-        for guard in guards
-    )
-
-
-def _fact_of(leaf: Any) -> str:
-    """What a captured step depends on of one leaf of its arguments.
-
-    Raises:
-        CaptureError: the leaf is an object whose content would silently become a constant of the graph.
-    """
-    if isinstance(leaf, torch.Tensor):
-        return f"{leaf.dtype} {tuple(leaf.shape)} {tuple(leaf.stride())} {leaf.device.type}"
-    if leaf is None or isinstance(leaf, (bool, int, float, complex, str, torch.dtype, torch.device)):
-        return repr(leaf)
-    raise CaptureError(
-        f"an argument of train_step holds a {type(leaf).__name__}, which would become a constant of the graph",
-        fix="pass tensors (torch.from_numpy for arrays), numbers and strings, in lists, tuples and dictionaries",
-    )
 
 
 def _process_group(model: nn.Module) -> dist.ProcessGroup | None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from zgraph.codegen.emit import Step
 from zgraph.comm import Comm
-from zgraph.program import Input, Program, Role, StateInit
+from zgraph.program import Input, Program, Role
 from zgraph.state import TrainingState
 
 
@@ -40,18 +40,13 @@ class Executable:
         assert isinstance(loss, torch.Tensor)
         return loss
 
-    def reads_all_state(self) -> bool:
-        """Whether every optimizer state that the step writes is also one of its inputs."""
-        written = {what for what in self.program.outputs if what is not None and what.role is Role.OPT_STATE}
-        return written <= set(self._inputs)
-
     def _fetch(self, what: Input, batch: Sequence[torch.Tensor], hypers: dict[str, float]) -> Any:
         if what.role is Role.PARAM:
             return self._state.params[what.name]
         if what.role is Role.OPT_STATE:
             entries = self._state.opt.setdefault(what.name, {})
             if what.key not in entries:
-                entries[what.key] = self._initial(what, self.program.init[what.name, what.key])
+                entries[what.key] = initial_state(self.program, what, self._state.params[what.name], self._comm.shard)
             return entries[what.key]
         if what.role is Role.BUFFER:
             return self._state.buffer(what.name)
@@ -60,15 +55,6 @@ class Executable:
         if what.role is Role.HYPER:
             return hypers[what.name]
         return self.program.constants[what.name]
-
-    def _initial(self, what: Input, start: StateInit) -> torch.Tensor | int | float:
-        val = self.program.inputs(Role.OPT_STATE)[what.name, what.key].meta["val"]
-        if start.fill is None:
-            param = self._state.params[what.name]
-            return (param if param.shape == val.shape else self._comm.shard(param)).to(val.dtype, copy=True)
-        if start.dtype is None:
-            return start.fill
-        return torch.full(val.shape, start.fill, dtype=val.dtype, device=val.device)
 
     def _store(self, what: Input, value: Any) -> None:
         if what.role is Role.OPT_STATE:
@@ -84,6 +70,26 @@ class Executable:
             _copy(self._state.buffer(what.name), value)
         else:
             _copy(self.program.constants[what.name], value)
+
+
+def initial_state(
+    program: Program, what: Input, param: torch.Tensor, shard: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor | int | float:
+    """Optimizer state of a bucket that does not exist yet, as one rank stores it.
+
+    Args:
+        program: reads it.
+        what: the state.
+        param: what the rank stores of the bucket's parameters.
+        shard: gives the rank's part of a whole bucket.
+    """
+    start = program.init[what.name, what.key]
+    val = program.inputs(Role.OPT_STATE)[what.name, what.key].meta["val"]
+    if start.fill is None:
+        return (param if param.shape == val.shape else shard(param)).to(val.dtype, copy=True)
+    if start.dtype is None:
+        return start.fill
+    return torch.full(val.shape, start.fill, dtype=val.dtype, device=val.device)
 
 
 def _copy(target: torch.Tensor, value: torch.Tensor) -> None:

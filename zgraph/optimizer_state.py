@@ -78,7 +78,7 @@ class OptimizerState:
         for name, param in params.items():
             if name not in given and self._params.get(name) is param:
                 bucket, _ = self._layout.find(name)
-                forms[name] = {key: _stored_form(value) for key, value in self.stored[bucket.name].items()}
+                forms[name] = {key: stored_form(value) for key, value in self.stored[bucket.name].items()}
         return forms
 
     @torch.no_grad()
@@ -303,7 +303,8 @@ def _form(name: str, key: str, value: Any, shape: torch.Size, elementwise: bool)
     )
 
 
-def _stored_form(value: Value) -> StateForm:
+def stored_form(value: Value) -> StateForm:
+    """The form of an entry as a rank stores it."""
     if isinstance(value, torch.Tensor):
         return StateForm(True, value.dtype) if value.dim() else StateForm(False, value.dtype, value.item())
     return StateForm(False, None, value)
