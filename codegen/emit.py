@@ -15,7 +15,7 @@ from torch import fx
 from zgraph import ops
 from zgraph.codegen.source import SourceWriter
 from zgraph.heap import release_free_memory
-from zgraph.liveness import alive_bytes
+from zgraph.liveness import alive_bytes, last_uses
 from zgraph.program import Phase, Program, describe, operand
 
 _COMM_METHODS: dict[Any, str] = {
@@ -44,7 +44,7 @@ def emit(program: Program, *, tagged: bool = False) -> Step:
     """
     writer = SourceWriter()
     names: dict[fx.Node, str] = {node: f"v{i}" for i, node in enumerate(program.graph.nodes)}
-    dying = _last_uses(program)
+    dying = last_uses(program)
     lines = ["def step(inputs, comm):"]
     placeholders = list(program.placeholders())
     for node, what in placeholders:
@@ -104,21 +104,6 @@ def _where_memory_is_short(program: Program) -> set[fx.Node]:
     alive = [item for item in alive_bytes(program) if item[0].op == "call_function"]
     peak = max(num_bytes for _, num_bytes in alive)
     return {next(node for node, num_bytes in alive if num_bytes >= fraction * peak) for fraction in _SHORT}
-
-
-def _last_uses(program: Program) -> dict[fx.Node, list[fx.Node]]:
-    """For each call, the values that nothing reads after it (its own, if nothing reads it at all)."""
-    last: dict[fx.Node, fx.Node] = {}
-    for node in program.graph.nodes:
-        if node.op != "placeholder":
-            last[node] = node
-        for source in node.all_input_nodes:
-            last[source] = node
-    dying: dict[fx.Node, list[fx.Node]] = {}
-    for value, node in last.items():
-        if node.op == "call_function":
-            dying.setdefault(node, []).append(value)
-    return dying
 
 
 def _comment(text: str) -> str:

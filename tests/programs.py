@@ -1,8 +1,8 @@
 """Training steps built node by node, and what they mean when N ranks run them, all in one process.
 
 ``recipes`` are plain data that Hypothesis draws and prints; ``build`` makes a CAPTURED program of one, so nothing is
-ever traced. ``run`` interprets a program at any stage for all its ranks in lockstep; ``reference`` says what it must
-compute: the captured step, with the gradients and the loss averaged between the ranks.
+ever traced. ``reference`` says what N ranks must compute, whatever the passes do: the captured step, with the
+gradients and the loss averaged between the ranks.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from hypothesis import settings
@@ -18,15 +18,11 @@ from hypothesis import strategies as st
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from zgraph import ops
-from zgraph.layout import Bucket
+from zgraph import lockstep, ops
+from zgraph.lockstep import Value, Values, run_ranks
 from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage
 
 aten = torch.ops.aten
-
-Value = torch.Tensor | float | int
-Values = dict[Input | None, Value]
-"""What goes into a program or comes out of it; None is the loss."""
 
 
 def few_examples(num: int) -> settings:
@@ -365,189 +361,67 @@ def values_for(program: Program, seed: int = 0, world: int = 1) -> list[Values]:
     return [{**shared, **{what: random(val) for what, val in own}} for _ in range(world)]
 
 
-@dataclass
-class _Started:
-    """A collective in flight, for all ranks: what each sends, and what to do when it arrives."""
-
-    node: fx.Node
-    sent: list[torch.Tensor]
-    received: list[torch.Tensor] | None
-
-
-def run(
-    program: Program,
-    inputs: Sequence[Values],
-    *,
-    late: bool = False,
-    average: bool = False,
-    overwrite: bool = False,
-) -> list[Values]:
-    """What each rank's results are.
-
-    Args:
-        program: at any stage.
-        inputs: of each rank.
-        late: collectives read what they send, and write what they bring, as late as they may; by default as early.
-        average: readers in the update phase see the mean of gradients between the ranks, and the loss is the mean.
-        overwrite: the program may write over its inputs; by default it runs on copies.
-    """
-    ranks = range(len(inputs))
-    values: list[dict[fx.Node, Any]] = [{} for _ in ranks]
-    means: list[dict[fx.Node, Any]] = [{} for _ in ranks]
-    generators = [torch.Generator().manual_seed(rank).get_state() for rank in ranks]
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            for rank in ranks:
-                value = inputs[rank][node.meta["input"]]
-                values[rank][node] = value.clone() if isinstance(value, torch.Tensor) and not overwrite else value
-        elif node.op == "output":
-            break
-        elif node.target in ops.STARTS:
-            started = _Started(node, [values[rank][node.args[0]] for rank in ranks], None)
-            if not late:
-                started.received = _receive(started, values)
-            elif "out" in node.kwargs:
-                for rank in ranks:  # what is in the buffer until the wait is anybody's guess
-                    _all_but_own(values[rank][node.kwargs["out"]], rank, len(ranks)).fill_(torch.nan)
-            for rank in ranks:
-                values[rank][node] = started
-        elif node.target is ops.wait:
-            started = values[0][node.args[0]]
-            received = started.received if started.received is not None else _receive(started, values)
-            for rank in ranks:
-                values[rank][node] = received[rank]
-        else:
-            updates = average and node.meta["origin"].phase is Phase.UPDATE
-            if updates:
-                for source in node.all_input_nodes:
-                    if source not in means[0] and _is_gradient(source):
-                        mean = _mean([values[rank][source] for rank in ranks])
-                        for rank in ranks:
-                            means[rank][source] = mean
-            for rank in ranks:
-                env = {**values[rank], **means[rank]} if updates else values[rank]
-                torch.set_rng_state(generators[rank])
-                values[rank][node] = _evaluate(node, env, rank, len(ranks))
-                generators[rank] = torch.get_rng_state()
-    results: list[Values] = [{} for _ in ranks]
-    for what, node in zip(program.outputs, program.results(), strict=True):
-        each = [values[rank][node] if isinstance(node, fx.Node) else node for rank in ranks]
-        if average and (what is None or (what.role is Role.OPT_STATE and _is_gradient(node))):
-            each = [_mean(each)] * len(each)
-        for rank in ranks:
-            results[rank][what] = each[rank]
-    return results
-
-
 def reference(captured: Program, inputs: Sequence[Values]) -> list[Values]:
     """What the ranks' results must be, whatever the passes do."""
-    return run(captured, inputs, average=True)
+    return run_ranks(_averaged(captured), inputs)
 
 
-def _is_gradient(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.meta["origin"].phase is not Phase.UPDATE
-
-
-def _mean(values: Sequence[Any]) -> torch.Tensor:
-    """In order of rank, as every rank computes it."""
-    total = values[0].clone()
-    for value in values[1:]:
-        total += value
-    return total / len(values) if len(values) > 1 else total
-
-
-def _evaluate(node: fx.Node, env: Mapping[fx.Node, Any], rank: int, world: int) -> Any:
-    args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
-    if node.target is ops.shard:
-        return args[0].chunk(world)[rank]
-    return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def _receive(started: _Started, values: Sequence[Mapping[fx.Node, Any]]) -> list[torch.Tensor]:
-    node, sent = started.node, started.sent
-    world = len(sent)
-    if node.target in (ops.all_gather, ops.all_gather_into):
-        full = torch.cat(sent)
-        if node.target is ops.all_gather:
-            return [full.clone() for _ in sent]
-        return [each[node.kwargs["out"]].copy_(full) for each in values]
-    mean = _mean(sent)
-    assert node.args[1] == "avg"
-    if node.target is ops.all_reduce:
-        return [mean.clone() for _ in sent]
-    return [mean.chunk(world)[rank].clone() for rank in range(world)]
-
-
-def _all_but_own(full: torch.Tensor, rank: int, world: int) -> torch.Tensor:
-    """A view of the parts of a flat buffer that other ranks own; rank 0 and the last rank have one neighbour only."""
-    size = len(full) // world
-    return full[size:] if rank == 0 else full[: rank * size]
-
-
-# State in buckets and out of them
+def _averaged(captured: Program) -> Program:
+    """The captured step as ranks must take it: update and optimizer state have mean gradients, the loss is the mean."""
+    program = captured.clone()
+    results = program.results()
+    for node in list(program.graph.nodes):
+        if node.op != "call_function" or node.meta["origin"].phase is Phase.UPDATE:
+            continue
+        updates = [u for u in node.users if u.op == "call_function" and u.meta["origin"].phase is Phase.UPDATE]
+        returned = [
+            i
+            for i, (what, result) in enumerate(zip(program.outputs, results, strict=True))
+            if result is node and (what is None or what.role is Role.OPT_STATE)
+        ]
+        if updates or returned:
+            origin = node.meta["origin"]
+            start = program.call(ops.all_reduce, node, "avg", program.mesh.axis, origin=origin, before=node.next)
+            mean = program.call(ops.wait, start, origin=origin, before=start.next)
+            for user in updates:
+                user.replace_input_with(node, mean)
+            for i in returned:
+                results[i] = mean
+    program.set_results(results, program.outputs)
+    return program
 
 
 def divide(program: Program, whole: Sequence[Values]) -> list[Values]:
-    """Each rank's inputs of a bucketed program, from those of the captured one; padding is NaN, so a leak shows."""
+    """Each rank's inputs of a bucketed program, from those of the captured one."""
     layout = program.layout
     assert layout is not None
-    buckets = {bucket.name: bucket for bucket in layout.buckets}
-    inputs: list[Values] = []
-    for rank, values in enumerate(whole):
-        mine: Values = {}
-        for node, what in program.placeholders():
-            if what.role not in (Role.PARAM, Role.OPT_STATE):
-                mine[what] = values[what]
-                continue
-            bucket = buckets[what.name]
-            parts = {s.name: values[Input(what.role, s.name, what.key)] for s in bucket.segments}
-            if not isinstance(node.meta["val"], torch.Tensor) or node.meta["val"].dim() == 0:
-                mine[what] = parts[bucket.segments[0].name]
-                continue
-            flat = torch.full([bucket.numel], torch.nan, dtype=node.meta["val"].dtype)
-            for segment in bucket.segments:
-                part = cast(torch.Tensor, parts[segment.name])
-                flat[segment.offset : segment.offset + segment.numel] = part.flatten()
-            sharded = layout.shard_params if what.role is Role.PARAM else layout.shard_state
-            mine[what] = flat.chunk(layout.world)[rank].clone() if sharded else flat
-        inputs.append(mine)
-    return inputs
+    inputs = {what: node.meta["val"] for node, what in program.placeholders()}
+    elementwise = {
+        state(segment.name, what.key)
+        for what, val in inputs.items()
+        if what.role is Role.OPT_STATE and isinstance(val, torch.Tensor) and val.dim()
+        for bucket in layout.buckets
+        if bucket.name == what.name
+        for segment in bucket.segments
+    }
+    divided = lockstep.divide(layout, whole, elementwise)
+    return [{what: value for what, value in mine.items() if what in inputs} for mine in divided]
 
 
 def join(program: Program, results: Sequence[Values]) -> list[Values]:
     """Each rank's results of a bucketed program, as those of the captured one."""
-    layout = program.layout
-    assert layout is not None
-    buckets: dict[str, Bucket] = {bucket.name: bucket for bucket in layout.buckets}
-    joined: list[Values] = []
-    for rank, result in enumerate(results):
-        mine: Values = {}
-        for what, value in result.items():
-            if what is None or what.role not in (Role.PARAM, Role.OPT_STATE):
-                mine[what] = value
-                continue
-            bucket = buckets[what.name]
-            flat = value
-            if isinstance(value, torch.Tensor) and value.dim() == 1 and len(value) < bucket.numel:
-                flat = torch.cat([cast(torch.Tensor, other[what]) for other in results])
-            for segment in bucket.segments:
-                part = flat
-                if isinstance(flat, torch.Tensor) and flat.dim() == 1:
-                    assert len(flat) == bucket.numel, f"rank {rank}: {what} has {len(flat)} of {bucket.numel} elements"
-                    part = flat[segment.offset : segment.offset + segment.numel].view(segment.shape)
-                mine[Input(what.role, segment.name, what.key)] = part
-        joined.append(mine)
-    return joined
+    assert program.layout is not None
+    return lockstep.join(program.layout, results)
 
 
 def assert_same_step(program: Program, captured: Program, *, late: bool = False) -> None:
     """The ranks of ``program`` compute, bit for bit, the captured step with mean gradients.
 
     Args:
-        late: see ``run``.
+        late: see ``run_ranks``.
     """
     inputs = values_for(captured, world=program.mesh.size)
-    assert_identical(join(program, run(program, divide(program, inputs), late=late)), reference(captured, inputs))
+    assert_identical(join(program, run_ranks(program, divide(program, inputs), late=late)), reference(captured, inputs))
 
 
 def assert_identical(found: Sequence[Values], expected: Sequence[Values]) -> None:

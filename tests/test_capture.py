@@ -19,9 +19,9 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import tests.models
 from tests.models import CASES, GPT, Batch, Case
-from tests.programs import Values, run
 from zgraph.capture import capture
 from zgraph.errors import CaptureError, OptimizerError
+from zgraph.lockstep import Values, run_ranks
 from zgraph.passes import Tidy
 from zgraph.program import Input, Phase, Program, Role, Stage, describe
 
@@ -223,7 +223,7 @@ def test_the_captured_step_replayed_is_bitwise_the_eager_step(name: str) -> None
     batch = case.batches(1)[0]
     optimizer = AdamW(model.parameters(), lr=1e-2)
     program = capture(model, optimizer, batch.args, batch.kwargs, loss=case.loss)
-    found = run(program, [inputs_of(program, model, optimizer, batch)])[0]
+    found = run_ranks(program, [inputs_of(program, model, optimizer, batch)])[0]
     expected = eager_step(case, model, optimizer, batch)
     for what, value in expected.items():
         if what in found:
@@ -251,7 +251,7 @@ def test_dropout_draws_in_the_order_of_memory() -> None:
     x = torch.randn(2, 3, 6, 6)
     optimizer = SGD(model.parameters(), lr=0.1)
     program = captured(model, x)
-    found = run(program, [inputs_of(program, model, optimizer, Batch((x,), {}))])[0]
+    found = run_ranks(program, [inputs_of(program, model, optimizer, Batch((x,), {}))])[0]
     expected = eager_step(Case(Drops, lambda _: Batch((x,), {})), model, optimizer, Batch((x,), {}))
     assert torch.equal(torch.as_tensor(found[None]), torch.as_tensor(expected[None]))
     new = Input(Role.PARAM, "conv.weight")

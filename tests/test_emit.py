@@ -21,7 +21,6 @@ from torch import fx
 from tests.programs import (
     Builder,
     Recipe,
-    Values,
     assert_identical,
     build,
     divide,
@@ -37,6 +36,7 @@ from zgraph.codegen.emit import emit
 from zgraph.codegen.source import SourceWriter
 from zgraph.comm import SingleComm
 from zgraph.config import Config
+from zgraph.lockstep import Values
 from zgraph.passes import default_passes
 from zgraph.pipeline import run as run_passes
 from zgraph.program import Input, Mesh, Origin, Phase, Program, Role

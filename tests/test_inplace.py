@@ -8,9 +8,10 @@ from expecttest import assert_expected_inline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.programs import Recipe, assert_same_step, build, divide, few_examples, recipes, run, two_layers, values_for
+from tests.programs import Recipe, assert_same_step, build, divide, few_examples, recipes, two_layers, values_for
 from zgraph import ops
 from zgraph.config import Config
+from zgraph.lockstep import run_ranks
 from zgraph.passes import default_passes
 from zgraph.pipeline import run as run_passes
 from zgraph.program import Mesh, Phase, Program, Role
@@ -95,7 +96,7 @@ def test_new_state_lies_where_the_old_one_lay(drawn: tuple[Recipe, int, int, int
     captured = build(recipe)
     program = lowered(captured, *options)
     inputs = divide(program, values_for(captured, world=program.mesh.size))
-    results = run(program, inputs, overwrite=True)
+    results = run_ranks(program, inputs, overwrite=True)
     for mine, theirs in zip(results, inputs, strict=True):
         for what, value in mine.items():
             if what is not None and what.role in (Role.PARAM, Role.OPT_STATE) and what in theirs:

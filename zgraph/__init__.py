@@ -13,6 +13,7 @@ from zgraph.errors import (
 )
 from zgraph.pipeline import Pass
 from zgraph.program import Program, Stage
+from zgraph.simulate import SimulatedRanks, simulate_ranks
 from zgraph.terms import Axiom
 
 __all__ = [
@@ -24,9 +25,11 @@ __all__ = [
     "Pass",
     "Program",
     "RankError",
+    "SimulatedRanks",
     "Stage",
     "StateError",
     "VerifyError",
     "ZgraphError",
     "compile",
+    "simulate_ranks",
 ]

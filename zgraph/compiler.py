@@ -33,14 +33,14 @@ from zgraph.config import Config
 from zgraph.eager import GatherOnUse
 from zgraph.errors import CaptureError, OptimizerError, OptionError, StateError, ZgraphError
 from zgraph.execute import Executable
-from zgraph.facts import ATTRIBUTES, STEP_COUNTS, Facts
+from zgraph.facts import ATTRIBUTES, STEP_COUNTS, Facts, hold, state_spec
 from zgraph.heap import release_free_memory
 from zgraph.passes import default_passes
 from zgraph.pipeline import Pass, PassRecord, run
 from zgraph.program import Guard, Input, Mesh, Program, Role
 from zgraph.state import TrainingState
 from zgraph.tracing import forget
-from zgraph.update import StateEntry, StateSpec, check_step, hyperparameters
+from zgraph.update import check_step, hyperparameters
 
 log = logging.getLogger("zgraph")
 
@@ -79,34 +79,12 @@ def compile(  # noqa: A001
         CaptureError: there is nothing to train, or a lazy module has not been called yet.
     """
     config = Config.from_options(options)
-    if not isinstance(model, nn.Module):
-        raise OptionError(f"model is a {type(model).__name__}", fix="pass a torch.nn.Module")
-    if loss is not None and not callable(loss):
-        raise OptionError(f"loss is a {type(loss).__name__}", fix="pass a function loss(output, *args, **kwargs)")
-    params: Iterable[tuple[str, Any]] = model.named_parameters()
-    lazy = [name for name, p in params if is_lazy(p)]
-    if lazy:
-        raise CaptureError(
-            f"{lazy[0]} has no shape yet",
-            fix="call the model once on a batch before zgraph.compile, as lazy modules need",
-        )
-    if isinstance(model, CompiledModule):
-        raise OptionError("this model is compiled already", fix="compile each model once")
-    if optimizer is not None:
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise OptionError(f"optimizer is a {type(optimizer).__name__}", fix="pass a torch.optim.Optimizer")
-        check_optimizer(model, optimizer)
-        if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
-            raise CaptureError(
-                "there is nothing to train: no parameter of the optimizer requires a gradient",
-                fix="leave requires_grad=True on what should train",
-            )
+    check_arguments(model, optimizer, loss, passes)
     for name in ("train_step", "stats", "program", "source"):
         if hasattr(model, name):
             raise OptionError(
                 f"the model has an attribute {name!r}, which zgraph.compile would hide", fix="rename the attribute"
             )
-    _check_passes(passes)
     group = _process_group()
     runtime = _Runtime(model, optimizer, loss, config, group, tuple(passes))
     model.__class__ = type(f"Compiled{type(model).__name__}", (CompiledModule, type(model)), {})
@@ -249,7 +227,7 @@ class _Runtime:
             raise
         key = self.facts.key
         values = self._guarded_values(hypers)
-        compiled = next((c for c in self.cache if key in c.keys and _hold(c.guards, values)), None)
+        compiled = next((c for c in self.cache if key in c.keys and hold(c.guards, values)), None)
         is_new = compiled is None
         if compiled is None:
             if self._last is not None:
@@ -266,7 +244,7 @@ class _Runtime:
             loss = compiled.executable.run([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], hypers)
         if is_new:
             facts = self.facts.read(leaves, spec)
-            if compiled.executable.reads_all_state():  # what created its state reads it from now on
+            if compiled.executable.program.reads_all_state():  # what created its state reads it from now on
                 compiled.keys.add(self.facts.key)
         self._facts_seen = facts
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # as after optimizer.step(), for schedulers
@@ -295,7 +273,7 @@ class _Runtime:
                 args,
                 kwargs,
                 loss=self.loss,
-                state=self._state_spec(),
+                state=state_spec(self.model, self.state.state_forms()),
                 device=self._device(),
             )
             capture_s = time.perf_counter() - start
@@ -322,19 +300,6 @@ class _Runtime:
     def _device(self) -> torch.device | None:
         """Where parameters without memory live; None before they have a place."""
         return self.state.layout.buckets[0].device if self.state.layout is not None else None
-
-    def _state_spec(self) -> StateSpec:
-        """Optimizer state that exists now, for capture."""
-        params = dict(self.model.named_parameters())
-        spec: StateSpec = {}
-        for name, forms in self.state.state_forms().items():
-            entries = {
-                key: StateEntry(tuple(params[name].shape) if form.elementwise else (), form.dtype, form.value)
-                for key, form in forms.items()
-            }
-            if entries:
-                spec[name] = entries
-        return spec
 
     def _warn(self, key: str, facts: dict[str, str]) -> None:
         """Say why the step is captured again, and once when one cause recurs."""
@@ -406,7 +371,34 @@ class _Runtime:
         }
 
 
-def _check_passes(passes: Sequence[Pass]) -> None:
+def check_arguments(model: Any, optimizer: Any, loss: Any, passes: Sequence[Any]) -> None:
+    """Refuse what cannot be trained.
+
+    Raises:
+        OptionError, OptimizerError, CaptureError: see ``compile``.
+    """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"model is a {type(model).__name__}", fix="pass a torch.nn.Module")
+    if loss is not None and not callable(loss):
+        raise OptionError(f"loss is a {type(loss).__name__}", fix="pass a function loss(output, *args, **kwargs)")
+    params: Iterable[tuple[str, Any]] = model.named_parameters()
+    lazy = [name for name, p in params if is_lazy(p)]
+    if lazy:
+        raise CaptureError(
+            f"{lazy[0]} has no shape yet",
+            fix="call the model once on a batch before zgraph.compile, as lazy modules need",
+        )
+    if isinstance(model, CompiledModule):
+        raise OptionError("this model is compiled already", fix="compile each model once")
+    if optimizer is not None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise OptionError(f"optimizer is a {type(optimizer).__name__}", fix="pass a torch.optim.Optimizer")
+        check_optimizer(model, optimizer)
+        if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
+            raise CaptureError(
+                "there is nothing to train: no parameter of the optimizer requires a gradient",
+                fix="leave requires_grad=True on what should train",
+            )
     for p in passes:
         if not isinstance(p, Pass):
             raise OptionError(f"passes holds a {type(p).__name__}", fix="pass instances of subclasses of zgraph.Pass")
@@ -415,13 +407,6 @@ def _check_passes(passes: Sequence[Pass]) -> None:
                 f"{p.name} takes a {p.takes.name} program and gives a {p.gives.name} one",
                 fix="leave the stage as it was: takes and gives must be equal for a pass of your own",
             )
-
-
-def _hold(guards: tuple[Guard, ...], values: dict[Input, float]) -> bool:
-    return all(
-        all(what in values for what in guard.inputs) and guard.holds(*(values[what] for what in guard.inputs))
-        for guard in guards
-    )
 
 
 def _process_group() -> dist.ProcessGroup | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,18 +43,14 @@ class Executable:
         assert isinstance(loss, torch.Tensor)
         return loss
 
-    def reads_all_state(self) -> bool:
-        """Whether every optimizer state that the step writes is also one of its inputs."""
-        written = {what for what in self.program.outputs if what is not None and what.role is Role.OPT_STATE}
-        return written <= self._values.keys()
-
     def _fetch(self, what: Input, batch: Sequence[torch.Tensor], hypers: dict[str, float]) -> Any:
         if what.role is Role.PARAM:
             return self._state.params[what.name]
         if what.role is Role.OPT_STATE:
             entries = self._state.opt.setdefault(what.name, {})
             if what.key not in entries:
-                entries[what.key] = self._initial(what, self.program.init[what.name, what.key])
+                start, param = self.program.init[what.name, what.key], self._state.params[what.name]
+                entries[what.key] = initial_state(start, self._values[what], param, self._comm.shard)
             return entries[what.key]
         if what.role is Role.BUFFER:
             return self._state.buffer(what.name).detach()
@@ -63,15 +59,6 @@ class Executable:
         if what.role is Role.HYPER:
             return hypers[what.name]
         return self.program.constants[what.name]
-
-    def _initial(self, what: Input, start: StateInit) -> torch.Tensor | int | float:
-        val = self._values[what]
-        if start.fill is None:
-            param = self._state.params[what.name]
-            return (param if param.shape == val.shape else self._comm.shard(param)).to(val.dtype, copy=True)
-        if start.dtype is None:
-            return start.fill
-        return torch.full(val.shape, start.fill, dtype=val.dtype, device=val.device)
 
     def _store(self, what: Input, value: Any) -> None:
         if what.role is Role.OPT_STATE:
@@ -87,6 +74,24 @@ class Executable:
             _copy(self._state.buffer(what.name), value)
         else:
             _copy(self.program.constants[what.name], value)
+
+
+def initial_state(
+    start: StateInit, val: Any, param: torch.Tensor, shard: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor | int | float:
+    """Optimizer state of a bucket that does not exist yet, as one rank stores it.
+
+    Args:
+        start: what it starts from.
+        val: the value of the program's input for it: shape, dtype and device.
+        param: what the rank stores of the bucket's parameters.
+        shard: gives the rank's part of a whole bucket.
+    """
+    if start.fill is None:
+        return (param if param.shape == val.shape else shard(param)).to(val.dtype, copy=True)
+    if start.dtype is None:
+        return start.fill
+    return torch.full(val.shape, start.fill, dtype=val.dtype, device=val.device)
 
 
 def _copy(target: torch.Tensor, value: torch.Tensor) -> None:

@@ -7,7 +7,7 @@ the optimizer and the batch tells: cheap to take and to compare.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -15,10 +15,10 @@ from torch.utils import _pytree as pytree
 
 from zgraph.attributes import plain_attributes
 from zgraph.errors import CaptureError
+from zgraph.layout import Layout
 from zgraph.optimizer_state import Forms
-from zgraph.program import in_words
-from zgraph.state import TrainingState
-from zgraph.update import structure, unnamed
+from zgraph.program import Guard, Input, in_words
+from zgraph.update import StateEntry, StateSpec, structure, unnamed
 
 STEP_COUNTS = "the optimizer's step counts"
 """The one fact that ranks must agree on although a captured step does not depend on it."""
@@ -30,6 +30,18 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 _TOLD_ELSEWHERE = frozenset({"training", "_opt_called"})  # by a fact of its own; by learning-rate schedulers
 
 
+class HasForms(Protocol):
+    """Whoever stores a model's optimizer state."""
+
+    layout: Layout | None
+
+    def state_forms(self) -> Forms:
+        """By parameter name: what exists, stored or still in the user's optimizer."""
+
+    def stored_forms(self) -> Forms:
+        """By bucket name: what is stored."""
+
+
 class Facts:
     """Reads the facts of one model and its optimizer.
 
@@ -37,7 +49,7 @@ class Facts:
         key: the facts read last, in one string, without step counts.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: HasForms) -> None:
         self.key = ""
         self._model, self._optimizer, self._state = model, optimizer, state
         self._fingerprint: Any = None
@@ -53,7 +65,7 @@ class Facts:
             CaptureError: an argument is an object whose content would silently become a constant of the graph.
         """
         self._num_met = len(self._met)
-        batch = [_fact_of(leaf) for leaf in leaves]
+        batch = [fact_of(leaf) for leaf in leaves]
         modules = [(name, type(module), *_of_module(module)) for name, module in _modules(self._model)]
         settings = (
             [torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) for device in ("cpu", "cuda")],
@@ -187,7 +199,7 @@ def _kinds_and_counts(forms: Forms) -> tuple[list[Any], set[Any]]:
     return kinds, set(counts)
 
 
-def _fact_of(leaf: Any) -> str:
+def fact_of(leaf: Any) -> str:
     """What a captured step depends on of one leaf of its arguments.
 
     Raises:
@@ -203,4 +215,31 @@ def _fact_of(leaf: Any) -> str:
     raise CaptureError(
         f"an argument of train_step holds a {type(leaf).__name__}, which would become a constant of the graph",
         fix="pass tensors (torch.from_numpy for arrays), numbers and strings, in lists, tuples and dictionaries",
+    )
+
+
+def state_spec(model: nn.Module, state: Forms) -> StateSpec:
+    """Optimizer state that exists now, for capture."""
+    params = dict(model.named_parameters())
+    spec: StateSpec = {}
+    for name, forms in state.items():
+        entries = {
+            key: StateEntry(tuple(params[name].shape) if form.elementwise else (), form.dtype, form.value)
+            for key, form in forms.items()
+        }
+        if entries:
+            spec[name] = entries
+    return spec
+
+
+def hold(guards: tuple[Guard, ...], values: dict[Input, float]) -> bool:
+    """Whether what was decided while capturing would be decided alike now.
+
+    Args:
+        guards: of the program.
+        values: hyperparameters, and optimizer state that is a number.
+    """
+    return all(
+        all(what in values for what in guard.inputs) and guard.holds(*(values[what] for what in guard.inputs))
+        for guard in guards
     )

@@ -20,6 +20,7 @@ from zgraph.agreement import Agreement
 from zgraph.eager import OnTouch
 from zgraph.errors import StateError, ZgraphError
 from zgraph.flat import FlatTensors, broadcast, place, without_memory
+from zgraph.generators import random_state, set_random_state
 from zgraph.tracing import source_of_error
 
 _UNWRITTEN = 0xFE
@@ -236,14 +237,14 @@ def _generators_of_rank_0(devices: set[torch.device], group: dist.ProcessGroup |
     own has that back. After an error every rank has its own.
     """
     places = [torch.device("cpu"), *(device for device in devices if device.type == "cuda")]
-    own = {place: _random_state(place) for place in places}
+    own = {place: random_state(place) for place in places}
     differs = set()
     for place_, state in own.items():
         shared = state.clone()
         broadcast(shared, group)
         if not torch.equal(shared, state):
             differs.add(place_)
-            _set_random_state(place_, shared)
+            set_random_state(place_, shared)
     try:
         yield
     except BaseException:
@@ -251,15 +252,4 @@ def _generators_of_rank_0(devices: set[torch.device], group: dist.ProcessGroup |
         raise
     finally:
         for place_ in differs:
-            _set_random_state(place_, own[place_])
-
-
-def _random_state(device: torch.device) -> torch.Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _set_random_state(device: torch.device, state: torch.Tensor) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)
+            set_random_state(place_, own[place_])

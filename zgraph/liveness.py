@@ -71,6 +71,21 @@ def alive_bytes(program: Program) -> Iterator[tuple[fx.Node, int]]:
                 alive -= _allocated(program, value)
 
 
+def last_uses(program: Program) -> dict[fx.Node, list[fx.Node]]:
+    """For each call, the values that nothing reads after it (its own, if nothing reads it at all)."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.nodes:
+        if node.op != "placeholder":
+            last[node] = node
+        for source in node.all_input_nodes:
+            last[source] = node
+    dying: dict[fx.Node, list[fx.Node]] = {}
+    for value, node in last.items():
+        if node.op == "call_function":
+            dying.setdefault(node, []).append(value)
+    return dying
+
+
 def _allocated(program: Program, node: fx.Node) -> int:
     """Bytes that running ``node`` allocates for its results."""
     if node.target in (ops.wait, ops.all_gather_into) or _has_getitems(node):

@@ -89,7 +89,7 @@ class OptimizerState:
     def stored_forms(self) -> Forms:
         """The state that is stored, by bucket name."""
         return {
-            bucket: {key: _stored_form(value) for key, value in entries.items()}
+            bucket: {key: stored_form(value) for key, value in entries.items()}
             for bucket, entries in self.stored.items()
         }
 
@@ -318,7 +318,8 @@ def _form(name: str, key: str, value: Any, shape: torch.Size, elementwise: bool)
     )
 
 
-def _stored_form(value: Value) -> StateForm:
+def stored_form(value: Value) -> StateForm:
+    """The form of an entry as a rank stores it."""
     if isinstance(value, torch.Tensor):
         return StateForm(True, value.dtype) if value.dim() else StateForm(False, value.dtype, value.item())
     return StateForm(False, None, value)

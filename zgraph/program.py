@@ -161,6 +161,11 @@ class Program:
         """Placeholders of one role by (name, key)."""
         return {(i.name, i.key): node for node, i in self.placeholders() if i.role is role}
 
+    def reads_all_state(self) -> bool:
+        """Whether every optimizer state that the step writes is also one of its inputs."""
+        written = {what for what in self.outputs if what is not None and what.role is Role.OPT_STATE}
+        return written <= {what for _, what in self.placeholders()}
+
     @property
     def output_node(self) -> fx.Node:
         return self.graph.output_node()

@@ -1,0 +1,221 @@
+"""What a program computes on all of its ranks, in one process and without a process group.
+
+``run_ranks`` takes all ranks through the graph together, node by node, so that a collective sees what each of them
+sends; it gives every collective its meaning, and so needs no code to be emitted. ``divide`` and ``join`` turn the
+values of parameters into those of each rank's buckets, and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from zgraph import ops
+from zgraph.errors import RankError, quoted
+from zgraph.generators import RandomStream
+from zgraph.layout import Bucket, Layout
+from zgraph.liveness import last_uses
+from zgraph.program import Input, Program, Role, target_name
+
+Value = torch.Tensor | float | int
+Values = dict[Input | None, Value]
+"""What goes into a program or comes out of it, on one rank; None is the loss."""
+
+
+def run_ranks(
+    program: Program,
+    inputs: Sequence[Values],
+    *,
+    streams: Sequence[RandomStream] | None = None,
+    late: bool = False,
+    overwrite: bool = False,
+) -> list[Values]:
+    """What each rank's results are.
+
+    A mean or a sum over ranks is taken in rank order, as ``PointToPointComm`` takes it.
+
+    Args:
+        program: at any stage.
+        inputs: of each rank.
+        streams: what each rank draws from; by default what it draws after ``torch.manual_seed(rank)``.
+        late: collectives read what they send, and write what they bring, as late as they may; by default as early.
+        overwrite: the program may write over parameters and optimizer state; by default it gets copies of these.
+
+    Raises:
+        RankError: an operator failed on some rank. The streams may have moved on.
+    """
+    ranks = range(len(inputs))
+    values: list[dict[fx.Node, Any]] = [{} for _ in ranks]
+    streams = [RandomStream(rank) for rank in ranks] if streams is None else streams
+    dying = last_uses(program)
+    with torch.no_grad():
+        for node in program.graph.nodes:
+            if node.op == "output":
+                break
+            if node.op == "placeholder":
+                what: Input = node.meta["input"]
+                copied = what.role in (Role.PARAM, Role.OPT_STATE) and not overwrite
+                for mine, given in zip(values, inputs, strict=True):
+                    value = given[what]
+                    mine[node] = value.clone() if copied and isinstance(value, torch.Tensor) else value
+            elif node.target in ops.STARTS:
+                started = _Started(node, values)
+                if late:
+                    started.spoil()
+                else:
+                    started.receive()
+                for mine in values:
+                    mine[node] = started
+            elif node.target is ops.wait:
+                received = values[0][node.args[0]].receive()
+                for mine, value in zip(values, received, strict=True):
+                    mine[node] = value
+            else:
+                for rank in ranks:
+                    values[rank][node] = _evaluate(node, values[rank], rank, len(ranks), streams[rank])
+            for dead in dying.get(node, ()):
+                for mine in values:
+                    del mine[dead]
+    outputs = list(zip(program.outputs, program.results(), strict=True))
+    return [
+        {what: mine[node] if isinstance(node, fx.Node) else node for what, node in outputs}  # numbers are themselves
+        for mine in values
+    ]
+
+
+def part_of(full: torch.Tensor, rank: int, world: int) -> torch.Tensor:
+    """The contiguous 1/world of a flat buffer that a rank owns, as a view."""
+    size = len(full) // world
+    return full[rank * size : (rank + 1) * size]
+
+
+class _Started:
+    """A collective in flight, on all ranks."""
+
+    def __init__(self, node: fx.Node, values: Sequence[Mapping[fx.Node, Any]]) -> None:
+        self._node = node
+        self._sent: list[torch.Tensor] = [mine[node.args[0]] for mine in values]  # type: ignore[index]
+        out = node.kwargs.get("out")
+        self._out: list[torch.Tensor] = [mine[out] for mine in values] if isinstance(out, fx.Node) else []
+        self._received: list[torch.Tensor] | None = None
+
+    def spoil(self) -> None:
+        """What is in a buffer until the wait is anybody's guess, but for the part that a rank sends from there."""
+        for rank, out in enumerate(self._out):
+            size = len(out) // len(self._out)
+            out[: rank * size].fill_(torch.nan)
+            out[(rank + 1) * size :].fill_(torch.nan)
+
+    def receive(self) -> list[torch.Tensor]:
+        """What each rank has received; it is read from the senders the first time."""
+        if self._received is None:
+            self._received = self._travel()
+        return self._received
+
+    def _travel(self) -> list[torch.Tensor]:
+        target, sent = self._node.target, self._sent
+        if target in (ops.all_gather, ops.all_gather_into):
+            full = torch.cat(sent)
+            return [out.copy_(full) for out in self._out] if self._out else [full.clone() for _ in sent]
+        reduced = _reduced(sent, self._node.args[1])
+        if target is ops.all_reduce:
+            return [reduced.clone() for _ in sent]
+        assert target is ops.reduce_scatter, target
+        return [part_of(reduced, rank, len(sent)).clone() for rank in range(len(sent))]
+
+
+def _reduced(sent: Sequence[torch.Tensor], operation: Any) -> torch.Tensor:
+    assert operation in ("sum", "avg"), operation
+    total = sent[0].clone()
+    for value in sent[1:]:
+        total += value
+    return total / len(sent) if operation == "avg" and len(sent) > 1 else total
+
+
+def _evaluate(node: fx.Node, env: Mapping[fx.Node, Any], rank: int, world: int, stream: RandomStream) -> Any:
+    arguments: Any = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+    args, kwargs = arguments
+    if node.target is ops.shard:
+        return part_of(args[0], rank, world)
+    assert callable(node.target), node.target
+    try:
+        if ops.is_random(node.target):
+            drawn = next(val for val in pytree.tree_leaves(node.meta["val"]) if isinstance(val, torch.Tensor))
+            with stream.drawn_from(drawn.device):
+                return node.target(*args, **kwargs)
+        return node.target(*args, **kwargs)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise RankError(
+            f"rank {rank} failed in {target_name(node.target)}: {type(error).__name__}: {first}",
+            where=quoted(node.meta["origin"].source),
+            fix="check what this rank was given, above all its part of the batch",
+        ) from error
+
+
+def divide(layout: Layout, whole: Sequence[Values], elementwise: Collection[Input]) -> list[Values]:
+    """Each rank's values as a layout stores them, from those of whole parameters and of their optimizer state.
+
+    Padding is NaN, so that a leak shows.
+
+    Args:
+        layout: the buckets.
+        whole: of each rank.
+        elementwise: optimizer state with one element per element of the parameter. Of other state, numbers for
+            example, which must be equal within a bucket, the first is taken.
+    """
+    return [_divided(layout, values, elementwise, rank) for rank, values in enumerate(whole)]
+
+
+def _divided(layout: Layout, whole: Values, elementwise: Collection[Input], rank: int) -> Values:
+    mine: Values = {}
+    flats: dict[Input, torch.Tensor] = {}
+    for what, value in whole.items():
+        if what is None or what.role not in (Role.PARAM, Role.OPT_STATE):
+            mine[what] = value
+            continue
+        bucket, segment = layout.find(what.name)
+        there = Input(what.role, bucket.name, what.key)
+        if what.role is Role.OPT_STATE and what not in elementwise:
+            mine.setdefault(there, value)
+            continue
+        assert isinstance(value, torch.Tensor), what
+        if there not in flats:
+            padding = torch.nan if value.is_floating_point() or value.is_complex() else 0
+            flats[there] = torch.full([bucket.numel], padding, dtype=value.dtype, device=bucket.device)
+        flats[there][segment.offset : segment.offset + segment.numel] = value.flatten()
+    for there, flat in flats.items():
+        sharded = layout.shard_params if there.role is Role.PARAM else layout.shard_state
+        mine[there] = part_of(flat, rank, layout.world).clone() if sharded else flat
+    return mine
+
+
+def join(layout: Layout, divided: Sequence[Values]) -> list[Values]:
+    """The values of whole parameters and of their optimizer state, from those that each rank stores.
+
+    What is divided has one value for all ranks. Tensors are views of buckets.
+    """
+    buckets: dict[str, Bucket] = {bucket.name: bucket for bucket in layout.buckets}
+    whole: list[Values] = [{} for _ in divided]
+    for what in divided[0]:
+        each = [mine[what] for mine in divided]
+        if what is None or what.role not in (Role.PARAM, Role.OPT_STATE):
+            for values, value in zip(whole, each, strict=True):
+                values[what] = value
+            continue
+        bucket = buckets[what.name]
+        flats = [value for value in each if isinstance(value, torch.Tensor) and value.dim() == 1]
+        if flats and len(flats[0]) < bucket.numel:
+            each = [torch.cat(flats)] * len(flats)
+        for values, value in zip(whole, each, strict=True):
+            for segment in bucket.segments:
+                part = value
+                if isinstance(value, torch.Tensor) and value.dim() == 1:
+                    assert len(value) == bucket.numel, f"{what} has {len(value)} of {bucket.numel} elements"
+                    part = value[segment.offset : segment.offset + segment.numel].view(segment.shape)
+                values[Input(what.role, segment.name, what.key)] = part
+    return whole
