@@ -563,6 +563,19 @@ def test_numbers_drawn_outside_of_torch_are_refused_and_not_used_up(kind: Callab
     assert (random.random(), np.random.rand()) == expected  # noqa: NPY002
 
 
+class SetsTheSeed(Line):
+    def forward(self, x: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        return super().forward(x + torch.rand_like(x))
+
+
+def test_a_seed_set_by_forward_is_refused_and_not_set() -> None:
+    before = torch.get_rng_state()
+    with pytest.raises(CaptureError, match="forward sets the seed of torch's random generator"):
+        captured(SetsTheSeed(), torch.randn(4, 3, generator=torch.Generator()))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_parameter_that_is_read_past_its_module_is_refused() -> None:
     with pytest.raises(CaptureError, match=r"forward reads layer.weight through a reference") as refusal:
         captured(KeepsReference(), torch.randn(4, 3))

@@ -134,8 +134,14 @@ def capture(
         torch.random.fork_rng(devices=[]),
         torch.enable_grad(),
     ):
+        generator = torch.get_rng_state()
         try:
             graph, constants = trace(run, (fake_params, fake_buffers, fake_batch), mode, recorder)
+            if not torch.equal(torch.get_rng_state(), generator):
+                raise CaptureError(
+                    "forward sets the seed of torch's random generator, which a captured step would not do",
+                    fix="seed before the step, or pass what is drawn as a tensor of the batch",
+                )
             _check_attributes(attributes, call_again)
         except ZgraphError:
             raise
