@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from textwrap import shorten
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import fx, nn
@@ -25,7 +26,7 @@ from zgraph.errors import CaptureError, OptimizerError, ZgraphError, quoted
 from zgraph.functional import make_functional
 from zgraph.operands import check_operands
 from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage, describe
-from zgraph.tracing import Recorder, fake_mode, python_generators_kept, source_of_error, trace
+from zgraph.tracing import Recorder, fake_mode, python_generators_kept, source_of_error, trace, user_source
 from zgraph.update import StateSpec, Update, check_step, trace_update
 
 aten = torch.ops.aten
@@ -134,14 +135,9 @@ def capture(
         torch.random.fork_rng(devices=[]),
         torch.enable_grad(),
     ):
-        generator = torch.get_rng_state()
         try:
-            graph, constants = trace(run, (fake_params, fake_buffers, fake_batch), mode, recorder)
-            if not torch.equal(torch.get_rng_state(), generator):
-                raise CaptureError(
-                    "forward sets the seed of torch's random generator, which a captured step would not do",
-                    fix="seed before the step, or pass what is drawn as a tensor of the batch",
-                )
+            with mock.patch.object(torch, "manual_seed", _refuse_seed):
+                graph, constants = trace(run, (fake_params, fake_buffers, fake_batch), mode, recorder)
             _check_attributes(attributes, call_again)
         except ZgraphError:
             raise
@@ -284,6 +280,14 @@ def _batch_device(batch: Any) -> torch.device:
         if isinstance(leaf, torch.Tensor) and not leaf.is_meta:
             return leaf.device
     return torch.device("cpu")
+
+
+def _refuse_seed(seed: int) -> None:
+    raise CaptureError(
+        f"forward calls torch.manual_seed({seed}), which a captured step would not do",
+        where=quoted(user_source()),
+        fix="seed before the step, or pass what is drawn as a tensor of the batch",
+    )
 
 
 def _loss_of(
