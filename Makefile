@@ -2,6 +2,8 @@
 #   make demo     train the same GPT with zgraph on two ranks and with plain PyTorch, and compare
 #   make test     every test; `make quick` only those that together take less than a minute
 #   make lint     ruff and strict mypy
+#   make sweep    try every differentiable operator of torch; writes docs/operators.md
+#   make nightly  property tests on 25,000 random programs
 #   make bench    zgraph beside DDP, FSDP2 and plain PyTorch
 #   make clean    remove .venv and everything that was built
 # PYTHON=python3.12 make test   chooses the interpreter (3.10 to 3.13); changing it makes .venv anew.
@@ -27,13 +29,13 @@ export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := test
 .NOTPARALLEL:
-.PHONY: demo test quick lint bench types clean
+.PHONY: demo test quick lint sweep nightly bench types clean
 
 demo: $(VENV)/package
 	$(BIN)/zgraph demo
 
 test: $(VENV)/for-test
-	$(BIN)/python -m pytest
+	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest
 
 quick: $(VENV)/for-test
 	$(BIN)/python -m pytest -m "not slow"
@@ -48,6 +50,17 @@ types: $(VENV)/for-lint
 	mkdir -p build/types/zgraph
 	ln -s $(CURDIR)/zgraph/* $(CURDIR)/passes $(CURDIR)/codegen build/types/zgraph/
 	MYPYPATH=build/types $(BIN)/mypy -p zgraph
+
+# The table at the end of docs/operators.md; a test compares it with what operators do.
+sweep: $(VENV)/for-test
+	mkdir -p build
+	$(BIN)/python -m tests.operators > build/operators.md
+	sed -i '/^[0-9]* operators:/,$$d' docs/operators.md
+	cat build/operators.md >> docs/operators.md
+
+# Many more random programs than make test tries.
+nightly: $(VENV)/for-test
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/test_properties.py --timeout 0
 
 bench: $(VENV)/package
 	$(BIN)/python benchmarks/step.py

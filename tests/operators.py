@@ -1,6 +1,6 @@
 """Every differentiable operator of torch's own test database, trained on two ranks in one process.
 
-    python -m tests.operators              the whole database, as a table in Markdown (docs/operators.md)
+    python -m tests.operators              the whole database, as a table in Markdown (make sweep: docs/operators.md)
     python -m tests.operators add softmax  only operators whose names contain one of these
 
 For each operator a model is made whose parameters are the operator's inputs. Its step goes through capture, ZeRO-3 on
@@ -14,11 +14,13 @@ import copy
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from torch import nn
+from torch.testing._internal import common_methods_invocations
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.opinfo.core import OpInfo, SampleInput
 from torch.utils import _pytree as pytree
@@ -98,8 +100,8 @@ def try_operator(op: OpInfo) -> Outcome:
             torch.manual_seed(0)
             model = Operator(op, sample)
             loss = model(torch.ones(3))
-            loss.backward()
-            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+            grads = [grad for grad in found if grad is not None]
             if not loss.isfinite() or not grads or not all(grad.isfinite().all() for grad in grads):
                 continue
             twin = copy.deepcopy(model)
@@ -117,13 +119,14 @@ def _compare(op: OpInfo, model: Operator, eager: Operator) -> Outcome:
     name = name_of(op)
     batches = [torch.tensor([0.5, 1.0, 0.25]), torch.tensor([1.0, 0.5, 0.75])]
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.01, momentum=0.9) for m in (model, eager)]
-    for p in [*model.parameters(), *eager.parameters()]:
-        p.grad = None
-    losses = []
+    params = list(eager.parameters())
+    losses, gradients = [], []
     for rank, batch in enumerate(batches):
         torch.manual_seed(rank)
         losses.append(eager(batch))
-        (losses[-1] / len(batches)).backward()
+        gradients.append(torch.autograd.grad(losses[-1], params, allow_unused=True))
+    for p, each in zip(params, zip(*gradients, strict=True), strict=True):
+        p.grad = None if each[0] is None else torch.stack(each).mean(0)
     optimizers[1].step()
     ranks = zgraph.simulate_ranks(model, optimizers[0], world_size=len(batches), zero=3, bucket_bytes=64)
     try:
@@ -146,7 +149,11 @@ def _line(error: BaseException) -> str:
 
 def sweep(ops: Iterable[OpInfo]) -> Iterator[Outcome]:
     """Try each operator, in order."""
-    with warnings.catch_warnings():
+    # The database fixes the seed of random operators; here every rank must draw numbers of its own.
+    unseeded = mock.patch.object(
+        common_methods_invocations, "wrapper_set_seed", lambda op, *args, **kwargs: op(*args, **kwargs)
+    )
+    with warnings.catch_warnings(), unseeded:
         warnings.simplefilter("ignore")
         for op in ops:
             yield try_operator(op)
@@ -161,16 +168,20 @@ def main(argv: list[str] | None = None) -> int:
     outcomes = []
     for outcome in sweep(chosen):
         outcomes.append(outcome)
-        print(f"\r{len(outcomes)}/{len(chosen)} {outcome.name:60.60}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    counts = Counter(outcome.result for outcome in outcomes)
-    print(f"{len(outcomes)} operators: " + ", ".join(f"{n} {result}" for result, n in sorted(counts.items())))
-    for result in ("refused", "skipped"):
-        print(f"\n| {result} | because |\n| --- | --- |")
-        for outcome in outcomes:
-            if outcome.result == result:
-                print(f"| `{outcome.name}` | {outcome.reason.replace('|', '/')} |")
+        if sys.stderr.isatty():
+            print(f"\r{len(outcomes)}/{len(chosen)} {outcome.name:60.60}", end="", file=sys.stderr, flush=True)
+    print(table(outcomes), end="")
     return 0
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """How many there are of each result, and the reasons, in Markdown."""
+    counts = Counter(outcome.result for outcome in outcomes)
+    lines = [f"{len(outcomes)} operators: " + ", ".join(f"{n} {result}" for result, n in sorted(counts.items())) + "."]
+    for result in ("refused", "skipped"):
+        lines += ["", f"| {result} | because |", "| --- | --- |"]
+        lines += [f"| `{o.name}` | {o.reason.replace('|', '/')} |" for o in outcomes if o.result == result]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

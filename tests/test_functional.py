@@ -218,3 +218,15 @@ def test_a_graph_without_writes_is_left_alone() -> None:
     again, mutated = make_functional(builder.graph, builder.mode)
     assert again is builder.graph
     assert mutated == {}
+
+
+def test_a_zero_tensor_without_memory_becomes_plain_zeros() -> None:
+    """What few operators take: ``cat`` of it and a tensor with memory fails."""
+    b = GraphBuilder()
+    zero = b.call(aten._efficientzerotensor.default, [6])
+    b.graph.output([zero])
+    graph, _ = make_functional(b.graph, b.mode)
+    (result,) = graph.output_node().args[0]
+    assert result.target is aten.zeros.default
+    with b.mode:
+        torch.cat([result.meta["val"], b.inputs[0].meta["val"].float()])

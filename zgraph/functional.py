@@ -41,6 +41,7 @@ def make_functional(graph: fx.Graph, mode: FakeTensorMode) -> tuple[fx.Graph, di
         written to.
     """
     _expose_batch_norm(graph)
+    _store_zeros(graph, mode)
     _draw_in_memory_order(graph, mode)
     for node in graph.nodes:
         if _is_mutable(node) and node.target.namespace not in ("aten", "profiler"):
@@ -75,6 +76,14 @@ def _expose_batch_norm(graph: fx.Graph) -> None:
                 write = graph.call_function(aten.copy_.default, (buffer, new))
                 write.meta.update(val=buffer.meta["val"], origin=node.meta["origin"])
         node.meta["val"] = (*node.meta["val"], mean.meta["val"], var.meta["val"])
+
+
+def _store_zeros(graph: fx.Graph, mode: FakeTensorMode) -> None:
+    """Give zero tensors memory: few operators take them without. The gradient of ``sgn`` is one."""
+    for node in graph.find_nodes(op="call_function", target=aten._efficientzerotensor.default):
+        node.target = aten.zeros.default
+        with mode:
+            node.meta["val"] = aten.zeros.default(*node.args, **node.kwargs)
 
 
 def _draw_in_memory_order(graph: fx.Graph, mode: FakeTensorMode) -> None:
