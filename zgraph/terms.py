@@ -226,8 +226,8 @@ class Terms:
 
     def cat(self, xs: Iterable[Term]) -> Term:
         """Vectors one after the other."""
-        xs = list(xs)
-        return self.flat((piece for x in xs for piece in self.pieces(x)), xs[0].dtype)
+        parts = [x for x in xs if x.target is not Form.EMPTY]
+        return self.flat((piece for x in parts for piece in self.pieces(x)), parts[0].dtype if parts else None)
 
     # -- elementwise ----------------------------------------------------------------------------------------
 
@@ -330,7 +330,8 @@ class Terms:
             return x
         if x.target is Form.FLAT:
             return self.flat([(self._over_ranks(form, b, world), o, n) for b, o, n in x.args], x.dtype)
-        return self.make(form, (x, world), x.shape, x.dtype, varies=x.target is Form.SHARD)
+        args = (x,) if world is None else (x, world)
+        return self.make(form, args, x.shape, x.dtype, varies=x.target is Form.SHARD)
 
     def _move(self, form: Form, x: Term, how: Any, shape: Shape) -> Term:
         return self.make(form, (x, how), shape, x.dtype, varies=x.varies)
