@@ -26,7 +26,8 @@ aten = torch.ops.aten
 
 def meaning(program: Program) -> str:
     results = interpret(program, Terms(), {}).results
-    return "\n".join(f"{what or 'loss'} = {show(r, 5)}" for what, r in zip(program.outputs, results, strict=True))
+    shown = [show(result, 5).replace("operator.", "") for result in results]
+    return "\n".join(f"{what or 'loss'} = {text}" for what, text in zip(program.outputs, shown, strict=True))
 
 
 def test_the_update_reads_mean_gradients_and_the_loss_is_a_mean() -> None:
@@ -34,7 +35,7 @@ def test_the_update_reads_mean_gradients_and_the_loss_is_a_mean() -> None:
         meaning(one_layer()),
         """\
 loss = mean(sum(mm(batch:0, param:w)))
-param:w = reshape(add.Tensor(param:w, add.Tensor(opt_state:w:m, mean(mm(..., ...))), alpha=operator.neg(hyper:lr)), [2, 3])
+param:w = reshape(add.Tensor(param:w, add.Tensor(opt_state:w:m, mean(mm(..., ...))), alpha=neg(hyper:lr)), [2, 3])
 opt_state:w:m = reshape(add.Tensor(opt_state:w:m, mean(mm(permute(batch:0, [1, 0]), splat(..., [4, 3])))), [2, 3])""",
     )
 
