@@ -102,7 +102,7 @@ class _Interpreter:
     def is_same(self, node: fx.Node, before: Meaning) -> bool:
         """Whether a node that was not touched has the value that it had before, because its arguments do."""
         was, values = before.values, self.values
-        if node not in was or node in before.draws:
+        if node not in was or node in before.draws or hasattr(node.target, "body"):
             return False
         if self.implied is not before.implied and _phase(node) is Phase.UPDATE:
             return False

@@ -134,26 +134,28 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-_Snapshot = dict[fx.Node, tuple[Any, Any, Any, Any]]
-"""What a node was before a pass: target, arguments, keyword arguments, value."""
+_Snapshot = dict[fx.Node, tuple[Any, Any, Any, Any, Any]]
+"""What a node was before a pass: target, arguments, keyword arguments, value, origin."""
 
 
 def _snapshot(program: Program) -> _Snapshot:
-    return {node: (node.target, node.args, node.kwargs, node.meta.get("val")) for node in program.graph.nodes}
+    return {
+        node: (node.target, node.args, node.kwargs, node.meta.get("val"), node.meta.get("origin"))
+        for node in program.graph.nodes
+    }
 
 
 def _touched(program: Program, before: _Snapshot) -> set[fx.Node]:
     """Calls that a pass made or altered, or that read a value it altered."""
     altered: set[fx.Node] = set()
     touched: set[fx.Node] = set()
-    for node in program.graph.nodes:
+    for node, (target, args, kwargs, val, origin) in _snapshot(program).items():
         was = before.get(node)
-        val = node.meta.get("val")
-        same = was is not None and was[0] is node.target and was[1] == node.args and was[2] == node.kwargs
         if was is None or was[3] is not val:
             altered.add(node)
-        if node.op == "call_function" and (
-            not same or node in altered or any(source in altered for source in node.all_input_nodes)
-        ):
+        elif was[0] is target and was[1] == args and was[2] == kwargs and was[4] is origin:
+            if altered.isdisjoint(node.all_input_nodes):
+                continue
+        if node.op == "call_function":
             touched.add(node)
     return touched

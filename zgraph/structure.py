@@ -143,15 +143,17 @@ def _words(val: Any) -> str:
 
 
 def _check_layout(program: Program, layout: Layout, after: str) -> None:
+    if program.stage >= Stage.SHARDED and layout.world != program.mesh.size:
+        raise VerifyError(f"{after}: the layout is for {layout.world} ranks of a mesh of {program.mesh.size}", fix=FIX)
     for bucket in layout.buckets:
         end = 0
         for segment in bucket.segments:
             if segment.offset < end:
-                raise VerifyError(f"{after}: {segment.name} overlaps what lies before it in {bucket.name}")
+                raise VerifyError(f"{after}: {segment.name} overlaps what lies before it in {bucket.name}", fix=FIX)
             end = segment.offset + segment.numel
         if end > bucket.numel or bucket.numel % layout.world:
             raise VerifyError(
-                f"{after}: {bucket.name} has {bucket.numel} elements for {end}, in {layout.world} equal parts"
+                f"{after}: {bucket.name} has {bucket.numel} elements for {end}, in {layout.world} equal parts", fix=FIX
             )
     buckets = {bucket.name: bucket for bucket in layout.buckets}
     for node, what in program.placeholders():

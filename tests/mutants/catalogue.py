@@ -303,7 +303,7 @@ EDITS = [
         "an update overtakes the last read", "schedule", "anchor = max(after[name], last_read)", "anchor = after[name]"
     ),
     Edit(
-        "the last waits come first",
+        "a receive comes before what it waits for is sent",
         "schedule",
         "place[node] = (order[output] - 1, LAST, order[node])",
         "place[node] = (-1, LAST, order[node])",
