@@ -153,9 +153,12 @@ def _touched(program: Program, before: _Snapshot) -> set[fx.Node]:
         was = before.get(node)
         if was is None or was[3] is not val:
             altered.add(node)
-        elif was[0] is target and was[1] == args and was[2] == kwargs and was[4] is origin:
-            if altered.isdisjoint(node.all_input_nodes):
-                continue
+        elif (
+            (was[0] is target and was[4] is origin)
+            and (was[1] == args and was[2] == kwargs)
+            and altered.isdisjoint(node.all_input_nodes)
+        ):
+            continue
         if node.op == "call_function":
             touched.add(node)
     return touched
