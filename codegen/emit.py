@@ -78,7 +78,8 @@ def emit(program: Program, *, tagged: bool = False) -> Step:
 
 def _tag(node: fx.Node, name: str) -> str:
     """A collective's name, operation, and value; the same on all ranks that run the same program."""
-    return f"{name} = {_COMM_METHODS[node.target]} of {describe(operand(node).meta['val'])}"
+    what = f"{name} = {_COMM_METHODS[node.target]} of {describe(operand(node).meta['val'])}"
+    return f"{what} ({node.meta['origin'].source or 'no line of the model'})"
 
 
 def _expression(writer: SourceWriter, node: fx.Node, names: dict[fx.Node, str], tag: str | None) -> str:

@@ -16,6 +16,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice, product
 from unittest import mock
 
 import torch
@@ -49,10 +50,10 @@ class Outcome:
 class Operator(nn.Module):
     """Applies an operator to parameters; the loss is the sum of its results, weighted by the batch."""
 
-    def __init__(self, op: OpInfo, sample: SampleInput) -> None:
+    def __init__(self, op: OpInfo, sample: SampleInput, *, copies: bool) -> None:
         super().__init__()
         leaves, self._spec = pytree.tree_flatten((sample.input, sample.args, sample.kwargs))
-        self._op, self._leaves = op.op, leaves
+        self._op, self._leaves, self._copies = op.op, leaves, copies
         self.inputs = nn.ParameterList(
             nn.Parameter(leaf.detach().clone())
             for leaf in leaves
@@ -62,7 +63,7 @@ class Operator(nn.Module):
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         params = iter(self.inputs)
         leaves = [
-            next(params).clone() if isinstance(leaf, torch.Tensor) and leaf.requires_grad else leaf
+            self._given(next(params)) if isinstance(leaf, torch.Tensor) and leaf.requires_grad else leaf
             for leaf in self._leaves
         ]
         first, args, kwargs = pytree.tree_unflatten(leaves, self._spec)
@@ -75,6 +76,9 @@ class Operator(nn.Module):
             raise NotDifferentiableError
         total = torch.stack([(value.abs() if value.is_complex() else value).sum().float() for value in results]).sum()
         return total * weight.sum()
+
+    def _given(self, param: nn.Parameter) -> torch.Tensor:
+        return param.clone() if self._copies else param
 
 
 class NotDifferentiableError(Exception):
@@ -93,12 +97,12 @@ def name_of(op: OpInfo) -> str:
 def try_operator(op: OpInfo) -> Outcome:
     """Train one operator for a step, on two ranks and eagerly."""
     skipped = "no sample input of the database can train"
-    for number, sample in enumerate(op.sample_inputs("cpu", torch.float32, requires_grad=True)):
-        if number == MAX_SAMPLES:
-            break
+    samples = islice(op.sample_inputs("cpu", torch.float32, requires_grad=True), MAX_SAMPLES)
+    # An operator that writes to its input takes no parameter itself, but a copy of one.
+    for sample, copies in product(samples, (False, True)):
         try:
             torch.manual_seed(0)
-            model = Operator(op, sample)
+            model = Operator(op, sample, copies=copies)
             loss = model(torch.ones(3))
             found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
             grads = [grad for grad in found if grad is not None]

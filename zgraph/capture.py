@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from zgraph import ops
 from zgraph.attributes import ModuleAttributes, is_plain, is_same
 from zgraph.errors import CaptureError, OptimizerError, ZgraphError, quoted
-from zgraph.functional import make_functional
+from zgraph.functional import make_functional, own_memory_by_place
 from zgraph.operands import check_operands
 from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage, describe
 from zgraph.tracing import Recorder, fake_mode, python_generators_kept, source_of_error, trace, user_source
@@ -156,6 +156,7 @@ def capture(
     _check_constants(graph, constants, params)
     check_operands(graph)
     graph, mutated = make_functional(graph, mode)
+    own_memory_by_place(graph, mode)
     written = {node.meta["input"]: value for node, value in mutated.items()}
     for node in graph.nodes:
         if ops.is_random(node.target) and node.meta["origin"].phase is Phase.BACKWARD:

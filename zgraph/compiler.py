@@ -399,6 +399,8 @@ def check_arguments(model: Any, optimizer: Any, loss: Any, passes: Sequence[Any]
                 "there is nothing to train: no parameter of the optimizer requires a gradient",
                 fix="leave requires_grad=True on what should train",
             )
+    if not isinstance(passes, Sequence):
+        raise OptionError(f"passes is a {type(passes).__name__}", fix="give a list of passes")
     for p in passes:
         if not isinstance(p, Pass):
             raise OptionError(f"passes holds a {type(p).__name__}", fix="pass instances of subclasses of zgraph.Pass")

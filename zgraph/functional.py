@@ -78,6 +78,40 @@ def _expose_batch_norm(graph: fx.Graph) -> None:
         node.meta["val"] = (*node.meta["val"], mean.meta["val"], var.meta["val"])
 
 
+def own_memory_by_place(graph: fx.Graph, mode: FakeTensorMode) -> None:
+    """Let operators that read memory by its place read memory of their own.
+
+    ``as_strided`` counts from the start of its argument's memory, whatever part of it the argument is. Parameters come
+    to lie in buckets and batches may be parts of larger tensors, so each is copied first, as it lies in eager.
+
+    Raises:
+        CaptureError: a variant that cannot be given the whole memory is applied to a part of it.
+    """
+    for node in list(graph.nodes):
+        if node.target not in ops.BY_PLACE:
+            continue
+        source: fx.Node = node.args[0]
+        root = source
+        while (viewed := ops.view_of(root)) is not None:
+            root = viewed
+        if root is not source and node.target is not aten.as_strided.default:
+            raise CaptureError(
+                f"{node.target} is applied to a part of a tensor",
+                where=quoted(node.meta["origin"].source),
+                fix="clone the part first",
+            )
+        if root is not source:
+            offset = node.args[3] if len(node.args) > 3 and node.args[3] is not None else None
+            start = source.meta["val"].storage_offset() if offset is None else offset
+            node.args = (root, *node.args[1:3], start)
+        if root.op == "placeholder":
+            with graph.inserting_before(node):
+                copy = graph.call_function(aten.clone.default, (root,))
+            with mode:
+                copy.meta.update(val=aten.clone.default(root.meta["val"]), origin=node.meta["origin"])
+            node.args = (copy, *node.args[1:])
+
+
 def _store_zeros(graph: fx.Graph, mode: FakeTensorMode) -> None:
     """Give zero tensors memory: few operators take them without. The gradient of ``sgn`` is one."""
     for node in graph.find_nodes(op="call_function", target=aten._efficientzerotensor.default):

@@ -52,7 +52,7 @@ def run_ranks(
     values: list[dict[fx.Node, Any]] = [{} for _ in ranks]
     streams = [RandomStream(rank) for rank in ranks] if streams is None else streams
     dying = last_uses(program)
-    with torch.no_grad():
+    with torch.enable_grad():  # as a real step, for operators that keep more in grad mode; nothing requires a gradient
         for node in program.graph.nodes:
             if node.op == "output":
                 break
@@ -61,6 +61,7 @@ def run_ranks(
                 copied = what.role in (Role.PARAM, Role.OPT_STATE) and not overwrite
                 for mine, given in zip(values, inputs, strict=True):
                     value = given[what]
+                    value = value.detach() if isinstance(value, torch.Tensor) else value
                     mine[node] = value.clone() if copied and isinstance(value, torch.Tensor) else value
             elif node.target in ops.STARTS:
                 started = _Started(node, values)

@@ -16,7 +16,7 @@ from torch import fx
 
 from zgraph import ops
 from zgraph.layout import Bucket
-from zgraph.movement import RULES, Call, Value
+from zgraph.movement import RULES, Call, Value, without_defaults
 from zgraph.program import Input, Phase, Program, Role, Stage
 from zgraph.terms import REPEATED, Piece, Term, Terms, form, literal
 
@@ -152,8 +152,9 @@ class _Interpreter:
     def call(self, node: fx.Node) -> Value:
         target: Any = node.target
         look = self.look_averaged if self.implied and _phase(node) is Phase.UPDATE else self.look
-        args = tuple(map(look, node.args))
-        kwargs = {key: look(value) for key, value in node.kwargs.items()}
+        args, kwargs = without_defaults(
+            target, tuple(map(look, node.args)), {key: look(value) for key, value in node.kwargs.items()}
+        )
         if hasattr(target, "body"):
             return self.kernel(target.body, args)
         rule = RULES.get(target)
@@ -228,4 +229,4 @@ def _strides(node: fx.Node) -> tuple[int, ...]:
 
 def _reads_memory(target: Any) -> bool:
     """Whether a result depends on how its arguments lie in memory: a random mask is drawn in that order."""
-    return target is aten.as_strided.default or ops.is_random(target)
+    return target in ops.BY_PLACE or ops.is_random(target)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -73,8 +74,10 @@ def _expand(call: Call) -> Value | None:
     return call.terms.reshape(x, call.shape) if call.val.numel() == x.numel else None
 
 
-def _transpose(call: Call) -> Value:
+def _transpose(call: Call) -> Value | None:
     x = call.args[0]
+    if call.kwargs:
+        return None
     dims = list(range(len(x.shape)))
     first, second = call.args[1:3] if len(call.args) > 1 else (0, len(dims) - 1)
     if dims:
@@ -82,8 +85,8 @@ def _transpose(call: Call) -> Value:
     return call.terms.permute(x, dims)
 
 
-def _permute(call: Call) -> Value:
-    return call.terms.permute(call.args[0], call.args[1])
+def _permute(call: Call) -> Value | None:
+    return None if call.kwargs else call.terms.permute(call.args[0], call.args[1])
 
 
 def _slice(call: Call) -> Value | None:
@@ -119,7 +122,9 @@ def _to_copy(call: Call) -> Value:
 def _fill(position: int | None, value: int) -> Rule:
     """A new tensor of one value: the argument at ``position``, or ``value``."""
 
-    def rule(call: Call) -> Value:
+    def rule(call: Call) -> Value | None:
+        if position is not None and position >= len(call.args):
+            return None  # it is given by name
         number = value if position is None else call.args[position]
         return call.terms.fill(_stored(number, call.dtype), call.shape, call.dtype)
 
@@ -161,6 +166,46 @@ def _over_ranks(call: Call) -> Term:
 
 def _wait(call: Call) -> Value:
     return call.args[0].arrives
+
+
+def without_defaults(
+    target: Any, args: tuple[Value, ...], kwargs: dict[str, Value]
+) -> tuple[tuple[Value, ...], dict[str, Value]]:
+    """Arguments in one form: what can be is given by position, and what is the schema's default is left out."""
+    if not isinstance(target, torch._ops.OpOverload) or not (kwargs or len(args) > _num_required(target)):
+        return args, kwargs
+    given, named = list(args), dict(kwargs)
+    defaults = _defaults(target)
+    for name, by_name_only, _ in defaults[len(given) :]:
+        if by_name_only or name not in named:
+            break
+        given.append(named.pop(name))
+    while given and len(given) <= len(defaults):
+        _, _, default = defaults[len(given) - 1]
+        if default is _NONE or given[-1] != default or any(not only for n, only, _ in defaults if n in named):
+            break
+        given.pop()
+    for name, _, default in defaults:
+        if default is not _NONE and name in named and named[name] == default:
+            del named[name]
+    return tuple(given), named
+
+
+_NONE = object()
+
+
+@cache
+def _defaults(target: torch._ops.OpOverload) -> list[tuple[str, bool, Any]]:
+    """Name, whether it is by name only, and default, of each argument."""
+    return [
+        (a.name, a.kwarg_only, literal(a.default_value) if a.has_default_value() else _NONE)
+        for a in target._schema.arguments
+    ]
+
+
+@cache
+def _num_required(target: torch._ops.OpOverload) -> int:
+    return sum(default is _NONE and not only for _, only, default in _defaults(target))
 
 
 RULES: dict[Any, Rule] = {

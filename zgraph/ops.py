@@ -39,6 +39,9 @@ wait = c10d.wait_tensor.default
 STARTS = frozenset({all_gather, all_gather_into, all_reduce, reduce_scatter})
 """Operators that start a collective; each value is waited for exactly once before it is read."""
 
+BY_PLACE = frozenset({aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default})
+"""Operators that read memory by its place, whatever tensor they are given a part of."""
+
 _CREATES = frozenset(
     {
         aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default,
@@ -101,4 +104,6 @@ def is_view(target: Any) -> bool:
     """Whether the result, or each of several, shares memory with the first argument."""
     if not isinstance(target, torch._ops.OpOverload):
         return False
+    if target is aten._unsafe_view.default:
+        return True  # its schema does not say so
     return any(r.alias_info is not None and not r.alias_info.is_write for r in target._schema.returns)

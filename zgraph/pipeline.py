@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from zgraph.errors import VerifyError
-from zgraph.program import Program, Stage
+from zgraph.errors import VerifyError, ZgraphError
+from zgraph.program import Program, Stage, reason_of
 from zgraph.terms import Axiom
 from zgraph.verify import Verifier
 
@@ -79,7 +79,7 @@ def check_order(passes: Sequence[Pass], stage: Stage) -> None:
     """Raise VerifyError unless each pass takes the stage that the one before gives.
 
     Raises:
-        VerifyError: naming the first pass out of order.
+        VerifyError: naming the first pass out of order, or one that goes back.
     """
     for p in passes:
         if p.takes is not stage:
@@ -87,6 +87,8 @@ def check_order(passes: Sequence[Pass], stage: Stage) -> None:
                 f"{p.name} takes a {p.takes.name} program but would be given a {stage.name} one",
                 fix="change the order of passes; zgraph.passes.default_passes shows a legal one",
             )
+        if p.gives < p.takes:
+            raise VerifyError(f"{p.name} gives a {p.gives.name} program, which is a stage before {p.takes.name}")
         stage = p.gives
 
 
@@ -110,7 +112,7 @@ def _run(passes: Sequence[Pass], program: Program) -> PipelineResult:
         before, num_before = _snapshot(program), program.num_nodes()
         middle = time.perf_counter()
         with program.made_by(p.name):
-            p.rewrite(program)
+            _rewrite(p, program)
         program.stage = p.gives
         end = time.perf_counter()
         verifier.assume(p.assumes)
@@ -120,6 +122,16 @@ def _run(passes: Sequence[Pass], program: Program) -> PipelineResult:
         records.append(PassRecord(p.name, end - middle, verify_s, num_before, program.num_nodes(), assumes))
     # fx remembers the name of every node it ever made, and with it the node; a copy leaves the erased ones behind.
     return PipelineResult(program.clone(), tuple(records))
+
+
+def _rewrite(p: Pass, program: Program) -> None:
+    try:
+        p.rewrite(program)
+    except ZgraphError:
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {reason_of(error)}"
+        raise VerifyError(f"{p.name} failed: {what}", fix="this is a mistake in the pass; nothing was run") from error
 
 
 @contextmanager
@@ -151,12 +163,11 @@ def _touched(program: Program, before: _Snapshot) -> set[fx.Node]:
     touched: set[fx.Node] = set()
     for node, (target, args, kwargs, val, origin) in _snapshot(program).items():
         was = before.get(node)
-        if was is None or was[3] is not val:
+        if was is None or was[3] is not val or was[4] is not origin:
             altered.add(node)
         elif (
-            (was[0] is target and was[4] is origin)
-            and (was[1] == args and was[2] == kwargs)
-            and altered.isdisjoint(node.all_input_nodes)
+            # By identity: fx makes new tuples when they are assigned, and 2 == 2.0.
+            (was[0] is target and was[1] is args and was[2] is kwargs) and altered.isdisjoint(node.all_input_nodes)
         ):
             continue
         if node.op == "call_function":

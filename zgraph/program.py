@@ -192,6 +192,7 @@ class Program:
             outputs=list(self.outputs),
             constants=dict(self.constants),
             init=dict(self.init),
+            given=dict(self.given),
         )
 
     @contextmanager
@@ -218,6 +219,9 @@ class Program:
             args, kwargs: nodes and literals.
             origin: the origin of what it is derived from; ``made_by`` is replaced.
             before: insertion point; the graph's current one if None.
+
+        Raises:
+            VerifyError: the operator does not take such arguments; the pass at work is named.
         """
         assert callable(target), target
         if before is None:
@@ -236,11 +240,14 @@ class Program:
         node.meta.update(input=what, val=val)
         return node
 
-    def infer(self, node: fx.Node) -> Any:
+    def infer(self, node: fx.Node, *, blame: str | None = None) -> Any:
         """The value of a call from its arguments' values: shapes, dtypes and devices, or a sample number.
 
+        Args:
+            blame: the pass that made or altered the call; the one at work if None.
+
         Raises:
-            VerifyError: the operator does not take such arguments; the pass at work is named.
+            VerifyError: the operator does not take such arguments.
         """
         if ops.is_scalar_op(node.target) and node.target is not operator.getitem:
             # The number itself is not known; what operators make of it depends on its type alone.
@@ -254,9 +261,9 @@ class Program:
                 with self.fake_mode, torch.no_grad(), _without_log():
                     self._inferred[key] = node.target(*args, **kwargs)
             except Exception as error:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                what = f"{node.name} ({target_name(node.target)}) cannot take its arguments: {reason_of(error)}"
                 raise VerifyError(
-                    f"{self._made_by}: {node.name} ({target_name(node.target)}) cannot take its arguments: {reason}",
+                    f"{blame or self._made_by}: {what}",
                     where=source_of(node),
                     fix="this is a mistake in the pass; nothing was run",
                 ) from error
@@ -358,6 +365,11 @@ def target_name(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return str(target)
     return in_words(target).removeprefix("_")
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what an operator says about its arguments."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def source_of(node: Any) -> str | None:
@@ -481,6 +493,7 @@ __all__ = [
     "operand",
     "qualified_name",
     "readers",
+    "reason_of",
     "show",
     "source_of",
     "target_name",

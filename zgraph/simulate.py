@@ -73,7 +73,9 @@ def simulate_ranks(
         raise OptimizerError("ranks need an optimizer to train with", fix="pass optimizer=torch.optim.AdamW(...)")
     if not _is_whole(world_size) or world_size < 1:
         raise OptionError(f"world_size={world_size!r} is not a number of ranks", fix="give a positive integer")
-    seeds = [seed + rank for rank in range(world_size)] if isinstance(seed, int) else list(seed)
+    seeds: Any = [seed + rank for rank in range(world_size)] if isinstance(seed, int) else seed
+    if isinstance(seed, bool) or not isinstance(seeds, (list, tuple)) or not all(map(_is_whole, seeds)):
+        raise OptionError(f"seed={seed!r} is no seed", fix="give an integer, or a list of one for each rank")
     if len(seeds) != world_size:
         raise OptionError(f"seed has {len(seeds)} seeds for {world_size} ranks", fix="give one for each, or an integer")
     return SimulatedRanks(model, optimizer, loss, config, tuple(passes), [RandomStream(one) for one in seeds])

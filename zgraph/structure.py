@@ -51,7 +51,9 @@ FIX = "this is a mistake in the pass; nothing was run"
 
 def broken(after: str, node: fx.Node, rule: str) -> VerifyError:
     """The error for a node that breaks a rule."""
-    name = target_name(node.target) if node.op == "call_function" and not hasattr(node.target, "body") else node.op
+    name = node.op
+    if node.op == "call_function":
+        name = f"kernel {_called(node)}" if hasattr(node.target, "body") else target_name(node.target)
     return VerifyError(
         f"{after} left a program that breaks a rule: {node.name} ({name}) {rule}",
         where=source_of(node),
@@ -73,6 +75,9 @@ def _check_nodes(program: Program, after: str) -> None:
             if "origin" not in node.meta or "val" not in node.meta:
                 raise broken(after, node, "has no recorded value or origin")
             _check_collective(program, node, after)
+            source = operand(node) if node.target in ops.BY_PLACE else None
+            if source is not None and (source.op == "placeholder" or ops.view_of(source) is not None):
+                raise broken(after, node, "reads memory by its place, so it must be given memory of its own")
         elif node.op != "output":
             raise broken(after, node, f"is a {node.op}; only placeholders and calls are allowed")
     if len({what for _, what in program.placeholders()}) < len(list(program.placeholders())):
@@ -93,6 +98,8 @@ def _check_collective(program: Program, node: fx.Node, after: str) -> None:
     if node.target not in ops.STARTS and node.target is not ops.shard:
         return
     mesh = program.mesh
+    if node.kwargs.keys() - {"out"}:
+        raise broken(after, node, "has arguments by name; collectives have them by position")
     *_, axis = node.args
     if axis != mesh.axis:
         raise broken(after, node, f"is on axis {axis!r} of a mesh whose axis is {mesh.axis!r}")
@@ -108,19 +115,23 @@ def _check_collective(program: Program, node: fx.Node, after: str) -> None:
 def _check_value(program: Program, node: fx.Node, after: str) -> None:
     """The recorded value is what the operator makes of its arguments' values."""
     if hasattr(node.target, "body"):
-        _check_kernel(node, node.target.body, after)
+        _check_kernel(program, node, node.target.body, after)
         return
-    try:
-        val = program.infer(node)
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise broken(after, node, f"cannot take its arguments: {reason}") from error
+    val = program.infer(node, blame=after)
     if _form(val) != _form(node.meta["val"]):
         raise broken(after, node, f"is recorded as {_words(node.meta['val'])} but gives {_words(val)}")
 
 
-def _check_kernel(node: fx.Node, body: fx.Graph, after: str) -> None:
-    """A kernel takes and gives what its body does."""
+def _check_kernel(program: Program, node: fx.Node, body: fx.Graph, after: str) -> None:
+    """A kernel takes and gives what its body does, element by element, since it runs slice by slice."""
+    for inner in body.find_nodes(op="placeholder"):
+        if "val" not in inner.meta:
+            raise broken(after, node, "has a body whose inputs have no recorded values")
+    for inner in body.nodes:
+        if inner.op == "call_function":
+            if not ops.is_elementwise(inner.target):
+                raise broken(after, node, f"has {target_name(inner.target)} in its body, which is not elementwise")
+            _check_value(program, inner, after)
     results: Any = body.output_node().args[0]
     takes = tuple(_form(inner.meta["val"]) for inner in body.find_nodes(op="placeholder"))
     given = tuple(_form(source.meta["val"] if isinstance(source, fx.Node) else source) for source in node.args)
@@ -128,11 +139,18 @@ def _check_kernel(node: fx.Node, body: fx.Graph, after: str) -> None:
         raise broken(after, node, "is given other arguments than its body takes")
     if tuple(_form(inner.meta["val"]) for inner in results) != _form(node.meta["val"]):
         raise broken(after, node, "is recorded with other results than its body has")
+    writes: tuple[int | None, ...] = node.target.writes  # type: ignore[union-attr]
+    over = [index for index in writes if index is not None]
+    if len(set(over)) < len(over):
+        raise broken(after, node, "writes two results over one input")
+    for inner, index in zip(results, writes, strict=True):
+        if index is not None and _form(inner.meta["val"]) != given[index]:
+            raise broken(after, node, f"writes {_words(inner.meta['val'])} over an input of another form")
 
 
 def _form(val: Any) -> Any:
     if isinstance(val, torch.Tensor):
-        return (tuple(val.shape), val.dtype, val.device)
+        return (tuple(val.shape), val.stride() if val.numel() else (), val.dtype, val.device)
     if isinstance(val, (tuple, list)):
         return tuple(map(_form, val))
     return type(val)
@@ -226,6 +244,7 @@ class _Memory:
             return
         for source in [operand(node)] if node.target in ops.STARTS else node.all_input_nodes:
             self.check_read(source, node)
+        self.check_aliases(node)
         for memory in self.written(node):
             self.check_write(memory, node)
             self.writer[memory] = node
@@ -254,6 +273,14 @@ class _Memory:
         if memory in self.receiving:
             self.refuse(node, f"reads what {self.receiving[memory].name} is still writing")
 
+    def check_aliases(self, node: fx.Node) -> None:
+        """A kernel reads and writes slice by slice: what it writes over it may be given once only."""
+        written = self.written(node)
+        for memory in written:
+            given = [source for source in node.args if isinstance(source, fx.Node) and self.owner[source] is memory]
+            if hasattr(node.target, "body") and len(given) > 1:
+                self.refuse(node, f"is given {given[1].name}, which lies in what it writes over")
+
     def check_write(self, memory: fx.Node, node: fx.Node) -> None:
         for start in self.sending.get(memory, ()):
             self.refuse(node, f"writes over what {start.name} is still sending")
@@ -267,10 +294,13 @@ class _Memory:
 
     def check_results(self) -> None:
         stored: dict[fx.Node, Input | None] = {}
+        replaced: set[fx.Node] = set()
         for what, result in zip(self.program.outputs, self.program.results(), strict=True):
             if not isinstance(result, fx.Node) or not isinstance(result.meta["val"], torch.Tensor):
                 continue
             memory = self.owner[result]
+            if memory.op == "placeholder" and memory.meta["input"] == what:
+                replaced.add(memory)
             if self.writer.get(memory) is not self.seen[result]:
                 self.refuse(self.writer[memory], f"writes over what is returned as {what or 'the loss'}")
             if self.program.stage < Stage.INPLACE:
@@ -280,6 +310,9 @@ class _Memory:
             if memory in stored and what is not None and what.role is Role.OPT_STATE:
                 self.refuse(result, f"is returned as {what} and as {stored[memory] or 'the loss'}, in one memory")
             stored[memory] = what
+        for memory, node in self.writer.items():
+            if memory.op == "placeholder" and memory not in replaced:
+                self.refuse(node, f"writes over {memory.meta['input']}, but does not return its new value")
 
     def refuse(self, node: fx.Node, rule: str) -> NoReturn:
         raise broken(self.after, node, rule)

@@ -21,10 +21,12 @@ import enum
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, reduce
 from typing import Any
 
 import torch
 
+from zgraph.errors import VerifyError
 from zgraph.program import target_name
 
 Shape = tuple[int, ...]
@@ -121,20 +123,26 @@ class Terms:
         dtype: torch.dtype | None,
         varies: bool | None = None,
     ) -> Term:
-        """The term with this head, arguments and dtype; unless said otherwise, it varies if an argument does.
+        """The term with this head, arguments, shape and dtype; unless said otherwise, it varies if an argument does.
 
         Tensors without elements are all the same, whatever made them.
         """
         if shape and 0 in shape:
             target, args, dtype, varies = Form.EMPTY, (shape,), None, False
-        key = (target, args, dtype)
+        key = (target, args, shape, dtype)
         term = self._table.get(key)
         if term is None:
             if varies is None:
                 varies = any(t.varies or t.target is Form.SHARD for t in _terms(args))
             term = Term(target, args, shape, dtype, varies)
             for equal in self._axioms.get(target, ()):
-                other = equal(self, term)
+                try:
+                    other = equal(self, term)
+                except Exception as error:
+                    raise VerifyError(
+                        f"an axiom for {target_name(target)} failed on {show(term)}: {type(error).__name__}: {error}",
+                        fix="return None for terms that the equation does not speak of",
+                    ) from error
                 if other is not None:
                     term = other
                     break
@@ -237,6 +245,9 @@ class Terms:
         Its normal form is that of vectors: the operator on the elements in row-major order, then a reshape.
         """
         vectors = [t for t in _terms(args) if t.shape]
+        computed_in = _promoted(_terms(args))
+        if computed_in is not None:
+            args = (*args, ("computed_in", computed_in))
         if not vectors or any(t.shape != shape for t in vectors):
             return self._apply(target, args, shape, dtype)
         assert shape is not None
@@ -288,7 +299,7 @@ class Terms:
     def _apply(self, target: Any, args: tuple[Any, ...], shape: Shape | None, dtype: torch.dtype | None) -> Term:
         if target in _DIVISIONS and len(args) == 2 and isinstance(args[0], Term) and args[0].target is Form.SUM:
             total, world = args[0].args
-            if args[1] in (world, literal(float(world))):
+            if args[1] in (world, literal(float(world))) and dtype == total.dtype:
                 return self.mean(total)
         return self.make(target, args, shape, dtype)
 
@@ -341,6 +352,22 @@ _MADE_OF_PARTS = frozenset({Form.FLAT, Form.SPLAT, Form.SHARD})
 _DIVISIONS = frozenset({torch.ops.aten.div.Tensor, torch.ops.aten.div.Scalar})
 
 
+def _promoted(operands: Iterable[Term]) -> torch.dtype | None:
+    """What operands of unlike dtypes are computed in; None if they are alike.
+
+    A 0-dim tensor counts for less beside one with dimensions, so an operator may differ between a number and a vector
+    of one element (torch's type promotion).
+    """
+    tensors = tuple((t.dtype, bool(t.shape)) for t in operands if t.dtype is not None and t.dtype is not torch.bool)
+    return _promote(tensors) if len({dtype for dtype, _ in tensors}) > 1 else None
+
+
+@cache
+def _promote(tensors: tuple[tuple[torch.dtype, bool], ...]) -> torch.dtype:
+    examples = (torch.empty([0] if is_vector else [], dtype=dtype) for dtype, is_vector in tensors)
+    return reduce(torch.add, examples).dtype
+
+
 def _span(pieces: Sequence[Piece], at: int, used: int, length: int) -> tuple[int, int]:
     """Start and stop, in a vector, of what is next of its piece number ``at``."""
     start = sum(n for _, _, n in pieces[:at]) + used
@@ -361,7 +388,7 @@ def literal(value: Any) -> Any:
         return (kind, repr(value))
     if kind in (list, tuple) or isinstance(value, (list, tuple)):
         return tuple(map(literal, value))
-    if kind is torch.device:
+    if kind is torch.device or kind is slice:
         return str(value)
     return value
 

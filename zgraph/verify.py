@@ -19,7 +19,7 @@ from zgraph.errors import VerifyError
 from zgraph.layout import Bucket, Layout
 from zgraph.meaning import Meaning, Numbers, interpret, numbers_of
 from zgraph.movement import Started, Value
-from zgraph.program import Input, Program, Role, StateInit, source_of
+from zgraph.program import Input, Program, Role, Stage, StateInit, describe, source_of
 from zgraph.structure import FIX, check_structure
 from zgraph.terms import Axiom, Form, Term, Terms, part, show
 
@@ -38,6 +38,8 @@ class Verifier:
 
     def __init__(self, reference: Program) -> None:
         self._reference = reference
+        self._constants = {name: (tensor, tensor._version) for name, tensor in reference.constants.items()}
+        self._layout = reference.layout
         self._axioms: tuple[Axiom, ...] = ()
         self._terms = Terms()
         self._numbers: Numbers = {}
@@ -64,6 +66,7 @@ class Verifier:
             VerifyError: with the rule or the output, the node, the user's source line and the pass.
         """
         check_structure(program, after=after, touched=touched)
+        self._check_facts(program, after)
         check = _Check(self._reference, program, self._terms, after)
         check.inputs()
         numbers = numbers_of(program)
@@ -73,6 +76,16 @@ class Verifier:
         before = None if touched is None else self._found
         self._found = interpret(program, self._terms, numbers, before=before, touched=touched or ())
         check.meaning(self._expected, self._found)
+
+    def _check_facts(self, program: Program, after: str) -> None:
+        """What no pass may touch is as it was: constants, and buckets once they exist."""
+        for name, (tensor, version) in self._constants.items():
+            if tensor._version != version:
+                raise VerifyError(f"{after} wrote to the constant {name}, which is the user's", fix=FIX)
+        before, now = self._layout, program.layout
+        if before is not None and (now is None or (now.buckets, now.world) != (before.buckets, before.world)):
+            raise VerifyError(f"{after} changed the buckets, which state is already stored in", fix=FIX)
+        self._layout = now
 
 
 def verify(program: Program, *, after: str, reference: Program | None = None) -> None:
@@ -102,6 +115,11 @@ class _Check:
         extra = [what for what in given if what not in known]
         if extra:
             raise self._error(f"the program reads {extra[0]}, which is not an input of the step", extra[0].name)
+        self._same_forms(extra=set(given) - set(known))
+        if self.program.given != self.reference.given:
+            raise VerifyError(f"{self.after}: the optimizer state given at capture has changed", fix=FIX)
+        if self.program.stage < Stage.SHARDED and self.program.mesh != self.reference.mesh:
+            raise VerifyError(f"{self.after}: the mesh changed before anything is divided over it", fix=FIX)
         mine, theirs = self.program.layout, self.reference.layout
         if mine is not None:
             wanted = {name for (name, _) in self.reference.inputs(Role.PARAM)}
@@ -122,6 +140,17 @@ class _Check:
         for guard, name in _guards(self.reference).items():
             if guard not in kept:
                 raise self._error(f"the condition {guard}, which held at capture, is no longer checked", name)
+
+    def _same_forms(self, extra: set[Input]) -> None:
+        """Batch, buffers, constants and hyperparameters have the shapes, dtypes and devices that they had."""
+        before = {what: node.meta["val"] for node, what in self.reference.placeholders()}
+        for node, what in self.program.placeholders():
+            if what in before and what not in extra and (what.role not in (Role.PARAM, Role.OPT_STATE)):
+                was, val = before[what], node.meta["val"]
+                if describe(was) != describe(val) or getattr(was, "device", None) != getattr(val, "device", None):
+                    raise self._error(
+                        f"the input {what} is recorded as {describe(val)}, but is {describe(was)}", what.name
+                    )
 
     def _numbers_agree(self, layout: Layout) -> None:
         for bucket in layout.buckets:
@@ -175,6 +204,8 @@ class _Check:
             if what is None or layout is None or what.role not in (Role.PARAM, Role.OPT_STATE):
                 outputs[what] = (value, node)
                 continue
+            if what.name not in buckets:
+                raise VerifyError(f"{self.after}: a result is {_new(what)}, which is not of a bucket", fix=FIX)
             bucket = buckets[what.name]
             is_shard = layout.shard_params if what.role is Role.PARAM else layout.shard_state
             parts = self._parts(program, what, value, bucket, divided=is_shard and program.mesh.size > 1)
@@ -188,12 +219,17 @@ class _Check:
         names = {segment.name: Input(what.role, segment.name, what.key) for segment in bucket.segments}
         if not isinstance(value, Term) or not value.shape:
             return dict.fromkeys(names.values(), value)
+        layout = program.layout
+        assert layout is not None
+        numel = (layout.param_numel if what.role is Role.PARAM else layout.state_numel)(bucket)
+        if value.shape != (numel,):
+            raise self._misplaced(program, what, value, f"each rank must return {numel} elements")
         if divided:
             whole = self.terms.whole(value, (bucket.numel,))
             if whole is None:
                 raise self._misplaced(program, what, value, "each rank must return its part of one vector")
             value = whole
-        elif value.shape != (bucket.numel,) or value.target is Form.SHARD:
+        elif value.target is Form.SHARD:
             raise self._misplaced(program, what, value, "every rank must return the whole")
         return {
             names[s.name]: self.terms.reshape(self.terms.slice(value, s.offset, s.offset + s.numel), s.shape)
@@ -227,8 +263,11 @@ class _Check:
         if culprit is not None:
             maker = culprit.meta["origin"].made_by if "origin" in culprit.meta else "capture"
             lines.append(f"  node:     {culprit.name}, made by {maker}")
-        lines.append(f"  expected: {_show(inner_before)}")
-        lines.append(f"  found:    {_show(inner_after)}")
+        for depth in range(5, 40):
+            texts = _show(inner_before, depth), _show(inner_after, depth)
+            if texts[0] != texts[1]:
+                break
+        lines += [f"  expected: {texts[0]}", f"  found:    {texts[1]}"]
         if (inner_before, inner_after) != (before, after):
             lines.append(f"  within:   {_show(after, 3)}")
         if culprit is not None:
@@ -324,7 +363,7 @@ def _new(what: Input | None) -> str:
     return "the loss" if what is None else f"the new value of {what}"
 
 
-def _show(value: Value, depth: int = 5) -> str:
+def _show(value: Value, depth: int) -> str:
     return "nothing" if value is None or value is _MISSING else show(value, depth)
 
 

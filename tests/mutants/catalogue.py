@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -17,7 +18,7 @@ from zgraph import ops
 from zgraph.config import Config
 from zgraph.passes import default_passes
 from zgraph.pipeline import Pass
-from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage, operand
+from zgraph.program import Mesh, Origin, Phase, Program, Role, Stage, describe, operand
 
 aten = torch.ops.aten
 ROOT = Path(__file__).parents[2]
@@ -148,7 +149,7 @@ EDITS = [
         "a state is returned as it was before",
         "bucket",
         "            new = copied(result)\n",
-        "            new = copied(self.states.get((model.name, what.key), result))\n",
+        "            new = copied(self.states.get(model.name, {}).get(what.key, result))\n",
     ),
     Edit(
         "a state's new value lies in another state's memory",
@@ -254,7 +255,7 @@ EDITS = [
         "shard",
         "            new = results[index]\n            start",
         "            new = program.call(ops.shard, flat, world, axis, origin=results[index].meta['origin'], "
-        "before=nodes[-1].next)\n            start",
+        "before=nodes[-1])\n            start",
     ),
     Edit(
         "slices are those of another number of ranks",
@@ -283,8 +284,8 @@ EDITS = [
     Edit(
         "a divided parameter is returned whole",
         "shard",
-        "                results[index] = operand(operand(results[index]))\n",
-        "                pass\n",
+        "            results[index] = operand(operand(results[index]))\n",
+        "            pass\n",
     ),
     Edit(
         "a divided parameter is stored whole",
@@ -392,10 +393,10 @@ class SwapDraws(Pass):
 
     def rewrite(self, program: Program) -> None:
         masks = [n for n in program.graph.nodes if n.op == "call_function" and ops.is_random(n.target)]
-        if len(masks) > 1:
-            for user in list(masks[0].users):
-                user.replace_input_with(masks[0], masks[1])
-            masks[0].prepend(masks[1])
+        for first, second in itertools.pairwise(masks):
+            if first.args[0] is second.args[0] and first.args != second.args:
+                first.prepend(second)
+                return
 
 
 @dataclass(frozen=True)
@@ -440,8 +441,7 @@ class SwapStates(Pass):
         results, outputs = program.results(), program.outputs
         at = {what: i for i, what in enumerate(outputs)}
         for what, i in at.items():
-            other = Input(what.role, what.name, "m1") if what is not None and what.key == "m0" else None
-            if other in at:
+            if what is not None and what.key == "m0" and (other := replace(what, key="m1")) in at:
                 results[i], results[at[other]] = results[at[other]], results[i]
         program.set_results(results, outputs)
 
@@ -469,7 +469,7 @@ class ReadAnotherLayer(Pass):
         for one in params:
             for other in params:
                 readers = [u for u in one.users if u.op == "call_function" and u.meta["origin"].phase is Phase.FORWARD]
-                if one is not other and one.meta["val"].shape == other.meta["val"].shape and readers:
+                if one is not other and describe(one.meta["val"]) == describe(other.meta["val"]) and readers:
                     readers[0].replace_input_with(one, other)
                     return
 
@@ -565,8 +565,26 @@ class UpdateWhileSending(Pass):
                     return
 
 
+@dataclass(frozen=True)
+class AverageEachReadOfTiedWeights(Pass):
+    """Average what each read adds to the gradient of a tied weight, which is averaged once more as a whole."""
+
+    takes = gives = Stage.SHARDED
+
+    def rewrite(self, program: Program) -> None:
+        total = _first(program, lambda n: n.target is aten.add.Tensor and n.meta["origin"].phase is Phase.BACKWARD)
+        if total is None or program.mesh.size == 1:
+            return
+        origin, axis = total.meta["origin"], program.mesh.axis
+        for source in list(total.all_input_nodes):
+            start = program.call(ops.all_reduce, source, "avg", axis, origin=origin, before=total)
+            mean = program.call(ops.wait, start, origin=origin, before=total)
+            total.replace_input_with(source, mean)
+
+
 EXTRAS = [
     Extra("the optimizer steps once per micro-batch", StepPerMicroBatch()),
+    Extra("each read of a tied weight is averaged, and their sum again", AverageEachReadOfTiedWeights()),
     Extra("dropout is drawn again for backward", RecomputeDropout()),
     Extra("masks are drawn in the other order", SwapDraws()),
     Extra("padding leaks into a norm", NormOfBuckets()),
