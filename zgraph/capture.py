@@ -456,7 +456,15 @@ def _join(
         name: tuple(sorted((key, str(entry.dtype), entry.sample) for key, entry in entries.items()))
         for name, entries in state.items()
     }
-    return Program(joined, Stage.CAPTURED, Mesh(1), outputs, mode, all_constants, init, given, update.guards)
+    program = Program(joined, Stage.CAPTURED, Mesh(1), outputs, mode, all_constants, init, given, update.guards)
+    for node in joined.nodes:  # the update was traced on contiguous gradients, and not all are
+        if node.op == "call_function" and node.meta["origin"].phase is Phase.UPDATE and _is_tensor(node):
+            node.meta["val"] = program.infer(node)
+    return program
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def _own(result: Any, name: str, owned: set[fx.Node]) -> None:

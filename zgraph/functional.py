@@ -94,6 +94,9 @@ def own_memory_by_place(graph: fx.Graph, mode: FakeTensorMode) -> None:
         root = source
         while (viewed := ops.view_of(root)) is not None:
             root = viewed
+        if _lies_alike(root, source):
+            source = root
+            node.args = (root, *node.args[1:])
         if root is not source and node.target is not aten.as_strided.default:
             raise CaptureError(
                 f"{node.target} is applied to a part of a tensor",
@@ -110,6 +113,12 @@ def own_memory_by_place(graph: fx.Graph, mode: FakeTensorMode) -> None:
             with mode:
                 copy.meta.update(val=aten.clone.default(root.meta["val"]), origin=node.meta["origin"])
             node.args = (copy, *node.args[1:])
+
+
+def _lies_alike(one: fx.Node, other: fx.Node) -> bool:
+    """Whether two tensors in one memory are the same part of it."""
+    a, b = one.meta["val"], other.meta["val"]
+    return (a.shape, a.stride(), a.storage_offset()) == (b.shape, b.stride(), b.storage_offset())
 
 
 def _store_zeros(graph: fx.Graph, mode: FakeTensorMode) -> None:
