@@ -2,6 +2,7 @@
 
     python benchmarks/capture.py                    10, 20, 40 and 80 layers (up to 65B parameters)
     python benchmarks/capture.py --layers 4 8       smaller
+    python benchmarks/capture.py --gpt medium       a GPT of step.py instead
     python benchmarks/capture.py --plot FILE.svg    draw seconds over nodes, too (needs matplotlib)
 
 Nothing is trained and no process group is needed; each depth runs in a process of its own, so that its peak memory is
@@ -84,8 +85,10 @@ class Llama(nn.Module):
         return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1), targets.flatten())
 
 
-def measure(num_layers: int, world: int) -> dict[str, float]:
+def measure(num_layers: int, world: int, gpt: str | None) -> dict[str, float]:
     """Capture and rewrite one model in this process."""
+    from models import GPT, SHAPES
+
     from zgraph.capture import capture
     from zgraph.config import Config
     from zgraph.passes import default_passes
@@ -94,9 +97,10 @@ def measure(num_layers: int, world: int) -> dict[str, float]:
     from zgraph.verify import Verifier
 
     with torch.device("meta"):
-        model = Llama(num_layers)
+        model: nn.Module = Llama(num_layers) if gpt is None else GPT(SHAPES[gpt])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    tokens = torch.zeros(1, TOKENS, dtype=torch.long)
+    num_tokens = TOKENS if gpt is None else SHAPES[gpt].tokens
+    tokens = torch.zeros(1, num_tokens, dtype=torch.long)
     start = time.perf_counter()
     program = capture(model, optimizer, (tokens, tokens), {})
     captured = time.perf_counter()
@@ -105,7 +109,7 @@ def measure(num_layers: int, world: int) -> dict[str, float]:
     Verifier(program).check(result.program, after="all passes")
     checked = time.perf_counter()
     return {
-        "layers": num_layers,
+        "layers": num_layers if gpt is None else SHAPES[gpt].layers,
         "parameters": sum(p.numel() for p in model.parameters()),
         "nodes_captured": program.num_nodes(),
         "nodes_rewritten": result.program.num_nodes(),
@@ -137,19 +141,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[10, 20, 40, 80])
     parser.add_argument("--world", type=int, default=8, help="ranks to shard over (default: 8)")
+    parser.add_argument("--gpt", metavar="SHAPE", help="a GPT of benchmarks/models.py, such as medium (135.6M)")
     parser.add_argument("--plot", metavar="FILE", help="an SVG of seconds over nodes")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measure(options.layers[0], options.world)))
+        print(json.dumps(measure(options.layers[0], options.world, options.gpt)))
         return 0
     rows = []
     print(
         f"{'layers':>6} {'params':>8} {'nodes':>7} {'capture s':>10} {'passes s':>9} {'proofs s':>9} {'share':>6} "
         f"{'check s':>8} {'us/node':>8} {'peak GB':>8}"
     )
-    for num_layers in options.layers:
+    for num_layers in options.layers if options.gpt is None else [0]:
         command = [sys.executable, __file__, "--one", "--layers", str(num_layers), "--world", str(options.world)]
+        command += ["--gpt", options.gpt] if options.gpt is not None else []
         row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         rows.append(row)
         print(

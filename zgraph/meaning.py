@@ -106,7 +106,10 @@ class _Interpreter:
             return False
         if self.implied is not before.implied and _phase(node) is Phase.UPDATE:
             return False
-        return all(values[source] is was.get(source) for source in node.all_input_nodes)
+        for source in node.all_input_nodes:  # noqa: SIM110 -- a generator here costs as much as all else
+            if values[source] is not was.get(source):
+                return False
+        return True
 
     # -- inputs ---------------------------------------------------------------------------------------------
 

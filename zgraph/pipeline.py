@@ -107,19 +107,19 @@ def _run(passes: Sequence[Pass], program: Program) -> PipelineResult:
     verifier = Verifier(program)
     program = program.clone()
     records = []
+    before = _snapshot(program)
     for p in passes:
-        start = time.perf_counter()
-        before, num_before = _snapshot(program), program.num_nodes()
-        middle = time.perf_counter()
+        num_before, start = program.num_nodes(), time.perf_counter()
         with program.made_by(p.name):
             _rewrite(p, program)
         program.stage = p.gives
         end = time.perf_counter()
         verifier.assume(p.assumes)
-        verifier.check(program, after=p.name, touched=_touched(program, before))
-        verify_s = time.perf_counter() - end + middle - start
+        now = _snapshot(program)
+        verifier.check(program, after=p.name, touched=_touched(before, now))
+        before, verify_s = now, time.perf_counter() - end
         assumes = tuple(axiom.text for axiom in p.assumes)
-        records.append(PassRecord(p.name, end - middle, verify_s, num_before, program.num_nodes(), assumes))
+        records.append(PassRecord(p.name, end - start, verify_s, num_before, program.num_nodes(), assumes))
     # fx remembers the name of every node it ever made, and with it the node; a copy leaves the erased ones behind.
     return PipelineResult(program.clone(), tuple(records))
 
@@ -157,11 +157,11 @@ def _snapshot(program: Program) -> _Snapshot:
     }
 
 
-def _touched(program: Program, before: _Snapshot) -> set[fx.Node]:
+def _touched(before: _Snapshot, now: _Snapshot) -> set[fx.Node]:
     """Calls that a pass made or altered, or that read a value it altered."""
     altered: set[fx.Node] = set()
     touched: set[fx.Node] = set()
-    for node, (target, args, kwargs, val, origin) in _snapshot(program).items():
+    for node, (target, args, kwargs, val, origin) in now.items():
         was = before.get(node)
         if was is None or was[3] is not val or was[4] is not origin:
             altered.add(node)
