@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from zgraph import ops
 from zgraph.attributes import ModuleAttributes, is_plain, is_same
-from zgraph.errors import CaptureError, OptimizerError, ZgraphError, quoted
+from zgraph.errors import CaptureError, OptimizerError, ZgraphError, first_line, quoted
 from zgraph.functional import make_functional, own_memory_by_place
 from zgraph.operands import check_operands
 from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage, describe
@@ -344,9 +344,8 @@ def _explain(error: Exception) -> CaptureError:
             where=where,
             fix="use torch.where or masking instead of a Python branch or a data-dependent shape",
         )
-    first = (str(error).strip().splitlines() or [""])[0]
     return CaptureError(
-        f"the training step cannot be captured: {type(error).__name__}: {first}",
+        f"the training step cannot be captured: {type(error).__name__}: {first_line(error)}",
         where=where,
         fix="check that the same call works eagerly; if it does, the operator at this line does not trace",
     )

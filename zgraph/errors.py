@@ -52,8 +52,17 @@ class VerifyError(ZgraphError):
     """A pass produced a program that breaks a rule; the program was not run."""
 
 
+MISTAKE_IN_PASS = "this is a mistake in the pass; nothing was run"
+"""The fix of every error about what a pass has made."""
+
+
 def quoted(source: str | None) -> str | None:
     """A recorded source position with its line of code."""
     match = re.fullmatch(r"(.*):(\d+) \(.*\)", source or "")
     line = linecache.getline(match[1], int(match[2])).strip() if match else ""
     return f"{source}: {line}" if line else source
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; nothing if it says nothing."""
+    return (str(error).strip().splitlines() or [""])[0]

@@ -15,7 +15,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from zgraph import ops
-from zgraph.errors import RankError, quoted
+from zgraph.errors import RankError, first_line, quoted
 from zgraph.generators import RandomStream
 from zgraph.layout import Bucket, Layout
 from zgraph.liveness import last_uses
@@ -150,9 +150,8 @@ def _evaluate(node: fx.Node, env: Mapping[fx.Node, Any], rank: int, world: int, 
                 return node.target(*args, **kwargs)
         return node.target(*args, **kwargs)
     except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0]
         raise RankError(
-            f"rank {rank} failed in {target_name(node.target)}: {type(error).__name__}: {first}",
+            f"rank {rank} failed in {target_name(node.target)}: {type(error).__name__}: {first_line(error)}",
             where=quoted(node.meta["origin"].source),
             fix="check what this rank was given, above all its part of the batch",
         ) from error

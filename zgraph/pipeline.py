@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from zgraph.errors import VerifyError, ZgraphError
-from zgraph.program import Program, Stage, reason_of
+from zgraph.errors import MISTAKE_IN_PASS, VerifyError, ZgraphError, first_line
+from zgraph.program import Program, Stage
 from zgraph.terms import Axiom
 from zgraph.verify import Verifier
 
@@ -130,8 +130,8 @@ def _rewrite(p: Pass, program: Program) -> None:
     except ZgraphError:
         raise
     except Exception as error:
-        what = f"{type(error).__name__}: {reason_of(error)}"
-        raise VerifyError(f"{p.name} failed: {what}", fix="this is a mistake in the pass; nothing was run") from error
+        what = f"{type(error).__name__}: {first_line(error) or type(error).__name__}"
+        raise VerifyError(f"{p.name} failed: {what}", fix=MISTAKE_IN_PASS) from error
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from zgraph import ops
-from zgraph.errors import VerifyError, quoted
+from zgraph.errors import MISTAKE_IN_PASS, VerifyError, first_line, quoted
 from zgraph.layout import Layout
 
 Target = Callable[..., Any] | str
@@ -261,11 +261,12 @@ class Program:
                 with self.fake_mode, torch.no_grad(), _without_log():
                     self._inferred[key] = node.target(*args, **kwargs)
             except Exception as error:
-                what = f"{node.name} ({target_name(node.target)}) cannot take its arguments: {reason_of(error)}"
+                reason = first_line(error) or type(error).__name__
+                what = f"{node.name} ({target_name(node.target)}) cannot take its arguments: {reason}"
                 raise VerifyError(
                     f"{blame or self._made_by}: {what}",
                     where=source_of(node),
-                    fix="this is a mistake in the pass; nothing was run",
+                    fix=MISTAKE_IN_PASS,
                 ) from error
         return self._inferred[key]
 
@@ -365,11 +366,6 @@ def target_name(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return str(target)
     return in_words(target).removeprefix("_")
-
-
-def reason_of(error: Exception) -> str:
-    """The first line of what an operator says about its arguments."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def source_of(node: Any) -> str | None:
@@ -493,7 +489,6 @@ __all__ = [
     "operand",
     "qualified_name",
     "readers",
-    "reason_of",
     "show",
     "source_of",
     "target_name",

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from zgraph import ops
-from zgraph.errors import VerifyError
+from zgraph.errors import MISTAKE_IN_PASS, VerifyError
 from zgraph.layout import Layout
 from zgraph.liveness import owners
 from zgraph.program import Input, Program, Role, Stage, describe, operand, source_of, target_name
@@ -46,9 +46,6 @@ def check_structure(program: Program, *, after: str, touched: Collection[fx.Node
         _Memory(program, after).check()
 
 
-FIX = "this is a mistake in the pass; nothing was run"
-
-
 def broken(after: str, node: fx.Node, rule: str) -> VerifyError:
     """The error for a node that breaks a rule."""
     name = node.op
@@ -57,7 +54,7 @@ def broken(after: str, node: fx.Node, rule: str) -> VerifyError:
     return VerifyError(
         f"{after} left a program that breaks a rule: {node.name} ({name}) {rule}",
         where=source_of(node),
-        fix=FIX,
+        fix=MISTAKE_IN_PASS,
     )
 
 
@@ -162,16 +159,21 @@ def _words(val: Any) -> str:
 
 def _check_layout(program: Program, layout: Layout, after: str) -> None:
     if program.stage >= Stage.SHARDED and layout.world != program.mesh.size:
-        raise VerifyError(f"{after}: the layout is for {layout.world} ranks of a mesh of {program.mesh.size}", fix=FIX)
+        raise VerifyError(
+            f"{after}: the layout is for {layout.world} ranks of a mesh of {program.mesh.size}", fix=MISTAKE_IN_PASS
+        )
     for bucket in layout.buckets:
         end = 0
         for segment in bucket.segments:
             if segment.offset < end:
-                raise VerifyError(f"{after}: {segment.name} overlaps what lies before it in {bucket.name}", fix=FIX)
+                raise VerifyError(
+                    f"{after}: {segment.name} overlaps what lies before it in {bucket.name}", fix=MISTAKE_IN_PASS
+                )
             end = segment.offset + segment.numel
         if end > bucket.numel or bucket.numel % layout.world:
             raise VerifyError(
-                f"{after}: {bucket.name} has {bucket.numel} elements for {end}, in {layout.world} equal parts", fix=FIX
+                f"{after}: {bucket.name} has {bucket.numel} elements for {end}, in {layout.world} equal parts",
+                fix=MISTAKE_IN_PASS,
             )
     buckets = {bucket.name: bucket for bucket in layout.buckets}
     for node, what in program.placeholders():
@@ -211,7 +213,7 @@ def _check_results(program: Program, after: str) -> None:
 def _misfit(after: str, result: Any, rule: str) -> VerifyError:
     """The error for a result that does not fit what it replaces."""
     name = f" ({result.name})" if isinstance(result, fx.Node) else ""
-    return VerifyError(f"{after}: {rule}{name}", where=source_of(result), fix=FIX)
+    return VerifyError(f"{after}: {rule}{name}", where=source_of(result), fix=MISTAKE_IN_PASS)
 
 
 class _Memory:

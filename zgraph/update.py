@@ -24,7 +24,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from torch.utils import _pytree as pytree
 
 from zgraph.attributes import contents, is_same
-from zgraph.errors import OptimizerError, ZgraphError, quoted
+from zgraph.errors import OptimizerError, ZgraphError, first_line, quoted
 from zgraph.functional import make_functional
 from zgraph.program import Guard, Input, Phase, Role, StateInit, in_words
 from zgraph.tracing import Recorder, fake_mode, python_generators_kept, source_of_error, trace
@@ -319,7 +319,7 @@ def _trace_once(
         ) from error
     except Exception as error:
         raise OptimizerError(
-            f"{type(optimizer).__name__}.step() cannot be traced: {type(error).__name__}: {_first_line(error)}",
+            f"{type(optimizer).__name__}.step() cannot be traced: {type(error).__name__}: {first_line(error)}",
             where=source_of_error(error),
             fix="the update must be made of torch operators on parameters, gradients and state",
         ) from error
@@ -531,7 +531,3 @@ def _start(value: Any, like: Any, first: Update) -> StateInit | None:
     if value.target in (aten.full_like.default, aten.full.default) and isinstance(value.args[1], (int, float)):
         return StateInit(value.args[1], dtype)
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0]

@@ -15,13 +15,13 @@ from typing import NoReturn
 
 from torch import fx
 
-from zgraph.errors import VerifyError
+from zgraph.errors import MISTAKE_IN_PASS, VerifyError
 from zgraph.layout import Bucket, Layout
 from zgraph.meaning import Meaning, Numbers, interpret, numbers_of
 from zgraph.movement import Started, Value
 from zgraph.program import Input, Program, Role, Stage, StateInit, describe, source_of
-from zgraph.structure import FIX, check_structure
-from zgraph.terms import Axiom, Form, Term, Terms, part, show
+from zgraph.structure import check_structure
+from zgraph.terms import Axiom, Form, Term, Terms, form, part, show
 
 Outputs = dict[Input | None, tuple[Value, fx.Node | None]]
 """What a program returns, state by parameter even where it lies in buckets; and the node it comes from."""
@@ -81,10 +81,10 @@ class Verifier:
         """What no pass may touch is as it was: constants, and buckets once they exist."""
         for name, (tensor, version) in self._constants.items():
             if tensor._version != version:
-                raise VerifyError(f"{after} wrote to the constant {name}, which is the user's", fix=FIX)
+                raise VerifyError(f"{after} wrote to the constant {name}, which is the user's", fix=MISTAKE_IN_PASS)
         before, now = self._layout, program.layout
         if before is not None and (now is None or (now.buckets, now.world) != (before.buckets, before.world)):
-            raise VerifyError(f"{after} changed the buckets, which state is already stored in", fix=FIX)
+            raise VerifyError(f"{after} changed the buckets, which state is already stored in", fix=MISTAKE_IN_PASS)
         self._layout = now
 
 
@@ -115,11 +115,11 @@ class _Check:
         extra = [what for what in given if what not in known]
         if extra:
             raise self._error(f"the program reads {extra[0]}, which is not an input of the step", extra[0].name)
-        self._same_forms(extra=set(given) - set(known))
+        self._same_forms()
         if self.program.given != self.reference.given:
-            raise VerifyError(f"{self.after}: the optimizer state given at capture has changed", fix=FIX)
+            raise VerifyError(f"{self.after}: the optimizer state given at capture has changed", fix=MISTAKE_IN_PASS)
         if self.program.stage < Stage.SHARDED and self.program.mesh != self.reference.mesh:
-            raise VerifyError(f"{self.after}: the mesh changed before anything is divided over it", fix=FIX)
+            raise VerifyError(f"{self.after}: the mesh changed before anything is divided over it", fix=MISTAKE_IN_PASS)
         mine, theirs = self.program.layout, self.reference.layout
         if mine is not None:
             wanted = {name for (name, _) in self.reference.inputs(Role.PARAM)}
@@ -141,11 +141,11 @@ class _Check:
             if guard not in kept:
                 raise self._error(f"the condition {guard}, which held at capture, is no longer checked", name)
 
-    def _same_forms(self, extra: set[Input]) -> None:
+    def _same_forms(self) -> None:
         """Batch, buffers, constants and hyperparameters have the shapes, dtypes and devices that they had."""
         before = {what: node.meta["val"] for node, what in self.reference.placeholders()}
         for node, what in self.program.placeholders():
-            if what in before and what not in extra and (what.role not in (Role.PARAM, Role.OPT_STATE)):
+            if what in before and what.role not in (Role.PARAM, Role.OPT_STATE):
                 was, val = before[what], node.meta["val"]
                 if describe(was) != describe(val) or getattr(was, "device", None) != getattr(val, "device", None):
                     raise self._error(
@@ -162,7 +162,7 @@ class _Check:
     def _error(self, what: str, name: str) -> VerifyError:
         """An error about the parameter or other input called ``name``, at the line that reads it."""
         nodes = [node for node, given in self.reference.placeholders() if given.name == name and node.users]
-        return VerifyError(f"{self.after}: {what}", where=source_of(nodes[0]) if nodes else None, fix=FIX)
+        return VerifyError(f"{self.after}: {what}", where=source_of(nodes[0]) if nodes else None, fix=MISTAKE_IN_PASS)
 
     # -- what comes out -------------------------------------------------------------------------------------
 
@@ -182,17 +182,15 @@ class _Check:
                 self._refuse(_new(what), before, value, node, source, expected, found)
         for what, (value, node) in wanted.items():
             if what not in got and value is not self._unchanged(what):
-                raise VerifyError(f"{self.after}: {_new(what)} is not returned", where=source_of(node), fix=FIX)
+                raise VerifyError(
+                    f"{self.after}: {_new(what)} is not returned", where=source_of(node), fix=MISTAKE_IN_PASS
+                )
 
     def _unchanged(self, what: Input | None) -> Value:
         """The term of a state input of the reference."""
         for node, given in self.reference.placeholders():
             if given == what:
-                val = node.meta["val"]
-                varies = given.role is Role.BUFFER
-                return (
-                    self.terms.input(given, tuple(val.shape), val.dtype, varies) if hasattr(val, "shape") else _MISSING
-                )
+                return self.terms.input(given, *form(node.meta["val"]), varies=given.role is Role.BUFFER)
         return _MISSING
 
     def _outputs(self, program: Program, meaning: Meaning) -> Outputs:
@@ -205,7 +203,9 @@ class _Check:
                 outputs[what] = (value, node)
                 continue
             if what.name not in buckets:
-                raise VerifyError(f"{self.after}: a result is {_new(what)}, which is not of a bucket", fix=FIX)
+                raise VerifyError(
+                    f"{self.after}: a result is {_new(what)}, which is not of a bucket", fix=MISTAKE_IN_PASS
+                )
             bucket = buckets[what.name]
             is_shard = layout.shard_params if what.role is Role.PARAM else layout.shard_state
             parts = self._parts(program, what, value, bucket, divided=is_shard and program.mesh.size > 1)
@@ -241,7 +241,7 @@ class _Check:
         return VerifyError(
             f"{self.after} left the new value of {what} in the wrong place: {rule}\n  found: {show(value)}",
             where=source_of(result),
-            fix=FIX,
+            fix=MISTAKE_IN_PASS,
         )
 
     # -- where it went wrong --------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ class _Check:
         raise VerifyError(
             "\n".join(lines),
             where=source_of(culprit) or source_of(node) or source_of(wanted),
-            fix=FIX,
+            fix=MISTAKE_IN_PASS,
         )
 
     def _first_foreign(self, node: fx.Node | None, expected: Meaning, found: Meaning) -> fx.Node | None:
