@@ -130,7 +130,7 @@ ScaleLoss changed what the step computes: the loss
 
 
 @dataclass(frozen=True)
-class DropDoubling(Pass):
+class DropOnes(Pass):
     """Needs an equation of its own: mul(a, 1) = a."""
 
     takes = gives = Stage.CAPTURED
@@ -144,7 +144,7 @@ class DropDoubling(Pass):
 
 
 @dataclass(frozen=True)
-class DropDoublingUnsaid(DropDoubling):
+class DropOnesUnsaid(DropOnes):
     """The same, without saying so."""
 
     assumes = ()
@@ -155,11 +155,11 @@ def times_one() -> Program:
 
 
 def test_an_equation_of_a_pass_is_taken_on_trust_if_it_is_stated_and_only_then() -> None:
-    result = run([DropDoubling(), *default_passes(Config(3, 1), Mesh(2))], times_one())
+    result = run([DropOnes(), *default_passes(Config(3, 1), Mesh(2))], times_one())
     assert result.records[0].assumes == ("mul(a, 1) = a",)
     assert all(not record.assumes for record in result.records[1:])
-    with pytest.raises(VerifyError, match="DropDoublingUnsaid changed what the step computes"):
-        run([DropDoublingUnsaid()], times_one())
+    with pytest.raises(VerifyError, match="DropOnesUnsaid changed what the step computes"):
+        run([DropOnesUnsaid()], times_one())
 
 
 def test_a_verifier_that_goes_on_from_its_last_check_finds_what_a_new_one_does() -> None:
