@@ -33,7 +33,7 @@ from scaling import LAYERS_STEP, Reach, Slope, find_reach, measure_slopes
 LOSS_TOLERANCE = 1e-4  # relative; summing float32 in another order makes about 1e-6
 LARGE_MODEL_PARAMETERS = 50_000_000
 LARGE_MODEL_PEERS = ["local", "fsdp2", "zgraph-3"]
-CAP_PEERS = ["ddp", "fsdp2", "fsdp2-tuned", "zgraph-3"]
+CAP_PEERS = ["ddp", "fsdp2", "fsdp2-tuned", "zgraph-3", "zgraph-3-tuned:bucket_bytes=4MiB"]
 REFERENCES = ["single", "fsdp2", "ddp"]  # the first that took part has the losses to equal
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 

@@ -108,13 +108,13 @@ def _fsdp2(model: GPT, batch: Batch) -> Training:
     return _torch_step(model, batch, torch.optim.AdamW(model.parameters(), **ADAMW))
 
 
-def _fsdp2_tuned(model: GPT, batch: Batch) -> Training:
+def _tuned(model: GPT, batch: Batch, build: Build, **options: Any) -> Training:
     # glibc raises these thresholds as large blocks are freed, and then keeps what is freed; set, they stay.
     m_trim_threshold, m_mmap_threshold = -1, -3
     for parameter in (m_trim_threshold, m_mmap_threshold):
         if ctypes.CDLL(None).mallopt(parameter, 128 * 1024) != 1:
             raise RuntimeError(f"mallopt({parameter}, 128 KiB) was refused")
-    return _fsdp2(model, batch)
+    return build(model, batch, **options)
 
 
 def _zgraph(model: GPT, batch: Batch, **options: Any) -> Training:
@@ -164,11 +164,14 @@ PEERS = {
     "ddp": Peer(_ddp, "DistributedDataParallel"),
     "zero-redundancy": Peer(_zero_redundancy, "DistributedDataParallel with ZeroRedundancyOptimizer"),
     "fsdp2": Peer(_fsdp2, "fully_shard of each block"),
-    "fsdp2-tuned": Peer(_fsdp2_tuned, "fsdp2 with glibc's mmap and trim thresholds at 128 KiB"),
+    "fsdp2-tuned": Peer(partial(_tuned, build=_fsdp2), "fsdp2 with glibc's mmap and trim thresholds at 128 KiB"),
     **{
         f"zgraph-{stage}": Peer(partial(_zgraph, zero=stage), f"zgraph.compile(zero={stage})", has_options=True)
         for stage in range(4)
     },
+    "zgraph-3-tuned": Peer(
+        partial(_tuned, build=partial(_zgraph, zero=3)), "zgraph-3 with the same thresholds", has_options=True
+    ),
     **{
         f"deepspeed-{stage}": Peer(
             partial(_deepspeed, stage=stage), f"DeepSpeed ZeRO-{stage}", optional_package="deepspeed"

@@ -39,7 +39,7 @@ from zgraph.passes import default_passes
 from zgraph.pipeline import Pass, PassRecord, run
 from zgraph.program import Guard, Input, Mesh, Program, Role
 from zgraph.state import TrainingState
-from zgraph.tracing import forget
+from zgraph.tracing import collect_garbage, forget
 from zgraph.update import check_step, hyperparameters
 
 log = logging.getLogger("zgraph")
@@ -276,6 +276,7 @@ class _Runtime:
                 state=state_spec(self.model, self.state.state_forms()),
                 device=self._device(),
             )
+            collect_garbage(program.graph)
             capture_s = time.perf_counter() - start
             mesh = Mesh(self.agreement.world)
             result = run(default_passes(self.config, mesh, self.state.layout, own=self.passes), program)
@@ -292,8 +293,8 @@ class _Runtime:
         finally:
             self._capturing = False
         self.agreement.share_outcome(digest, error)
-        forget()
         gc.collect()  # graphs are full of cycles; what capture left behind is gone before the first step
+        forget(result.program.graph)
         release_free_memory()
         return _Compiled({key}, executable, comm, result.program.guards, result.records, capture_s)
 

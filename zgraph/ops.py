@@ -65,18 +65,13 @@ def is_scalar_op(target: Any) -> bool:
     )
 
 
-@cache
 def is_elementwise(target: Any) -> bool:
     """Whether element i of the result depends on element i of the tensor arguments only (and is not random)."""
     if is_scalar_op(target):
         return target is not operator.getitem
     if target in _CREATES or target in _ELEMENTWISE_TOO:
         return True
-    return (
-        isinstance(target, torch._ops.OpOverload)
-        and torch.Tag.pointwise in target.tags
-        and torch.Tag.nondeterministic_seeded not in target.tags
-    )
+    return _has_tag(target, torch.Tag.pointwise) and not is_random(target)
 
 
 def creates(target: Any) -> bool:
@@ -84,10 +79,18 @@ def creates(target: Any) -> bool:
     return target in _CREATES
 
 
-@cache
 def is_random(target: Any) -> bool:
     """Whether the operator draws from a random generator, so that it must run exactly once, in order."""
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+    return _has_tag(target, torch.Tag.nondeterministic_seeded)
+
+
+def _has_tag(target: Any, tag: torch.Tag) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and tag in _tags(target)
+
+
+@cache  # of operators, which are there for good; a kernel must not be kept
+def _tags(target: torch._ops.OpOverload) -> frozenset[torch.Tag]:
+    return frozenset(target.tags)
 
 
 def view_of(node: fx.Node) -> fx.Node | None:
@@ -99,11 +102,13 @@ def view_of(node: fx.Node) -> fx.Node | None:
     return source if unpacked or is_view(node.target) else None
 
 
-@cache
 def is_view(target: Any) -> bool:
     """Whether the result, or each of several, shares memory with the first argument."""
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
+    return isinstance(target, torch._ops.OpOverload) and _is_view(target)
+
+
+@cache
+def _is_view(target: torch._ops.OpOverload) -> bool:
     if target is aten._unsafe_view.default:
         return True  # its schema does not say so
     return any(r.alias_info is not None and not r.alias_info.is_write for r in target._schema.returns)

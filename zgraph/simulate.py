@@ -254,7 +254,7 @@ class SimulatedRanks:
         program = capture(self._model, self._optimizer, args, kwargs, loss=self._loss, state=spec)
         passes = default_passes(self._config, Mesh(self.world_size), self.layout, own=self._passes)
         program = run(passes, program).program
-        forget()
+        forget(program.graph)
         return program
 
     def _inputs(

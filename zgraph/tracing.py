@@ -14,17 +14,20 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from types import FrameType
 from typing import Any
 from unittest import mock
 
 import numpy as np
-import sympy.tensor.tensor  # noqa: F401
+import sympy.core.cache
+import sympy.tensor.tensor
 import torch
 import torch._inductor.compiler_bisector
 import torch.export._trace  # tracing imports these three on first use; better now than in the first step
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
@@ -38,6 +41,9 @@ _OPTIM = os.path.join(_TORCH, "optim") + os.sep
 _STDLIB = sysconfig.get_path("stdlib") + os.sep
 _PACKAGES = sysconfig.get_path("purelib") + os.sep
 _OPTIM_BASE = os.path.join(_OPTIM, "optimizer.py")
+_LARGE = 2_000  # nodes of a graph whose trace leaves more garbage than looking for it costs
+_SYMBOLIC = ("torch.fx.", "torch.utils._sympy.", "_operator")  # where functions of symbolic numbers come from
+_LruCache = type(lru_cache(lambda: None))
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
@@ -212,9 +218,20 @@ def fake_mode(*, scalars: bool) -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def forget() -> None:
-    """Drop what torch remembers about operators it has traced: tens of megabytes for a large model."""
+def forget(graph: fx.Graph) -> None:
+    """Drop what torch and sympy remember of the operators and numbers of a graph, if it is large.
+
+    It is some tens of megabytes, and lies scattered over all the memory that tracing has used, so that little of that
+    could be given back.
+    """
+    if len(graph.nodes) <= _LARGE:
+        return
     FakeTensorMode.cache_clear()
+    sympy.core.cache.clear_cache()
+    for cache in gc.get_objects():  # torch keeps them in closures
+        if type(cache) is _LruCache and str(cache.__module__).startswith(_SYMBOLIC):
+            cache.cache_clear()
+    gc.collect()
 
 
 def trace(
@@ -250,12 +267,27 @@ def trace(
             mock.patch("torch.fx.experimental.proxy_tensor.CONSTANT_NUMEL_LIMIT", limit),
             mode,
             torch.autograd.set_multithreading_enabled(False),
+            _use_lazy_graph_module(True),  # nobody runs the module, so nobody needs its code
         ):
             module = make_fx(recorded, tracing_mode="fake")(*args)
     finally:
         writes.undo()
         if collecting:
             gc.enable()
+    graph, constants = _copy(module, mode)
+    del module
+    collect_garbage(graph)
+    return graph, constants
+
+
+def collect_garbage(graph: fx.Graph) -> None:
+    """Collect what making a large graph has left behind, before the next one needs as much memory."""
+    if len(graph.nodes) > _LARGE:
+        gc.collect()
+
+
+def _copy(module: fx.GraphModule, mode: FakeTensorMode) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
+    """A copy of a traced graph with nothing but values and origins on its nodes; its constants as placeholders."""
     graph = fx.Graph()
     node_map: dict[fx.Node, fx.Node] = {}
     graph.graph_copy(module.graph, node_map)
