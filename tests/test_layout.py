@@ -96,6 +96,7 @@ def test_ranks_together_store_a_divided_bucket_once(specs, world, shard_params, 
         assert layout.state_numel(bucket) * (world if shard_state else 1) == bucket.numel
         for segment in bucket.segments:
             assert layout.find(segment.name) == (bucket, segment)
+    assert list(layout.by_name.items()) == [(bucket.name, bucket) for bucket in layout.buckets]
 
 
 def test_parameters_fill_a_bucket_before_the_next_is_opened():

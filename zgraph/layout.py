@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -79,6 +80,11 @@ class Layout:
     def find(self, name: str) -> tuple[Bucket, Segment]:
         """The bucket and segment of the parameter called ``name``."""
         return self._index[name]
+
+    @cached_property
+    def by_name(self) -> dict[str, Bucket]:
+        """Buckets by their names."""
+        return {bucket.name: bucket for bucket in self.buckets}
 
     def param_numel(self, bucket: Bucket) -> int:
         """Elements of the bucket's parameters that one rank stores."""

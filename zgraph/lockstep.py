@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from zgraph import ops
 from zgraph.errors import RankError, first_line, quoted
 from zgraph.generators import RandomStream
-from zgraph.layout import Bucket, Layout
+from zgraph.layout import Layout
 from zgraph.liveness import last_uses
 from zgraph.program import Input, Program, Role, target_name
 
@@ -199,7 +199,6 @@ def join(layout: Layout, divided: Sequence[Values]) -> list[Values]:
 
     What is divided has one value for all ranks. Tensors are views of buckets.
     """
-    buckets: dict[str, Bucket] = {bucket.name: bucket for bucket in layout.buckets}
     whole: list[Values] = [{} for _ in divided]
     for what in divided[0]:
         each = [mine[what] for mine in divided]
@@ -207,7 +206,7 @@ def join(layout: Layout, divided: Sequence[Values]) -> list[Values]:
             for values, value in zip(whole, each, strict=True):
                 values[what] = value
             continue
-        bucket = buckets[what.name]
+        bucket = layout.by_name[what.name]
         flats = [value for value in each if isinstance(value, torch.Tensor) and value.dim() == 1]
         if flats and len(flats[0]) < bucket.numel:
             each = [torch.cat(flats)] * len(flats)

@@ -47,7 +47,7 @@ def numbers_of(program: Program) -> dict[tuple[str, str], str]:
     """Optimizer state that a program in buckets keeps once for all parameters of a bucket."""
     if program.layout is None:
         return {}
-    buckets = {bucket.name: bucket for bucket in program.layout.buckets}
+    buckets = program.layout.by_name
     return {
         (segment.name, key): buckets[name].segments[0].name
         for (name, key), node in program.inputs(Role.OPT_STATE).items()
@@ -83,7 +83,7 @@ class _Interpreter:
         self.values = self.meaning.values
         # Until averaging is explicit, and where there is nobody to average with, it is implied.
         self.implied = self.meaning.implied = program.stage < Stage.SHARDED or self.world == 1
-        self.buckets = {} if program.layout is None else {bucket.name: bucket for bucket in program.layout.buckets}
+        self.buckets = {} if program.layout is None else program.layout.by_name
 
     def run(self, before: Meaning | None, touched: Collection[fx.Node]) -> Meaning:
         for node in self.program.graph.nodes:

@@ -175,13 +175,12 @@ def _check_layout(program: Program, layout: Layout, after: str) -> None:
                 f"{after}: {bucket.name} has {bucket.numel} elements for {end}, in {layout.world} equal parts",
                 fix=MISTAKE_IN_PASS,
             )
-    buckets = {bucket.name: bucket for bucket in layout.buckets}
     for node, what in program.placeholders():
         if what.role not in (Role.PARAM, Role.OPT_STATE):
             continue
-        if what.name not in buckets:
+        if what.name not in layout.by_name:
             raise VerifyError(f"{after}: the input {what} is not of a bucket of the layout")
-        is_param, bucket, val = what.role is Role.PARAM, buckets[what.name], node.meta["val"]
+        is_param, bucket, val = what.role is Role.PARAM, layout.by_name[what.name], node.meta["val"]
         numel = layout.param_numel(bucket) if is_param else layout.state_numel(bucket)
         if (is_param or (isinstance(val, torch.Tensor) and val.dim())) and tuple(val.shape) != (numel,):
             raise _misfit(after, node, f"{what} is {describe(val)}, but the layout gives each rank {numel} elements")

@@ -196,17 +196,16 @@ class _Check:
     def _outputs(self, program: Program, meaning: Meaning) -> Outputs:
         outputs: Outputs = {}
         layout = program.layout
-        buckets = {} if layout is None else {bucket.name: bucket for bucket in layout.buckets}
         for what, result, value in zip(program.outputs, program.results(), meaning.results, strict=True):
             node = result if isinstance(result, fx.Node) else None
             if what is None or layout is None or what.role not in (Role.PARAM, Role.OPT_STATE):
                 outputs[what] = (value, node)
                 continue
-            if what.name not in buckets:
+            if what.name not in layout.by_name:
                 raise VerifyError(
                     f"{self.after}: a result is {_new(what)}, which is not of a bucket", fix=MISTAKE_IN_PASS
                 )
-            bucket = buckets[what.name]
+            bucket = layout.by_name[what.name]
             is_shard = layout.shard_params if what.role is Role.PARAM else layout.shard_state
             parts = self._parts(program, what, value, bucket, divided=is_shard and program.mesh.size > 1)
             outputs.update({name: (part, node) for name, part in parts.items()})
@@ -325,7 +324,7 @@ def _by_parameter(program: Program, inputs: dict[Input, None]) -> dict[Input, No
     """Inputs with those of buckets replaced by those of their parameters."""
     if program.layout is None:
         return inputs
-    buckets = {bucket.name: bucket for bucket in program.layout.buckets}
+    buckets = program.layout.by_name
     found: dict[Input, None] = {}
     for what in inputs:
         if what.role in (Role.PARAM, Role.OPT_STATE) and what.name in buckets:
@@ -339,13 +338,13 @@ def _initial(program: Program) -> dict[tuple[str, str], StateInit]:
     """How absent optimizer state starts, by parameter and key."""
     if program.layout is None:
         return program.init
-    buckets = {bucket.name: bucket for bucket in program.layout.buckets}
+    buckets = program.layout.by_name
     return {(s.name, key): start for (name, key), start in program.init.items() for s in buckets[name].segments}
 
 
 def _guards(program: Program) -> dict[str, str]:
     """The conditions that must hold to run, on inputs of parameters, each with one that it reads."""
-    buckets = {} if program.layout is None else {bucket.name: bucket for bucket in program.layout.buckets}
+    buckets = {} if program.layout is None else program.layout.by_name
     found = {}
     for guard in program.guards:
         names = [
