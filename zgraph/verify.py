@@ -11,22 +11,20 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 from itertools import zip_longest
-from typing import NoReturn
 
 from torch import fx
 
+from zgraph.difference import MISSING, changed
 from zgraph.errors import MISTAKE_IN_PASS, VerifyError
 from zgraph.layout import Bucket, Layout
 from zgraph.meaning import Meaning, Numbers, interpret, numbers_of
-from zgraph.movement import Started, Value
+from zgraph.movement import Value
 from zgraph.program import Input, Program, Role, Stage, StateInit, describe, source_of
 from zgraph.structure import check_structure
-from zgraph.terms import Axiom, Form, Term, Terms, form, part, show
+from zgraph.terms import Axiom, Form, Term, Terms, form, show
 
 Outputs = dict[Input | None, tuple[Value, fx.Node | None]]
 """What a program returns, state by parameter even where it lies in buckets; and the node it comes from."""
-
-_MISSING = object()
 
 
 class Verifier:
@@ -172,14 +170,15 @@ class _Check:
         for number, (mine, drawn) in enumerate(draws, 1):
             node, theirs = drawn or (None, None)
             if mine is not theirs:
-                self._refuse(f"random draw number {number}", mine, theirs, node, None, expected, found)
+                draw = f"random draw number {number}"
+                raise changed(self.program, self.after, draw, (mine, None), (theirs, node), expected, found)
         wanted, got = self._outputs(self.reference, expected), self._outputs(self.program, found)
         for what, (value, node) in got.items():
-            before, source = wanted.get(what, (_MISSING, None))
-            if before is _MISSING and what is not None:
+            before, source = wanted.get(what, (MISSING, None))
+            if before is MISSING and what is not None:
                 before = self._unchanged(what)
             if before is not value:
-                self._refuse(_new(what), before, value, node, source, expected, found)
+                raise changed(self.program, self.after, _new(what), (before, source), (value, node), expected, found)
         for what, (value, node) in wanted.items():
             if what not in got and value is not self._unchanged(what):
                 raise VerifyError(
@@ -191,7 +190,7 @@ class _Check:
         for node, given in self.reference.placeholders():
             if given == what:
                 return self.terms.input(given, *form(node.meta["val"]), varies=given.role is Role.BUFFER)
-        return _MISSING
+        return MISSING
 
     def _outputs(self, program: Program, meaning: Meaning) -> Outputs:
         outputs: Outputs = {}
@@ -243,82 +242,6 @@ class _Check:
             fix=MISTAKE_IN_PASS,
         )
 
-    # -- where it went wrong --------------------------------------------------------------------------------
-
-    def _refuse(
-        self,
-        what: str,
-        before: Value,
-        after: Value,
-        node: fx.Node | None,
-        wanted: fx.Node | None,
-        expected: Meaning,
-        found: Meaning,
-    ) -> NoReturn:
-        """Raise, with what differs between the values ``before`` and ``after`` of nodes ``wanted`` and ``node``."""
-        culprit = self._first_foreign(node, expected, found) or node
-        inner_before, inner_after = part(before, after)
-        lines = [f"{self.after} changed what the step computes: {what}"]
-        if culprit is not None:
-            maker = culprit.meta["origin"].made_by if "origin" in culprit.meta else "capture"
-            lines.append(f"  node:     {culprit.name}, made by {maker}")
-        for depth in range(5, 40):
-            texts = _show(inner_before, depth), _show(inner_after, depth)
-            if texts[0] != texts[1]:
-                break
-        lines += [f"  expected: {texts[0]}", f"  found:    {texts[1]}"]
-        if (inner_before, inner_after) != (before, after):
-            lines.append(f"  within:   {_show(after, 3)}")
-        if culprit is not None:
-            lines += ["  around:", *(f"    {line}" for line in _around(self.program, culprit))]
-        raise VerifyError(
-            "\n".join(lines),
-            where=source_of(culprit) or source_of(node) or source_of(wanted),
-            fix=MISTAKE_IN_PASS,
-        )
-
-    def _first_foreign(self, node: fx.Node | None, expected: Meaning, found: Meaning) -> fx.Node | None:
-        """The first node that ``node`` depends on whose value is none of the reference's, nor a part of one."""
-        if node is None:
-            return None
-        ancestors = {node}
-        stack = [node]
-        while stack:
-            for source in stack.pop().all_input_nodes:
-                if source not in ancestors:
-                    ancestors.add(source)
-                    stack.append(source)
-        known = _Known(expected)
-        for candidate in self.program.graph.nodes:
-            if candidate in ancestors and not known.holds(found.values[candidate]):
-                return candidate  # type: ignore[no-any-return]
-        return None
-
-
-class _Known:
-    """The values of a meaning, and whatever moves or averages them."""
-
-    def __init__(self, meaning: Meaning) -> None:
-        self._terms = {value for value in meaning.values.values() if isinstance(value, Term)}
-        self._terms.update(value for value in meaning.results if isinstance(value, Term))
-
-    def holds(self, value: Value) -> bool:
-        if isinstance(value, Started):
-            return self.holds(value.arrives)
-        if isinstance(value, tuple):
-            return all(map(self.holds, value))
-        if not isinstance(value, Term) or value in self._terms:
-            return True
-        if value.target is Form.FLAT:
-            return all(base.target is Form.PADDING or self.holds(base) for base, _, _ in value.args)
-        if value.target is Form.RESHAPE and value.args[0].target is Form.FLAT:
-            return False  # a part that is no whole tensor
-        if value.target in (Form.MEAN, Form.SUM):
-            return value.args[0] in self._terms
-        if value.target in (Form.SHARD, Form.RESHAPE, Form.PERMUTE, Form.SPLAT):
-            return self.holds(value.args[0])
-        return value.target in (Form.INPUT, Form.FILL)
-
 
 def _by_parameter(program: Program, inputs: dict[Input, None]) -> dict[Input, None]:
     """Inputs with those of buckets replaced by those of their parameters."""
@@ -360,15 +283,3 @@ def _guards(program: Program) -> dict[str, str]:
 
 def _new(what: Input | None) -> str:
     return "the loss" if what is None else f"the new value of {what}"
-
-
-def _show(value: Value, depth: int) -> str:
-    return "nothing" if value is None or value is _MISSING else show(value, depth)
-
-
-def _around(program: Program, node: fx.Node, reach: int = 2) -> list[str]:
-    """The lines of a program's text next to a node, which is marked."""
-    nodes = list(program.graph.nodes)
-    at = nodes.index(node)
-    lines = program.text().splitlines()
-    return [f"{'>' if i == at else ' '} {lines[i]}" for i in range(max(0, at - reach), min(len(nodes), at + reach + 1))]
