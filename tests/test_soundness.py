@@ -18,7 +18,7 @@ from zgraph.errors import VerifyError
 from zgraph.passes import AverageGradients, FormBuckets, Tidy, default_passes
 from zgraph.pipeline import Pass, run
 from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage
-from zgraph.verify import verify
+from zgraph.verify import Verifier, verify
 
 aten = torch.ops.aten
 HERE = Origin(Phase.FORWARD, "", "model.py:1 (forward)")
@@ -34,6 +34,13 @@ class Edited(Pass):
 
     def rewrite(self, program: Program) -> None:
         self.edit(program)
+
+
+class EditedLast(Edited):
+    """Does something to a finished program."""
+
+    takes: ClassVar[Stage] = Stage.INPLACE
+    gives: ClassVar[Stage] = Stage.INPLACE
 
 
 def step(forward: Callable[[Builder, fx.Node], fx.Node], dtype: torch.dtype = torch.float64) -> Program:
@@ -354,3 +361,29 @@ def test_a_pass_that_raises_is_named() -> None:
     with pytest.raises(VerifyError, match="Edited failed: KeyError: 'x'"):
         run([Edited(lambda _: {}["x"])], two_layers())
     assert_same_step(run(default_passes(Config(3, 1), Mesh(2)), two_layers()).program, two_layers())
+
+
+def test_a_kernel_whose_body_a_later_pass_changed_is_looked_at() -> None:
+    def lie(program: Program) -> None:
+        kernel = next(node for node in program.graph.nodes if isinstance(node.target, Kernel))
+        inner = next(node for node in kernel.target.body.nodes if node.op == "call_function")
+        with program.fake_mode:
+            inner.meta["val"] = torch.empty(3)
+
+    with pytest.raises(VerifyError, match="is recorded as"):
+        run([EditedLast(lie)], kernel_step())
+
+
+def test_what_was_refused_once_is_refused_again() -> None:
+    """A verifier goes on from what it has accepted, not from what it has seen."""
+    captured = two_layers()
+    verifier = Verifier(captured)
+    program = verifier.copy()
+    loss = program.results()[0]
+    double = program.call(aten.mul.Tensor, loss, 2, origin=HERE, before=program.output_node)
+    program.set_results([double, *program.results()[1:]], program.outputs)
+    for _ in range(2):
+        with pytest.raises(VerifyError, match="changed what the step computes: the loss"):
+            verifier.check(program, after="Double")
+    double.replace_all_uses_with(loss)
+    verifier.check(program, after="Halve")

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from zgraph import ops
-from zgraph.layout import Bucket
+from zgraph.layout import Bucket, Layout
 from zgraph.movement import RULES, Call, Value, without_defaults
 from zgraph.program import Input, Phase, Program, Role, Stage
 from zgraph.terms import REPEATED, Piece, Term, Terms, form, literal
@@ -35,12 +35,28 @@ class Meaning:
         results: of every output, in order.
         draws: what was drawn from the random generator, in order, and by which node.
         implied: whether averages between the ranks are implied.
+        context: what else inputs were read by: the buckets, numbers kept once, how many ranks.
     """
 
     values: dict[fx.Node, Value] = field(default_factory=dict)
     results: list[Value] = field(default_factory=list)
     draws: dict[fx.Node, Term] = field(default_factory=dict)
     implied: bool = True
+    context: tuple[Layout | None, Numbers, int] = (None, {}, 1)
+
+    def of_copy(self, twins: Mapping[fx.Node, fx.Node]) -> Meaning:
+        """What a copy of the program means.
+
+        Args:
+            twins: the copy of each node.
+        """
+        return Meaning(
+            {twins[node]: value for node, value in self.values.items()},
+            self.results,
+            {twins[node]: draw for node, draw in self.draws.items()},
+            self.implied,
+            self.context,
+        )
 
 
 def numbers_of(program: Program) -> dict[tuple[str, str], str]:
@@ -79,19 +95,25 @@ class _Interpreter:
     def __init__(self, program: Program, terms: Terms, numbers: Numbers) -> None:
         self.program, self.terms, self.numbers = program, terms, numbers
         self.world = program.mesh.size
-        self.meaning = Meaning()
+        self.context = (program.layout, numbers, self.world)
+        self.meaning = Meaning(context=self.context)
         self.values = self.meaning.values
         # Until averaging is explicit, and where there is nobody to average with, it is implied.
         self.implied = self.meaning.implied = program.stage < Stage.SHARDED or self.world == 1
         self.buckets = {} if program.layout is None else program.layout.by_name
 
     def run(self, before: Meaning | None, touched: Collection[fx.Node]) -> Meaning:
+        was = {} if before is None else before.values
+        again = set(self.program.graph.nodes) if before is None else self.again(before, touched)
         for node in self.program.graph.nodes:
-            if node.op == "call_function":
-                kept = before is not None and node not in touched and self.is_same(node, before)
-                self.values[node] = before.values[node] if kept else self.call(node)  # type: ignore[union-attr]
-            elif node.op == "placeholder":
-                self.values[node] = self.input(node)
+            if node.op == "output":
+                break
+            if node not in again:
+                self.values[node] = was[node]
+                continue
+            self.values[node] = value = self.call(node) if node.op == "call_function" else self.input(node)
+            if value is not was.get(node):
+                again.update(node.users)
         for what, result in zip(self.program.outputs, self.program.results(), strict=True):
             value = self.values[result] if isinstance(result, fx.Node) else literal(result)
             if self.implied and isinstance(value, Term) and _is_averaged(what, result):
@@ -99,17 +121,18 @@ class _Interpreter:
             self.meaning.results.append(value)
         return self.meaning
 
-    def is_same(self, node: fx.Node, before: Meaning) -> bool:
-        """Whether a node that was not touched has the value that it had before, because its arguments do."""
-        was, values = before.values, self.values
-        if node not in was or node in before.draws or hasattr(node.target, "body"):
-            return False
-        if self.implied is not before.implied and _phase(node) is Phase.UPDATE:
-            return False
-        for source in node.all_input_nodes:  # noqa: SIM110 -- a generator here costs as much as all else
-            if values[source] is not was.get(source):
-                return False
-        return True
+    def again(self, before: Meaning, touched: Collection[fx.Node]) -> set[fx.Node]:
+        """Nodes that may have another value than before though what they read has the same: draws are counted."""
+        same = self.context == before.context
+        inputs = (node for node, what in self.program.placeholders() if not same or what.role is Role.CONSTANT)
+        again = {*touched, *before.draws, *inputs}
+        if self.implied is not before.implied:
+            again.update(
+                node
+                for node in self.program.graph.nodes
+                if _phase(node) is Phase.UPDATE and any(map(_comes_before_update, node.all_input_nodes))
+            )
+        return again
 
     # -- inputs ---------------------------------------------------------------------------------------------
 
@@ -206,7 +229,7 @@ class _Interpreter:
         """An argument's value as the update sees it: what backward has computed is averaged."""
         if isinstance(arg, fx.Node):
             value = self.values[arg]
-            if arg.op == "call_function" and _phase(arg) is not Phase.UPDATE and isinstance(value, Term):
+            if _comes_before_update(arg) and isinstance(value, Term):
                 return self.terms.mean(value)
             return value
         if isinstance(arg, (list, tuple)):
@@ -217,7 +240,12 @@ class _Interpreter:
 def _is_averaged(what: Input | None, result: fx.Node) -> bool:
     """Whether an output that comes straight from forward or backward stands for its mean."""
     state = what is None or what.role in (Role.PARAM, Role.OPT_STATE)
-    return state and result.op == "call_function" and _phase(result) is not Phase.UPDATE
+    return state and _comes_before_update(result)
+
+
+def _comes_before_update(node: fx.Node) -> bool:
+    """Whether a value is computed by forward or backward, on this rank's part of the batch."""
+    return node.op == "call_function" and _phase(node) is not Phase.UPDATE
 
 
 def _phase(node: fx.Node) -> Phase | None:

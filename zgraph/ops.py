@@ -93,6 +93,16 @@ def _tags(target: torch._ops.OpOverload) -> frozenset[torch.Tag]:
     return frozenset(target.tags)
 
 
+def may_write(target: Any) -> bool:
+    """Whether a call may write over its arguments: a kernel, or an operator that torch calls mutable."""
+    return hasattr(target, "body") or _is_mutable(target)
+
+
+@cache
+def _is_mutable(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
 def view_of(node: fx.Node) -> fx.Node | None:
     """The node whose memory a call's result shares: a view's source, or that of the views it unpacks."""
     source = node.args[0] if node.op == "call_function" and node.args else None

@@ -11,9 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-from torch import fx
+from typing import ClassVar
 
 from zgraph.errors import MISTAKE_IN_PASS, VerifyError, ZgraphError, first_line
 from zgraph.program import Program, Stage
@@ -105,9 +103,8 @@ def run(passes: Sequence[Pass], program: Program) -> PipelineResult:
 
 def _run(passes: Sequence[Pass], program: Program) -> PipelineResult:
     verifier = Verifier(program)
-    program = program.clone()
+    program = verifier.copy()
     records = []
-    before = _snapshot(program)
     for p in passes:
         num_before, start = program.num_nodes(), time.perf_counter()
         with program.made_by(p.name):
@@ -115,9 +112,8 @@ def _run(passes: Sequence[Pass], program: Program) -> PipelineResult:
         program.stage = p.gives
         end = time.perf_counter()
         verifier.assume(p.assumes)
-        now = _snapshot(program)
-        verifier.check(program, after=p.name, touched=_touched(before, now))
-        before, verify_s = now, time.perf_counter() - end
+        verifier.check(program, after=p.name)
+        verify_s = time.perf_counter() - end
         assumes = tuple(axiom.text for axiom in p.assumes)
         records.append(PassRecord(p.name, end - start, verify_s, num_before, program.num_nodes(), assumes))
     # fx remembers the name of every node it ever made, and with it the node; a copy leaves the erased ones behind.
@@ -144,32 +140,3 @@ def _collector_paused() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-_Snapshot = dict[fx.Node, tuple[Any, Any, Any, Any, Any]]
-"""What a node was before a pass: target, arguments, keyword arguments, value, origin."""
-
-
-def _snapshot(program: Program) -> _Snapshot:
-    return {
-        node: (node.target, node.args, node.kwargs, node.meta.get("val"), node.meta.get("origin"))
-        for node in program.graph.nodes
-    }
-
-
-def _touched(before: _Snapshot, now: _Snapshot) -> set[fx.Node]:
-    """Calls that a pass made or altered, or that read a value it altered."""
-    altered: set[fx.Node] = set()
-    touched: set[fx.Node] = set()
-    for node, (target, args, kwargs, val, origin) in now.items():
-        was = before.get(node)
-        if was is None or was[3] is not val or was[4] is not origin:
-            altered.add(node)
-        elif (
-            # By identity: fx makes new tuples when they are assigned, and 2 == 2.0.
-            (was[0] is target and was[1] is args and was[2] is kwargs) and altered.isdisjoint(node.all_input_nodes)
-        ):
-            continue
-        if node.op == "call_function":
-            touched.add(node)
-    return touched

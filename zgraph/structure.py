@@ -8,41 +8,44 @@ over, or is still travelling, is neither read nor written by anything else; resu
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
-from functools import cache
+from collections.abc import Iterator
+from itertools import takewhile
 from typing import Any, NoReturn
 
 import torch
 from torch import fx
 
 from zgraph import ops
+from zgraph.changes import Look
 from zgraph.errors import MISTAKE_IN_PASS, VerifyError
 from zgraph.layout import Layout
 from zgraph.liveness import owners
 from zgraph.program import Input, Program, Role, Stage, describe, operand, source_of, target_name
 
 
-def check_structure(program: Program, *, after: str, touched: Collection[fx.Node] | None = None) -> None:
+def check_structure(program: Program, *, after: str, look: Look | None = None) -> None:
     """Check everything but the meaning.
 
     Args:
         program: at any stage.
         after: the pass to blame.
-        touched: calls whose values are inferred anew and compared; all by default.
+        look: at its nodes as they are now; calls that were not touched since an earlier one are known to be in order
+            by themselves. Without one, everything is looked at.
 
     Raises:
         VerifyError: with the rule, the node, the user's source line and the pass.
     """
-    _check_nodes(program, after)
-    for node in program.graph.nodes:
-        if node.op == "call_function" and (touched is None or node in touched):
+    look = look or Look(program)
+    _check_nodes(program, look, after)
+    for node in look.touched:
+        if node.op == "call_function":
             _check_value(program, node, after)
     if program.layout is not None:
         _check_layout(program, program.layout, after)
     elif program.stage >= Stage.BUCKETED:
         raise VerifyError(f"{after}: the program is {program.stage.name} but has no layout")
     _check_results(program, after)
-    if program.stage >= Stage.INPLACE or any(map(_writes, program.graph.nodes)):
+    if program.stage >= Stage.INPLACE or any(ops.may_write(node.target) for node in look.touched):
         _Memory(program, after).check()
 
 
@@ -58,32 +61,40 @@ def broken(after: str, node: fx.Node, rule: str) -> VerifyError:
     )
 
 
-def _check_nodes(program: Program, after: str) -> None:
-    seen: set[fx.Node] = set()
-    for node in program.graph.nodes:
-        for source in node.all_input_nodes:
-            if source not in seen:
-                raise broken(after, node, f"reads {source.name} before it is computed")
-        seen.add(node)
-        if node.op == "placeholder":
-            if "input" not in node.meta or "val" not in node.meta:
-                raise broken(after, node, "is an input without a meaning")
-        elif node.op == "call_function":
-            if "origin" not in node.meta or "val" not in node.meta:
-                raise broken(after, node, "has no recorded value or origin")
-            _check_collective(program, node, after)
-            source = operand(node) if node.target in ops.BY_PLACE else None
-            if source is not None and (source.op == "placeholder" or ops.view_of(source) is not None):
-                raise broken(after, node, "reads memory by its place, so it must be given memory of its own")
-        elif node.op != "output":
-            raise broken(after, node, f"is a {node.op}; only placeholders and calls are allowed")
-    if len({what for _, what in program.placeholders()}) < len(list(program.placeholders())):
+def _check_nodes(program: Program, look: Look, after: str) -> None:
+    if look.too_early is not None:
+        before = set(takewhile(lambda node: node is not look.too_early, program.graph.nodes))
+        late = next(source for source in look.too_early.all_input_nodes if source not in before)
+        raise broken(after, look.too_early, f"reads {late.name} before it is computed")
+    inputs = program.graph.find_nodes(op="placeholder")
+    for node in inputs:
+        if "input" not in node.meta or "val" not in node.meta:
+            raise broken(after, node, "is an input without a meaning")
+    if len({node.meta["input"] for node in inputs}) < len(inputs):
         raise VerifyError(f"{after}: two inputs have the same meaning")
+    for node in dict.fromkeys((*look.touched, *_bound_to_others(program))):
+        if node.op == "placeholder":
+            continue
+        if node.op != "call_function":
+            raise broken(after, node, f"is a {node.op}; only placeholders and calls are allowed")
+        if "origin" not in node.meta or "val" not in node.meta:
+            raise broken(after, node, "has no recorded value or origin")
+        _check_collective(program, node, after)
+        source = operand(node) if node.target in ops.BY_PLACE else None
+        if source is not None and (source.op == "placeholder" or ops.view_of(source) is not None):
+            raise broken(after, node, "reads memory by its place, so it must be given memory of its own")
+
+
+def _bound_to_others(program: Program) -> Iterator[fx.Node]:
+    """Calls that may break a rule though nobody touched them: because of the mesh, their readers or what they read."""
+    for target in (*ops.STARTS, ops.wait, ops.shard, *ops.BY_PLACE):
+        yield from program.graph.find_nodes(op="call_function", target=target, sort=False)
 
 
 def _check_collective(program: Program, node: fx.Node, after: str) -> None:
     """Collectives are the same on all ranks: whatever names the ranks or decides a shape is a literal that fits."""
-    if node.target in ops.STARTS:
+    starts = node.target in ops.STARTS
+    if starts:
         waits = [user for user in node.users if user.target is ops.wait]
         if len(waits) != 1:
             raise broken(after, node, f"is waited for {len(waits)} times instead of once")
@@ -92,7 +103,7 @@ def _check_collective(program: Program, node: fx.Node, after: str) -> None:
                 raise broken(after, user, f"reads {node.name} before it has arrived")
     elif node.target is ops.wait and operand(node).target not in ops.STARTS:
         raise broken(after, node, "waits for a value that no collective produces")
-    if node.target not in ops.STARTS and node.target is not ops.shard:
+    if not starts and node.target is not ops.shard:
         return
     mesh = program.mesh
     if node.kwargs.keys() - {"out"}:
@@ -114,9 +125,9 @@ def _check_value(program: Program, node: fx.Node, after: str) -> None:
     if hasattr(node.target, "body"):
         _check_kernel(program, node, node.target.body, after)
         return
-    val = program.infer(node, blame=after)
-    if _form(val) != _form(node.meta["val"]):
-        raise broken(after, node, f"is recorded as {_words(node.meta['val'])} but gives {_words(val)}")
+    val, recorded = program.infer(node, blame=after), node.meta["val"]
+    if val is not recorded and _form(val) != _form(recorded):
+        raise broken(after, node, f"is recorded as {_words(recorded)} but gives {_words(val)}")
 
 
 def _check_kernel(program: Program, node: fx.Node, body: fx.Graph, after: str) -> None:
@@ -263,7 +274,7 @@ class _Memory:
         writes = getattr(node.target, "writes", None)
         if isinstance(writes, tuple):
             return [self.owner[operand(node, index)] for index in writes if index is not None]
-        if _is_mutable(node.target):
+        if ops.may_write(node.target):
             self.refuse(node, "writes to its arguments; programs are functional, in place is a lowering")
         return []
 
@@ -317,16 +328,6 @@ class _Memory:
 
     def refuse(self, node: fx.Node, rule: str) -> NoReturn:
         raise broken(self.after, node, rule)
-
-
-def _writes(node: fx.Node) -> bool:
-    """Whether a call may write over its arguments."""
-    return hasattr(node.target, "body") or _is_mutable(node.target)
-
-
-@cache
-def _is_mutable(target: Any) -> bool:
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
 def _called(node: fx.Node) -> str:

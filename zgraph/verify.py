@@ -8,12 +8,13 @@ the first node at which meaning parted.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import zip_longest
 
 from torch import fx
 
+from zgraph.changes import Look
 from zgraph.difference import MISSING, changed
 from zgraph.errors import MISTAKE_IN_PASS, VerifyError
 from zgraph.layout import Bucket, Layout
@@ -42,7 +43,19 @@ class Verifier:
         self._terms = Terms()
         self._numbers: Numbers = {}
         self._expected: Meaning | None = None
+        self._wanted: Outputs = {}
+        self._look: Look | None = None
         self._found: Meaning | None = None
+        self._twins: dict[fx.Node, fx.Node] = {}
+
+    def copy(self) -> Program:
+        """A copy of the reference, to be rewritten: it means the same, so only what passes change is looked at."""
+        program = self._reference.clone()
+        self._look, self._twins = (
+            Look(program),
+            dict(zip(self._reference.graph.nodes, program.graph.nodes, strict=True)),
+        )
+        return program
 
     def assume(self, axioms: Iterable[Axiom]) -> None:
         """Take equations on trust from now on."""
@@ -52,28 +65,32 @@ class Verifier:
             self._terms = Terms(self._axioms)
             self._expected = self._found = None
 
-    def check(self, program: Program, *, after: str, touched: Collection[fx.Node] | None = None) -> None:
+    def check(self, program: Program, *, after: str) -> None:
         """Check the structure of ``program``, and that it means what the reference means.
 
         Args:
             program: made from the reference by passes.
-            after: the last of them, to blame.
-            touched: calls made or altered since the last check of the same program; all by default.
+            after: the last of them, to blame. Of a program that was checked before, only what has changed since is
+                looked at again.
 
         Raises:
             VerifyError: with the rule or the output, the node, the user's source line and the pass.
         """
-        check_structure(program, after=after, touched=touched)
+        look = Look(program, self._look)
+        check_structure(program, after=after, look=look)
         self._check_facts(program, after)
         check = _Check(self._reference, program, self._terms, after)
         check.inputs()
         numbers = numbers_of(program)
         if self._expected is None or numbers != self._numbers:
             self._expected = interpret(self._reference, self._terms, numbers, before=self._expected)
+            self._wanted = check.outputs(self._reference, self._expected)
             self._numbers = numbers
-        before = None if touched is None else self._found
-        self._found = interpret(program, self._terms, numbers, before=before, touched=touched or ())
-        check.meaning(self._expected, self._found)
+        if self._twins:
+            self._found = self._expected.of_copy(self._twins)
+        found = interpret(program, self._terms, numbers, before=self._found, touched=look.touched)
+        check.meaning(self._wanted, self._expected, found)
+        self._look, self._found, self._twins = look, found, {}
 
     def _check_facts(self, program: Program, after: str) -> None:
         """What no pass may touch is as it was: constants, and buckets once they exist."""
@@ -164,15 +181,15 @@ class _Check:
 
     # -- what comes out -------------------------------------------------------------------------------------
 
-    def meaning(self, expected: Meaning, found: Meaning) -> None:
-        """Every output is the same term as the reference's, and random numbers are drawn in the same order."""
+    def meaning(self, wanted: Outputs, expected: Meaning, found: Meaning) -> None:
+        """Every output is the term that is wanted, and random numbers are drawn in the reference's order."""
         draws = zip_longest(expected.draws.values(), found.draws.items(), fillvalue=None)
         for number, (mine, drawn) in enumerate(draws, 1):
             node, theirs = drawn or (None, None)
             if mine is not theirs:
                 draw = f"random draw number {number}"
                 raise changed(self.program, self.after, draw, (mine, None), (theirs, node), expected, found)
-        wanted, got = self._outputs(self.reference, expected), self._outputs(self.program, found)
+        got = self.outputs(self.program, found)
         for what, (value, node) in got.items():
             before, source = wanted.get(what, (MISSING, None))
             if before is MISSING and what is not None:
@@ -192,7 +209,8 @@ class _Check:
                 return self.terms.input(given, *form(node.meta["val"]), varies=given.role is Role.BUFFER)
         return MISSING
 
-    def _outputs(self, program: Program, meaning: Meaning) -> Outputs:
+    def outputs(self, program: Program, meaning: Meaning) -> Outputs:
+        """What a program returns, parameter by parameter."""
         outputs: Outputs = {}
         layout = program.layout
         for what, result, value in zip(program.outputs, program.results(), meaning.results, strict=True):
