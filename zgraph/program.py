@@ -49,6 +49,8 @@ class Phase(enum.Enum):
 class Role(enum.Enum):
     """What a placeholder stands for."""
 
+    __hash__ = object.__hash__  # Enum's own takes longer than all else that looking up an Input does
+
     PARAM = "param"
     OPT_STATE = "opt_state"
     BUFFER = "buffer"

@@ -35,6 +35,8 @@ Shape = tuple[int, ...]
 class Form(enum.Enum):
     """Terms that are not a call of an operator."""
 
+    __hash__ = object.__hash__  # every term is looked up by its head, and Enum's own hash is slow
+
     INPUT = "input"
     FLAT = "flat"
     SPLAT = "splat"
