@@ -151,6 +151,7 @@ class Program:
     layout: Layout | None = None
     _made_by: str = "capture"
     _inferred: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+    _keys: dict[int, tuple[torch.Tensor, Hashable]] = field(default_factory=dict, repr=False)
 
     # -- reading ------------------------------------------------------------------------------------------
 
@@ -255,7 +256,7 @@ class Program:
             # The number itself is not known; what operators make of it depends on its type alone.
             whole = all(map(_is_whole, node.args))
             return 2 if whole and node.target is not operator.truediv else 0.5
-        key = _call_key(node)
+        key = self._call_key(node)
         if key not in self._inferred:
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
             assert callable(node.target), node.target
@@ -271,6 +272,23 @@ class Program:
                     fix=MISTAKE_IN_PASS,
                 ) from error
         return self._inferred[key]
+
+    def _call_key(self, node: fx.Node) -> Hashable:
+        """Equal for calls that give the same value: same operator, literals, and shapes, strides, dtypes of tensors."""
+        named = tuple((name, self._value_key(value)) for name, value in sorted(node.kwargs.items()))
+        return (node.target, self._value_key(node.args), named)
+
+    def _value_key(self, arg: Any) -> Hashable:
+        val = arg.meta["val"] if isinstance(arg, fx.Node) else arg
+        if isinstance(val, torch.Tensor):
+            known = self._keys.get(id(val))  # asking a fake tensor takes longer than all else here
+            if known is None:
+                key = (tuple(val.shape), val.stride(), val.storage_offset(), val.dtype, str(val.device))
+                known = self._keys[id(val)] = (val, key)
+            return known[1]
+        if isinstance(val, (tuple, list)):
+            return (type(val).__name__, *map(self._value_key, val))
+        return (type(val).__name__, val)
 
     def empty(self, shape: Iterable[int], dtype: torch.dtype, device: torch.device) -> FakeTensor:
         """A fake tensor of this program's mode, to be a placeholder's value."""
@@ -387,20 +405,6 @@ def _without_log() -> Iterator[None]:
         yield
     finally:
         log.disabled = before
-
-
-def _call_key(node: fx.Node) -> Hashable:
-    """Equal for calls that give the same value: same operator, literals, and shapes, strides and dtypes of tensors."""
-    return (node.target, _value_key(node.args), tuple((k, _value_key(v)) for k, v in sorted(node.kwargs.items())))
-
-
-def _value_key(arg: Any) -> Hashable:
-    val = arg.meta["val"] if isinstance(arg, fx.Node) else arg
-    if isinstance(val, torch.Tensor):
-        return (tuple(val.shape), val.stride(), val.storage_offset(), val.dtype, str(val.device))
-    if isinstance(val, (tuple, list)):
-        return (type(val).__name__, *map(_value_key, val))
-    return (type(val).__name__, val)
 
 
 def _is_whole(arg: Any) -> bool:
