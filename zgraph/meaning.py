@@ -31,7 +31,7 @@ class Meaning:
     """What a program computes.
 
     Attributes:
-        values: of every node.
+        values: of every node; also of those that passes have erased since.
         results: of every output, in order.
         draws: what was drawn from the random generator, in order, and by which node.
         implied: whether averages between the ranks are implied.
@@ -103,17 +103,15 @@ class _Interpreter:
         self.buckets = {} if program.layout is None else program.layout.by_name
 
     def run(self, before: Meaning | None, touched: Collection[fx.Node]) -> Meaning:
-        was = {} if before is None else before.values
         again = set(self.program.graph.nodes) if before is None else self.again(before, touched)
+        if before is not None:
+            self.values.update(before.values)
         for node in self.program.graph.nodes:
-            if node.op == "output":
-                break
-            if node not in again:
-                self.values[node] = was[node]
-                continue
-            self.values[node] = value = self.call(node) if node.op == "call_function" else self.input(node)
-            if value is not was.get(node):
-                again.update(node.users)
+            if node in again and node.op != "output":
+                value = self.call(node) if node.op == "call_function" else self.input(node)
+                if value is not self.values.get(node):
+                    self.values[node] = value
+                    again.update(node.users)
         for what, result in zip(self.program.outputs, self.program.results(), strict=True):
             value = self.values[result] if isinstance(result, fx.Node) else literal(result)
             if self.implied and isinstance(value, Term) and _is_averaged(what, result):
