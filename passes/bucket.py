@@ -247,7 +247,8 @@ class _Flattener:
         self.states: dict[str, dict[str, fx.Node]] = {}
         for (name, key), node in program.inputs(Role.OPT_STATE).items():
             self.states.setdefault(name, {})[key] = node
-        self.first = next(n for n in program.graph.nodes if n.op == "call_function")
+        shared = set(updates.shared)
+        self.first = next(n for n in program.graph.nodes if n.op == "call_function" and n not in shared)
         self.replaced = [node for node, what in program.placeholders() if what.role in (Role.PARAM, Role.OPT_STATE)]
 
     def run(self) -> None:

@@ -14,6 +14,7 @@ from torch import fx
 
 from zgraph import ops
 from zgraph.codegen.kernel import Kernel, region
+from zgraph.passes.order import arrange
 from zgraph.pipeline import Pass
 from zgraph.program import Program, Role, Stage, operand, update_nodes
 
@@ -25,6 +26,8 @@ class UpdateInPlace(Pass):
     m' = lerp(m, g, w)
     u = div(m', sqrt(v'))        ->    p, m, v = kernel(p, g, m, v, w)    # in place
     p' = add(p, u)
+
+    A kernel stands behind the last read of what it writes over.
     """
 
     takes, gives = Stage.SCHEDULED, Stage.INPLACE
@@ -41,6 +44,7 @@ class UpdateInPlace(Pass):
                 start = operand(result)
                 start.target = ops.all_gather_into
                 start.kwargs = {"out": params[what.name, ""]}
+        arrange(program, {node: i for i, node in enumerate(program.graph.nodes)})
 
     def _fuse(self, program: Program, name: str, nodes: list[fx.Node], donors: dict[fx.Node, fx.Node]) -> None:
         """Replace ``nodes`` by one kernel call that writes over the donors of its results."""

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from torch import fx
 
 from zgraph import ops
+from zgraph.passes.order import arrange
 from zgraph.pipeline import Pass
-from zgraph.program import Phase, Program, Role, Stage, operand, readers, update_nodes
+from zgraph.program import Phase, Program, Stage, operand, update_nodes
 
 
 @dataclass(frozen=True)
@@ -44,31 +45,28 @@ class Overlap(Pass):
         for node in program.graph.find_nodes(op="call_function", target=ops.wait):
             if set(node.users) == {output}:  # it only leaves the program: wait at the very end
                 place[node] = (order[output] - 1, LAST, order[node])
-        for node in sorted(place, key=place.__getitem__):
-            if node is not output:
-                output.prepend(node)
+        arrange(program, place)
 
     def _prefetch_gathers(self, program: Program, order: dict[fx.Node, int], place: Places) -> None:
-        """Place the start of gather i right after the wait of gather i - prefetch."""
-        waits = [
-            node
-            for node in program.graph.find_nodes(op="call_function", target=ops.wait)
-            if operand(node).target is ops.all_gather and node.meta["origin"].phase is not Phase.UPDATE
-        ]
-        waits.sort(key=order.__getitem__)
+        """Place each gather right before its first reader, and its start right after the wait ``prefetch`` before."""
+        gathers = sorted(
+            (min(map(order.__getitem__, wait.users), default=order[wait]), order[wait], wait)
+            for wait in program.graph.find_nodes(op="call_function", target=ops.wait)
+            if operand(wait).target is ops.all_gather and wait.meta["origin"].phase is not Phase.UPDATE
+        )
         top = max((order[node] for node, _ in program.placeholders()), default=-1)
-        for i, wait in enumerate(waits if self.prefetch else ()):
-            start, val = operand(wait), wait.meta["val"]
-            if val.nbytes <= self.limit_bytes:
-                after = order[waits[i - self.prefetch]] if i >= self.prefetch else top
-                place[start] = (after, FIRST, order[start])
+        for i, (first_read, _, wait) in enumerate(gathers):
+            start, early = operand(wait), self.prefetch and wait.meta["val"].nbytes <= self.limit_bytes
+            place[wait] = (first_read - 1, BEFORE, i, 1)
+            if early and i < self.prefetch:
+                place[start] = (top, FIRST, order[start])
+            elif early:
+                place[start] = (*place[gathers[i - self.prefetch][-1]], order[start])
+            else:
+                place[start] = (first_read - 1, BEFORE, i, 0)
 
     def _take_up_reductions(self, program: Program, order: dict[fx.Node, int], place: Places) -> None:
-        """Place the wait for a reduced gradient, and its update, right after the start of the next reduction.
-
-        An update also stays behind the last read of the parameters that it replaces, so that it can happen in place.
-        """
-        params = {name: node for (name, _), node in program.inputs(Role.PARAM).items()}
+        """Place the wait for a reduced gradient, and its update, right after the start of the next reduction."""
         updates = update_nodes(program)
         reductions: list[tuple[int, str, fx.Node]] = []
         for name, update in updates.items():
@@ -83,14 +81,13 @@ class Overlap(Pass):
         for _, name, wait in reductions:
             groups[name].insert(0, wait)
         for name, group in groups.items():
-            last_read = max((order[n] for n in readers(params[name]) - set(group)), default=-1)
-            anchor = max(after[name], last_read)
             for node in group:
-                place[node] = (anchor, NEXT, order[group[0]], order[node])
+                place[node] = (after[name], NEXT, order[group[0]], order[node])
 
 
-FIRST, NEXT, LAST = 0, 1, 2
-"""Among nodes placed right after the same one: gathers start first, updates follow, final waits come last."""
+FIRST, NEXT, LAST, BEFORE = 0, 1, 2, 3
+"""Among nodes placed right after the same one: gathers start first, updates follow, final waits come last; then what is
+placed right before the node that comes after it."""
 
 Places = dict[fx.Node, tuple[int, ...]]
 """Where each node goes: its own old position, or that of the node it follows and then a rank among its like."""

@@ -77,7 +77,6 @@ class ShardOptimizer(Pass):
         at = {what: i for i, what in enumerate(outputs)}
         for bucket in _trainable(program):
             nodes = updates[bucket.name]
-            inside = set(nodes)
             for state in states.get(bucket.name, ()):
                 val = state.meta["val"]
                 if isinstance(val, torch.Tensor) and val.dim() == 1:
@@ -85,10 +84,10 @@ class ShardOptimizer(Pass):
             flat = params[bucket.name, ""]
             gradient = _reduced_gradient(nodes)
             for source in dict.fromkeys([flat, gradient]):
-                readers = [u for u in source.users if u in inside]
+                readers = [node for node in nodes if source in node.all_input_nodes]
                 if readers:
                     piece = program.call(
-                        ops.shard, source, world, axis, origin=nodes[0].meta["origin"], before=nodes[0]
+                        ops.shard, source, world, axis, origin=nodes[0].meta["origin"], before=readers[0]
                     )
                     for reader in readers:
                         reader.replace_input_with(source, piece)
@@ -153,8 +152,8 @@ class ReadParamsEarly(Pass):
             tails: dict[fx.Node, fx.Node] = {}  # the last node that was moved behind each
             for node in ({user for member in family for user in member.users} & backward) - family:
                 val = node.meta["val"]
-                others = [source for source in node.all_input_nodes if source in backward and source not in family]
-                if others and isinstance(val, torch.Tensor) and val.nbytes <= bucket.num_bytes:
+                others = [source for source in node.all_input_nodes if source not in family]
+                if not backward.isdisjoint(others) and isinstance(val, torch.Tensor) and val.nbytes <= bucket.num_bytes:
                     latest = max(others, key=order.__getitem__)
                     moves.append((order[latest], order[node], latest, node))
             # Earliest first, so that a view that two of them share has moved up far enough for both.

@@ -7,9 +7,12 @@ gradients and the loss averaged between the ranks.
 
 from __future__ import annotations
 
+import itertools
 import operator
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 import torch
@@ -19,7 +22,9 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from zgraph import lockstep, ops
+from zgraph.liveness import owners
 from zgraph.lockstep import Value, Values, run_ranks
+from zgraph.pipeline import Pass
 from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage
 
 aten = torch.ops.aten
@@ -115,6 +120,45 @@ def two_layers() -> Program:
         results[param(name)] = b.call(Phase.UPDATE, aten.add.Tensor, w, new_m, alpha=size, module=name)
         results[state(name, "m")] = new_m
     return b.finish(results)
+
+
+# Another legal order
+
+
+@dataclass(frozen=True)
+class Reshuffle(Pass):
+    """Issue calls in a random order, except that draws and collectives keep theirs, and so does what is in place."""
+
+    takes: Stage  # type: ignore[misc]
+    gives: Stage  # type: ignore[misc]
+    seed: int
+
+    def rewrite(self, program: Program) -> None:
+        random = Random(self.seed)
+        calls = [node for node in program.graph.nodes if node.op == "call_function"]
+        behind = {node: set(node.users) for node in calls}
+        for kept in self._in_order(program, calls):
+            for earlier, later in itertools.pairwise(kept):
+                behind[earlier].add(later)
+        waiting = Counter(later for users in behind.values() for later in users)
+        ready = [node for node in calls if not waiting[node]]
+        while ready:
+            node = ready.pop(random.randrange(len(ready)))
+            program.output_node.prepend(node)
+            for later in behind[node]:
+                waiting[later] -= 1
+                if not waiting[later] and later.op == "call_function":
+                    ready.append(later)
+
+    def _in_order(self, program: Program, calls: Sequence[fx.Node]) -> list[list[fx.Node]]:
+        draws = [node for node in calls if ops.is_random(node.target)]
+        collectives = [node for node in calls if node.target in ops.STARTS or node.target is ops.wait]
+        if program.stage < Stage.INPLACE:
+            return [draws, collectives]
+        owner = owners(program)
+        state = {node for node, what in program.placeholders() if what.role in (Role.PARAM, Role.OPT_STATE)}
+        touching = [node for node in calls if state & {owner[value] for value in (node, *node.all_input_nodes)}]
+        return [draws, collectives, [node for node in calls if node in {*touching, *collectives}]]
 
 
 # Random training steps

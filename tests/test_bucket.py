@@ -18,6 +18,7 @@ from torch import fx
 from tests.programs import (
     Builder,
     Recipe,
+    Reshuffle,
     assert_same_step,
     build,
     few_examples,
@@ -29,7 +30,8 @@ from tests.programs import (
 from zgraph.errors import OptimizerError
 from zgraph.layout import Layout
 from zgraph.passes import FormBuckets
-from zgraph.program import Guard, Input, Phase, Program, Role, StateInit
+from zgraph.pipeline import run
+from zgraph.program import Guard, Input, Phase, Program, Role, Stage, StateInit
 
 aten = torch.ops.aten
 
@@ -260,6 +262,24 @@ def test_existing_buckets_of_another_model_are_not_kept() -> None:
     ):
         found = FormBuckets(2, 10**6, layout=Layout((bad, *layout.buckets[1:]), 2))(with_state()).layout
         assert found == layout
+
+
+@few_examples(15)
+@given(recipes(), st.integers(0, 99))
+def test_any_order_will_do_to_start_from(recipe: Recipe, seed: int) -> None:
+    captured = build(recipe)
+    passes = [Reshuffle(Stage.CAPTURED, Stage.CAPTURED, seed), FormBuckets(2, 200)]
+    assert_same_step(run(passes, captured).program, captured)
+
+
+def test_arithmetic_on_hyperparameters_may_come_first() -> None:
+    b = Builder()
+    w, lr = b.input(Role.PARAM, "w", shape=[2]), b.input(Role.HYPER, "lr")
+    size = b.call(Phase.UPDATE, operator.mul, b.call(Phase.UPDATE, operator.neg, lr), lr)
+    loss, g = b.forward(aten.sum.default, w), b.backward(aten.sin.default, w)
+    new = b.call(Phase.UPDATE, aten.add.Tensor, w, g, alpha=size, module="w")
+    captured = b.finish({None: loss, param("w"): new})
+    assert_same_step(FormBuckets(2, 1)(captured), captured)
 
 
 def lines_run(num_params: int) -> int:

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from expecttest import assert_expected_inline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.programs import Recipe, assert_same_step, build, divide, few_examples, recipes, two_layers, values_for
+from tests.programs import (
+    Recipe,
+    Reshuffle,
+    assert_same_step,
+    build,
+    divide,
+    few_examples,
+    recipes,
+    two_layers,
+    values_for,
+)
 from zgraph import ops
 from zgraph.config import Config
 from zgraph.lockstep import run_ranks
 from zgraph.passes import default_passes
+from zgraph.pipeline import Pass
 from zgraph.pipeline import run as run_passes
-from zgraph.program import Mesh, Phase, Program, Role
+from zgraph.program import Mesh, Phase, Program, Role, Stage
 
 
 def lowered(program: Program, zero: int, world: int, bucket_bytes: int = 1, prefetch: int = 1) -> Program:
@@ -65,6 +78,35 @@ def test_updated_parameters_are_gathered_into_the_buffer_that_they_live_in() -> 
     for node in program.graph.find_nodes(op="call_function", target=ops.all_gather_into):
         assert node.kwargs == {"out": params[node.meta["origin"].module, ""]}
     assert not program.graph.find_nodes(op="call_function", target=ops.all_gather)
+
+
+def test_a_kernel_stands_behind_the_last_read_of_what_it_writes_over() -> None:
+    @dataclass(frozen=True)
+    class UpdateFirst(Pass):
+        """Issue the update as soon as its gradient is there."""
+
+        takes, gives = Stage.SCHEDULED, Stage.SCHEDULED
+
+        def rewrite(self, program: Program) -> None:
+            calls = [node for node in program.graph.nodes if node.op == "call_function"]
+            needed = {program.results()[1]}
+            for node in reversed(calls):
+                if node in needed:
+                    needed.update(node.all_input_nodes)
+            for node in sorted(calls, key=lambda node: node not in needed):
+                program.output_node.prepend(node)
+
+    for zero, world in ((0, 1), (0, 2), (1, 2)):
+        program = run_passes(default_passes(Config(zero), Mesh(world), own=[UpdateFirst()]), two_layers()).program
+        assert_same_step(program, two_layers())
+
+
+def test_any_order_will_do_to_start_from() -> None:
+    for seed in range(10):
+        for zero in range(4):
+            own = [Reshuffle(stage, stage, seed) for stage in (Stage.SCHEDULED, Stage.INPLACE)]
+            program = run_passes(default_passes(Config(zero, 1), Mesh(2), own=own), two_layers()).program
+            assert_same_step(program, two_layers())
 
 
 steps = st.tuples(recipes(), st.integers(0, 3), st.integers(1, 4), st.sampled_from([1, 200]), st.integers(0, 3))

@@ -15,7 +15,6 @@ from hypothesis import given
 from torch import fx
 
 from tests.programs import Builder, Recipe, build, few_examples, param, recipes
-from zgraph import ops
 from zgraph.codegen.kernel import Kernel, region
 from zgraph.layout import Layout, ParamSpec, make_buckets
 from zgraph.program import (
@@ -27,7 +26,6 @@ from zgraph.program import (
     Stage,
     describe,
     in_words,
-    readers,
     show,
     target_name,
     update_nodes,
@@ -246,19 +244,6 @@ def test_the_text_holds_the_bodies_of_kernels() -> None:
     call = "update_w{%2 = aten.mul.Tensor(%0, %1); %3 = aten.mul.Tensor(%2, 2.0); return [%3] over [0]}(%1, %0)"
     assert with_kernel(2.0).text().splitlines()[-2] == f"%7: (f64[3]) = {call}"
     assert with_kernel(2.0).digest() == with_kernel(2.0).digest() != with_kernel(3.0).digest()
-
-
-def test_readers_are_found_through_views_and_collectives_but_not_through_what_they_compute() -> None:
-    b = Builder()
-    w = b.input(Role.PARAM, "w", shape=[4, 4])
-    piece = b.forward(aten.slice.Tensor, b.forward(aten.view.default, w, [16]), 0, 0, 8)
-    product = b.forward(aten.mul.Tensor, piece, 2)
-    b.forward(aten.exp.default, product)
-    flat = b.input(Role.PARAM, "flat", shape=[4])
-    gathered = b.forward(ops.wait, b.forward(ops.all_gather, flat, 2, "data"))
-    b.forward(aten.exp.default, gathered)
-    assert {node.target for node in readers(w)} == {aten.view.default, aten.slice.Tensor, aten.mul.Tensor}
-    assert {node.target for node in readers(flat)} == {ops.all_gather, ops.wait}
 
 
 def test_update_nodes_are_grouped_by_what_they_serve() -> None:

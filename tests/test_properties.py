@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from tests.programs import Recipe, assert_same_step, build, recipes
+from tests.programs import Recipe, Reshuffle, assert_same_step, build, recipes
 from zgraph.config import Config
 from zgraph.passes import FormBuckets, Tidy, default_passes
 from zgraph.pipeline import Pass, run
@@ -19,17 +19,27 @@ from zgraph.program import Mesh
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A legal order of passes: the default ones of a configuration, some of them twice where that is allowed."""
+    """A legal order of passes: the default ones of a configuration, some of them twice where that is allowed.
+
+    Attributes:
+        reshuffle: position of passes that put calls in a random legal order, and their seeds.
+    """
 
     config: Config
     world: int
     tidy: int
     rebucket: int | None
+    reshuffle: tuple[tuple[int, int], ...]
 
     def passes(self) -> list[Pass]:
         mesh = Mesh(self.world)
         tidied: list[Pass] = [Tidy()] * self.tidy
-        return [*tidied, *default_passes(self.config, mesh)[1:]]
+        passes = [*tidied, *default_passes(self.config, mesh)[1:]]
+        for position, seed in self.reshuffle:
+            at = position % (len(passes) + 1)
+            stage = passes[at].takes if at < len(passes) else passes[-1].gives
+            passes.insert(at, Reshuffle(stage, stage, seed))
+        return passes
 
 
 def pipelines() -> st.SearchStrategy[Pipeline]:
@@ -39,6 +49,7 @@ def pipelines() -> st.SearchStrategy[Pipeline]:
         st.integers(1, 8),
         st.integers(0, 2),
         st.none() | st.sampled_from([1, 200]),
+        st.lists(st.tuples(st.integers(0, 9), st.integers(0, 99)), max_size=2).map(tuple),
     )
 
 

@@ -14,6 +14,7 @@ from torch import fx
 from tests.programs import (
     Builder,
     Recipe,
+    Reshuffle,
     assert_same_step,
     build,
     few_examples,
@@ -31,7 +32,7 @@ from zgraph.passes import (
     ShardOptimizer,
     ShardParams,
 )
-from zgraph.pipeline import Pass
+from zgraph.pipeline import Pass, run
 from zgraph.program import FlatGradient, Input, Mesh, Phase, Program, Role, operand, target_name
 
 aten = torch.ops.aten
@@ -216,6 +217,28 @@ def test_backward_reads_parameters_as_soon_as_it_can_but_never_in_forward() -> N
     after = backward_targets(ReadParamsEarly()(AverageGradients(Mesh(1))(program)))
     assert before == ["cos", "mul", "t", "mm", "div", "add", "add", "reshape"]
     assert after == ["cos", "t", "mm", "mul", "div", "add", "add", "reshape"]
+
+
+def test_a_read_moves_up_behind_what_it_needs_of_forward_too() -> None:
+    b = Builder()
+    w, x = b.input(Role.PARAM, "w", shape=[2]), b.input(Role.BATCH, "0", shape=[2])
+    loss = b.forward(aten.sum.default, b.forward(aten.mul.Tensor, w, x))
+    gy = b.backward(aten.neg.default, x)
+    h = b.forward(aten.cos.default, x)
+    g = b.backward(aten.addcmul.default, gy, w, h)
+    new = b.call(Phase.UPDATE, aten.add.Tensor, w, g, module="w")
+    captured = b.finish({None: loss, param("w"): new})
+    assert_same_step(sharded(captured, 3), captured)
+
+
+@few_examples(20)
+@given(recipes(), st.integers(0, 3), st.integers(1, 3), st.integers(0, 99))
+def test_any_order_will_do_to_start_from(recipe: Recipe, zero: int, world: int, seed: int) -> None:
+    captured = build(recipe)
+    passes: list[Pass] = [FormBuckets(world, 200)]
+    for i, p in enumerate(p for step in zero_steps(Mesh(world))[: zero + 1] for p in step):
+        passes += [Reshuffle(p.takes, p.takes, seed + i), p]
+    assert_same_step(run(passes, captured).program, captured)
 
 
 def backward_targets(program: Program) -> list[str]:

@@ -366,19 +366,6 @@ def operand(node: fx.Node, index: int = 0) -> fx.Node:
     return arg
 
 
-def readers(flat: fx.Node) -> set[fx.Node]:
-    """Calls that read the memory of ``flat``, directly or through views of it; a collective until it is waited for."""
-    found: set[fx.Node] = set()
-    queue = [flat]
-    while queue:
-        for user in queue.pop().users:
-            if user.op == "call_function" and user not in found:
-                found.add(user)
-                if ops.view_of(user) is not None or user.target in ops.STARTS:
-                    queue.append(user)
-    return found
-
-
 def target_name(target: Any) -> str:
     """``aten.mm.default`` for operator overloads, ``operator.mul`` for Python functions, a kernel's own text."""
     if hasattr(target, "body"):
@@ -494,7 +481,6 @@ __all__ = [
     "in_words",
     "operand",
     "qualified_name",
-    "readers",
     "show",
     "source_of",
     "target_name",
