@@ -72,9 +72,10 @@ def test_without_a_mistake_nothing_is_refused(step: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name.replace(" ", "_"))
-def test_a_mistake_is_refused_with_its_pass_its_place_and_the_users_line(mutant: Mutant) -> None:
+def test_a_mistake_is_refused_for_what_it_is_with_its_pass_its_place_and_the_users_line(mutant: Mutant) -> None:
     error = refusal(mutant)
     assert error is not None, f"not refused: {mutant.name}"
+    assert re.search(mutant.expects.value, error.what), error
     name = error.what.split(" ")[0].rstrip(":")
     assert name in {p.name for config, mesh in CONFIGS for p in default_passes(config, mesh)} | {
         type(getattr(mutant, "extra", None)).__name__

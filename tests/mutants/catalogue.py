@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import importlib.util
 import itertools
 import sys
@@ -24,6 +25,23 @@ aten = torch.ops.aten
 ROOT = Path(__file__).parents[2]
 
 
+class Refusal(enum.Enum):
+    """What the verifier finds, as it says it."""
+
+    MEANING = "changed what the step computes"
+    DRAWS = "changed what the step computes: random draw"
+    DIVISION = "in the wrong place: each rank must return its part of one vector"
+    MISSING = "is not returned"
+    FACTS = "but not their step count|starts as None, but started as|which held at capture, is no longer checked"
+    SHAPE = (
+        r"cannot take its arguments: Attempting to broadcast|the new value of \S+ is f64\[\d+\], but it is f64\[\d+\]"
+    )
+    RECORD = r"is recorded as .* but gives"
+    ORDER = r"reads \w+ before it is computed"
+    MEMORY = r"has written over|is still sending|but lies in|writes to its arguments"
+    RANKS = r"is on axis 'model' of|is for 3 ranks of"
+
+
 @dataclass(frozen=True)
 class Edit:
     """One edit of the source of a module of passes.
@@ -32,12 +50,14 @@ class Edit:
         name: what goes wrong.
         module: file below ``passes/``.
         old, new: the code; ``old`` must stand there exactly once.
+        expects: how it must be refused. Another refusal hides whether this one works.
     """
 
     name: str
     module: str
     old: str
     new: str
+    expects: Refusal = Refusal.MEANING
 
     @contextmanager
     def passes(self, config: Config, mesh: Mesh) -> Iterator[Sequence[Pass]]:
@@ -72,6 +92,7 @@ class Extra:
 
     name: str
     extra: Pass
+    expects: Refusal = Refusal.MEANING
 
     @contextmanager
     def passes(self, config: Config, mesh: Mesh) -> Iterator[Sequence[Pass]]:
@@ -100,12 +121,24 @@ EDITS = [
         "grads = [self.updates.gradient[s.name] for s in bucket.segments]",
         "grads = [self.updates.gradient[s.name] for s in bucket.segments][::-1]",
     ),
-    Edit("no padding between gradients", "bucket", "            pad(segment.offset)\n", ""),
     Edit(
-        "padding is counted from the segments' lengths",
+        "padding lies behind the gradient that it belongs before",
         "bucket",
-        "            end = segment.offset + segment.numel\n        pad(",
-        "            end += segment.numel\n        pad(",
+        "            pad(segment.offset)\n"
+        "            parts.append(program.call(aten.reshape.default, grad, [-1], origin=origin, before=before))\n",
+        "            parts.append(program.call(aten.reshape.default, grad, [-1], origin=origin, before=before))\n"
+        "            pad(segment.offset)\n",
+    ),
+    Edit(
+        "padding is one element short",
+        "bucket",
+        "            pad(segment.offset)\n"
+        "            parts.append(program.call(aten.reshape.default, grad, [-1], origin=origin, before=before))\n"
+        "            end = segment.offset + segment.numel\n",
+        "            start = max(end, segment.offset - 1)\n"
+        "            pad(start)\n"
+        "            parts.append(program.call(aten.reshape.default, grad, [-1], origin=origin, before=before))\n"
+        "            end = start + segment.numel\n",
     ),
     Edit(
         "the update reads the parameter as its gradient",
@@ -124,19 +157,28 @@ EDITS = [
         "bucket",
         "group = (updates.expression.get(name), program.given.get(name))",
         "group = (updates.expression.get(name), None)",
+        Refusal.FACTS,
     ),
     Edit(
         "initial values are lost",
         "bucket",
         "                        init[what.name, what.key] = start\n",
         "                        pass\n",
+        Refusal.FACTS,
     ),
-    Edit("conditions on step counts are lost", "bucket", "program.guards = self._guards()", "program.guards = ()"),
+    Edit(
+        "conditions on step counts are lost",
+        "bucket",
+        "program.guards = self._guards()",
+        "program.guards = ()",
+        Refusal.FACTS,
+    ),
     Edit(
         "new buffers are not returned",
         "bucket",
         "if what is None or what.role not in (Role.PARAM, Role.OPT_STATE):\n                outputs",
         "if what is None:\n                outputs",
+        Refusal.MISSING,
     ),
     Edit(
         "only one read of a tied weight adds to its gradient",
@@ -158,21 +200,43 @@ EDITS = [
         "elif False:",
     ),
     # Tidying
-    Edit("a random operator that nothing reads is dropped", "tidy", " and not ops.is_random(node.target)", ""),
     Edit(
-        "any transpose of a call is dropped",
+        "a random operator that nothing reads is dropped",
         "tidy",
-        "if node.target is aten.t.default and source.target is aten.t.default:",
-        "if node.target is aten.t.default and source.args:",
+        " and not ops.is_random(node.target)",
+        "",
+        Refusal.DRAWS,
     ),
-    Edit("a reshape is dropped", "tidy", "        and x.shape == y.shape\n        and x.stride() == y.stride()\n", ""),
+    Edit(
+        "a transpose of a square matrix is dropped",
+        "tidy",
+        "    if node.target is aten.t.default and source.target is aten.t.default:\n",
+        "    square = node.target is aten.t.default and len({*node.meta['val'].shape}) == 1\n"
+        "    if square and source.op == 'call_function':\n"
+        "        return source\n"
+        "    if node.target is aten.t.default and source.target is aten.t.default:\n",
+    ),
+    Edit(
+        "a reshape is dropped",
+        "tidy",
+        "        and x.shape == y.shape\n        and x.stride() == y.stride()\n",
+        "",
+        Refusal.RECORD,
+    ),
     Edit("a copy keeps the old values", "tidy", "        new = node.args[1]\n", "        new = node.args[0]\n"),
-    Edit("a cast is dropped", "tidy", "        and x.dtype == y.dtype\n", ""),
+    Edit("a cast is dropped", "tidy", "        and x.dtype == y.dtype\n", "", Refusal.RECORD),
+    Edit(
+        "a cast to low precision and back is dropped",
+        "tidy",
+        "        new = node.args[1]\n",
+        "        new = node.args[1].args[0] if node.args[1].target is aten._to_copy.default else node.args[1]\n",
+    ),
     Edit(
         "a result stays in an input's memory",
         "tidy",
         'if root.op == "placeholder" and not (result is root and what == root.meta["input"]):',
         'if root.op == "never":',
+        Refusal.MEMORY,
     ),
     # ZeRO
     Edit(
@@ -225,24 +289,36 @@ EDITS = [
         "        mean = program.call(ops.wait, start, origin=origin, before=before)\n"
         "        mean = program.call(aten.div.Tensor, mean, self.mesh.size, origin=origin, before=before)\n",
     ),
-    Edit("the gradient stays whole", "shard", "dict.fromkeys([flat, gradient])", "dict.fromkeys([flat])"),
+    Edit(
+        "a slice of the gradient passes for one of the parameter", "shard", "ops.shard, source,", "ops.shard, gradient,"
+    ),
+    Edit(
+        "the gradient stays whole",
+        "shard",
+        "dict.fromkeys([flat, gradient])",
+        "dict.fromkeys([flat])",
+        Refusal.SHAPE,
+    ),
     Edit(
         "state that is created stays whole",
         "shard",
         "                    _resize(node, bucket.numel, bucket.numel // world)\n",
         "                    pass\n",
+        Refusal.SHAPE,
     ),
     Edit(
         "state stays whole",
         "shard",
         'state.meta["val"] = program.empty([bucket.numel // world], val.dtype, val.device)',
         'state.meta["val"] = program.empty([bucket.numel], val.dtype, val.device)',
+        Refusal.SHAPE,
     ),
     Edit(
         "the updated slice is not shared",
         "shard",
         'results[index] = program.call(ops.wait, start, origin=new.meta["origin"], before=start.next)',
         'results[index] = program.call(ops.wait, start, origin=new.meta["origin"], before=start.next).args[0].args[0]',
+        Refusal.SHAPE,
     ),
     Edit(
         "what is shared is the gradient",
@@ -258,16 +334,11 @@ EDITS = [
         "before=nodes[-1])\n            start",
     ),
     Edit(
-        "slices are those of another number of ranks",
-        "shard",
-        "ops.shard, source, world, axis, origin=",
-        "ops.shard, source, world + 1, axis, origin=",
-    ),
-    Edit(
         "slices are those of another axis",
         "shard",
         "ops.shard, source, world, axis, origin=",
         'ops.shard, source, world, "model", origin=',
+        Refusal.RANKS,
     ),
     Edit(
         "a scattered gradient is a sum",
@@ -286,59 +357,56 @@ EDITS = [
         "shard",
         "            results[index] = operand(operand(results[index]))\n",
         "            pass\n",
+        Refusal.SHAPE,
     ),
     Edit(
         "a divided parameter is stored whole",
         "shard",
         'flat.meta["val"] = program.empty([bucket.numel // self.mesh.size], bucket.dtype, bucket.device)',
         'flat.meta["val"] = program.empty([bucket.numel], bucket.dtype, bucket.device)',
+        Refusal.SHAPE,
     ),
     Edit(
         "an operator moves up to its earliest input",
         "shard",
         "latest = max(others, key=order.__getitem__)",
         "latest = min(others, key=order.__getitem__)",
-    ),
-    # Schedule
-    Edit(
-        "an update overtakes the last read", "schedule", "anchor = max(after[name], last_read)", "anchor = after[name]"
-    ),
-    Edit(
-        "a receive comes before what it waits for is sent",
-        "schedule",
-        "place[node] = (order[output] - 1, LAST, order[node])",
-        "place[node] = (-1, LAST, order[node])",
-    ),
-    Edit(
-        "an update does not wait for its gradient",
-        "schedule",
-        "            groups[name].insert(0, wait)\n",
-        "            pass\n",
-    ),
-    Edit(
-        "an update starts before its gradient travels",
-        "schedule",
-        "after[name] = start if last or not self.prefetch else reductions[i + 1][0]",
-        "after[name] = 0",
+        Refusal.ORDER,
     ),
     # In place
+    Edit(
+        "an update overtakes the last read",
+        "inplace",
+        "        arrange(program, {node: i for i, node in enumerate(program.graph.nodes)})\n",
+        "",
+        Refusal.MEMORY,
+    ),
     Edit(
         "results are written over each other's inputs",
         "inplace",
         "for node in leaving)\n        origin",
         "for node in leaving[::-1])\n        origin",
+        Refusal.MEMORY,
     ),
     Edit(
         "gathered parameters land in another bucket",
         "inplace",
         'start.kwargs = {"out": params[what.name, ""]}',
         'start.kwargs = {"out": next(iter(params.values()))}',
+        Refusal.MEMORY,
     ),
     Edit(
         "every result of a kernel is its first",
         "inplace",
         "program.graph.call_function(operator.getitem, (call, index))",
         "program.graph.call_function(operator.getitem, (call, 0))",
+        Refusal.MEMORY,
+    ),
+    Edit(
+        "the results of a kernel change places",
+        "inplace",
+        "region(nodes, leaving)",
+        "region(nodes, leaving[::-1])",
     ),
 ]
 
@@ -566,6 +634,54 @@ class UpdateWhileSending(Pass):
 
 
 @dataclass(frozen=True)
+class SliceForMoreRanks(Pass):
+    """Take slices for another number of ranks than there are."""
+
+    takes = gives = Stage.SHARDED
+
+    def rewrite(self, program: Program) -> None:
+        for node in program.graph.find_nodes(op="call_function", target=ops.shard):
+            node.args = (node.args[0], program.mesh.size + 1, node.args[2])
+
+
+@dataclass(frozen=True)
+class ReceiveFirst(Pass):
+    """Wait for the loss before it is sent."""
+
+    takes = gives = Stage.SCHEDULED
+
+    def rewrite(self, program: Program) -> None:
+        for start in program.graph.find_nodes(op="call_function", target=ops.all_reduce):
+            start.prepend(start.next)
+
+
+@dataclass(frozen=True)
+class UpdateFirst(Pass):
+    """Update a bucket before its gradient has arrived."""
+
+    takes = gives = Stage.SCHEDULED
+
+    def rewrite(self, program: Program) -> None:
+        for wait in program.graph.find_nodes(op="call_function", target=ops.wait):
+            updates = [
+                user for user in wait.users if "origin" in user.meta and user.meta["origin"].phase is Phase.UPDATE
+            ]
+            if updates and operand(wait).meta["origin"].phase is not Phase.UPDATE:
+                operand(wait).prepend(updates[0])
+
+
+@dataclass(frozen=True)
+class SendFirst(Pass):
+    """Send gradients before they are computed, and wait for them, too."""
+
+    takes = gives = Stage.SCHEDULED
+
+    def rewrite(self, program: Program) -> None:
+        for start in program.graph.find_nodes(op="call_function", target=ops.reduce_scatter):
+            operand(start).prepend(start)
+
+
+@dataclass(frozen=True)
 class AverageEachReadOfTiedWeights(Pass):
     """Average what each read adds to the gradient of a tied weight, which is averaged once more as a whole."""
 
@@ -585,8 +701,8 @@ class AverageEachReadOfTiedWeights(Pass):
 EXTRAS = [
     Extra("the optimizer steps once per micro-batch", StepPerMicroBatch()),
     Extra("each read of a tied weight is averaged, and their sum again", AverageEachReadOfTiedWeights()),
-    Extra("dropout is drawn again for backward", RecomputeDropout()),
-    Extra("masks are drawn in the other order", SwapDraws()),
+    Extra("dropout is drawn again for backward", RecomputeDropout(), Refusal.DRAWS),
+    Extra("masks are drawn in the other order", SwapDraws(), Refusal.DRAWS),
     Extra("padding leaks into a norm", NormOfBuckets()),
     Extra("the new parameters of two buckets are exchanged", SwapResults()),
     Extra("two kinds of optimizer state are exchanged", SwapStates()),
@@ -595,9 +711,13 @@ EXTRAS = [
     Extra("a group has another group's learning rate", ReadNextHyperparameter()),
     Extra("the learning rate is a constant", FreezeHyperparameter()),
     Extra("parameters gathered before the update are returned as new", ReuseGathered()),
-    Extra("slices of local gradients pass for reduced ones", GatherLocalGradient()),
-    Extra("a value is written over while others read it", WriteInPlace()),
-    Extra("parameters are updated while a gather sends them", UpdateWhileSending()),
+    Extra("slices of local gradients pass for reduced ones", GatherLocalGradient(), Refusal.DIVISION),
+    Extra("a value is written over while others read it", WriteInPlace(), Refusal.MEMORY),
+    Extra("parameters are updated while a gather sends them", UpdateWhileSending(), Refusal.MEMORY),
+    Extra("slices are those of another number of ranks", SliceForMoreRanks(), Refusal.RANKS),
+    Extra("a receive comes before what it waits for is sent", ReceiveFirst(), Refusal.ORDER),
+    Extra("an update does not wait for its gradient", UpdateFirst(), Refusal.ORDER),
+    Extra("a gradient travels before it is computed", SendFirst(), Refusal.ORDER),
 ]
 
 MUTANTS: list[Mutant] = [*EDITS, *EXTRAS]
