@@ -78,6 +78,15 @@ def test_only_what_is_the_same_on_all_ranks_can_be_put_together_from_its_shards(
     assert norm.varies, "each rank has the norm of its own part"
 
 
+def test_a_slice_beside_a_number_of_another_dtype_is_the_slice_of_the_whole() -> None:
+    terms = Terms()
+    (x,) = tensors(terms, (4,))
+    number = terms.fill(2.0, (), torch.float64)
+    on_the_whole = terms.elementwise(aten.mul.Tensor, (x, number), (4,), F32)
+    on_the_slice = terms.elementwise(aten.mul.Tensor, (terms.shard(x, (2,)), number), (2,), F32)
+    assert on_the_slice is terms.shard(on_the_whole, (2,))
+
+
 def test_an_axiom_makes_terms_equal_that_were_not() -> None:
     neg = aten.neg.default
 

@@ -246,10 +246,13 @@ class Terms:
 
         Its normal form is that of vectors: the operator on the elements in row-major order, then a reshape.
         """
-        vectors = [t for t in _terms(args) if t.shape]
         computed_in = _promoted(_terms(args))
         if computed_in is not None:
             args = (*args, ("computed_in", computed_in))
+        return self._lifted(target, args, shape, dtype)
+
+    def _lifted(self, target: Any, args: tuple[Any, ...], shape: Shape | None, dtype: torch.dtype | None) -> Term:
+        vectors = [t for t in _terms(args) if t.shape]
         if not vectors or any(t.shape != shape for t in vectors):
             return self._apply(target, args, shape, dtype)
         assert shape is not None
@@ -265,7 +268,7 @@ class Terms:
                 return self._apply(target, args, shape, dtype)
             whole = next(t.args[0].shape for t in vectors if t.target is Form.SHARD)
             parts = {t: t.args[0] if t.target is Form.SHARD else self.splat(t.args[0], whole) for t in vectors}
-            return self.shard(self.elementwise(target, _replace(args, parts), whole, dtype), shape)
+            return self.shard(self._lifted(target, _replace(args, parts), whole, dtype), shape)
         flat = {t: self.reshape(t, (t.numel,)) for t in vectors}
         return self.reshape(
             self.flat(self._on_pieces(target, _replace(args, flat), flat.values(), dtype), dtype), shape
