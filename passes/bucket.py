@@ -270,7 +270,7 @@ class _Flattener:
                 program.empty([bucket.numel], bucket.dtype, bucket.device),
                 before=anchor,
             )
-            self._view_segments(bucket, flat)
+            self._view_segments(bucket, flat, results)
             if bucket.trainable:
                 for what, result in self._update(bucket, flat, self._gradient(bucket), anchor).items():
                     outputs.append(what)
@@ -300,20 +300,22 @@ class _Flattener:
             guards.setdefault((inputs, guard.text), replace(guard, inputs=inputs))
         return tuple(guards.values())
 
-    def _view_segments(self, bucket: Bucket, flat: fx.Node) -> None:
+    def _view_segments(self, bucket: Bucket, flat: fx.Node, results: list[Any]) -> None:
+        """Let forward and backward, and ``results``, read parameters as views of their bucket."""
         for segment in bucket.segments:
             old = self.params[segment.name, ""]
             readers = [u for u in old.users if u.op == "call_function" and _phase(u) is not Phase.UPDATE]
-            if not readers:
+            if not readers and old not in results:
                 continue
-            first = min(readers, key=self.position.__getitem__)
-            origin = Origin(Phase.FORWARD, segment.name.rpartition(".")[0], first.meta["origin"].source)
+            first = min(readers, key=self.position.__getitem__, default=self.program.output_node)
+            origin = Origin(Phase.FORWARD, segment.name.rpartition(".")[0], shallow(first).source)
             piece = self.program.call(
                 aten.slice.Tensor, flat, 0, segment.offset, segment.offset + segment.numel, origin=origin, before=first
             )
             view = self.program.call(aten.view.default, piece, list(segment.shape), origin=origin, before=first)
             for reader in readers:
                 reader.replace_input_with(old, view)
+            results[:] = [view if result is old else result for result in results]
 
     def _gradient(self, bucket: Bucket) -> fx.Node:
         """The bucket's flat gradient, made right after the last of its parts."""

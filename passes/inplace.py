@@ -14,9 +14,12 @@ from torch import fx
 
 from zgraph import ops
 from zgraph.codegen.kernel import Kernel, region
+from zgraph.liveness import owners
 from zgraph.passes.order import arrange
 from zgraph.pipeline import Pass
-from zgraph.program import Program, Role, Stage, operand, update_nodes
+from zgraph.program import Origin, Phase, Program, Role, Stage, operand, update_nodes
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,13 @@ class UpdateInPlace(Pass):
     u = div(m', sqrt(v'))        ->    p, m, v = kernel(p, g, m, v, w)    # in place
     p' = add(p, u)
 
-    A kernel stands behind the last read of what it writes over.
+    A kernel stands behind the last read of what it writes over. Results that lie in an input become copies.
     """
 
     takes, gives = Stage.SCHEDULED, Stage.INPLACE
 
     def rewrite(self, program: Program) -> None:
+        _own_results(program)
         donors = _donors(program)
         for name, update in update_nodes(program).items():
             nodes = [n for n in update if _is_flat(n) and n.target not in (*ops.STARTS, ops.wait, ops.shard)]
@@ -65,6 +69,22 @@ class UpdateInPlace(Pass):
             node.replace_all_uses_with(last, delete_user_cb=lambda user: user not in inside)
         for node in reversed(nodes):
             program.graph.erase_node(node)
+
+
+def _own_results(program: Program) -> None:
+    """Give the loss and new buffers memory of their own where they lie in an input's, which may be written over."""
+    results = program.results()
+    owner = owners(program)
+    for index, (what, result) in enumerate(zip(program.outputs, results, strict=True)):
+        if what is not None and what.role not in (Role.BUFFER, Role.CONSTANT):
+            continue  # bucketing sees to parameters and optimizer state
+        if not isinstance(result, fx.Node) or not isinstance(result.meta["val"], torch.Tensor):
+            continue
+        memory = owner[result]
+        if memory.op == "placeholder" and not (result is memory and what == memory.meta["input"]):
+            origin = result.meta.get("origin", Origin(Phase.FORWARD))
+            results[index] = program.call(aten.clone.default, result, origin=origin, before=program.output_node)
+    program.set_results(results, program.outputs)
 
 
 def _is_flat(node: fx.Node) -> bool:

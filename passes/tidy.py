@@ -9,7 +9,7 @@ from torch import fx
 
 from zgraph import ops
 from zgraph.pipeline import Pass
-from zgraph.program import Origin, Phase, Program, Role, Stage
+from zgraph.program import Program, Stage
 
 aten = torch.ops.aten
 
@@ -36,33 +36,7 @@ class Tidy(Pass):
                 same = _same_value(node)
                 if same is not None:
                     node.replace_all_uses_with(same)
-        _own_results(program)
         remove_dead(program)
-
-
-def _own_results(program: Program) -> None:
-    """Give the loss and new buffers memory of their own where they lie in an input's, which may be written over."""
-    results = program.results()
-    for index, (what, result) in enumerate(zip(program.outputs, results, strict=True)):
-        if what is not None and what.role not in (Role.BUFFER, Role.CONSTANT):
-            continue  # bucketing sees to parameters and optimizer state
-        if not isinstance(result, fx.Node) or not isinstance(result.meta["val"], torch.Tensor):
-            continue
-        root = result
-        while (source := ops.view_of(root)) is not None:
-            root = source
-        if root.op == "placeholder" and not (result is root and what == root.meta["input"]):
-            origin = result.meta.get("origin", Origin(Phase.FORWARD))
-            results[index] = program.call(aten.clone.default, result, origin=origin, before=_next_call(result))
-    program.set_results(results, program.outputs)
-
-
-def _next_call(result: fx.Node) -> fx.Node:
-    """Where a copy of ``result`` can be made first, before anything has written to what it shares."""
-    node: fx.Node = result.next
-    while node.op == "placeholder":
-        node = node.next
-    return node
 
 
 def remove_dead(program: Program) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.programs import (
+    Builder,
     Recipe,
     Reshuffle,
     assert_same_step,
     build,
     divide,
     few_examples,
+    param,
     recipes,
     two_layers,
     values_for,
@@ -27,7 +30,9 @@ from zgraph.lockstep import run_ranks
 from zgraph.passes import default_passes
 from zgraph.pipeline import Pass
 from zgraph.pipeline import run as run_passes
-from zgraph.program import Mesh, Phase, Program, Role, Stage
+from zgraph.program import Input, Mesh, Phase, Program, Role, Stage
+
+aten = torch.ops.aten
 
 
 def lowered(program: Program, zero: int, world: int, bucket_bytes: int = 1, prefetch: int = 1) -> Program:
@@ -107,6 +112,25 @@ def test_any_order_will_do_to_start_from() -> None:
             own = [Reshuffle(stage, stage, seed) for stage in (Stage.SCHEDULED, Stage.INPLACE)]
             program = run_passes(default_passes(Config(zero, 1), Mesh(2), own=own), two_layers()).program
             assert_same_step(program, two_layers())
+
+
+def test_results_that_lie_in_an_input_become_copies_of_it() -> None:
+    b = Builder()
+    w, x, old = (
+        b.input(role, name, shape=[3]) for role, name in ((Role.PARAM, "w"), (Role.BATCH, "0"), (Role.BUFFER, "last"))
+    )
+    kept, _ = (b.input(Role.BUFFER, name, shape=[3]) for name in ("kept", "seen"))
+    new = b.call(Phase.UPDATE, aten.add.Tensor, w, b.backward(aten.sin.default, w), module="w")
+    results: dict[Input | None, Any] = {None: b.forward(aten.select.int, old, 0, 0), param("w"): new}
+    results |= {Input(Role.BUFFER, "last"): b.forward(aten.detach.default, x), Input(Role.BUFFER, "kept"): kept}
+    results[Input(Role.BUFFER, "seen")] = b.forward(aten.view.default, w, [3])
+    program = b.finish(results)
+    for zero, world in ((0, 1), (0, 2), (3, 2)):
+        after = lowered(program, zero, world)
+        assert_same_step(after, program)
+        by_name = {what and what.name: result for what, result in zip(after.outputs, after.results(), strict=True)}
+        assert by_name["last"].target is aten.clone.default
+        assert by_name["kept"] is after.inputs(Role.BUFFER)["kept", ""]
 
 
 steps = st.tuples(recipes(), st.integers(0, 3), st.integers(1, 4), st.sampled_from([1, 200]), st.integers(0, 3))

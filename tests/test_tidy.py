@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from expecttest import assert_expected_inline
 from hypothesis import given
-from torch import fx
 
 from tests.programs import Builder, Recipe, assert_identical, build, few_examples, param, recipes, values_for
 from zgraph import ops
 from zgraph.lockstep import run_ranks
 from zgraph.passes import Tidy
-from zgraph.program import Input, Phase, Program, Role
+from zgraph.program import Phase, Program, Role
 
 aten = torch.ops.aten
 
@@ -102,13 +101,3 @@ def test_a_tidy_step_computes_the_same_and_holds_no_more_than_it_needs(recipe: R
     assert_identical(run_ranks(tidy, inputs), expected)
     assert tidy.text() == Tidy()(captured).text()
     assert {what for _, what in tidy.placeholders()} == {what for _, what in captured.placeholders()}
-
-
-def test_results_that_lie_in_an_input_become_copies_of_it() -> None:
-    b = Builder()
-    x, old = b.input(Role.BATCH, "0", shape=[3]), b.input(Role.BUFFER, "last", shape=[3])
-    new: fx.Node = b.forward(aten.detach.default, x)
-    program = Tidy()(b.finish({None: b.forward(aten.sum.default, old), Input(Role.BUFFER, "last"): new}))
-    copied = program.results()[1]
-    assert copied.target is aten.clone.default
-    assert copied.args == (program.inputs(Role.BATCH)["0", ""],)

@@ -231,13 +231,6 @@ EDITS = [
         "        new = node.args[1]\n",
         "        new = node.args[1].args[0] if node.args[1].target is aten._to_copy.default else node.args[1]\n",
     ),
-    Edit(
-        "a result stays in an input's memory",
-        "tidy",
-        'if root.op == "placeholder" and not (result is root and what == root.meta["input"]):',
-        'if root.op == "never":',
-        Refusal.MEMORY,
-    ),
     # ZeRO
     Edit(
         "the 1/N is forgotten",
@@ -379,6 +372,13 @@ EDITS = [
         "inplace",
         "        arrange(program, {node: i for i, node in enumerate(program.graph.nodes)})\n",
         "",
+        Refusal.MEMORY,
+    ),
+    Edit(
+        "a result stays in an input's memory",
+        "inplace",
+        'if memory.op == "placeholder" and not (result is memory and what == memory.meta["input"]):',
+        'if memory.op == "never":',
         Refusal.MEMORY,
     ),
     Edit(
