@@ -12,7 +12,7 @@ from hypothesis import settings
 from tests.ranks import Ranks
 
 settings.register_profile("quick", max_examples=40, deadline=None, derandomize=True)
-settings.register_profile("ci", max_examples=800, deadline=None, derandomize=True)
+settings.register_profile("ci", max_examples=1000, deadline=None, derandomize=True)
 settings.register_profile("nightly", max_examples=25_000, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tests.reads import READS, Call, follow
 from zgraph import lockstep, ops
 from zgraph.liveness import owners
 from zgraph.lockstep import Value, Values, run_ranks
@@ -64,6 +65,13 @@ class Builder:
         """A call at the end of what there is."""
         origin = Origin(phase, module, f"model.py:{len(self.program.graph.nodes)} (forward)")
         return self.program.call(target, *args, origin=origin, before=self.program.output_node, **kwargs)
+
+    def turned_batch(self, name: str, shape: Sequence[int]) -> fx.Node:
+        """A part of the batch whose memory is that of its transpose."""
+        node = self.input(Role.BATCH, name, shape=shape[::-1])
+        with self.program.fake_mode:
+            node.meta["val"] = node.meta["val"].t()
+        return node
 
     def forward(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return self.call(Phase.FORWARD, target, *args, **kwargs)
@@ -174,6 +182,8 @@ class Param:
         low: float32, cast to float64 where it is read.
         shares: its gradient is that of the trained parameter before it, if the shapes allow it.
         tied: read in two places, so that its gradient is a sum of two.
+        reads: how it is read besides, by names of ``READS``.
+        again: backward reads it so again, and does not keep what forward read.
     """
 
     shape: tuple[int, ...]
@@ -182,6 +192,8 @@ class Param:
     low: bool
     shares: bool
     tied: bool = False
+    reads: tuple[str, ...] = ()
+    again: bool = False
 
 
 Term = tuple[Any, ...]
@@ -213,6 +225,8 @@ class Recipe:
         backward: the order in which gradients come, as sort keys of the parameters.
         first: optimizer state does not exist yet; the step creates it.
         random: dropout is part of forward.
+        buffers: kinds of ``BUFFERS``.
+        turned: how a batch whose memory is that of its transpose is read, if there is one.
     """
 
     params: tuple[Param, ...]
@@ -220,17 +234,24 @@ class Recipe:
     backward: tuple[int, ...]
     first: bool
     random: bool
+    buffers: tuple[str, ...] = ()
+    turned: tuple[str, ...] | None = None
 
 
-_SHAPES = [(), (1,), (7,), (16,), (17,), (3, 5), (4, 4), (2, 3, 2), (0, 3), (31,)]
+BUFFERS = {"count": [], "rolls": [4], "is written": [3, 2], "is viewed": [2], "takes turns": [2]}
+"""Kinds of buffers: their shapes."""
+
+_SHAPES = [(), (1,), (7,), (16,), (17,), (3, 5), (4, 4), (2, 3, 4), (0, 3), (31,), (1, 5), (0,)]
 
 
 def _terms(leaves: Sequence[str]) -> st.SearchStrategy[Term]:
     return st.recursive(
         st.sampled_from([(leaf,) for leaf in leaves]),
         lambda inner: st.one_of(
-            st.tuples(st.sampled_from(["sign", "abs", "zeros_like", "zeros", "square"]), inner),
-            st.tuples(st.sampled_from(["add", "mul", "maximum", "lerp", "where"]), inner, inner),
+            st.tuples(
+                st.sampled_from(["sign", "abs", "zeros_like", "zeros", "square", "rounded", "scaled", "clamp"]), inner
+            ),
+            st.tuples(st.sampled_from(["add", "mul", "maximum", "lerp", "where", "copy"]), inner, inner),
         ),
         max_leaves=4,
     )
@@ -249,6 +270,7 @@ def _rules(draw: st.DrawFn) -> Rule:
 def recipes(draw: st.DrawFn) -> Recipe:
     """Any training step, with at least one trained parameter."""
     rules = tuple(draw(st.lists(_rules(), min_size=1, max_size=2)))
+    reads = st.lists(st.sampled_from(list(READS)), max_size=3).map(tuple)
     one = st.builds(
         Param,
         st.sampled_from(_SHAPES),
@@ -257,12 +279,16 @@ def recipes(draw: st.DrawFn) -> Recipe:
         st.sampled_from([False, False, False, True]),
         st.sampled_from([False, False, False, True]),
         st.sampled_from([False, False, False, True]),
+        st.just(()) | st.just(()) | reads,
+        st.booleans(),
     )
     params = draw(st.lists(one, min_size=1, max_size=7).filter(lambda all_: any(p.use == "trained" for p in all_)))
     backward = draw(st.permutations(range(len(params))))
     if draw(st.booleans()):
         backward = list(reversed(range(len(params))))  # as autograd has it
-    return Recipe(tuple(params), rules, tuple(backward), draw(st.booleans()), draw(st.booleans()))
+    buffers = draw(st.lists(st.sampled_from(list(BUFFERS)), max_size=2).map(tuple))
+    first, random = draw(st.booleans()), draw(st.booleans())
+    return Recipe(tuple(params), rules, tuple(backward), first, random, buffers, draw(st.none() | reads))
 
 
 def build(recipe: Recipe) -> Program:
@@ -280,7 +306,12 @@ def build(recipe: Recipe) -> Program:
         None: carry,
         Input(Role.BUFFER, "seen"): b.forward(aten.add.Tensor, buffer, carry),
     }
+    carry = _keep_buffers(b, recipe.buffers, carry, results)
+    if recipe.turned is not None:
+        turned = follow(b.forward, b.turned_batch("1", [4, 3]), recipe.turned)
+        carry = b.forward(aten.add.Tensor, carry, b.forward(aten.sum.default, turned))
     read: list[fx.Node] = []
+    kept: dict[int, fx.Node] = {}
     losses: list[fx.Node] = []
     for i, (p, node) in enumerate(zip(recipe.params, params, strict=True)):
         losses.append(carry)
@@ -288,14 +319,18 @@ def build(recipe: Recipe) -> Program:
             read.append(node)
             continue
         wide = b.forward(aten._to_copy.default, node, dtype=torch.float64) if p.low else node
-        read.append(b.forward(aten.t.default, wide) if len(p.shape) == 2 else wide)
+        read.append(_turned(b.forward, wide))
         x = b.forward(aten.select.int, batch, 0, i)
         layer = b.forward(aten.sin.default, b.forward(aten.mul.Tensor, read[i], x))
         if p.tied:
             layer = b.forward(aten.add.Tensor, layer, b.forward(aten.mul.Tensor, read[i], carry))
         if recipe.random:
             layer = b.forward(aten.mul.Tensor, layer, b.forward(aten.bernoulli.p, layer, 0.5))
-        carry = b.forward(aten.tanh.default, b.forward(aten.add.Tensor, carry, b.forward(aten.sum.default, layer)))
+        total = b.forward(aten.sum.default, layer)
+        if p.reads:
+            kept[i] = follow(b.forward, read[i], p.reads)
+            total = b.forward(aten.add.Tensor, total, b.forward(aten.sum.default, kept[i]))
+        carry = b.forward(aten.tanh.default, b.forward(aten.add.Tensor, carry, total))
     results[None] = carry
     gradients: dict[int, fx.Node] = {}
     for i in sorted(range(len(params)), key=recipe.backward.__getitem__):
@@ -306,9 +341,12 @@ def build(recipe: Recipe) -> Program:
         gradient = b.backward(aten.squeeze.dim, b.backward(aten.mul.Tensor, again, carry), 0)
         if p.tied:
             gradient = b.backward(aten.add.Tensor, gradient, b.backward(aten.mul.Tensor, read[i], losses[i]))
+        if p.reads:
+            seen = follow(b.backward, read[i], p.reads) if p.again else kept[i]
+            size = b.backward(aten.tanh.default, b.backward(aten.sum.default, seen))
+            gradient = b.backward(aten.add.Tensor, gradient, b.backward(aten.mul.Tensor, read[i], size))
         if p.use == "trained":
-            if len(p.shape) == 2:
-                gradient = b.backward(aten.t.default, gradient)
+            gradient = _turned(b.backward, gradient)
             if p.low:
                 gradient = b.backward(aten._to_copy.default, gradient, dtype=torch.float32)
             gradients[i] = gradient
@@ -326,6 +364,37 @@ def build(recipe: Recipe) -> Program:
             rule = recipe.rules[p.group]
             results.update(_update(b, names[i], params[i], gradients[i], rule, hypers[p.group], recipe.first))
     return b.finish(results)
+
+
+def _turned(call: Call, node: fx.Node) -> fx.Node:
+    """A matrix's transpose, and the like for tensors of more dimensions."""
+    dim = node.meta["val"].dim()
+    if dim < 2:
+        return node
+    return call(aten.t.default, node) if dim == 2 else call(aten.permute.default, node, list(range(dim))[::-1])
+
+
+def _keep_buffers(b: Builder, kinds: Sequence[str], carry: fx.Node, results: dict[Input | None, Any]) -> fx.Node:
+    """Buffers that forward reads and gives new values, all of them functionally; returns what it has computed."""
+    for i, kind in enumerate(kinds):
+        whats = [Input(Role.BUFFER, f"buffer{i}{letter}") for letter in ("ab" if kind == "takes turns" else "a")]
+        dtype = torch.int64 if kind == "count" else torch.float64
+        old = [b.input(Role.BUFFER, what.name, shape=BUFFERS[kind], dtype=dtype) for what in whats]
+        if kind == "count":
+            new = [b.forward(aten.add.Tensor, old[0], 1)]
+        elif kind == "rolls":
+            rest = b.forward(aten.slice.Tensor, old[0], 0, 1, 4)
+            new = [b.forward(aten.cat.default, [rest, b.forward(aten.view.default, carry, [1])])]
+        elif kind == "is written":
+            new = [b.forward(aten.select_scatter.default, old[0], b.forward(aten.expand.default, carry, [2]), 0, 1)]
+        elif kind == "is viewed":
+            new = [b.forward(aten.view.default, old[0], BUFFERS[kind])]
+        else:
+            new = old[::-1]
+        results.update(zip(whats, new, strict=True))
+        seen = b.forward(aten.sum.default, b.forward(aten.mul.Tensor, old[0], 0.5))
+        carry = b.forward(aten.tanh.default, b.forward(aten.add.Tensor, carry, seen))
+    return carry
 
 
 def _update(
@@ -347,6 +416,13 @@ def _update(
             return call(aten.zeros.default, list(shape), dtype=dtype)
         if name == "zeros_like":
             return call(aten.zeros_like.default, a)
+        if name == "rounded":
+            return call(aten._to_copy.default, call(aten._to_copy.default, a, dtype=torch.bfloat16), dtype=dtype)
+        if name == "scaled":  # by a number in a tensor of another dtype, which a tensor with dimensions outweighs
+            other = torch.float64 if dtype is torch.float32 and shape else dtype
+            return call(aten.mul.Tensor, a, call(aten.scalar_tensor.default, hyper["beta"], dtype=other))
+        if name == "clamp":
+            return call(aten.clamp.default, a, -1, 1)
         if name == "lerp":
             return call(aten.lerp.Scalar, a, rest[0], hyper["beta"])
         if name == "where":
@@ -393,7 +469,8 @@ def values_for(program: Program, seed: int = 0, world: int = 1) -> list[Values]:
 
     def random(val: Any) -> Value:
         if isinstance(val, torch.Tensor):
-            return torch.randn(val.shape, dtype=torch.float64, generator=generator).to(val.dtype)
+            drawn = torch.randn(val.shape, dtype=torch.float64, generator=generator).to(val.dtype)
+            return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype).copy_(drawn)
         return 0.1 + 0.8 * torch.rand((), generator=generator).item()
 
     shared: dict[Input, Value] = {
