@@ -10,130 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
-from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from tests.optimizers import OPTIMIZERS, Lion
+from tests.updates import CPU, TRAINED, Params, assert_follows, traced
 from zgraph.errors import OptimizerError
-from zgraph.program import Input, Role, StateInit, describe
+from zgraph.program import Input, Role, describe
 from zgraph.update import (
     StateEntry,
     StateSpec,
-    Update,
     check_step,
     hyperparameters,
     structure,
     trace_update,
     unnamed,
 )
-
-CPU = torch.device("cpu")
-
-
-class Params(nn.Module):
-    """A matrix, a vector, a number, and one that has no gradient."""
-
-    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
-        super().__init__()
-        for name, shape in (("matrix", (3, 2)), ("vector", (5,)), ("number", ()), ("unused", (2,))):
-            self.register_parameter(name, nn.Parameter(torch.randn(shape, dtype=dtype)))
-
-
-TRAINED = ["matrix", "vector", "number"]
-
-
-def traced(optimizer: Optimizer, params: nn.Module, state: StateSpec | None = None) -> Update:
-    return trace_update(optimizer, dict(params.named_parameters()), TRAINED, state or {}, CPU)
-
-
-def state_of(optimizer: Optimizer, params: nn.Module) -> StateSpec:
-    """The spec of state that exists."""
-    return {
-        name: {
-            key: StateEntry(tuple(v.shape), v.dtype, None if v.dim() else v.item())
-            if isinstance(v, Tensor)
-            else StateEntry((), None, v)
-            for key, v in optimizer.state[p].items()
-        }
-        for name, p in params.named_parameters()
-        if optimizer.state.get(p)
-    }
-
-
-def evaluate(update: Update, values: dict[Input, Any], gradients: dict[str, Tensor]) -> dict[Input, Any]:
-    """Run a traced update on real values."""
-    env: dict[fx.Node, Any] = {update.gradients[name]: gradient for name, gradient in gradients.items()}
-    for node in update.graph.nodes:
-        if node.op == "placeholder":
-            if node not in env:
-                what = node.meta["input"]
-                env[node] = update.constants[what.name] if what.role is Role.CONSTANT else values[what]
-        elif node.op == "call_function" and node.target.__module__ != "torch._ops.profiler":
-            args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
-            env[node] = node.target(*args, **kwargs)
-    return {what: env[node] if isinstance(node, fx.Node) else node for what, node in update.results.items()}
-
-
-def initial(update: Update, params: nn.Module) -> dict[Input, Any]:
-    """Values of the state that an update reads in the first step."""
-    found: dict[Input, Any] = {}
-    shapes = {n.meta["input"]: n.meta["val"] for n in update.graph.find_nodes(op="placeholder") if "input" in n.meta}
-    for what, start in (update.init or {}).items():
-        if start.dtype is None:
-            found[what] = start.fill
-        elif start.fill is None:
-            found[what] = params.get_parameter(what.name).detach().to(start.dtype, copy=True)
-        else:
-            found[what] = torch.full(shapes[what].shape, start.fill, dtype=start.dtype)
-    return found
-
-
-def assert_follows(make: Callable[[nn.Module], Optimizer], *, exact: bool, num_steps: int = 3) -> int:
-    """The traced update and ``step()`` agree at every step; returns how many traces that took."""
-    params = Params()
-    optimizer = make(params)
-    mine = {Input(Role.PARAM, name): p.detach().clone() for name, p in params.named_parameters()}
-    state: dict[Input, Any] = {
-        Input(Role.OPT_STATE, name, key): copy.deepcopy(value)
-        for name, p in params.named_parameters()
-        for key, value in optimizer.state.get(p, {}).items()
-    }
-    update: Update | None = None
-    num_traces = 0
-    for step in range(num_steps):
-        if update is None or not _reads_all(update):
-            update = traced(optimizer, params, state_of(optimizer, params))
-            num_traces += 1
-            state = {**initial(update, params), **state}
-        gradients = {name: torch.randn_like(params.get_parameter(name)) for name in TRAINED}
-        for name, gradient in gradients.items():
-            params.get_parameter(name).grad = gradient.clone()
-        numbers = {Input(Role.HYPER, path): value for path, value in hyperparameters(optimizer).items()}
-        results = evaluate(update, {**mine, **state, **numbers}, gradients)
-        optimizer.step()
-        for name, p in params.named_parameters():
-            if name not in TRAINED:
-                continue
-            expected = {Input(Role.PARAM, name): p.detach()}
-            expected.update({Input(Role.OPT_STATE, name, k): v for k, v in optimizer.state[p].items()})
-            assert {what for what in results if what.name == name} == set(expected)
-            for what, value in expected.items():
-                found = torch.as_tensor(results[what])
-                if exact:
-                    assert torch.equal(found, torch.as_tensor(value)), f"step {step}: {what}"
-                else:
-                    torch.testing.assert_close(found, torch.as_tensor(value), rtol=1e-13, atol=1e-15)
-        mine.update({what: value for what, value in results.items() if what.role is Role.PARAM})
-        state.update({what: value for what, value in results.items() if what.role is Role.OPT_STATE})
-        optimizer.param_groups[0]["lr"] *= 0.5  # costs no trace
-    return num_traces
-
-
-def _reads_all(update: Update) -> bool:
-    read = {n.meta["input"] for n in update.graph.find_nodes(op="placeholder") if "input" in n.meta}
-    return {what for what in update.results if what.role is Role.OPT_STATE} <= read
-
 
 _QUICK = ("sgd_momentum", "sgd_nesterov", "adam_amsgrad", "adamw_groups", "adagrad", "rmsprop_centered", "lion")
 
@@ -142,82 +35,6 @@ _QUICK = ("sgd_momentum", "sgd_nesterov", "adam_amsgrad", "adamw_groups", "adagr
 def test_the_traced_update_is_the_optimizers_step(name: str) -> None:
     num_traces = assert_follows(OPTIMIZERS[name], exact="fused" not in name and "foreach" not in name)
     assert num_traces <= 2
-
-
-@pytest.mark.parametrize(
-    ("make", "init"),
-    [
-        (AdamW, {"step": StateInit(0, torch.float32), "exp_avg": StateInit(0, torch.float64),
-                 "exp_avg_sq": StateInit(0, torch.float64)}),
-        (RMSprop, {"step": StateInit(0, torch.float32), "square_avg": StateInit(0, torch.float64)}),
-        (lambda p: Adagrad(p, initial_accumulator_value=0.25), {}),  # its constructor creates the state
-        (lambda p: SGD(p, lr=0.1), {}),
-        (lambda p: SGD(p, lr=0.1, momentum=0.9), None),  # the first gradient is the momentum, undampened
-        (Lion, None),  # math.sqrt(1) is a literal
-    ],
-)  # fmt: skip
-def test_initial_state_is_found_where_the_first_step_is_like_the_others(
-    make: Callable[[Any], Optimizer], init: dict[str, StateInit] | None
-) -> None:
-    params = Params()
-    optimizer = make(params.parameters())
-    update = traced(optimizer, params, state_of(optimizer, params))
-    expected = None if init is None else {Input(Role.OPT_STATE, n, k): s for n in TRAINED for k, s in init.items()}
-    assert update.init == expected
-
-
-class Anchored(Optimizer):
-    """Pulls parameters towards where they started; keeps how strongly in its state, as a Python number."""
-
-    def __init__(self, params: Iterable[Any], lr: float = 0.1, *, to_ones: bool = False) -> None:
-        super().__init__(params, {"lr": lr})
-        self.to_ones = to_ones  # copy.copy of an optimizer would leave this out
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        assert closure is None
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    state = self.state[p]
-                    if not state:
-                        state["anchor"] = torch.ones_like(p) if self.to_ones else p.clone()
-                        state["strength"] = 0.25
-                    p.add_(state["anchor"] - p, alpha=group["lr"] * state["strength"]).sub_(p.grad, alpha=group["lr"])
-
-
-@pytest.mark.parametrize("to_ones", [False, True])
-def test_state_that_starts_as_the_parameter_or_as_a_python_number_is_found(to_ones: bool) -> None:
-    params = Params()
-    update = traced(Anchored(params.parameters(), to_ones=to_ones), params)
-    assert update.init is not None
-    assert update.init[Input(Role.OPT_STATE, "vector", "anchor")] == StateInit(1 if to_ones else None, torch.float64)
-    assert update.init[Input(Role.OPT_STATE, "vector", "strength")] == StateInit(0.25, None)
-    assert assert_follows(lambda p: Anchored(p.parameters(), to_ones=to_ones), exact=True) == 1
-
-
-class Late(Optimizer):
-    """Creates a second state in the second step."""
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        assert closure is None
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    state = self.state[p]
-                    if "momentum" not in state:
-                        state["momentum"] = torch.zeros_like(p)
-                    elif "square" not in state:
-                        state["square"] = p.grad.square()
-                    state["momentum"].add_(p.grad)
-                    p.sub_(state["momentum"], alpha=group["lr"])
-                    if "square" in state:
-                        p.sub_(state["square"], alpha=group["lr"])
-
-
-def test_state_that_is_created_in_a_later_step_is_traced_again() -> None:
-    assert_follows(lambda p: Late(p.parameters(), {"lr": 0.1}), exact=True, num_steps=4)
 
 
 def test_conditions_on_numbers_become_guards() -> None:
