@@ -39,6 +39,16 @@ opt_state:w:m = reshape(add.Tensor(opt_state:w:m, mean(mm(permute(batch:0, [1, 0
     )
 
 
+def test_a_number_copied_into_a_bucket_is_that_number_in_each_place() -> None:
+    b = Builder()
+    w = b.input(Role.PARAM, "w", shape=[])
+    zero = b.call(Phase.UPDATE, aten.zeros.default, [], dtype=torch.float32, module="w")
+    cleared = b.call(Phase.UPDATE, aten.copy.default, w, zero, module="w")
+    new = b.call(Phase.UPDATE, aten.add.Tensor, cleared, b.backward(aten.sin.default, w), module="w")
+    program = b.finish({None: b.forward(aten.cos.default, w), param("w"): new})
+    run(default_passes(Config(3), Mesh(2)), program)
+
+
 MOVES: list[tuple[str, Any]] = [
     ("view and back", lambda b, x: b.forward(aten.view.default, b.forward(aten.view.default, x, [6]), [2, 3])),
     ("transpose and back", lambda b, x: b.forward(aten.t.default, b.forward(aten.transpose.int, x, 0, 1))),

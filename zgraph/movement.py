@@ -112,7 +112,10 @@ def _cat(call: Call) -> Value | None:
 def _copy(call: Call) -> Value | None:
     """``copy(x, new)``: the new values, with the dtype and shape of x."""
     x, new = call.args[:2]
-    return call.terms.cast(new, x.dtype) if isinstance(new, Term) and new.shape == x.shape else None
+    if not isinstance(new, Term) or new.shape not in ((), x.shape):
+        return None
+    cast = call.terms.cast(new, x.dtype)
+    return cast if new.shape == x.shape else call.terms.splat(cast, x.shape)
 
 
 def _to_copy(call: Call) -> Value:
