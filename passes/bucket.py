@@ -384,9 +384,12 @@ class _Flattener:
 
         for node in self.updates.nodes[model.name]:
             origin = replace(node.meta["origin"], module=bucket.name)
-            args = tuple(map(copied, node.args))
+            target, args = node.target, tuple(map(copied, node.args))
             kwargs = {key: copied(value) for key, value in node.kwargs.items()}
-            copies[node] = program.call(node.target, *args, origin=origin, before=before, **kwargs)
+            if target is aten.copy.default and args[0].meta["val"].dim() < args[1].meta["val"].dim():
+                # Into a number that a 0-dim parameter's update has created, which has no room for a vector.
+                target, args, kwargs = aten._to_copy.default, args[1:2], {"dtype": args[0].meta["val"].dtype}
+            copies[node] = program.call(target, *args, origin=origin, before=before, **kwargs)
         results: dict[Input, Any] = {}
         made = [copies[node] for node in self.updates.nodes[model.name]]
         for what, result in self.updates.results[model.name].items():

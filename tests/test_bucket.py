@@ -282,6 +282,17 @@ def test_arithmetic_on_hyperparameters_may_come_first() -> None:
     assert_same_step(FormBuckets(2, 1)(captured), captured)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_what_a_0_dim_parameter_copies_into_a_new_number_is_copied_into_a_vector(dtype: torch.dtype) -> None:
+    b = Builder()
+    w = b.input(Role.PARAM, "w", shape=[], dtype=dtype)
+    room = b.call(Phase.UPDATE, aten.zeros.default, [], dtype=torch.float32, module="w")
+    old = b.call(Phase.UPDATE, aten.copy.default, room, w, module="w")
+    new = b.call(Phase.UPDATE, aten.sub.Tensor, w, b.backward(aten.sin.default, w), module="w")
+    captured = b.finish({None: b.forward(aten.cos.default, w), param("w"): new, state("w", "old"): old})
+    assert_same_step(FormBuckets(2, 1)(captured), captured)
+
+
 def lines_run(num_params: int) -> int:
     """Lines of this pass's own file that run for as many buckets as parameters."""
     b = Builder()
