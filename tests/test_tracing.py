@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.fx.graph_module import _loader
 
-from zgraph import tracing
+from zgraph import collector
 from zgraph.program import Phase
 from zgraph.tracing import Recorder, fake_mode, forget, trace
 
@@ -31,7 +31,7 @@ def test_no_python_code_is_made_of_a_trace() -> None:
 
 
 def test_of_a_large_graph_nothing_is_remembered(monkeypatch: Any) -> None:
-    monkeypatch.setattr(tracing, "_LARGE", 3)
+    monkeypatch.setattr(collector, "_LARGE", 3)
 
     def power(x: torch.Tensor, count: torch.Tensor) -> list[torch.Tensor]:
         return [x / (1 - 0.9 ** count.item())]

@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from zgraph.agreement import CheckedComm
 from zgraph.capture import capture, check_optimizer
 from zgraph.codegen.emit import emit
+from zgraph.collector import collect_garbage
 from zgraph.comm import Comm, default_backend, make_comm
 from zgraph.config import Config
 from zgraph.eager import GatherOnUse
@@ -39,7 +40,7 @@ from zgraph.passes import default_passes
 from zgraph.pipeline import Pass, PassRecord, run
 from zgraph.program import Guard, Input, Mesh, Program, Role
 from zgraph.state import TrainingState
-from zgraph.tracing import collect_garbage, forget
+from zgraph.tracing import forget
 from zgraph.update import check_step, hyperparameters
 
 log = logging.getLogger("zgraph")

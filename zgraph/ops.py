@@ -71,7 +71,12 @@ def is_elementwise(target: Any) -> bool:
         return target is not operator.getitem
     if target in _CREATES or target in _ELEMENTWISE_TOO:
         return True
-    return _has_tag(target, torch.Tag.pointwise) and not is_random(target)
+    return isinstance(target, torch._ops.OpOverload) and _is_pointwise(target)
+
+
+@cache
+def _is_pointwise(target: torch._ops.OpOverload) -> bool:
+    return torch.Tag.pointwise in target.tags and not is_random(target)
 
 
 def creates(target: Any) -> bool:
@@ -81,26 +86,22 @@ def creates(target: Any) -> bool:
 
 def is_random(target: Any) -> bool:
     """Whether the operator draws from a random generator, so that it must run exactly once, in order."""
-    return _has_tag(target, torch.Tag.nondeterministic_seeded)
-
-
-def _has_tag(target: Any, tag: torch.Tag) -> bool:
-    return isinstance(target, torch._ops.OpOverload) and tag in _tags(target)
+    return isinstance(target, torch._ops.OpOverload) and _is_random(target)
 
 
 @cache  # of operators, which are there for good; a kernel must not be kept
-def _tags(target: torch._ops.OpOverload) -> frozenset[torch.Tag]:
-    return frozenset(target.tags)
+def _is_random(target: torch._ops.OpOverload) -> bool:
+    return torch.Tag.nondeterministic_seeded in target.tags
 
 
 def may_write(target: Any) -> bool:
     """Whether a call may write over its arguments: a kernel, or an operator that torch calls mutable."""
-    return hasattr(target, "body") or _is_mutable(target)
+    return hasattr(target, "body") or (isinstance(target, torch._ops.OpOverload) and _is_mutable(target))
 
 
 @cache
-def _is_mutable(target: Any) -> bool:
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+def _is_mutable(target: torch._ops.OpOverload) -> bool:
+    return target._schema.is_mutable
 
 
 def view_of(node: fx.Node) -> fx.Node | None:

@@ -6,13 +6,12 @@ rewrites, proves, times and keeps a record of each pass. A pass does none of the
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from zgraph.collector import collector_paused
 from zgraph.errors import MISTAKE_IN_PASS, VerifyError, ZgraphError, first_line
 from zgraph.program import Program, Stage
 from zgraph.terms import Axiom
@@ -97,7 +96,7 @@ def run(passes: Sequence[Pass], program: Program) -> PipelineResult:
         VerifyError: the order is wrong, or a pass broke a rule or changed what the step computes.
     """
     check_order(passes, program.stage)
-    with _collector_paused():
+    with collector_paused():
         return _run(passes, program)
 
 
@@ -128,15 +127,3 @@ def _rewrite(p: Pass, program: Program) -> None:
     except Exception as error:
         what = f"{type(error).__name__}: {first_line(error) or type(error).__name__}"
         raise VerifyError(f"{p.name} failed: {what}", fix=MISTAKE_IN_PASS) from error
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Graphs grow to millions of objects, none of them garbage; looking for it would take longer than the passes."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

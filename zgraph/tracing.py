@@ -33,6 +33,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from zgraph.collector import collect_garbage, collector_paused, is_large
 from zgraph.errors import CaptureError, quoted
 from zgraph.program import Input, Origin, Phase, Role
 
@@ -41,7 +42,6 @@ _OPTIM = os.path.join(_TORCH, "optim") + os.sep
 _STDLIB = sysconfig.get_path("stdlib") + os.sep
 _PACKAGES = sysconfig.get_path("purelib") + os.sep
 _OPTIM_BASE = os.path.join(_OPTIM, "optimizer.py")
-_LARGE = 2_000  # nodes of a graph whose trace leaves more garbage than looking for it costs
 _SYMBOLIC = ("torch.fx.", "torch.utils._sympy.", "_operator")  # where functions of symbolic numbers come from
 _LruCache = type(lru_cache(lambda: None))
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
@@ -224,7 +224,7 @@ def forget(graph: fx.Graph) -> None:
     It is some tens of megabytes, and lies scattered over all the memory that tracing has used, so that little of that
     could be given back.
     """
-    if len(graph.nodes) <= _LARGE:
+    if not is_large(graph):
         return
     FakeTensorMode.cache_clear()
     sympy.core.cache.clear_cache()
@@ -258,11 +258,10 @@ def trace(
         with recorder.attached(), writes:
             return function(*inner)
 
-    collecting = gc.isenabled()
-    gc.disable()  # the trace allocates many long-lived objects and no garbage; collections only walk them again
     try:
         limit = int(fold_literals)  # elements up to which a literal's value is tracked
         with (
+            collector_paused(),
             mock.patch("torch._subclasses.fake_tensor.CONSTANT_NUMEL_LIMIT", limit),
             mock.patch("torch.fx.experimental.proxy_tensor.CONSTANT_NUMEL_LIMIT", limit),
             mode,
@@ -272,18 +271,10 @@ def trace(
             module = make_fx(recorded, tracing_mode="fake")(*args)
     finally:
         writes.undo()
-        if collecting:
-            gc.enable()
     graph, constants = _copy(module, mode)
     del module
     collect_garbage(graph)
     return graph, constants
-
-
-def collect_garbage(graph: fx.Graph) -> None:
-    """Collect what making a large graph has left behind, before the next one needs as much memory."""
-    if len(graph.nodes) > _LARGE:
-        gc.collect()
 
 
 def _copy(module: fx.GraphModule, mode: FakeTensorMode) -> tuple[fx.Graph, dict[str, torch.Tensor]]:

@@ -15,6 +15,7 @@ from itertools import zip_longest
 from torch import fx
 
 from zgraph.changes import Look
+from zgraph.collector import collector_paused
 from zgraph.difference import MISSING, changed
 from zgraph.errors import MISTAKE_IN_PASS, VerifyError
 from zgraph.layout import Bucket, Layout
@@ -109,10 +110,11 @@ def verify(program: Program, *, after: str, reference: Program | None = None) ->
     Args:
         reference: what it must mean; without one, only that its structure is sound.
     """
-    if reference is None:
-        check_structure(program, after=after)
-    else:
-        Verifier(reference).check(program, after=after)
+    with collector_paused():
+        if reference is None:
+            check_structure(program, after=after)
+        else:
+            Verifier(reference).check(program, after=after)
 
 
 class _Check:
