@@ -66,6 +66,7 @@ class Verifier:
             self._terms = Terms(self._axioms)
             self._expected = self._found = None
 
+    @collector_paused()
     def check(self, program: Program, *, after: str) -> None:
         """Check the structure of ``program``, and that it means what the reference means.
 
@@ -110,11 +111,10 @@ def verify(program: Program, *, after: str, reference: Program | None = None) ->
     Args:
         reference: what it must mean; without one, only that its structure is sound.
     """
-    with collector_paused():
-        if reference is None:
-            check_structure(program, after=after)
-        else:
-            Verifier(reference).check(program, after=after)
+    if reference is None:
+        check_structure(program, after=after)
+    else:
+        Verifier(reference).check(program, after=after)
 
 
 class _Check:
