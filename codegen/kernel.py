@@ -54,6 +54,14 @@ class Kernel:
         results = show(self.body.output_node().args[0], number)
         return f"{self.name}{{{'; '.join(lines)}; return {results} over {list(self.writes)}}}"
 
+    def copy(self) -> Kernel:
+        """A kernel with a body of its own."""
+        body = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in self.body.nodes:
+            copies[node] = body.node_copy(node, copies.__getitem__)
+        return Kernel(self.name, body, self.num_inputs, self.writes)
+
     def __call__(self, *inputs: Any) -> list[torch.Tensor]:
         """Run on real tensors, or infer on fake ones."""
         if not self._compiled:

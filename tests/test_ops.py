@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from zgraph.ops import is_elementwise, is_random, is_view
+from zgraph.ops import is_elementwise, is_random, is_view, may_write
 
 aten = torch.ops.aten
 
@@ -22,7 +22,7 @@ def test_dropout_is_random_and_not_elementwise() -> None:
     assert is_elementwise(aten.mul.Tensor)
 
 
-@pytest.mark.parametrize("question", [is_random, is_view, is_elementwise])
+@pytest.mark.parametrize("question", [is_random, is_view, is_elementwise, may_write])
 def test_a_kernel_goes_with_the_last_program_that_calls_it(question: Callable[[Any], bool]) -> None:
     def kernel() -> None: ...
 

@@ -15,6 +15,7 @@ from zgraph.config import Config
 from zgraph.passes import FormBuckets, Tidy, default_passes
 from zgraph.pipeline import Pass, run
 from zgraph.program import Mesh
+from zgraph.verify import verify
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def test_every_pipeline_is_proved_and_its_ranks_compute_the_step(recipe: Recipe,
         passes = [FormBuckets(how.world, p.bucket_bytes, layout) if isinstance(p, FormBuckets) else p for p in passes]
     event(f"ZeRO {how.config.zero}")
     program = run(passes, captured).program
+    verify(program, after="all passes", reference=captured)  # from nothing, as each pass was proved from the last
     assert_same_step(program, captured, late=late)
 
 

@@ -12,10 +12,12 @@ from torch import fx, nn
 
 import zgraph
 from tests.programs import Builder, assert_same_step, param, state, two_layers
+from zgraph import ops
 from zgraph.codegen.kernel import Kernel
 from zgraph.config import Config
 from zgraph.errors import VerifyError
 from zgraph.passes import AverageGradients, FormBuckets, Tidy, default_passes
+from zgraph.passes.tidy import remove_dead
 from zgraph.pipeline import Pass, run
 from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage
 from zgraph.verify import Verifier, verify
@@ -387,3 +389,85 @@ def test_what_was_refused_once_is_refused_again() -> None:
             verifier.check(program, after="Double")
     double.replace_all_uses_with(loss)
     verifier.check(program, after="Halve")
+
+
+def test_a_reader_is_looked_at_though_its_source_does_not_list_it() -> None:
+    def chain(b: Builder, x: fx.Node) -> fx.Node:
+        return b.forward(aten.neg.default, b.forward(aten.exp.default, b.forward(aten.sinh.default, x)))
+
+    def change_unseen(program: Program) -> None:
+        node = target(program, aten.sinh.default)
+        node.users.clear()
+        node.target = aten.tanh.default
+
+    refused(step(chain), change_unseen, "changed what the step computes: the loss")
+
+
+def test_inputs_that_trade_places_are_seen_though_they_have_an_origin() -> None:
+    b = Builder()
+    w = b.input(Role.PARAM, "w", shape=[2])
+    batch = [b.input(Role.BATCH, str(i), shape=[3]) for i in range(2)]
+    for node in batch:
+        node.meta["origin"] = HERE
+    loss = b.forward(aten.sum.default, b.forward(aten.div.Tensor, *batch))
+    new = b.call(Phase.UPDATE, aten.add.Tensor, w, b.backward(aten.sin.default, w), module="w")
+
+    def trade(program: Program) -> None:
+        first, second = program.inputs(Role.BATCH).values()
+        first.meta["input"], second.meta["input"] = second.meta["input"], first.meta["input"]
+
+    refused(b.finish({None: loss, param("w"): new}), trade, "changed what the step computes: the loss")
+
+
+def test_a_call_that_becomes_another_kind_of_node_is_seen() -> None:
+    def retype(program: Program) -> None:
+        target(program, aten.exp.default).op = "get_attr"
+
+    refused(step(lambda b, x: b.forward(aten.exp.default, x)), retype, "is a get_attr")
+
+
+def test_a_pass_that_edits_a_kernel_edits_its_own_copy_and_is_refused() -> None:
+    program = kernel_step()
+    before = program.text()
+
+    def subtract(program: Program) -> None:
+        kernel = next(node.target for node in program.graph.nodes if isinstance(node.target, Kernel))
+        for node in kernel.body.nodes:
+            if node.target is aten.add.Tensor:
+                node.target = aten.sub.Tensor
+
+    with pytest.raises(VerifyError, match="changed what the step computes"):
+        run([EditedLast(subtract)], program)
+    assert program.text() == before
+
+
+def test_a_sum_is_of_as_many_ranks_as_the_mesh_has_now() -> None:
+    def sum_of_losses(program: Program) -> None:
+        loss, output, here = program.results()[0], program.output_node, Origin(Phase.UPDATE, "")
+        start = program.call(ops.all_reduce, loss, "sum", "data", origin=HERE, before=output)
+        arrived = program.call(ops.wait, start, origin=here, before=output)
+        one = program.call(aten.div.Tensor, arrived, 1, origin=here, before=output)
+        program.set_results([one, *program.results()[1:]], program.outputs)
+
+    with pytest.raises(VerifyError, match="changed what the step computes: the loss"):
+        run([Edited(sum_of_losses), FormBuckets(2, 1), AveragedButForTheLoss()], two_layers())
+
+
+def test_a_value_that_was_edited_is_found_by_a_proof_from_nothing() -> None:
+    program = step(lambda b, x: b.forward(aten.exp.default, x))
+    edited = run([Tidy()], program).program
+    target(edited, aten.exp.default).meta["val"].unsqueeze_(0)
+    with pytest.raises(VerifyError, match="is recorded as"):
+        verify(edited, after="an edit", reference=program)
+
+
+@dataclass(frozen=True)
+class AveragedButForTheLoss(Pass):
+    takes: ClassVar[Stage] = Stage.BUCKETED
+    gives: ClassVar[Stage] = Stage.SHARDED
+
+    def rewrite(self, program: Program) -> None:
+        loss = program.results()[0]
+        AverageGradients(Mesh(2)).rewrite(program)
+        program.set_results([loss, *program.results()[1:]], program.outputs)
+        remove_dead(program)

@@ -1,7 +1,8 @@
 """What has changed in a program since it was last looked at.
 
 Passes may edit nodes directly, past ``Program``'s methods, so nobody records what they do: two looks at the nodes are
-compared. What is the same object is the same: fx makes new arguments when they are assigned, and ``2 == 2.0``.
+compared. What is the same object is the same: fx makes new arguments when they are assigned, and ``2 == 2.0``. So
+values, origins and inputs are replaced, never edited; a kernel's body may be edited, and is always looked at.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from torch import fx
 from zgraph import ops
 from zgraph.program import Program
 
-_Seen = tuple[Any, Any, Any, Any, Any, bool, list[fx.Node]]
-"""A node: target, arguments, keyword arguments, value, origin or input; whether it may write; the nodes it reads."""
+_Seen = tuple[str, Any, Any, Any, Any, Any, Any, bool, list[fx.Node]]
+"""A node: operation, target, arguments, keyword arguments, value, origin, input; may it write; the nodes it reads."""
 
 
 class Look:
@@ -25,12 +26,14 @@ class Look:
         before: an earlier look at it; without one, everything counts as touched.
 
     Attributes:
+        is_first: whether there was none before.
         touched: inputs and calls that were made or altered since, or that read a value that was, in order. What may
             write always is: the body of a kernel is a graph that may have changed.
         too_early: the first node that reads another before it is computed, if there is one.
     """
 
     def __init__(self, program: Program, before: Look | None = None) -> None:
+        self.is_first = before is None
         self.touched: dict[fx.Node, None] = {}
         self.too_early: fx.Node | None = None
         self._seen: dict[fx.Node, _Seen] = {}
@@ -38,19 +41,30 @@ class Look:
         altered: set[fx.Node] = set()
         computed: set[fx.Node] = set()
         for node in program.graph.nodes:
-            seen, target, args, kwargs, meta = earlier.get(node), node.target, node.args, node.kwargs, node.meta
-            val, origin = meta.get("val"), meta.get("origin") or meta.get("input")
-            if seen is None or seen[3] is not val or seen[4] is not origin:
-                altered.add(node)
-                touched = True
+            seen, op, target, args, kwargs, meta = (
+                earlier.get(node), node.op, node.target, node.args, node.kwargs, node.meta,
+            )  # fmt: skip
+            val, origin, what = meta.get("val"), meta.get("origin"), meta.get("input")
+            touched = True
+            if seen is not None:
+                was_op, was_target, was_args, was_kwargs, was_val, was_origin, was_what, writes, reads = seen
+                if was_val is val and was_origin is origin and was_what is what:
+                    same = was_target is target and was_args is args and was_kwargs is kwargs and was_op == op
+                    touched = not same or writes or not altered.isdisjoint(reads)
+                else:
+                    altered.add(node)
             else:
-                same = seen[0] is target and seen[1] is args and seen[2] is kwargs
-                touched = not same or seen[5] or not altered.isdisjoint(seen[6])
+                altered.add(node)
             if touched or seen is None:
-                seen = target, args, kwargs, val, origin, ops.may_write(target), node.all_input_nodes
-                if node.op != "output":
+                reads = node.all_input_nodes
+                seen = op, target, args, kwargs, val, origin, what, ops.may_write(target), reads
+                if op != "output":
                     self.touched[node] = None
             self._seen[node] = seen
-            if not computed.issuperset(seen[6]) and self.too_early is None:
+            if not computed.issuperset(reads) and self.too_early is None:
                 self.too_early = node
             computed.add(node)
+
+    def reads(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes that a node reads."""
+        return self._seen[node][-1]

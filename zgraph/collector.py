@@ -1,4 +1,4 @@
-"""When Python looks for garbage in cycles: never while graphs grow, and once when a large one is done."""
+"""When Python looks for garbage in cycles: not while a graph is traced, rewritten or proved; after a large one is."""
 
 from __future__ import annotations
 

@@ -294,8 +294,8 @@ class _Runtime:
         finally:
             self._capturing = False
         self.agreement.share_outcome(digest, error)
-        gc.collect()  # graphs are full of cycles; what capture left behind is gone before the first step
         forget(result.program.graph)
+        gc.collect()  # graphs are full of cycles; what capture left behind is gone before the first step
         release_free_memory()
         return _Compiled({key}, executable, comm, result.program.guards, result.records, capture_s)
 

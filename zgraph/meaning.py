@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from zgraph import ops
+from zgraph.changes import Look
 from zgraph.layout import Bucket, Layout
 from zgraph.movement import RULES, Call, Value, without_defaults
 from zgraph.program import Input, Phase, Program, Role, Stage
@@ -78,7 +79,7 @@ def interpret(
     numbers: Numbers,
     *,
     before: Meaning | None = None,
-    touched: Collection[fx.Node] = (),
+    look: Look | None = None,
 ) -> Meaning:
     """Evaluate ``program`` over terms, in one walk over its nodes.
 
@@ -86,9 +87,10 @@ def interpret(
         program: at any stage.
         terms: shared by programs that are to be compared.
         numbers: of the program that this one is compared with.
-        before: what the program meant, over the same terms, before ``touched`` nodes were made or altered.
+        before: what the program meant, over the same terms, before what ``look`` has touched was made or altered.
+        look: at its nodes as they are now; without one, no node has changed.
     """
-    return _Interpreter(program, terms, numbers).run(before, touched)
+    return _Interpreter(program, terms, numbers).run(before, look)
 
 
 class _Interpreter:
@@ -102,16 +104,19 @@ class _Interpreter:
         self.implied = self.meaning.implied = program.stage < Stage.SHARDED or self.world == 1
         self.buckets = {} if program.layout is None else program.layout.by_name
 
-    def run(self, before: Meaning | None, touched: Collection[fx.Node]) -> Meaning:
-        again = set(self.program.graph.nodes) if before is None else self.again(before, touched)
+    def run(self, before: Meaning | None, look: Look | None) -> Meaning:
         if before is not None:
             self.values.update(before.values)
+        again = self.program.graph.nodes if before is None else self.again(before, look.touched if look else ())
+        again, new = set(again), set[fx.Node]()
         for node in self.program.graph.nodes:
-            if node in again and node.op != "output":
+            if node.op == "output":
+                continue
+            if node in again or not new.isdisjoint(look.reads(node) if look else node.all_input_nodes):
                 value = self.call(node) if node.op == "call_function" else self.input(node)
                 if value is not self.values.get(node):
                     self.values[node] = value
-                    again.update(node.users)
+                    new.add(node)
         for what, result in zip(self.program.outputs, self.program.results(), strict=True):
             value = self.values[result] if isinstance(result, fx.Node) else literal(result)
             if self.implied and isinstance(value, Term) and _is_averaged(what, result):
@@ -124,6 +129,8 @@ class _Interpreter:
         same = self.context == before.context
         inputs = (node for node, what in self.program.placeholders() if not same or what.role is Role.CONSTANT)
         again = {*touched, *before.draws, *inputs}
+        if self.world != before.context[-1]:
+            again.update(node for node in self.program.graph.nodes if node.target in ops.STARTS)  # a sum counts ranks
         if self.implied is not before.implied:
             again.update(
                 node

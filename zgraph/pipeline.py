@@ -116,7 +116,9 @@ def _run(passes: Sequence[Pass], program: Program) -> PipelineResult:
         assumes = tuple(axiom.text for axiom in p.assumes)
         records.append(PassRecord(p.name, end - start, verify_s, num_before, program.num_nodes(), assumes))
     # fx remembers the name of every node it ever made, and with it the node; a copy leaves the erased ones behind.
-    return PipelineResult(program.clone(), tuple(records))
+    program = program.clone()
+    program.forget_values()
+    return PipelineResult(program, tuple(records))
 
 
 def _rewrite(p: Pass, program: Program) -> None:

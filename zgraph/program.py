@@ -198,6 +198,10 @@ class Program:
             given=dict(self.given),
         )
 
+    def forget_values(self) -> None:
+        """Infer every value anew from here on."""
+        self._inferred, self._keys = {}, {}
+
     @contextmanager
     def made_by(self, name: str) -> Iterator[None]:
         """Nodes created inside are recorded as made by the pass called ``name``."""

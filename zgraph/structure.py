@@ -36,6 +36,8 @@ def check_structure(program: Program, *, after: str, look: Look | None = None) -
         VerifyError: with the rule, the node, the user's source line and the pass.
     """
     look = look or Look(program)
+    if look.is_first:
+        program.forget_values()
     _check_nodes(program, look, after)
     for node in look.touched:
         if node.op == "call_function":

@@ -42,7 +42,11 @@ _OPTIM = os.path.join(_TORCH, "optim") + os.sep
 _STDLIB = sysconfig.get_path("stdlib") + os.sep
 _PACKAGES = sysconfig.get_path("purelib") + os.sep
 _OPTIM_BASE = os.path.join(_OPTIM, "optimizer.py")
-_SYMBOLIC = ("torch.fx.", "torch.utils._sympy.", "_operator")  # where functions of symbolic numbers come from
+_SYMBOLIC = (
+    "torch.fx.experimental.",
+    "torch.utils._sympy.",
+    "_operator",
+)  # where functions of symbolic numbers come from
 _LruCache = type(lru_cache(lambda: None))
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
@@ -219,19 +223,17 @@ def fake_mode(*, scalars: bool) -> FakeTensorMode:
 
 
 def forget(graph: fx.Graph) -> None:
-    """Drop what torch and sympy remember of the operators and numbers of a graph, if it is large.
+    """Drop what torch remembers of the operators it has traced; of a large graph, also what is known of its numbers.
 
-    It is some tens of megabytes, and lies scattered over all the memory that tracing has used, so that little of that
+    That is some tens of megabytes, and lies scattered over all the memory that tracing has used, so that little of that
     could be given back.
     """
-    if not is_large(graph):
-        return
     FakeTensorMode.cache_clear()
-    sympy.core.cache.clear_cache()
-    for cache in gc.get_objects():  # torch keeps them in closures
-        if type(cache) is _LruCache and str(cache.__module__).startswith(_SYMBOLIC):
-            cache.cache_clear()
-    gc.collect()
+    if is_large(graph):
+        sympy.core.cache.clear_cache()
+        for cache in gc.get_objects():  # torch keeps them in closures
+            if type(cache) is _LruCache and str(cache.__module__).startswith(_SYMBOLIC):
+                cache.cache_clear()
 
 
 def trace(

@@ -207,6 +207,7 @@ def trace_update(
     later.init = initial_values(first, later)
     if later.init is not None:
         return later
+    del first, later  # large, and of no use to the third trace
     return _trace_once(optimizer, params, trained, state, device)
 
 

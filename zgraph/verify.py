@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import zip_longest
+from typing import Any
 
 from torch import fx
 
@@ -52,6 +53,10 @@ class Verifier:
     def copy(self) -> Program:
         """A copy of the reference, to be rewritten: it means the same, so only what passes change is looked at."""
         program = self._reference.clone()
+        kernels: dict[Any, Any] = {}
+        for node in program.graph.nodes:
+            if hasattr(node.target, "body"):  # which may be edited, too
+                node.target = kernels.setdefault(node.target, node.target.copy())
         self._look, self._twins = (
             Look(program),
             dict(zip(self._reference.graph.nodes, program.graph.nodes, strict=True)),
@@ -85,14 +90,14 @@ class Verifier:
         check.inputs()
         numbers = numbers_of(program)
         if self._expected is None or numbers != self._numbers:
-            self._expected = interpret(self._reference, self._terms, numbers, before=self._expected)
-            self._wanted = check.outputs(self._reference, self._expected)
-            self._numbers = numbers
+            expected = interpret(self._reference, self._terms, numbers, before=self._expected)
+            self._wanted = check.outputs(self._reference, expected)
+            self._expected, self._numbers = expected, numbers
         if self._twins:
             self._found = self._expected.of_copy(self._twins)
-        found = interpret(program, self._terms, numbers, before=self._found, touched=look.touched)
+        found = interpret(program, self._terms, numbers, before=self._found, look=look)
         check.meaning(self._wanted, self._expected, found)
-        self._look, self._found, self._twins = look, found, {}
+        self._look, self._found, self._twins, self._layout = look, found, {}, program.layout
 
     def _check_facts(self, program: Program, after: str) -> None:
         """What no pass may touch is as it was: constants, and buckets once they exist."""
@@ -102,7 +107,6 @@ class Verifier:
         before, now = self._layout, program.layout
         if before is not None and (now is None or (now.buckets, now.world) != (before.buckets, before.world)):
             raise VerifyError(f"{after} changed the buckets, which state is already stored in", fix=MISTAKE_IN_PASS)
-        self._layout = now
 
 
 def verify(program: Program, *, after: str, reference: Program | None = None) -> None:
