@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -112,6 +112,28 @@ def test_any_order_will_do_to_start_from() -> None:
             own = [Reshuffle(stage, stage, seed) for stage in (Stage.SCHEDULED, Stage.INPLACE)]
             program = run_passes(default_passes(Config(zero, 1), Mesh(2), own=own), two_layers()).program
             assert_same_step(program, two_layers())
+
+
+def test_a_view_of_an_updated_vector_may_stand_amid_the_update() -> None:
+    @dataclass(frozen=True)
+    class ViewUpdate(Pass):
+        """View a bucket's new momentum right behind it, before the parameter that it moves."""
+
+        read: bool
+
+        takes, gives = Stage.SCHEDULED, Stage.SCHEDULED
+
+        def rewrite(self, program: Program) -> None:
+            moment = program.results()[program.outputs.index(Input(Role.OPT_STATE, "bucket0", "m"))]
+            origin = replace(moment.meta["origin"], module="")
+            view = program.call(aten.view.default, moment, [2, -1], origin=origin, before=moment.next)
+            if self.read:
+                program.call(aten.sum.default, view, origin=origin, before=view.next)
+
+    for read in (False, True):
+        for zero in range(4):
+            passes = default_passes(Config(zero, 1), Mesh(2), own=[ViewUpdate(read)])
+            assert_same_step(run_passes(passes, two_layers()).program, two_layers())
 
 
 def test_results_that_lie_in_an_input_become_copies_of_it() -> None:

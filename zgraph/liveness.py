@@ -23,26 +23,31 @@ _VIEWS_IF_CONTIGUOUS = frozenset({aten.reshape.default, aten.contiguous.default,
 
 
 def owners(program: Program) -> dict[fx.Node, fx.Node]:
-    """For every node, the node that allocated the memory of its value."""
+    """For every node, the node that allocated the memory of its value, in whatever order they stand."""
     owner: dict[fx.Node, fx.Node] = {}
     for node in program.graph.nodes:
-        owner[node] = node
-        source = node.args[0] if node.args else None
-        if not isinstance(source, fx.Node):
-            continue
-        if ops.view_of(node) is not None or (
-            node.target in _VIEWS_IF_CONTIGUOUS and source.meta["val"].is_contiguous()
-        ):
-            owner[node] = owner[source]
-        elif node.target is ops.wait:
-            out = source.kwargs.get("out")
-            owner[node] = owner[out] if isinstance(out, fx.Node) else source
-        elif node.target is operator.getitem:
-            writes = getattr(source.target, "writes", None)
-            written = writes[node.args[1]] if writes is not None else None
-            if written is not None:
-                owner[node] = owner[operand(source, written)]
+        path = [node]
+        while path[-1] not in owner and (source := _lies_in(path[-1])) is not None:
+            path.append(source)
+        owner.update(dict.fromkeys(path, owner.get(path[-1], path[-1])))
     return owner
+
+
+def _lies_in(node: fx.Node) -> fx.Node | None:
+    """The node whose memory a value shares; None if it has memory of its own."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node):
+        return None
+    if ops.view_of(node) is not None or (node.target in _VIEWS_IF_CONTIGUOUS and source.meta["val"].is_contiguous()):
+        return source
+    if node.target is ops.wait:
+        out = source.kwargs.get("out")
+        return out if isinstance(out, fx.Node) else source
+    if node.target is operator.getitem:
+        writes = getattr(source.target, "writes", None)
+        written = writes[node.args[1]] if writes is not None else None
+        return operand(source, written) if written is not None else None
+    return None
 
 
 def alive_bytes(program: Program) -> Iterator[tuple[fx.Node, int]]:
