@@ -59,7 +59,7 @@ class Overlap(Pass):
             start, early = operand(wait), self.prefetch and wait.meta["val"].nbytes <= self.limit_bytes
             place[wait] = (first_read - 1, BEFORE, i, 1)
             if early and i < self.prefetch:
-                place[start] = (top, FIRST, order[start])
+                place[start] = (top, FIRST, i)
             elif early:
                 place[start] = (*place[gathers[i - self.prefetch][-1]], order[start])
             else:

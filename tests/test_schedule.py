@@ -193,3 +193,13 @@ def test_gathers_stand_before_their_first_readers_whatever_stood_between() -> No
     for seed in range(10):
         assert how_gathers_start(0, seed) == ["just in time"] * 3
         assert "early" in how_gathers_start(1, seed)
+
+
+def test_gathers_start_in_the_order_of_their_waits_whatever_order_they_stood_in() -> None:
+    before = [p for p in default_passes(Config(3, 1), Mesh(2)) if p.gives < Stage.SCHEDULED]
+    for seed in range(10):
+        passes = [*before, Reshuffle(Stage.SHARDED, Stage.SHARDED, seed), Overlap(2, FAR)]
+        calls = list(run(passes, two_layers()).program.graph.nodes)
+        starts = [node for node in calls if node.target is ops.all_gather]
+        waits = [node for node in calls if node.target is ops.wait and operand(node) in starts]
+        assert [operand(wait) for wait in waits] == starts
