@@ -58,7 +58,7 @@ def _overwritten(program: Program, calls: list[fx.Node]) -> Iterator[tuple[fx.No
     What is sent is read until it has arrived. A reader that needs the new value as well gets no place: the program
     would have to keep both.
     """
-    writers = [(node, source) for node in calls for source in written(node)]
+    writers = {node: sources for node in calls if (sources := written(node))}
     if not writers:
         return
     owner = owners(program)
@@ -67,9 +67,10 @@ def _overwritten(program: Program, calls: list[fx.Node]) -> Iterator[tuple[fx.No
         sent = operand(node).all_input_nodes if node.target is ops.wait else []
         for source in (*node.all_input_nodes, *sent):
             readers.setdefault(owner[source], []).append(node)
-    for writer, source in writers:
+    for writer, sources in writers.items():
         later = _descendants(writer)
-        yield from ((reader, writer) for reader in readers[owner[source]] if reader not in later)
+        for source in sources:
+            yield from ((reader, writer) for reader in readers[owner[source]] if reader not in later)
 
 
 def written(node: fx.Node) -> list[fx.Node]:

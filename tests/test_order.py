@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import fx
 
 from tests.programs import Builder, Recipe, assert_same_step, build, few_examples, recipes, two_layers
 from zgraph import ops
 from zgraph.config import Config
-from zgraph.passes import default_passes
+from zgraph.passes import default_passes, order
 from zgraph.passes.order import arrange
 from zgraph.pipeline import Pass, run
 from zgraph.program import Mesh, Program, Stage, target_name
@@ -68,6 +70,19 @@ def test_random_numbers_are_drawn_in_the_order_they_were() -> None:
     program = b.finish({None: masks[0]})
     arrange(program, {node: -i for i, node in enumerate(program.graph.nodes)})
     assert [node.args[1] for node in program.graph.nodes if ops.is_random(node.target)] == [0, 0.25, 0.5, 0.75]
+
+
+def test_what_depends_on_a_call_is_found_once_however_much_it_writes_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = run(default_passes(Config(0, 1), Mesh(1)), two_layers()).program
+    find, asked = order._descendants, list[fx.Node]()
+
+    def counted(node: fx.Node) -> set[fx.Node]:
+        asked.append(node)
+        return find(node)
+
+    monkeypatch.setattr(order, "_descendants", counted)
+    arrange(program, {node: i for i, node in enumerate(program.graph.nodes)})
+    assert [node.target.__name__ for node in asked] == ["update_bucket1", "update_bucket0"]
 
 
 def names(program: Program) -> list[str]:
