@@ -259,6 +259,8 @@ class _Flattener:
             if what is None or what.role not in (Role.PARAM, Role.OPT_STATE):
                 outputs.append(what)
                 results.append(result)
+        returned = {result for result in results if isinstance(result, fx.Node)}
+        views: dict[Any, fx.Node] = {}
         init: dict[tuple[str, str], StateInit] = {}
         anchor = next(iter(program.graph.nodes))
         for node in self.updates.shared:
@@ -270,7 +272,7 @@ class _Flattener:
                 program.empty([bucket.numel], bucket.dtype, bucket.device),
                 before=anchor,
             )
-            self._view_segments(bucket, flat, results)
+            views |= self._view_segments(bucket, flat, returned)
             if bucket.trainable:
                 for what, result in self._update(bucket, flat, self._gradient(bucket), anchor).items():
                     outputs.append(what)
@@ -278,7 +280,7 @@ class _Flattener:
                     start = program.init.get((bucket.segments[0].name, what.key))
                     if start is not None:
                         init[what.name, what.key] = start
-        program.set_results(results, outputs)
+        program.set_results([views.get(result, result) for result in results], outputs)
         program.init = init
         program.guards = self._guards()
         remove_dead(program)
@@ -300,22 +302,25 @@ class _Flattener:
             guards.setdefault((inputs, guard.text), replace(guard, inputs=inputs))
         return tuple(guards.values())
 
-    def _view_segments(self, bucket: Bucket, flat: fx.Node, results: list[Any]) -> None:
-        """Let forward and backward, and ``results``, read parameters as views of their bucket."""
+    def _view_segments(self, bucket: Bucket, flat: fx.Node, returned: set[fx.Node]) -> dict[fx.Node, fx.Node]:
+        """Let forward and backward read parameters as views of their bucket; the views, of ``returned`` ones too."""
+        views: dict[fx.Node, fx.Node] = {}
         for segment in bucket.segments:
             old = self.params[segment.name, ""]
             readers = [u for u in old.users if u.op == "call_function" and _phase(u) is not Phase.UPDATE]
-            if not readers and old not in results:
+            if not readers and old not in returned:
                 continue
             first = min(readers, key=self.position.__getitem__, default=self.program.output_node)
             origin = Origin(Phase.FORWARD, segment.name.rpartition(".")[0], shallow(first).source)
             piece = self.program.call(
                 aten.slice.Tensor, flat, 0, segment.offset, segment.offset + segment.numel, origin=origin, before=first
             )
-            view = self.program.call(aten.view.default, piece, list(segment.shape), origin=origin, before=first)
+            views[old] = view = self.program.call(
+                aten.view.default, piece, list(segment.shape), origin=origin, before=first
+            )
             for reader in readers:
                 reader.replace_input_with(old, view)
-            results[:] = [view if result is old else result for result in results]
+        return views
 
     def _gradient(self, bucket: Bucket) -> fx.Node:
         """The bucket's flat gradient, made right after the last of its parts."""
