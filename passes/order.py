@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx
 
 from zgraph import ops
-from zgraph.liveness import owners
+from zgraph.liveness import owners, written
 from zgraph.program import Program, operand
 
 
@@ -71,16 +71,6 @@ def _overwritten(program: Program, calls: list[fx.Node]) -> Iterator[tuple[fx.No
         later = _descendants(writer)
         for source in sources:
             yield from ((reader, writer) for reader in readers[owner[source]] if reader not in later)
-
-
-def written(node: fx.Node) -> list[fx.Node]:
-    """The arguments that a call writes over."""
-    if node.target is ops.all_gather_into:
-        out = node.kwargs["out"]
-        assert isinstance(out, fx.Node)
-        return [out]
-    writes: tuple[int | None, ...] = getattr(node.target, "writes", ())
-    return [operand(node, index) for index in writes if index is not None]
 
 
 def _descendants(node: fx.Node) -> set[fx.Node]:

@@ -45,9 +45,19 @@ def _lies_in(node: fx.Node) -> fx.Node | None:
         return out if isinstance(out, fx.Node) else source
     if node.target is operator.getitem:
         writes = getattr(source.target, "writes", None)
-        written = writes[node.args[1]] if writes is not None else None
-        return operand(source, written) if written is not None else None
+        index = writes[node.args[1]] if writes is not None else None
+        return operand(source, index) if index is not None else None
     return None
+
+
+def written(node: fx.Node) -> list[fx.Node]:
+    """The arguments that a call writes over."""
+    if node.target is ops.all_gather_into:
+        out = node.kwargs["out"]
+        assert isinstance(out, fx.Node)
+        return [out]
+    writes: tuple[int | None, ...] = getattr(node.target, "writes", ())
+    return [operand(node, index) for index in writes if index is not None]
 
 
 def alive_bytes(program: Program) -> Iterator[tuple[fx.Node, int]]:

@@ -19,7 +19,7 @@ from zgraph import ops
 from zgraph.changes import Look
 from zgraph.errors import MISTAKE_IN_PASS, VerifyError
 from zgraph.layout import Layout
-from zgraph.liveness import owners
+from zgraph.liveness import owners, written
 from zgraph.program import Input, Program, Role, Stage, describe, operand, source_of, target_name
 
 
@@ -269,16 +269,10 @@ class _Memory:
 
     def written(self, node: fx.Node) -> list[fx.Node]:
         """The memory that a call writes over."""
-        if node.target is ops.all_gather_into:
-            out = node.kwargs["out"]
-            assert isinstance(out, fx.Node)
-            return [self.owner[out]]
-        writes = getattr(node.target, "writes", None)
-        if isinstance(writes, tuple):
-            return [self.owner[operand(node, index)] for index in writes if index is not None]
-        if ops.may_write(node.target):
+        lowered = node.target is ops.all_gather_into or hasattr(node.target, "body")
+        if ops.may_write(node.target) and not lowered:
             self.refuse(node, "writes to its arguments; programs are functional, in place is a lowering")
-        return []
+        return [self.owner[source] for source in written(node)]
 
     def check_read(self, source: fx.Node, node: fx.Node) -> None:
         memory = self.owner[source]
@@ -289,8 +283,7 @@ class _Memory:
 
     def check_aliases(self, node: fx.Node) -> None:
         """A kernel reads and writes slice by slice: what it writes over it may be given once only."""
-        written = self.written(node)
-        for memory in written:
+        for memory in self.written(node):
             given = [source for source in node.args if isinstance(source, fx.Node) and self.owner[source] is memory]
             if hasattr(node.target, "body") and len(given) > 1:
                 self.refuse(node, f"is given {given[1].name}, which lies in what it writes over")
