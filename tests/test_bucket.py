@@ -15,18 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx
 
-from tests.programs import (
-    Builder,
-    Recipe,
-    Reshuffle,
-    assert_same_step,
-    build,
-    few_examples,
-    param,
-    recipes,
-    state,
-    two_layers,
-)
+from tests.programs import Builder, assert_same_step, few_examples, param, state, two_layers
+from tests.recipes import Recipe, Reshuffle, build, recipes
 from zgraph.errors import OptimizerError
 from zgraph.layout import Layout
 from zgraph.passes import FormBuckets

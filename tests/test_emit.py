@@ -20,18 +20,16 @@ from torch import fx
 
 from tests.programs import (
     Builder,
-    Recipe,
     assert_identical,
-    build,
     divide,
     few_examples,
     join,
     one_layer,
     param,
-    recipes,
     reference,
     values_for,
 )
+from tests.recipes import Recipe, build, recipes
 from zgraph.codegen.emit import emit
 from zgraph.codegen.source import SourceWriter
 from zgraph.comm import SingleComm

@@ -11,19 +11,8 @@ from expecttest import assert_expected_inline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.programs import (
-    Builder,
-    Recipe,
-    Reshuffle,
-    assert_same_step,
-    build,
-    divide,
-    few_examples,
-    param,
-    recipes,
-    two_layers,
-    values_for,
-)
+from tests.programs import Builder, assert_same_step, divide, few_examples, param, two_layers, values_for
+from tests.recipes import Recipe, Reshuffle, build, recipes
 from zgraph import ops
 from zgraph.config import Config
 from zgraph.lockstep import run_ranks

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx
 
-from tests.programs import Builder, Recipe, assert_same_step, build, few_examples, recipes, two_layers
+from tests.programs import Builder, assert_same_step, few_examples, two_layers
+from tests.recipes import Recipe, build, recipes
 from zgraph import ops
 from zgraph.config import Config
 from zgraph.passes import default_passes, order

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.programs import Recipe, build, few_examples, recipes, two_layers
+from tests.programs import few_examples, two_layers
+from tests.recipes import Recipe, build, recipes
 from zgraph import passes
 from zgraph.config import Config
 from zgraph.errors import VerifyError

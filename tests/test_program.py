@@ -14,7 +14,8 @@ from expecttest import assert_expected_inline
 from hypothesis import given
 from torch import fx
 
-from tests.programs import Builder, Recipe, build, few_examples, param, recipes
+from tests.programs import Builder, few_examples, param
+from tests.recipes import Recipe, build, recipes
 from zgraph.codegen.kernel import Kernel, region
 from zgraph.layout import Layout, ParamSpec, make_buckets
 from zgraph.program import (

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from tests.programs import Recipe, Reshuffle, assert_same_step, build, recipes
+from tests.programs import assert_same_step
+from tests.recipes import Recipe, Reshuffle, build, recipes
 from zgraph.config import Config
 from zgraph.passes import FormBuckets, Tidy, default_passes
 from zgraph.pipeline import Pass, run

@@ -7,7 +7,8 @@ from expecttest import assert_expected_inline
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.programs import Recipe, Reshuffle, assert_same_step, build, few_examples, recipes, two_layers
+from tests.programs import assert_same_step, few_examples, two_layers
+from tests.recipes import Recipe, Reshuffle, build, recipes
 from zgraph import ops
 from zgraph.config import Config
 from zgraph.passes import Overlap, default_passes

@@ -11,18 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx
 
-from tests.programs import (
-    Builder,
-    Recipe,
-    Reshuffle,
-    assert_same_step,
-    build,
-    few_examples,
-    one_layer,
-    param,
-    recipes,
-    two_layers,
-)
+from tests.programs import Builder, assert_same_step, few_examples, one_layer, param, two_layers
+from tests.recipes import Recipe, Reshuffle, build, recipes
 from zgraph import ops
 from zgraph.passes import (
     AverageGradients,

@@ -8,7 +8,8 @@ import torch
 from expecttest import assert_expected_inline
 from hypothesis import given
 
-from tests.programs import Builder, Recipe, assert_identical, build, few_examples, param, recipes, values_for
+from tests.programs import Builder, assert_identical, few_examples, param, values_for
+from tests.recipes import Recipe, build, recipes
 from zgraph import ops
 from zgraph.lockstep import run_ranks
 from zgraph.passes import Tidy

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from tests.programs import Builder, Param, Recipe, Rule, build, param, two_layers
+from tests.programs import Builder, param, two_layers
+from tests.recipes import Param, Recipe, Rule, build
 from zgraph.program import Guard, Input, Phase, Program, Role, StateInit
 
 aten = torch.ops.aten
