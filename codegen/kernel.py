@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from zgraph.codegen.source import SourceWriter
-from zgraph.program import show, target_name
+from zgraph.program import copy_graph, show, target_name
 
 SLICE = 65536
 """Elements per slice: few enough to stay in cache (256 KiB in float32), enough to hide the cost of a call."""
@@ -56,11 +56,7 @@ class Kernel:
 
     def copy(self) -> Kernel:
         """A kernel with a body of its own."""
-        body = fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {}
-        for node in self.body.nodes:
-            copies[node] = body.node_copy(node, copies.__getitem__)
-        return Kernel(self.name, body, self.num_inputs, self.writes)
+        return Kernel(self.name, copy_graph(self.body), self.num_inputs, self.writes)
 
     def __call__(self, *inputs: Any) -> list[torch.Tensor]:
         """Run on real tensors, or infer on fake ones."""

@@ -45,17 +45,15 @@ class Look:
                 earlier.get(node), node.op, node.target, node.args, node.kwargs, node.meta,
             )  # fmt: skip
             val, origin, what = meta.get("val"), meta.get("origin"), meta.get("input")
-            touched = True
+            is_altered = is_touched = True
             if seen is not None:
                 was_op, was_target, was_args, was_kwargs, was_val, was_origin, was_what, writes, reads = seen
-                if was_val is val and was_origin is origin and was_what is what:
-                    same = was_target is target and was_args is args and was_kwargs is kwargs and was_op == op
-                    touched = not same or writes or not altered.isdisjoint(reads)
-                else:
-                    altered.add(node)
-            else:
+                is_altered = not (was_val is val and was_origin is origin and was_what is what)
+                same = was_target is target and was_args is args and was_kwargs is kwargs and was_op == op
+                is_touched = is_altered or not same or writes or not altered.isdisjoint(reads)
+            if is_altered:
                 altered.add(node)
-            if touched or seen is None:
+            if seen is None or is_touched:
                 reads = node.all_input_nodes
                 seen = op, target, args, kwargs, val, origin, what, ops.may_write(target), reads
                 if op != "output":

@@ -107,8 +107,8 @@ class _Interpreter:
     def run(self, before: Meaning | None, look: Look | None) -> Meaning:
         if before is not None:
             self.values.update(before.values)
-        again = self.program.graph.nodes if before is None else self.again(before, look.touched if look else ())
-        again, new = set(again), set[fx.Node]()
+        again = set(self.program.graph.nodes) if before is None else self.again(before, look.touched if look else ())
+        new: set[fx.Node] = set()
         for node in self.program.graph.nodes:
             if node.op == "output":
                 continue

@@ -9,7 +9,8 @@ text is the same on all.
 from __future__ import annotations
 
 import operator
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -56,6 +57,20 @@ _ELEMENTWISE_TOO = frozenset(
 )  # fmt: skip
 
 
+def _of_operators(question: Callable[[torch._ops.OpOverload], bool]) -> Callable[[Any], bool]:
+    """Let a question be asked of anything: the answer is no for what is not an operator of torch.
+
+    Answers are kept, for operators are there for good; a kernel must not be kept.
+    """
+    answer = cache(question)
+
+    @wraps(question)
+    def ask(target: Any) -> bool:
+        return isinstance(target, torch._ops.OpOverload) and answer(target)
+
+    return ask
+
+
 def is_scalar_op(target: Any) -> bool:
     """Python arithmetic on numbers, and reading a 0-dim tensor as one."""
     return (
@@ -71,10 +86,10 @@ def is_elementwise(target: Any) -> bool:
         return target is not operator.getitem
     if target in _CREATES or target in _ELEMENTWISE_TOO:
         return True
-    return isinstance(target, torch._ops.OpOverload) and _is_pointwise(target)
+    return _is_pointwise(target)
 
 
-@cache
+@_of_operators
 def _is_pointwise(target: torch._ops.OpOverload) -> bool:
     return torch.Tag.pointwise in target.tags and not is_random(target)
 
@@ -84,22 +99,18 @@ def creates(target: Any) -> bool:
     return target in _CREATES
 
 
-def is_random(target: Any) -> bool:
+@_of_operators
+def is_random(target: torch._ops.OpOverload) -> bool:
     """Whether the operator draws from a random generator, so that it must run exactly once, in order."""
-    return isinstance(target, torch._ops.OpOverload) and _is_random(target)
-
-
-@cache  # of operators, which are there for good; a kernel must not be kept
-def _is_random(target: torch._ops.OpOverload) -> bool:
     return torch.Tag.nondeterministic_seeded in target.tags
 
 
 def may_write(target: Any) -> bool:
     """Whether a call may write over its arguments: a kernel, or an operator that torch calls mutable."""
-    return hasattr(target, "body") or (isinstance(target, torch._ops.OpOverload) and _is_mutable(target))
+    return hasattr(target, "body") or _is_mutable(target)
 
 
-@cache
+@_of_operators
 def _is_mutable(target: torch._ops.OpOverload) -> bool:
     return target._schema.is_mutable
 
@@ -113,13 +124,9 @@ def view_of(node: fx.Node) -> fx.Node | None:
     return source if unpacked or is_view(node.target) else None
 
 
-def is_view(target: Any) -> bool:
+@_of_operators
+def is_view(target: torch._ops.OpOverload) -> bool:
     """Whether the result, or each of several, shares memory with the first argument."""
-    return isinstance(target, torch._ops.OpOverload) and _is_view(target)
-
-
-@cache
-def _is_view(target: torch._ops.OpOverload) -> bool:
     if target is aten._unsafe_view.default:
         return True  # its schema does not say so
     return any(r.alias_info is not None and not r.alias_info.is_write for r in target._schema.returns)

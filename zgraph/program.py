@@ -185,13 +185,9 @@ class Program:
 
     def clone(self) -> Program:
         """A copy that shares no node with this program; values, constants and facts are shared."""
-        graph = fx.Graph()
-        node_map: dict[fx.Node, fx.Node] = {}
-        for node in self.graph.nodes:
-            node_map[node] = graph.node_copy(node, node_map.__getitem__)
         return replace(
             self,
-            graph=graph,
+            graph=copy_graph(self.graph),
             outputs=list(self.outputs),
             constants=dict(self.constants),
             init=dict(self.init),
@@ -363,6 +359,15 @@ def update_nodes(program: Program) -> dict[str, list[fx.Node]]:
     return found
 
 
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A graph of the same nodes, output included."""
+    copy = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        copies[node] = copy.node_copy(node, copies.__getitem__)
+    return copy
+
+
 def operand(node: fx.Node, index: int = 0) -> fx.Node:
     """Argument ``index`` of a call, which must be a node."""
     arg = node.args[index]
@@ -481,6 +486,7 @@ __all__ = [
     "Role",
     "Stage",
     "StateInit",
+    "copy_graph",
     "describe",
     "in_words",
     "operand",

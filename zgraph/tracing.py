@@ -42,11 +42,8 @@ _OPTIM = os.path.join(_TORCH, "optim") + os.sep
 _STDLIB = sysconfig.get_path("stdlib") + os.sep
 _PACKAGES = sysconfig.get_path("purelib") + os.sep
 _OPTIM_BASE = os.path.join(_OPTIM, "optimizer.py")
-_SYMBOLIC = (
-    "torch.fx.experimental.",
-    "torch.utils._sympy.",
-    "_operator",
-)  # where functions of symbolic numbers come from
+# Where functions of symbolic numbers come from.
+_SYMBOLIC = ("torch.fx.experimental.", "torch.utils._sympy.", "_operator")
 _LruCache = type(lru_cache(lambda: None))
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
