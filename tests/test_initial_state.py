@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.optim import SGD, Adagrad, AdamW, Optimizer, RMSprop
 
 from tests.optimizers import Lion
-from tests.updates import TRAINED, Params, assert_follows, state_of, traced
+from tests.updates import TRAINED, ByParameter, Params, assert_follows, state_of, traced
 from zgraph.program import Input, Role, StateInit
 
 
@@ -36,24 +37,19 @@ def test_initial_state_is_found_where_the_first_step_is_like_the_others(
     assert update.init == expected
 
 
-class Anchored(Optimizer):
+class Anchored(ByParameter):
     """Pulls parameters towards where they started; keeps how strongly in its state, as a Python number."""
 
     def __init__(self, params: Iterable[Any], lr: float = 0.1, *, to_ones: bool = False) -> None:
         super().__init__(params, {"lr": lr})
         self.to_ones = to_ones  # copy.copy of an optimizer would leave this out
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        assert closure is None
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    state = self.state[p]
-                    if not state:
-                        state["anchor"] = torch.ones_like(p) if self.to_ones else p.clone()
-                        state["strength"] = 0.25
-                    p.add_(state["anchor"] - p, alpha=group["lr"] * state["strength"]).sub_(p.grad, alpha=group["lr"])
+    def update(self, group: dict[str, Any], p: Tensor) -> None:
+        state = self.state[p]
+        if not state:
+            state["anchor"] = torch.ones_like(p) if self.to_ones else p.clone()
+            state["strength"] = 0.25
+        p.add_(state["anchor"] - p, alpha=group["lr"] * state["strength"]).sub_(p.grad, alpha=group["lr"])
 
 
 @pytest.mark.parametrize("to_ones", [False, True])
@@ -66,24 +62,19 @@ def test_state_that_starts_as_the_parameter_or_as_a_python_number_is_found(to_on
     assert assert_follows(lambda p: Anchored(p.parameters(), to_ones=to_ones), exact=True) == 1
 
 
-class Late(Optimizer):
+class Late(ByParameter):
     """Creates a second state in the second step."""
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        assert closure is None
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    state = self.state[p]
-                    if "momentum" not in state:
-                        state["momentum"] = torch.zeros_like(p)
-                    elif "square" not in state:
-                        state["square"] = p.grad.square()
-                    state["momentum"].add_(p.grad)
-                    p.sub_(state["momentum"], alpha=group["lr"])
-                    if "square" in state:
-                        p.sub_(state["square"], alpha=group["lr"])
+    def update(self, group: dict[str, Any], p: Tensor) -> None:
+        state = self.state[p]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(p)
+        elif "square" not in state:
+            state["square"] = p.grad.square()
+        state["momentum"].add_(p.grad)
+        p.sub_(state["momentum"], alpha=group["lr"])
+        if "square" in state:
+            p.sub_(state["square"], alpha=group["lr"])
 
 
 def test_state_that_is_created_in_a_later_step_is_traced_again() -> None:

@@ -15,7 +15,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from tests.optimizers import OPTIMIZERS, Lion
-from tests.updates import CPU, TRAINED, Params, assert_follows, traced
+from tests.updates import CPU, TRAINED, ByParameter, Params, assert_follows, traced
 from zgraph.errors import OptimizerError
 from zgraph.program import Input, Role, describe
 from zgraph.update import (
@@ -125,7 +125,7 @@ def test_the_update_of_low_precision_parameters_keeps_their_dtypes() -> None:
 # Refusals
 
 
-class Bad(Optimizer):
+class Bad(ByParameter):
     """Plain SGD with one thing that no fixed graph can do."""
 
     def __init__(self, params: Iterable[Any]) -> None:
@@ -138,14 +138,9 @@ class Bad(Optimizer):
     def extra(self, group: dict[str, Any], p: Tensor) -> None:
         raise NotImplementedError
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        assert closure is None
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self.extra(group, p)
-                    p.sub_(p.grad, alpha=group["lr"])
+    def update(self, group: dict[str, Any], p: Tensor) -> None:
+        self.extra(group, p)
+        p.sub_(p.grad, alpha=group["lr"])
 
 
 class Branches(Bad):

@@ -25,6 +25,21 @@ class Params(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.randn(shape, dtype=dtype)))
 
 
+class ByParameter(Optimizer):
+    """Updates one parameter after the other, as most optimizers do."""
+
+    def update(self, group: dict[str, Any], p: Tensor) -> None:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.update(group, p)
+
+
 TRAINED = ["matrix", "vector", "number"]
 
 
