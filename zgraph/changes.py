@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx
 
 from zgraph import ops
-from zgraph.program import Program
+from zgraph.program import Program, Stage
 
 _Seen = tuple[str, Any, Any, Any, Any, Any, Any, bool, list[fx.Node]]
 """A node: operation, target, arguments, keyword arguments, value, origin, input; may it write; the nodes it reads."""
@@ -23,26 +23,27 @@ class Look:
 
     Args:
         program: to look at.
-        before: an earlier look at it; without one, everything counts as touched.
+        before: the last look at it, whose record this one carries on; without one, everything counts as touched.
 
     Attributes:
         is_first: whether there was none before.
         touched: inputs and calls that were made or altered since, or that read a value that was, in order. What may
             write always is: the body of a kernel is a graph that may have changed.
         too_early: the first node that reads another before it is computed, if there is one.
+        same_inputs: whether inputs, layout, mesh, and whether state is divided, are as they were.
+        same_results: whether inputs, what is returned, and the recorded values of both are as they were.
     """
 
     def __init__(self, program: Program, before: Look | None = None) -> None:
         self.is_first = before is None
         self.touched: dict[fx.Node, None] = {}
         self.too_early: fx.Node | None = None
-        self._seen: dict[fx.Node, _Seen] = {}
-        earlier = {} if before is None else before._seen
-        altered: set[fx.Node] = set()
+        self._seen: dict[fx.Node, _Seen] = {} if before is None else before._seen
+        altered: set[fx.Node] = set()  # by another value, origin or input; and the list of results, by anything
         computed: set[fx.Node] = set()
         for node in program.graph.nodes:
             seen, op, target, args, kwargs, meta = (
-                earlier.get(node), node.op, node.target, node.args, node.kwargs, node.meta,
+                self._seen.get(node), node.op, node.target, node.args, node.kwargs, node.meta,
             )  # fmt: skip
             val, origin, what = meta.get("val"), meta.get("origin"), meta.get("input")
             is_altered = is_touched = True
@@ -55,13 +56,20 @@ class Look:
                 altered.add(node)
             if seen is None or is_touched:
                 reads = node.all_input_nodes
-                seen = op, target, args, kwargs, val, origin, what, ops.may_write(target), reads
-                if op != "output":
+                self._seen[node] = op, target, args, kwargs, val, origin, what, ops.may_write(target), reads
+                if op == "output":
+                    altered.add(node)
+                else:
                     self.touched[node] = None
-            self._seen[node] = seen
             if not computed.issuperset(reads) and self.too_early is None:
                 self.too_early = node
             computed.add(node)
+        inputs = tuple(program.graph.find_nodes(op="placeholder"))
+        divided = program.stage >= Stage.SHARDED
+        self._frame = ((inputs, program.layout, program.mesh, divided), tuple(program.outputs))
+        frame = (None, None) if before is None else before._frame
+        self.same_inputs = self._frame[0] == frame[0] and altered.isdisjoint(inputs)
+        self.same_results = self.same_inputs and self._frame[1] == frame[1] and program.output_node not in altered
 
     def reads(self, node: fx.Node) -> list[fx.Node]:
         """The nodes that a node reads."""

@@ -27,7 +27,7 @@ Numbers = Mapping[tuple[str, str], str]
 """Parameter and key of optimizer state that is one number for a whole bucket -> the parameter that stands for all."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Meaning:
     """What a program computes.
 
@@ -112,7 +112,7 @@ class _Interpreter:
         for node in self.program.graph.nodes:
             if node.op == "output":
                 continue
-            if node in again or not new.isdisjoint(look.reads(node) if look else node.all_input_nodes):
+            if node in again or (new and not new.isdisjoint(look.reads(node) if look else node.all_input_nodes)):
                 value = self.call(node) if node.op == "call_function" else self.input(node)
                 if value is not self.values.get(node):
                     self.values[node] = value
@@ -199,9 +199,10 @@ class _Interpreter:
         """A call that only its name and its arguments are known of."""
         shape, dtype = form(node.meta.get("val"))
         key = args + tuple(sorted(kwargs.items()))
-        if _reads_memory(target):
+        is_random = ops.is_random(target)
+        if is_random or target in ops.BY_PLACE:  # then it matters how arguments lie in memory: masks are drawn so
             key += tuple(_strides(source) for source in node.all_input_nodes)
-        if ops.is_random(target):
+        if is_random:
             draw = self.terms.make(target, (*key, ("draw", len(self.meaning.draws))), shape, dtype, varies=True)
             self.meaning.draws[node] = draw
             return draw
@@ -261,8 +262,3 @@ def _phase(node: fx.Node) -> Phase | None:
 def _strides(node: fx.Node) -> tuple[int, ...]:
     val = node.meta["val"]
     return tuple(val.stride()) if isinstance(val, torch.Tensor) else ()
-
-
-def _reads_memory(target: Any) -> bool:
-    """Whether a result depends on how its arguments lie in memory: a random mask is drawn in that order."""
-    return target in ops.BY_PLACE or ops.is_random(target)

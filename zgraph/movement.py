@@ -30,7 +30,7 @@ class Started:
     arrives: Term
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Call:
     """A call whose arguments have been evaluated.
 

@@ -73,25 +73,21 @@ def _of_operators(question: Callable[[torch._ops.OpOverload], bool]) -> Callable
 
 def is_scalar_op(target: Any) -> bool:
     """Python arithmetic on numbers, and reading a 0-dim tensor as one."""
-    return (
-        target is aten._local_scalar_dense.default
-        or (not isinstance(target, torch._ops.OpOverload) and getattr(target, "__module__", "") == "_operator")
-        or getattr(target, "__name__", "").lstrip("_").startswith("sym_")
-    )
+    if isinstance(target, torch._ops.OpOverload):
+        return target is aten._local_scalar_dense.default or target._opname.startswith("sym_")
+    name = getattr(target, "__name__", "")
+    return getattr(target, "__module__", "") == "_operator" or name.lstrip("_").startswith("sym_")
 
 
 def is_elementwise(target: Any) -> bool:
     """Whether element i of the result depends on element i of the tensor arguments only (and is not random)."""
-    if is_scalar_op(target):
-        return target is not operator.getitem
-    if target in _CREATES or target in _ELEMENTWISE_TOO:
-        return True
-    return _is_pointwise(target)
+    return _is_pointwise(target) or (is_scalar_op(target) and target is not operator.getitem)
 
 
 @_of_operators
 def _is_pointwise(target: torch._ops.OpOverload) -> bool:
-    return torch.Tag.pointwise in target.tags and not is_random(target)
+    known = target in _CREATES or target in _ELEMENTWISE_TOO
+    return known or (torch.Tag.pointwise in target.tags and not is_random(target))
 
 
 def creates(target: Any) -> bool:

@@ -151,7 +151,8 @@ class Program:
     layout: Layout | None = None
     _made_by: str = "capture"
     _inferred: dict[Hashable, Any] = field(default_factory=dict, repr=False)
-    _keys: dict[int, tuple[torch.Tensor, Hashable]] = field(default_factory=dict, repr=False)
+    _keys: dict[int, tuple[torch.Tensor, int]] = field(default_factory=dict, repr=False)
+    _forms: dict[Hashable, int] = field(default_factory=dict, repr=False)
 
     # -- reading ------------------------------------------------------------------------------------------
 
@@ -196,7 +197,7 @@ class Program:
 
     def forget_values(self) -> None:
         """Infer every value anew from here on."""
-        self._inferred, self._keys = {}, {}
+        self._inferred, self._keys, self._forms = {}, {}, {}
 
     @contextmanager
     def made_by(self, name: str) -> Iterator[None]:
@@ -275,19 +276,24 @@ class Program:
 
     def _call_key(self, node: fx.Node) -> Hashable:
         """Equal for calls that give the same value: same operator, literals, and shapes, strides, dtypes of tensors."""
-        named = tuple((name, self._value_key(value)) for name, value in sorted(node.kwargs.items()))
-        return (node.target, self._value_key(node.args), named)
+        named = tuple((name, self.form_of(value)) for name, value in sorted(node.kwargs.items())) if node.kwargs else ()
+        return (node.target, self.form_of(node.args), named)
 
-    def _value_key(self, arg: Any) -> Hashable:
+    def form_of(self, arg: Any) -> Hashable:
+        """Equal for values of one shape, stride, offset, dtype and device, and for the same literals.
+
+        Args:
+            arg: a node, the value of one, a literal, or several of them.
+        """
         val = arg.meta["val"] if isinstance(arg, fx.Node) else arg
         if isinstance(val, torch.Tensor):
             known = self._keys.get(id(val))  # asking a fake tensor takes longer than all else here
             if known is None:
-                key = (tuple(val.shape), val.stride(), val.storage_offset(), val.dtype, str(val.device))
-                known = self._keys[id(val)] = (val, key)
+                form = (tuple(val.shape), val.stride(), val.storage_offset(), val.dtype, str(val.device))
+                known = self._keys[id(val)] = (val, self._forms.setdefault(form, len(self._forms)))
             return known[1]
         if isinstance(val, (tuple, list)):
-            return (type(val).__name__, *map(self._value_key, val))
+            return (type(val).__name__, *map(self.form_of, val))
         return (type(val).__name__, val)
 
     def empty(self, shape: Iterable[int], dtype: torch.dtype, device: torch.device) -> FakeTensor:

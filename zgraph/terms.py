@@ -112,6 +112,7 @@ class Terms:
 
     def __init__(self, axioms: Iterable[Axiom] = ()) -> None:
         self._table: dict[Any, Term] = {}
+        self._lifted_before: dict[Any, Term] = {}
         self._axioms: dict[Any, list[EqualTo]] = {}
         for axiom in axioms:
             self._axioms.setdefault(axiom.target, []).append(axiom.equal)
@@ -252,6 +253,13 @@ class Terms:
         return self._lifted(target, args, shape, dtype)
 
     def _lifted(self, target: Any, args: tuple[Any, ...], shape: Shape | None, dtype: torch.dtype | None) -> Term:
+        key = (target, args, shape, dtype)
+        term = self._lifted_before.get(key)
+        if term is None:
+            term = self._lifted_before[key] = self._lift(target, args, shape, dtype)
+        return term
+
+    def _lift(self, target: Any, args: tuple[Any, ...], shape: Shape | None, dtype: torch.dtype | None) -> Term:
         vectors = [t for t in _terms(args) if t.shape]
         if not vectors or any(t.shape != shape for t in vectors):
             return self._apply(target, args, shape, dtype)

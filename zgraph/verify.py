@@ -49,6 +49,8 @@ class Verifier:
         self._look: Look | None = None
         self._found: Meaning | None = None
         self._twins: dict[fx.Node, fx.Node] = {}
+        self._rules: tuple[Any, ...] | None = None  # given state, initial state and guards that were found right
+        self._returned: tuple[Any, ...] | None = None  # what is returned, and was found right
 
     def copy(self) -> Program:
         """A copy of the reference, to be rewritten: it means the same, so only what passes change is looked at."""
@@ -83,12 +85,14 @@ class Verifier:
         Raises:
             VerifyError: with the rule or the output, the node, the user's source line and the pass.
         """
-        look = Look(program, self._look)
+        look, self._look = Look(program, self._look), None  # what is refused now is looked at from nothing next time
         check_structure(program, after=after, look=look)
         self._check_facts(program, after)
         check = _Check(self._reference, program, self._terms, after)
-        check.inputs()
-        numbers = numbers_of(program)
+        rules = (dict(program.given), dict(program.init), tuple(program.guards))
+        if rules != self._rules or not look.same_inputs:
+            check.inputs()
+        numbers = self._numbers if look.same_inputs else numbers_of(program)
         if self._expected is None or numbers != self._numbers:
             expected = interpret(self._reference, self._terms, numbers, before=self._expected)
             self._wanted = check.outputs(self._reference, expected)
@@ -96,8 +100,12 @@ class Verifier:
         if self._twins:
             self._found = self._expected.of_copy(self._twins)
         found = interpret(program, self._terms, numbers, before=self._found, look=look)
-        check.meaning(self._wanted, self._expected, found)
+        check.draws(self._expected, found)
+        returned = (program.layout, program.mesh, list(program.outputs), found.results, self._expected)
+        if returned != self._returned:
+            check.results(self._wanted, self._expected, found)
         self._look, self._found, self._twins, self._layout = look, found, {}, program.layout
+        self._rules, self._returned = rules, returned
 
     def _check_facts(self, program: Program, after: str) -> None:
         """What no pass may touch is as it was: constants, and buckets once they exist."""
@@ -187,14 +195,17 @@ class _Check:
 
     # -- what comes out -------------------------------------------------------------------------------------
 
-    def meaning(self, wanted: Outputs, expected: Meaning, found: Meaning) -> None:
-        """Every output is the term that is wanted, and random numbers are drawn in the reference's order."""
+    def draws(self, expected: Meaning, found: Meaning) -> None:
+        """Random numbers are drawn in the reference's order."""
         draws = zip_longest(expected.draws.values(), found.draws.items(), fillvalue=None)
         for number, (mine, drawn) in enumerate(draws, 1):
             node, theirs = drawn or (None, None)
             if mine is not theirs:
                 draw = f"random draw number {number}"
                 raise changed(self.program, self.after, draw, (mine, None), (theirs, node), expected, found)
+
+    def results(self, wanted: Outputs, expected: Meaning, found: Meaning) -> None:
+        """Every output is the term that is wanted."""
         got = self.outputs(self.program, found)
         for what, (value, node) in got.items():
             before, source = wanted.get(what, (MISSING, None))
