@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 import zgraph
 
 ADAMW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
+
+_DECIMAL = re.compile(r"\d+\.\d+")
 
 Collectives = dict[str, dict[str, int]]
 """``{operation: {"count": how often, "bytes": payload, of gathers and scatters the whole side}}`` in one step."""
@@ -193,12 +196,12 @@ def parse_peer(text: str) -> Peer:
     peer = PEERS[name]
     if settings and not peer.has_options:
         raise ValueError(f"{name} takes no options, but {text!r} has {', '.join(settings)}")
-    options: dict[str, int | str] = {}
+    options: dict[str, float | str] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
             raise ValueError(f"{setting!r} in {text!r} is not option=value")
-        options[key] = int(value) if value.isdecimal() else value
+        options[key] = int(value) if value.isdecimal() else float(value) if _DECIMAL.fullmatch(value) else value
     return replace(peer, build=partial(peer.build, **options))
 
 

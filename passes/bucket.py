@@ -82,6 +82,8 @@ class _Updates:
         self.expression: dict[str, Hashable] = {}
         self.nodes: dict[str, list[fx.Node]] = {}
         self.shared: list[fx.Node] = []  # arithmetic on hyperparameters alone
+        self.sums = list(program.graph.find_nodes(op="call_function", target=ops.add_up))
+        self.behind_sums = _behind(program, self.sums)  # what is made of all gradients together, and of nothing else
         self.results: dict[str, dict[Input, Any]] = {}
         self._program = program
         self._terms: dict[Hashable, int] = {}
@@ -152,6 +154,9 @@ class _Updates:
             owned = what.role in (Role.PARAM, Role.OPT_STATE)
             self._set(node, key, what.name if owned else None)
             return True
+        if node in self.behind_sums:
+            self._set(node, ("shared", node), None)
+            return True
         if node.meta["origin"].phase is not Phase.UPDATE:
             self._vector.add(node)
             self._term[node] = self._terms.setdefault(("gradient",), len(self._terms))
@@ -220,6 +225,15 @@ class _Updates:
         )
 
 
+def _behind(program: Program, sums: list[fx.Node]) -> set[fx.Node]:
+    """Sums over all gradients and what follows from them alone, of which all parameters read the same."""
+    behind = set(sums)
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node.all_input_nodes and behind.issuperset(node.all_input_nodes):
+            behind.add(node)
+    return behind
+
+
 def _specs(program: Program, updates: _Updates) -> list[ParamSpec]:
     """All parameters in the order in which forward first reads them; unread ones last."""
     position = {node: i for i, node in enumerate(program.graph.nodes)}
@@ -249,6 +263,9 @@ class _Flattener:
             self.states.setdefault(name, {})[key] = node
         shared = set(updates.shared)
         self.first = next(n for n in program.graph.nodes if n.op == "call_function" and n not in shared)
+        behind = [node for node in program.graph.nodes if node in updates.behind_sums]
+        self.behind_sums = behind[-1] if behind else None
+        self.squares: dict[fx.Node, list[fx.Node]] = {node: [] for node in updates.sums}
         self.replaced = [node for node, what in program.placeholders() if what.role in (Role.PARAM, Role.OPT_STATE)]
 
     def run(self) -> None:
@@ -274,12 +291,16 @@ class _Flattener:
             )
             views |= self._view_segments(bucket, flat, returned)
             if bucket.trainable:
-                for what, result in self._update(bucket, flat, self._gradient(bucket), anchor).items():
+                gradient = self._gradient(bucket)
+                self._add_squares(bucket, gradient)
+                for what, result in self._update(bucket, flat, gradient, anchor).items():
                     outputs.append(what)
                     results.append(result)
                     start = program.init.get((bucket.segments[0].name, what.key))
                     if start is not None:
                         init[what.name, what.key] = start
+        for node, squares in self.squares.items():
+            node.args = (squares,)
         program.set_results([views.get(result, result) for result in results], outputs)
         program.init = init
         program.guards = self._guards()
@@ -363,6 +384,12 @@ class _Flattener:
         flat.meta["holds"] = FlatGradient(bucket.name)
         return flat
 
+    def _add_squares(self, bucket: Bucket, gradient: fx.Node) -> None:
+        """Where all gradients are summed up, have this bucket's in place of those of its parameters."""
+        for squares in self.squares.values():
+            origin = Origin(Phase.UPDATE, bucket.name, shallow(gradient).source)
+            squares.append(self.program.call(ops.square_sum, gradient, origin=origin, before=gradient.next))
+
     def _update(self, bucket: Bucket, flat: fx.Node, gradient: fx.Node, anchor: fx.Node) -> dict[Input, Any]:
         """Copy the update of the bucket's first parameter, on flat buffers, right after the flat gradient."""
         program = self.program
@@ -376,7 +403,7 @@ class _Flattener:
             if self.updates.is_vector(model.name, key):
                 val = program.empty([bucket.numel], val.dtype, val.device)
             copies[node] = program.placeholder(Input(Role.OPT_STATE, bucket.name, key), val, before=anchor)
-        before = gradient.next
+        before = self.behind_sums.next if self.behind_sums is not None else gradient.next
 
         def copied(arg: Any) -> Any:
             if isinstance(arg, fx.Node):

@@ -57,6 +57,8 @@ class ShardOptimizer(Pass):
     """Each rank keeps 1/N of the optimizer state, updates that slice of the parameters, and shares it.
 
     flat' = update(flat, g, m)    ->    flat' = wait(all_gather(update(shard(flat), shard(g), m_shard)))
+
+    A sum over all gradients becomes the sum over the ranks of what each finds in its slices.
     """
 
     mesh: Mesh
@@ -100,6 +102,16 @@ class ShardOptimizer(Pass):
             start = program.call(ops.all_gather, new, world, axis, origin=new.meta["origin"], before=nodes[-1].next)
             results[index] = program.call(ops.wait, start, origin=new.meta["origin"], before=start.next)
         program.set_results(results, outputs)
+        for share in program.graph.find_nodes(op="call_function", target=ops.add_up):
+            self._add_shares(program, share)
+
+    def _add_shares(self, program: Program, share: fx.Node) -> None:
+        """Let what reads this rank's share of a sum over all gradients read the whole sum."""
+        readers, origin = list(share.users), share.meta["origin"]
+        start = program.call(ops.all_reduce, share, "sum", self.mesh.axis, origin=origin, before=share.next)
+        whole = program.call(ops.wait, start, origin=origin, before=start.next)
+        for reader in readers:
+            reader.replace_input_with(share, whole)
 
 
 @dataclass(frozen=True)

@@ -132,3 +132,55 @@ def test_a_permutation_undone_is_none(first: list[int], second: list[int]) -> No
     twice = terms.permute(terms.permute(x, first), second)
     assert twice is terms.permute(x, [first[d] for d in second])
     assert terms.permute(terms.permute(x, first), [first.index(d) for d in range(3)]) is x
+
+
+# Sums of squares
+
+
+def test_a_sum_of_squares_is_the_same_whatever_the_way_of_adding_it_up() -> None:
+    terms = Terms()
+    w, b = tensors(terms, (2, 3), (4,))
+    zeros = terms.fill(0, (6,), F32)
+    flat = terms.cat([terms.reshape(w, (6,)), b, zeros])
+    whole = terms.add_squares([terms.square_sum(b), terms.square_sum(w)], 2)
+    assert whole is terms.square_sum(flat), "zeros add nothing"
+    assert whole is terms.square_sum(terms.cat([b, zeros, terms.reshape(terms.permute(w, (1, 0)), (6,))]))
+    halves = [terms.square_sum(terms.slice(flat, *ends)) for ends in ((0, 5), (5, 16))]
+    assert terms.add_squares(halves, 2) is whole
+    share = terms.square_sum(terms.shard(flat, (8,)))
+    assert share.varies
+    assert terms.sum(share, 2) is whole
+    assert show(whole) == "squares(x1, x0)"
+    assert show(share) == "share(x1, x0)"
+
+
+def test_a_sum_of_squares_has_every_element_once_and_no_padding() -> None:
+    terms = Terms()
+    w, b = tensors(terms, (2, 3), (4,))
+    padded = terms.flat([(w, 0, 6), (terms.padding, REPEATED, 2), (b, 0, 4), (terms.padding, REPEATED, 4)], F32)
+    once, both = terms.square_sum(w), terms.add_squares([terms.square_sum(w), terms.square_sum(b)], 2)
+    assert len({once, both, terms.add_squares([once, once], 2), terms.square_sum(padded)}) == 4
+
+
+def test_shares_of_a_sum_are_added_up_over_the_ranks_once_and_only_of_what_all_have() -> None:
+    terms = Terms()
+    (w,) = tensors(terms, (4,))
+    share, whole = terms.square_sum(terms.shard(w, (2,))), terms.square_sum(w)
+    assert terms.sum(share, 2) is whole
+    assert terms.mean(share) is not whole
+    assert terms.sum(terms.sum(share, 2), 2) is not whole, "it was the sum already"
+    assert terms.add_squares([share, whole], 2) is None, "a part of one and the whole of the other"
+    local = terms.input("g", (4,), F32, varies=True)
+    wrong = terms.sum(terms.square_sum(terms.shard(local, (2,))), 2)
+    assert wrong is not terms.square_sum(local), "each rank has a part of another vector"
+
+
+def test_a_repeated_value_is_counted_as_often_as_all_ranks_have_it() -> None:
+    terms = Terms()
+    (w,) = tensors(terms, (4,))
+    ones = terms.fill(1, (6,), F32)
+    part = terms.shard(ones, (3,))
+    assert terms.sum(terms.square_sum(part), 2) is terms.square_sum(ones)
+    shares = terms.add_squares([terms.square_sum(part), terms.square_sum(terms.shard(w, (2,)))], 2)
+    assert shares is not None
+    assert terms.sum(shares, 2) is terms.square_sum(terms.cat([w, ones]))

@@ -22,6 +22,8 @@ from torch.utils import _pytree as pytree
 
 from zgraph import ops
 from zgraph.attributes import ModuleAttributes, is_plain, is_same
+from zgraph.clipping import clip
+from zgraph.config import Config
 from zgraph.errors import CaptureError, OptimizerError, ZgraphError, first_line, quoted
 from zgraph.functional import make_functional, own_memory_by_place
 from zgraph.operands import check_operands
@@ -45,6 +47,7 @@ def capture(
     loss: LossFunction | None = None,
     state: StateSpec | None = None,
     device: torch.device | None = None,
+    config: Config | None = None,
 ) -> Program:
     """Capture one training step of ``model`` on a batch.
 
@@ -55,6 +58,7 @@ def capture(
         loss: ``loss(output, *args, **kwargs)``; by default the output itself or its ``.loss``.
         state: optimizer state that exists already.
         device: where ``meta`` parameters will live; the batch's device by default.
+        config: how gradients are clipped; the rest of it is for the passes.
 
     Raises:
         CaptureError: control flow or shapes depend on tensor values, the loss is not a scalar, ...
@@ -190,7 +194,9 @@ def capture(
                 fix="keep the shape and dtype of buffers, e.g. self.x = new.to(self.x.dtype)",
             )
     update = trace_update(optimizer, params, found["grads"], state or {}, device)
-    return _join(graph, results[0], grads, written, constants, update, mode, state or {})
+    program, gradients = _join(graph, results[0], grads, written, constants, update, mode, state or {})
+    clip(program, gradients, config or Config())
+    return program
 
 
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -399,8 +405,8 @@ def _join(
     update: Update,
     mode: FakeTensorMode,
     state: StateSpec,
-) -> Program:
-    """One graph: placeholders, forward and backward, update, output."""
+) -> tuple[Program, dict[str, fx.Node]]:
+    """One graph: placeholders, forward and backward, update, output; and the gradient of each parameter in it."""
     joined = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     by_input: dict[Input, fx.Node] = {}
@@ -459,7 +465,7 @@ def _join(
     for node in joined.nodes:  # the update was traced on contiguous gradients, and not all are
         if node.op == "call_function" and node.meta["origin"].phase is Phase.UPDATE and _is_tensor(node):
             node.meta["val"] = program.infer(node)
-    return program
+    return program, {name: copies[node] for name, node in update.gradients.items()}
 
 
 def _is_tensor(node: fx.Node) -> bool:

@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 
 from zgraph.agreement import CheckedComm
 from zgraph.capture import capture, check_optimizer
+from zgraph.clipping import GRADIENT_NORM, NUM_SKIPPED, report
 from zgraph.codegen.emit import emit
 from zgraph.collector import collect_garbage
 from zgraph.comm import Comm, default_backend, make_comm
@@ -116,7 +117,8 @@ class CompiledModule(nn.Module):
         Returns:
             ``param_bytes``, ``optimizer_state_bytes``, ``buffer_bytes``; ``collectives`` of the last step: operation
             -> ``count`` and ``bytes`` received or, for all_reduce, received and sent; ``num_nodes``,
-            ``num_captures``, ``capture_s``, ``passes_s``.
+            ``num_captures``, ``capture_s``, ``passes_s``; with ``clip_norm`` also ``gradient_norm`` of the last step,
+            before it was clipped, and ``num_skipped_steps`` since the model was compiled.
         """
         return self.__dict__["_zgraph"].stats()  # type: ignore[no-any-return]
 
@@ -187,6 +189,7 @@ class _Runtime:
     passes: tuple[Pass, ...] = ()
     cache: list[_Compiled] = field(default_factory=list)  # in order of last use
     _num_captures: int = 0
+    _num_skipped: int = 0
     _num_changes: Counter[str] = field(default_factory=Counter)
     _last: _Compiled | None = None
     _facts_seen: dict[str, str] = field(default_factory=dict)
@@ -248,6 +251,7 @@ class _Runtime:
             if compiled.executable.program.reads_all_state():  # what created its state reads it from now on
                 compiled.keys.add(self.facts.key)
         self._facts_seen = facts
+        self._warn_if_skipped()
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # as after optimizer.step(), for schedulers
         return loss
 
@@ -276,6 +280,7 @@ class _Runtime:
                 loss=self.loss,
                 state=state_spec(self.model, self.state.state_forms()),
                 device=self._device(),
+                config=self.config,
             )
             collect_garbage(program.graph)
             capture_s = time.perf_counter() - start
@@ -326,6 +331,16 @@ class _Runtime:
                     NUM_KEPT_STEPS,
                 )
 
+    def _warn_if_skipped(self) -> None:
+        """Say that the last step was skipped, where the CPU knows without waiting for a device."""
+        count = self.state.recipe.get(NUM_SKIPPED.name)
+        if count is not None and count.device.type == "cpu" and int(count) > self._num_skipped:
+            self._num_skipped = int(count)
+            norm = self.state.recipe[GRADIENT_NORM.name].item()
+            log.warning(
+                "zgraph: a step was skipped, since its gradient norm is %s (%d so far)", norm, self._num_skipped
+            )
+
     def _guarded_values(self, hypers: dict[str, float]) -> dict[Input, float]:
         values = {Input(Role.HYPER, path): value for path, value in hypers.items()}
         for bucket, entries in self.state.opt.items():
@@ -370,6 +385,7 @@ class _Runtime:
             "num_captures": self._num_captures,
             "capture_s": last.capture_s,
             "passes_s": sum(record.time_s + record.verify_s for record in last.records),
+            **report(self.state.recipe),
         }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from dataclasses import dataclass, fields
 from typing import Any
@@ -40,6 +41,11 @@ class Config:
         bucket_bytes: parameters that are used near each other share one flat buffer of about this many
             bytes, and travel together. A parameter larger than this has a bucket of its own.
         prefetch: how many buckets ahead of their first use parameters are gathered (ZeRO-3).
+        clip_norm: scale all gradients down by one factor where the norm of all of them together is larger than this
+            (``torch.nn.utils.clip_grad_norm_``); None does not. A step whose norm is infinite or NaN changes nothing
+            on any rank, and is counted.
+        clip_value: move each element of a gradient to the nearest number between ``-clip_value`` and ``clip_value``
+            (``torch.nn.utils.clip_grad_value_``); None does not.
         check_collectives: before each collective of a step all ranks compare which one they are about to start, and
             stop with both names if they differ. For finding out why ranks part: it makes steps slower.
     """
@@ -47,6 +53,8 @@ class Config:
     zero: int = 3
     bucket_bytes: int = 16 * 2**20
     prefetch: int = 1
+    clip_norm: float | None = None
+    clip_value: float | None = None
     check_collectives: bool = False
 
     @classmethod
@@ -72,6 +80,18 @@ class Config:
             value = getattr(config, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise OptionError(f"{name}={value!r} is out of range", fix=f"give an integer from {low} to {high}")
+        for name in ("clip_norm", "clip_value"):
+            value = getattr(config, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise OptionError(
+                    f"{name}={value!r} is not a positive number", fix="give a number such as 1.0, or None"
+                )
+        if config.clip_norm is not None and config.clip_value is not None:
+            raise OptionError(
+                "clip_norm and clip_value are both given", fix="choose one: clipping twice is not what either says"
+            )
         if not isinstance(config.check_collectives, bool):
             raise OptionError(f"check_collectives={config.check_collectives!r} is not a bool", fix="give True or False")
         return config

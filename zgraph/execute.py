@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 
+from zgraph.clipping import NUM_SKIPPED
 from zgraph.codegen.emit import Step
 from zgraph.comm import Comm
 from zgraph.program import Input, Program, Role, StateInit
@@ -37,7 +38,9 @@ class Executable:
             # a gradient, so autograd records nothing.
             with torch.enable_grad():
                 loss, *new = self.step.function(inputs, self._comm)
-            for what, value in zip(self.program.outputs[1:], new, strict=True):
+            results = dict(zip(self.program.outputs[1:], new, strict=True))
+            count = self._state.recipe.get(NUM_SKIPPED.name)
+            for what, value in without_unmade(self._values, count, results).items():
                 assert what is not None
                 self._store(what, value)
         assert isinstance(loss, torch.Tensor)
@@ -58,6 +61,8 @@ class Executable:
             return batch[int(what.name)].detach()
         if what.role is Role.HYPER:
             return hypers[what.name]
+        if what.role is Role.RECIPE:
+            return self._state.recipe.setdefault(what.name, initial_count(self._values[what]))
         return self.program.constants[what.name]
 
     def _store(self, what: Input, value: Any) -> None:
@@ -72,6 +77,8 @@ class Executable:
             _copy(self._state.params[what.name], value)
         elif what.role is Role.BUFFER:
             _copy(self._state.buffer(what.name), value)
+        elif what.role is Role.RECIPE:
+            self._state.recipe[what.name] = value
         else:
             _copy(self.program.constants[what.name], value)
 
@@ -92,6 +99,26 @@ def initial_state(
     if start.dtype is None:
         return start.fill
     return torch.full(val.shape, start.fill, dtype=val.dtype, device=val.device)
+
+
+def without_unmade(
+    given: Collection[Input | None], num_skipped: Any, results: dict[Input | None, Any]
+) -> dict[Input | None, Any]:
+    """The results but for state that the step would have created, had it not been skipped: a later one creates it.
+
+    Args:
+        given: the step's inputs.
+        num_skipped: before the step.
+    """
+    made = {what for what in results if what is not None and what.role is Role.OPT_STATE and what not in given}
+    if not made or NUM_SKIPPED not in results or int(results[NUM_SKIPPED]) == int(num_skipped):
+        return results
+    return {what: value for what, value in results.items() if what not in made}
+
+
+def initial_count(val: Any) -> torch.Tensor:
+    """What a RECIPE input of this shape, dtype and device starts from."""
+    return torch.zeros(val.shape, dtype=val.dtype, device=val.device)
 
 
 def _copy(target: torch.Tensor, value: torch.Tensor) -> None:

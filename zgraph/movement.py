@@ -167,6 +167,14 @@ def _over_ranks(call: Call) -> Term:
     return call.terms.mean(x) if operation == "avg" else call.terms.sum(x, call.world)
 
 
+def _square_sum(call: Call) -> Value:
+    return call.terms.square_sum(call.args[0])
+
+
+def _add_up(call: Call) -> Value | None:
+    return call.terms.add_squares(call.args[0], call.world)
+
+
 def _wait(call: Call) -> Value:
     return call.args[0].arrives
 
@@ -246,5 +254,7 @@ RULES: dict[Any, Rule] = {
     ops.all_gather_into: _all_gather,
     ops.all_reduce: _all_reduce,
     ops.reduce_scatter: _reduce_scatter,
+    ops.square_sum: _square_sum,
+    ops.add_up: _add_up,
     ops.wait: _wait,
 }  # fmt: skip

@@ -3,7 +3,7 @@
 Collectives are torch's functional ones (``_c10d_functional``): a start returns a value that may not be read until its
 ``wait_tensor``. Groups are named by mesh axis; the runtime binds the name to a process group. ``zgraph::shard`` is the
 slice of a flat buffer that this rank owns: the one operator whose meaning depends on the rank, so that the program
-text is the same on all.
+text is the same on all. ``zgraph::square_sum`` and ``zgraph::add_up`` make a norm of tensors that lie in parts.
 """
 
 from __future__ import annotations
@@ -22,15 +22,39 @@ c10d = torch.ops._c10d_functional
 
 _library = torch.library.Library("zgraph", "DEF")  # type: ignore[no-untyped-call]
 _library.define("shard(Tensor(a) x, int world, str axis) -> Tensor(a)")  # type: ignore[no-untyped-call]
+_library.define("square_sum(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("add_up(Tensor[] xs) -> Tensor")  # type: ignore[no-untyped-call]
 
 
 def _shard_shape(x: torch.Tensor, world: int, axis: str) -> torch.Tensor:  # noqa: ARG001 -- the operator's schema
     return x[: x.shape[0] // world]
 
 
+_ROW = 4096
+
+
+def _square_sum(x: torch.Tensor) -> torch.Tensor:
+    """Row by row in the dtype of ``x``, float32 at least; what the rows give is added in float64."""
+    flat, dtype = x.reshape(-1), torch.promote_types(x.dtype, torch.float32)
+    whole = len(flat) // _ROW * _ROW
+    rows = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1, dtype=dtype)
+    norms = torch.cat([rows, torch.linalg.vector_norm(flat[whole:], dtype=dtype).view(1)])
+    return norms.double().square().sum()
+
+
+def _add_up(xs: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(xs).sum()
+
+
 _library.impl("shard", _shard_shape, "Meta")  # type: ignore[no-untyped-call]
+_library.impl("square_sum", _square_sum, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_library.impl("add_up", _add_up, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 shard = torch.ops.zgraph.shard.default
+square_sum = torch.ops.zgraph.square_sum.default
+"""The sum of the squares of all elements of a tensor: a 0-dim float64."""
+add_up = torch.ops.zgraph.add_up.default
+"""The sum of 0-dim tensors of one dtype."""
 all_gather = c10d.all_gather_into_tensor.default
 all_reduce = c10d.all_reduce.default
 all_gather_into = c10d.all_gather_into_tensor_out.default

@@ -47,7 +47,7 @@ class Phase(enum.Enum):
 
 
 class Role(enum.Enum):
-    """What a placeholder stands for."""
+    """What a placeholder stands for. RECIPE is state of the step as a whole, such as how often it was skipped."""
 
     __hash__ = object.__hash__  # Enum's own takes longer than all else that looking up an Input does
 
@@ -57,6 +57,7 @@ class Role(enum.Enum):
     CONSTANT = "constant"
     BATCH = "batch"
     HYPER = "hyper"
+    RECIPE = "recipe"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Input:
 
     Attributes:
         role: what kind of value it is.
-        name: parameter, buffer or bucket name; batch leaf path; hyperparameter path (``group0.lr``).
+        name: parameter, buffer or bucket name; batch leaf path; hyperparameter path (``group0.lr``); what is counted.
         key: the optimizer-state key (``exp_avg``) for OPT_STATE, else empty.
     """
 

@@ -17,10 +17,11 @@ from torch.utils import _pytree as pytree
 
 from zgraph.agreement import Agreement
 from zgraph.capture import capture
+from zgraph.clipping import NUM_SKIPPED, report
 from zgraph.compiler import check_arguments
 from zgraph.config import Config
 from zgraph.errors import OptimizerError, OptionError, RankError, StateError, ZgraphError
-from zgraph.execute import initial_state
+from zgraph.execute import initial_count, initial_state, without_unmade
 from zgraph.facts import Facts, fact_of, hold, state_spec
 from zgraph.generators import RandomStream
 from zgraph.layout import Layout
@@ -205,6 +206,10 @@ class SimulatedRanks:
                 found.setdefault(what.name, {})[what.key] = _copy(value)
         return found
 
+    def stats(self) -> dict[str, Any]:
+        """With ``clip_norm``, ``gradient_norm`` and ``num_skipped_steps``, as of a compiled model."""
+        return report({what.name: v for what, v in self._values[0].items() if what and what.role is Role.RECIPE})
+
     # -- a step -----------------------------------------------------------------------------------------------
 
     def _calls(
@@ -251,7 +256,7 @@ class SimulatedRanks:
 
     def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any], forms: Forms) -> Program:
         spec = state_spec(self._model, forms)
-        program = capture(self._model, self._optimizer, args, kwargs, loss=self._loss, state=spec)
+        program = capture(self._model, self._optimizer, args, kwargs, loss=self._loss, state=spec, config=self._config)
         passes = default_passes(self._config, Mesh(self.world_size), self.layout, own=self._passes)
         program = run(passes, program).program
         forget(program.graph)
@@ -271,6 +276,8 @@ class SimulatedRanks:
                 inputs[what] = self._constant(program, what)[rank]
             elif what in mine:
                 inputs[what] = mine[what]
+            elif what.role is Role.RECIPE:
+                inputs[what] = initial_count(node.meta["val"])
             else:
                 param = mine[Input(Role.PARAM, what.name)]
                 assert isinstance(param, torch.Tensor)
@@ -289,7 +296,8 @@ class SimulatedRanks:
     def _store(self, program: Program, inputs: list[Values], results: list[Values]) -> None:
         for rank, mine in enumerate(self._values):
             mine.update({w: value for w, value in inputs[rank].items() if w is not None and w.role is Role.OPT_STATE})
-            for what, value in results[rank].items():
+            count = inputs[rank].get(NUM_SKIPPED)
+            for what, value in without_unmade(inputs[rank], count, results[rank]).items():
                 if what is None:
                     continue
                 if what.role is Role.CONSTANT:

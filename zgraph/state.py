@@ -39,6 +39,7 @@ class TrainingState:
     Attributes:
         layout: the buckets; None before the first ``commit``.
         params: bucket name -> this rank's flat parameters.
+        recipe: what the steps count and report, by name; the same on all ranks.
         agreement: of the ranks.
     """
 
@@ -48,6 +49,7 @@ class TrainingState:
         self.model, self.optimizer, self.group = model, optimizer, group
         self.layout: Layout | None = None
         self.params: dict[str, torch.Tensor] = {}
+        self.recipe: dict[str, torch.Tensor] = {}
         self.agreement = Agreement(group)
         self._optimizer_state = OptimizerState(optimizer, group, self.agreement)
         self._placed: dict[str, nn.Parameter] = {}

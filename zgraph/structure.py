@@ -214,7 +214,7 @@ def _check_results(program: Program, after: str) -> None:
         donated.add(what)
         if what is None:
             continue
-        if what.role not in (Role.PARAM, Role.OPT_STATE, Role.BUFFER, Role.CONSTANT):
+        if what.role not in (Role.PARAM, Role.OPT_STATE, Role.BUFFER, Role.CONSTANT, Role.RECIPE):
             raise _misfit(after, result, f"a result is the new value of {what}, which is not state")
         if what not in inputs:
             continue  # state that this step creates

@@ -10,9 +10,13 @@ collective and back:
     Permute     other order of dimensions                     t, transpose
     Shard       this rank's 1/N of a vector                   zgraph::shard, reduce_scatter
     Mean, Sum   over the ranks                                all_reduce, reduce_scatter
+    Squares     the sum of the squares of all elements        zgraph::square_sum, add_up
 
 An elementwise operator on such a vector is the vector of the operator on its pieces. Padding stays padding under
 elementwise operators; anything else that reads it makes a term that no captured step has.
+
+A sum of squares is a set of pieces, in whatever order they are added; zeros add nothing. Of a shard it is this rank's
+share, and the sum of the shares over the ranks is that of the whole vector.
 """
 
 from __future__ import annotations
@@ -49,6 +53,8 @@ class Form(enum.Enum):
     SHARD = "shard"
     MEAN = "mean"
     SUM = "sum"
+    SQUARES = "squares"
+    SHARE = "share"
     GATHER = "gather"
 
 
@@ -113,6 +119,7 @@ class Terms:
     def __init__(self, axioms: Iterable[Axiom] = ()) -> None:
         self._table: dict[Any, Term] = {}
         self._lifted_before: dict[Any, Term] = {}
+        self._numbers: dict[Term, int] = {}  # of bases in sums of squares, in the order in which they were met
         self._axioms: dict[Any, list[EqualTo]] = {}
         for axiom in axioms:
             self._axioms.setdefault(axiom.target, []).append(axiom.equal)
@@ -341,7 +348,8 @@ class Terms:
 
     def sum(self, x: Term, world: int) -> Term:
         """Elementwise sum over all ``world`` ranks; divided by their number it is the mean."""
-        return self._over_ranks(Form.SUM, x, world)
+        share = self._share(x, world)
+        return self._over_ranks(Form.SUM, x, world) if share is None else self._squares(Form.SQUARES, share.args)
 
     def _over_ranks(self, form: Form, x: Term, world: int | None) -> Term:
         if x.target is Form.RESHAPE:
@@ -350,12 +358,62 @@ class Terms:
             return self.permute(self._over_ranks(form, x.args[0], world), x.args[1])
         if x.target is Form.SPLAT:
             return self.splat(self._over_ranks(form, x.args[0], world), x.args[1])
-        if x.target is Form.PADDING:
+        if x.target is Form.PADDING or _is_zero(x):
             return x
         if x.target is Form.FLAT:
             return self.flat([(self._over_ranks(form, b, world), o, n) for b, o, n in x.args], x.dtype)
         args = (x,) if world is None else (x, world)
         return self.make(form, args, x.shape, x.dtype, varies=x.target is Form.SHARD)
+
+    # -- sums of squares ------------------------------------------------------------------------------------
+
+    def square_sum(self, x: Term) -> Term:
+        """The sum of the squares of all elements; of a shard, this rank's share of it."""
+        assert x.shape is not None
+        flat = self.reshape(x, (x.numel,))
+        if flat.target is Form.SHARD:
+            return self._squares(Form.SHARE, self.pieces(flat.args[0]))
+        return self._squares(Form.SQUARES, self.pieces(flat))
+
+    def add_squares(self, xs: Sequence[Term], world: int) -> Term | None:
+        """The sum of sums of squares, all of them shares or none; None if they cannot be added."""
+        if all(x.target is Form.SQUARES for x in xs):
+            return self._squares(Form.SQUARES, (piece for x in xs for piece in x.args))
+        shares = [share for x in xs if (share := self._share(x, world)) is not None]
+        if len(shares) < len(xs):
+            return None
+        return self._squares(Form.SHARE, (piece for share in shares for piece in share.args))
+
+    def _share(self, x: Term, world: int) -> Term | None:
+        """``x`` as a rank's share; also where all ranks add up as many elements that are all alike.
+
+        None if it is none, or the share of vectors of which each rank has another one.
+        """
+        if x.target not in (Form.SHARE, Form.SQUARES) or any(base.varies for base, _, _ in x.args):
+            return None
+        if x.target is Form.SHARE:
+            return x
+        if any(offset != REPEATED for _, offset, _ in x.args):
+            return None
+        return self._squares(Form.SHARE, ((base, offset, length * world) for base, offset, length in x.args))
+
+    def _squares(self, form: Form, pieces: Iterable[Piece]) -> Term:
+        """The sum over ``pieces``, in normal form: sorted, neighbours joined, without zeros."""
+        merged: list[Piece] = []
+        for base, offset, length in self._sorted(p for p in pieces if p[2] and not _is_zero(p[0])):
+            if merged:
+                before, start, size = merged[-1]
+                if before is base and (offset == start + size if offset != REPEATED else start == REPEATED):
+                    merged[-1] = (base, start, size + length)
+                    continue
+            merged.append((base, offset, length))
+        args = self._sorted((_in_any_order(base, length), offset, length) for base, offset, length in merged)
+        return self.make(form, tuple(args), (), torch.float64, varies=True if form is Form.SHARE else None)
+
+    def _sorted(self, pieces: Iterable[Piece]) -> list[Piece]:
+        """Pieces in an order that depends only on what they are."""
+        number = self._numbers
+        return sorted(pieces, key=lambda piece: (number.setdefault(piece[0], len(number)), *piece[1:]))
 
     def _move(self, form: Form, x: Term, how: Any, shape: Shape) -> Term:
         return self.make(form, (x, how), shape, x.dtype, varies=x.varies)
@@ -363,6 +421,17 @@ class Terms:
 
 _MADE_OF_PARTS = frozenset({Form.FLAT, Form.SPLAT, Form.SHARD})
 _DIVISIONS = frozenset({torch.ops.aten.div.Tensor, torch.ops.aten.div.Scalar})
+
+
+def _is_zero(x: Term) -> bool:
+    return x.target is Form.FILL and x.args[0] in (0, literal(0.0))
+
+
+def _in_any_order(base: Term, length: int) -> Term:
+    """A tensor with the same elements, if all of them are meant."""
+    while base.target in (Form.RESHAPE, Form.PERMUTE) and length == base.numel:
+        base = base.args[0]
+    return base
 
 
 def _promoted(operands: Iterable[Term]) -> torch.dtype | None:
@@ -438,6 +507,8 @@ def show(term: Any, depth: int = 4) -> str:
         return "[" + ", ".join(_show_piece(piece, depth) for piece in term.args) + "]"
     if term.target is Form.FILL:
         return show(term.args[0], depth)
+    if term.target in (Form.SQUARES, Form.SHARE):
+        return f"{term.target.value}({', '.join(_show_piece(piece, depth) for piece in term.args)})"
     if isinstance(term.target, Form):
         args = ", ".join(show(arg, depth - 1) for arg in term.args)
         return f"{term.target.value}({args})"

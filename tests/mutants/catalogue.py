@@ -199,6 +199,32 @@ EDITS = [
         'elif _is_tensor(new) and new.meta.get("input") != replace(what, name=bucket.name):',
         "elif False:",
     ),
+    # Norms
+    Edit("a norm leaves out a bucket", "bucket", "node.args = (squares,)", "node.args = (squares[1:] or squares,)"),
+    Edit("a norm counts a bucket twice", "bucket", "node.args = (squares,)", "node.args = (squares + squares[:1],)"),
+    Edit(
+        "a norm is that of parameters and their padding",
+        "bucket",
+        "self._add_squares(bucket, gradient)",
+        "self._add_squares(bucket, flat)",
+    ),
+    Edit(
+        "a norm is that of local gradients",
+        "shard",
+        'if reader.op == "call_function" and reader.meta["origin"].phase is Phase.UPDATE:\n'
+        "                reader.replace_input_with(value, mean)",
+        "if reader.target is not ops.square_sum and reader.op == 'call_function' "
+        'and reader.meta["origin"].phase is Phase.UPDATE:\n'
+        "                reader.replace_input_with(value, mean)",
+    ),
+    Edit(
+        "each rank clips by the norm of its own slices",
+        "shard",
+        "            self._add_shares(program, share)\n",
+        "            pass\n",
+        Refusal.DIVISION,
+    ),
+    Edit("shares of a norm are averaged", "shard", 'ops.all_reduce, share, "sum"', 'ops.all_reduce, share, "avg"'),
     # Tidying
     Edit(
         "a random operator that nothing reads is dropped",
@@ -436,6 +462,39 @@ class StepPerMicroBatch(Pass):
                 node.target, *args, origin=node.meta["origin"], before=program.output_node, **kwargs
             )
         program.set_results([copies.get(r, r) for r in results], outputs)
+
+
+@dataclass(frozen=True)
+class MoveStateOfSkippedSteps(Pass):
+    """Skip only what changes parameters where gradients are not finite."""
+
+    takes = gives = Stage.CAPTURED
+
+    def rewrite(self, program: Program) -> None:
+        results = program.results()
+        for i, what in enumerate(program.outputs):
+            if what is not None and what.role is Role.OPT_STATE and results[i].target is aten.where.self:
+                results[i] = operand(results[i], 1)
+        program.set_results(results, program.outputs)
+
+
+@dataclass(frozen=True)
+class AddUpWhatAllHave(Pass):
+    """Add up over the ranks a norm that each of them has whole."""
+
+    takes = gives = Stage.SHARDED
+
+    def rewrite(self, program: Program) -> None:
+        total = _first(program, lambda n: n.target is ops.add_up)
+        if total is None or total.meta["origin"].made_by == self.name or program.mesh.size == 1:
+            return
+        assert program.layout is not None
+        if not program.layout.shard_state:
+            readers, origin = list(total.users), total.meta["origin"]
+            start = program.call(ops.all_reduce, total, "sum", program.mesh.axis, origin=origin, before=total.next)
+            whole = program.call(ops.wait, start, origin=origin, before=start.next)
+            for reader in readers:
+                reader.replace_input_with(total, whole)
 
 
 @dataclass(frozen=True)
@@ -701,6 +760,8 @@ class AverageEachReadOfTiedWeights(Pass):
 EXTRAS = [
     Extra("the optimizer steps once per micro-batch", StepPerMicroBatch()),
     Extra("each read of a tied weight is averaged, and their sum again", AverageEachReadOfTiedWeights()),
+    Extra("a skipped step moves optimizer state", MoveStateOfSkippedSteps()),
+    Extra("a norm that all ranks have is added up over them", AddUpWhatAllHave()),
     Extra("dropout is drawn again for backward", RecomputeDropout(), Refusal.DRAWS),
     Extra("masks are drawn in the other order", SwapDraws(), Refusal.DRAWS),
     Extra("padding leaks into a norm", NormOfBuckets()),

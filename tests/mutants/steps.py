@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tests.programs import Builder, param, two_layers
+from tests.programs import Builder, clipped, param, two_layers
 from tests.recipes import Param, Recipe, Rule, build
 from zgraph.program import Guard, Input, Phase, Program, Role, StateInit
 
@@ -86,4 +86,6 @@ def steps() -> dict[str, Program]:
         "the first step": many_parameters(first=True),
         "different step counts": with_numbers(),
         "tied weights": tied_and_tidied(),
+        "a clipped norm": clipped(two_layers(), 0.1),
+        "a clipped norm of many parameters": clipped(many_parameters(), 0.1),
     }
