@@ -6,7 +6,7 @@ the same hyperparameters. Nothing is known about particular optimizers.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,20 @@ from zgraph.errors import OptimizerError, quoted
 from zgraph.layout import Bucket, Layout, ParamSpec, make_buckets
 from zgraph.passes.tidy import remove_dead
 from zgraph.pipeline import Pass
-from zgraph.program import FlatGradient, Guard, Input, Origin, Phase, Program, Role, Stage, StateInit, target_name
+from zgraph.program import (
+    OF_PARAMETERS,
+    FlatGradient,
+    Guard,
+    Input,
+    Origin,
+    Phase,
+    Program,
+    Role,
+    Stage,
+    StateInit,
+    operand,
+    target_name,
+)
 
 aten = torch.ops.aten
 
@@ -83,7 +96,10 @@ class _Updates:
         self.nodes: dict[str, list[fx.Node]] = {}
         self.shared: list[fx.Node] = []  # arithmetic on hyperparameters alone
         self.sums = list(program.graph.find_nodes(op="call_function", target=ops.add_up))
-        self.behind_sums = _behind(program, self.sums)  # what is made of all gradients together, and of nothing else
+        self.of_all = _of_all(program)
+        self.squared = {
+            square.meta["origin"].module: operand(square) for total in self.sums for square in total.all_input_nodes
+        }  # what of each parameter the squares are added up of
         self.results: dict[str, dict[Input, Any]] = {}
         self._program = program
         self._terms: dict[Hashable, int] = {}
@@ -92,20 +108,22 @@ class _Updates:
         self._vector: set[fx.Node] = set()
         self._is_vector: dict[str, bool] = {}  # by state key, as parameters that are not 0-dim show
         for what, result in zip(program.outputs, program.results(), strict=True):
-            if what is not None and what.role in (Role.PARAM, Role.OPT_STATE):
+            if what is not None and what.role in OF_PARAMETERS:
                 self.results.setdefault(what.name, {})[what] = result
         inputs = {what: node for node, what in program.placeholders()}
         position = {node: i for i, node in enumerate(program.graph.nodes)}
         for name, results in self.results.items():
             self.nodes[name] = []
             shape = inputs[Input(Role.PARAM, name)].meta["val"].shape
-            keys = []
+            keys: list[Hashable] = []
             for what, result in sorted(results.items(), key=lambda item: str(item[0])):
                 if shape and what.role is Role.OPT_STATE:
                     val = result.meta["val"] if isinstance(result, fx.Node) else result
                     self._is_vector[what.key] = isinstance(val, torch.Tensor) and val.dim() > 0
                 start = program.init.get((name, what.key))
                 keys.append((what.role, what.key, self._visit(result, name, shape), start))
+            if name in self.squared:
+                keys.append((None, "", self._visit(self.squared[name], name, shape), None))
             self.nodes[name].sort(key=position.__getitem__)
             if name not in self.gradient:
                 raise OptimizerError(
@@ -146,15 +164,18 @@ class _Updates:
                 key = ("state", what.key)
                 if isinstance(node.meta["val"], torch.Tensor) and node.meta["val"].dim() > 0:
                     self._vector.add(node)
+            elif what.role is Role.GRADIENT:
+                key = ("earlier gradients",)
+                self._vector.add(node)
             elif what.role is Role.CONSTANT:
                 value = self._program.constants[what.name]
                 key = ("constant", str(value.dtype), tuple(value.shape), tuple(value.flatten().tolist()))
             else:
                 key = ("input", what)
-            owned = what.role in (Role.PARAM, Role.OPT_STATE)
+            owned = what.role in OF_PARAMETERS
             self._set(node, key, what.name if owned else None)
             return True
-        if node in self.behind_sums:
+        if node in self.of_all:
             self._set(node, ("shared", node), None)
             return True
         if node.meta["origin"].phase is not Phase.UPDATE:
@@ -205,15 +226,17 @@ class _Updates:
         self._term[node] = self._terms.setdefault(key, len(self._terms))
         self._owner[node] = owner
 
-    def is_vector(self, name: str, key: str) -> bool:
+    def is_vector(self, what: Input) -> bool:
         """Whether a state entry has one element per element of its parameter, rather than one in all.
 
         Its shape tells, except for the state of a 0-dim parameter: there the other parameters' tells, and if there
         are none, it is what the gradient flows into.
         """
-        if key in self._is_vector:
-            return self._is_vector[key]
-        result = self.results[name][Input(Role.OPT_STATE, name, key)]
+        if what.role is Role.GRADIENT:
+            return True
+        if what.key in self._is_vector:
+            return self._is_vector[what.key]
+        result = self.results[what.name][what]
         return isinstance(result, fx.Node) and result in self._vector
 
     def _coupled(self, node: fx.Node, name: str) -> OptimizerError:
@@ -225,13 +248,22 @@ class _Updates:
         )
 
 
-def _behind(program: Program, sums: list[fx.Node]) -> set[fx.Node]:
-    """Sums over all gradients and what follows from them alone, of which all parameters read the same."""
-    behind = set(sums)
+def _of_all(program: Program) -> dict[fx.Node, bool]:
+    """What all parameters' updates read alike: sums over all gradients, state of the step, and what follows from them.
+
+    In order, with whether it is known only when backward is done. None of it is any parameter's own.
+    """
+    found: dict[fx.Node, bool] = {}
     for node in program.graph.nodes:
-        if node.op == "call_function" and node.all_input_nodes and behind.issuperset(node.all_input_nodes):
-            behind.add(node)
-    return behind
+        if node.op == "call_function" and node.meta["origin"].phase is Phase.UPDATE:
+            others = [source for source in node.all_input_nodes if source not in found]
+            roles = {source.meta["input"].role for source in others if source.op == "placeholder"}
+            begins = node.target is ops.add_up or Role.RECIPE in roles
+            follows = len(others) < len(node.all_input_nodes) and all(source.op == "placeholder" for source in others)
+            if begins or (follows and roles <= {Role.HYPER, Role.CONSTANT}):
+                early = all(source.op == "placeholder" or _phase(source) is Phase.FORWARD for source in others)
+                found[node] = not early or any(found.get(source, False) for source in node.all_input_nodes)
+    return found
 
 
 def _specs(program: Program, updates: _Updates) -> list[ParamSpec]:
@@ -258,22 +290,22 @@ class _Flattener:
         self.program, self.updates, self.layout = program, updates, layout
         self.position = {node: i for i, node in enumerate(program.graph.nodes)}
         self.params = program.inputs(Role.PARAM)
-        self.states: dict[str, dict[str, fx.Node]] = {}
-        for (name, key), node in program.inputs(Role.OPT_STATE).items():
-            self.states.setdefault(name, {})[key] = node
+        self.states: dict[str, dict[Input, fx.Node]] = {}
+        for node, what in program.placeholders():
+            if what.role in (Role.OPT_STATE, Role.GRADIENT):
+                self.states.setdefault(what.name, {})[what] = node
         shared = set(updates.shared)
         self.first = next(n for n in program.graph.nodes if n.op == "call_function" and n not in shared)
-        behind = [node for node in program.graph.nodes if node in updates.behind_sums]
-        self.behind_sums = behind[-1] if behind else None
+        self.last_of_all = next((node for node in reversed(updates.of_all) if updates.of_all[node]), None)
         self.squares: dict[fx.Node, list[fx.Node]] = {node: [] for node in updates.sums}
-        self.replaced = [node for node, what in program.placeholders() if what.role in (Role.PARAM, Role.OPT_STATE)]
+        self.replaced = [node for node, what in program.placeholders() if what.role in OF_PARAMETERS]
 
     def run(self) -> None:
         program = self.program
         outputs: list[Input | None] = []
         results: list[Any] = []
         for what, result in zip(program.outputs, program.results(), strict=True):
-            if what is None or what.role not in (Role.PARAM, Role.OPT_STATE):
+            if what is None or what.role not in OF_PARAMETERS:
                 outputs.append(what)
                 results.append(result)
         returned = {result for result in results if isinstance(result, fx.Node)}
@@ -283,6 +315,7 @@ class _Flattener:
         for node in self.updates.shared:
             node.meta["origin"] = replace(node.meta["origin"], module="")
             self.first.prepend(node)
+        self._know_early()
         for bucket in self.layout.buckets:
             flat = program.placeholder(
                 Input(Role.PARAM, bucket.name),
@@ -291,9 +324,7 @@ class _Flattener:
             )
             views |= self._view_segments(bucket, flat, returned)
             if bucket.trainable:
-                gradient = self._gradient(bucket)
-                self._add_squares(bucket, gradient)
-                for what, result in self._update(bucket, flat, gradient, anchor).items():
+                for what, result in self._update(bucket, flat, self._gradient(bucket), anchor).items():
                     outputs.append(what)
                     results.append(result)
                     start = program.init.get((bucket.segments[0].name, what.key))
@@ -311,6 +342,18 @@ class _Flattener:
             if not node.users and what.role in (Role.CONSTANT, Role.HYPER):
                 program.graph.erase_node(node)
                 program.constants.pop(what.name, None)
+
+    def _know_early(self) -> None:
+        """Have what updates read of the step as a whole when backward begins, where it can be known by then."""
+        backward = next(n for n in self.program.graph.nodes if n.op == "call_function" and _phase(n) is Phase.BACKWARD)
+        of_all = self.updates.of_all
+        needed = {source for nodes in self.updates.nodes.values() for node in nodes for source in node.all_input_nodes}
+        for node in reversed(of_all):
+            if node in needed:
+                needed.update(node.all_input_nodes)
+        for node, is_late in of_all.items():
+            if node in needed and not is_late:
+                backward.prepend(node)
 
     def _guards(self) -> tuple[Guard, ...]:
         """The conditions on the buckets' state, each once."""
@@ -384,11 +427,22 @@ class _Flattener:
         flat.meta["holds"] = FlatGradient(bucket.name)
         return flat
 
-    def _add_squares(self, bucket: Bucket, gradient: fx.Node) -> None:
-        """Where all gradients are summed up, have this bucket's in place of those of its parameters."""
-        for squares in self.squares.values():
-            origin = Origin(Phase.UPDATE, bucket.name, shallow(gradient).source)
-            squares.append(self.program.call(ops.square_sum, gradient, origin=origin, before=gradient.next))
+    def _late(self, nodes: Sequence[fx.Node], squared: fx.Node | None) -> dict[fx.Node, None]:
+        """Those of an update's nodes that come when all gradients are there: what reads something of all of them.
+
+        Where squares are added up, everything but what they are of: it would take memory until then.
+        """
+        if squared is not None:
+            needed = {squared}
+            for node in reversed(nodes):
+                if node in needed:
+                    needed.update(node.all_input_nodes)
+            return {node: None for node in nodes if node not in needed}
+        late: dict[fx.Node, None] = {}
+        for node in nodes:
+            if any(self.updates.of_all.get(source) or source in late for source in node.all_input_nodes):
+                late[node] = None
+        return late
 
     def _update(self, bucket: Bucket, flat: fx.Node, gradient: fx.Node, anchor: fx.Node) -> dict[Input, Any]:
         """Copy the update of the bucket's first parameter, on flat buffers, right after the flat gradient."""
@@ -398,12 +452,11 @@ class _Flattener:
             self.params[model.name, ""]: flat,
             self.updates.gradient[model.name]: gradient,
         }
-        for key, node in self.states.get(model.name, {}).items():
+        for what, node in self.states.get(model.name, {}).items():
             val = node.meta["val"]
-            if self.updates.is_vector(model.name, key):
+            if self.updates.is_vector(what):
                 val = program.empty([bucket.numel], val.dtype, val.device)
-            copies[node] = program.placeholder(Input(Role.OPT_STATE, bucket.name, key), val, before=anchor)
-        before = self.behind_sums.next if self.behind_sums is not None else gradient.next
+            copies[node] = program.placeholder(replace(what, name=bucket.name), val, before=anchor)
 
         def copied(arg: Any) -> Any:
             if isinstance(arg, fx.Node):
@@ -414,14 +467,25 @@ class _Flattener:
                 return type(arg)(copied(a) for a in arg)
             return arg
 
-        for node in self.updates.nodes[model.name]:
-            origin = replace(node.meta["origin"], module=bucket.name)
-            target, args = node.target, tuple(map(copied, node.args))
-            kwargs = {key: copied(value) for key, value in node.kwargs.items()}
-            if target is aten.copy.default and args[0].meta["val"].dim() < args[1].meta["val"].dim():
-                # Into a number that a 0-dim parameter's update has created, which has no room for a vector.
-                target, args, kwargs = aten._to_copy.default, args[1:2], {"dtype": args[0].meta["val"].dtype}
-            copies[node] = program.call(target, *args, origin=origin, before=before, **kwargs)
+        def copy(nodes: Iterable[fx.Node], before: fx.Node) -> None:
+            for node in nodes:
+                origin = replace(node.meta["origin"], module=bucket.name)
+                target, args = node.target, tuple(map(copied, node.args))
+                kwargs = {key: copied(value) for key, value in node.kwargs.items()}
+                if target is aten.copy.default and args[0].meta["val"].dim() < args[1].meta["val"].dim():
+                    # Into a number that a 0-dim parameter's update has created, which has no room for a vector.
+                    target, args, kwargs = aten._to_copy.default, args[1:2], {"dtype": args[0].meta["val"].dtype}
+                copies[node] = program.call(target, *args, origin=origin, before=before, **kwargs)
+
+        nodes, before, squared = self.updates.nodes[model.name], gradient.next, self.updates.squared.get(model.name)
+        late = self._late(nodes, squared)
+        copy((node for node in nodes if node not in late), before)
+        for squares in self.squares.values():
+            origin = Origin(Phase.UPDATE, bucket.name, shallow(gradient).source)
+            squares.append(program.call(ops.square_sum, copied(squared), origin=origin, before=before))
+        if self.last_of_all is not None and late:
+            before = self.last_of_all.next
+        copy(late, before)
         results: dict[Input, Any] = {}
         made = [copies[node] for node in self.updates.nodes[model.name]]
         for what, result in self.updates.results[model.name].items():

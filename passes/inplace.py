@@ -17,7 +17,7 @@ from zgraph.codegen.kernel import Kernel, region
 from zgraph.liveness import owners
 from zgraph.passes.order import arrange
 from zgraph.pipeline import Pass
-from zgraph.program import Origin, Phase, Program, Role, Stage, operand, update_nodes
+from zgraph.program import OF_PARAMETERS, Origin, Phase, Program, Role, Stage, operand, update_nodes
 
 aten = torch.ops.aten
 
@@ -38,10 +38,14 @@ class UpdateInPlace(Pass):
     def rewrite(self, program: Program) -> None:
         _own_results(program)
         donors = _donors(program)
+        summed = _summed(program)
         for name, update in update_nodes(program).items():
             nodes = [n for n in update if _is_flat(n) and n.target not in (*ops.STARTS, ops.wait, ops.shard)]
-            if nodes:
-                self._fuse(program, name, nodes, donors)
+            first = [node for node in nodes if node in summed]
+            if first:
+                _lend(first, donors)
+                self._fuse(program, f"gradient_{name}", first, donors)
+            self._fuse(program, f"update_{name}", [node for node in nodes if node not in summed], donors)
         params = program.inputs(Role.PARAM)
         for what, result in zip(program.outputs, program.results(), strict=True):
             if what is not None and what.role is Role.PARAM and result.target is ops.wait:
@@ -51,7 +55,9 @@ class UpdateInPlace(Pass):
         arrange(program, {node: i for i, node in enumerate(program.graph.nodes)})
 
     def _fuse(self, program: Program, name: str, nodes: list[fx.Node], donors: dict[fx.Node, fx.Node]) -> None:
-        """Replace ``nodes`` by one kernel call that writes over the donors of its results."""
+        """Replace ``nodes``, if there are any, by one kernel call that writes over the donors of its results."""
+        if not nodes:
+            return
         inside = set(nodes)
         leaving = [n for n in nodes if any(user not in inside for user in n.users)]
         body, outside = region(nodes, leaving)
@@ -59,7 +65,7 @@ class UpdateInPlace(Pass):
         writes = tuple(home.get(donors[node]) if node in donors else None for node in leaving)
         origin = replace(nodes[-1].meta["origin"], made_by=self.name)
         with program.graph.inserting_after(nodes[-1]):
-            call = program.graph.call_function(Kernel(f"update_{name}", body, len(outside), writes), tuple(outside))
+            call = program.graph.call_function(Kernel(name, body, len(outside), writes), tuple(outside))
         call.meta.update(val=tuple(n.meta["val"] for n in leaving), origin=origin)
         last = call
         for index, node in enumerate(leaving):
@@ -67,8 +73,40 @@ class UpdateInPlace(Pass):
                 last = program.graph.call_function(operator.getitem, (call, index))
             last.meta.update(val=node.meta["val"], origin=origin)
             node.replace_all_uses_with(last, delete_user_cb=lambda user: user not in inside)
+            for result in [result for result, donor in donors.items() if donor is node]:
+                donors[result] = last
         for node in reversed(nodes):
             program.graph.erase_node(node)
+
+
+def _summed(program: Program) -> set[fx.Node]:
+    """What a sum over all gradients is computed from, and so is computed before it."""
+    found: set[fx.Node] = set()
+    stack = list(program.graph.find_nodes(op="call_function", target=ops.add_up))
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source not in found:
+                found.add(source)
+                stack.append(source)
+    return found
+
+
+def _lend(nodes: list[fx.Node], donors: dict[fx.Node, fx.Node]) -> None:
+    """Let what leaves ``nodes`` lie in state that only they read, until a later result is written over it."""
+    inside = set(nodes)
+    for node in nodes:
+        if node in donors or inside.issuperset(node.users):
+            continue
+        for result, donor in donors.items():
+            if result not in inside and _is_alike(donor, node) and inside.issuperset(donor.users):
+                donors[result], donors[node] = node, donor
+                break
+
+
+def _is_alike(donor: fx.Node, node: fx.Node) -> bool:
+    """Whether one flat tensor can be written over the other."""
+    there, val = donor.meta["val"], node.meta["val"]
+    return _is_flat(donor) and there.shape == val.shape and there.dtype == val.dtype
 
 
 def _own_results(program: Program) -> None:
@@ -97,6 +135,6 @@ def _donors(program: Program) -> dict[fx.Node, fx.Node]:
     inputs = {what: node for node, what in program.placeholders()}
     found: dict[fx.Node, fx.Node] = {}
     for what, result in zip(program.outputs, program.results(), strict=True):
-        if what in inputs and what.role in (Role.PARAM, Role.OPT_STATE) and isinstance(result, fx.Node):
+        if what in inputs and what.role in OF_PARAMETERS and isinstance(result, fx.Node):
             found[operand(operand(result)) if result.target is ops.wait else result] = inputs[what]
     return found

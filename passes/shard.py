@@ -5,7 +5,6 @@ Stage 0 is ``AverageGradients``; stage 1 adds ``ShardOptimizer``, stage 2 ``Shar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,21 +34,27 @@ class AverageGradients(Pass):
         program.mesh = self.mesh
         if self.mesh.size == 1:
             return
-        for gradient in list(_flat_gradients(program)):
-            self._average(program, gradient, before=gradient.next)
+        readers: dict[fx.Node, list[fx.Node]] = {}  # what the update reads of forward and backward, and where
+        for node in program.graph.nodes:
+            if node.op == "call_function" and node.meta["origin"].phase is Phase.UPDATE and node.target is not ops.wait:
+                for value in node.all_input_nodes:
+                    if value.op == "call_function" and value.meta["origin"].phase is not Phase.UPDATE:
+                        readers.setdefault(value, []).append(node)
+        for value, mine in readers.items():
+            is_gradient = isinstance(value.meta.get("holds"), FlatGradient)
+            mean = self._average(program, value, value.next, value.next if is_gradient else mine[0])
+            for reader in mine:
+                reader.replace_input_with(value, mean)
         results = program.results()
-        results[0] = self._average(program, results[0], before=program.output_node)
+        if results[0].meta["origin"].phase is not Phase.UPDATE:
+            results[0] = self._average(program, results[0], program.output_node, program.output_node)
         program.set_results(results, program.outputs)
 
-    def _average(self, program: Program, value: fx.Node, before: fx.Node) -> fx.Node:
+    def _average(self, program: Program, value: fx.Node, start_before: fx.Node, wait_before: fx.Node) -> fx.Node:
+        """The mean of a value over the ranks, on its way from ``start_before`` on."""
         origin: Origin = value.meta["origin"]
-        readers = list(value.users)
-        start = program.call(ops.all_reduce, value, "avg", self.mesh.axis, origin=origin, before=before)
-        mean = program.call(ops.wait, start, origin=origin, before=before)
-        for reader in readers:
-            if reader.op == "call_function" and reader.meta["origin"].phase is Phase.UPDATE:
-                reader.replace_input_with(value, mean)
-        return mean
+        start = program.call(ops.all_reduce, value, "avg", self.mesh.axis, origin=origin, before=start_before)
+        return program.call(ops.wait, start, origin=origin, before=wait_before)
 
 
 @dataclass(frozen=True)
@@ -71,8 +76,9 @@ class ShardOptimizer(Pass):
             return
         world, axis = self.mesh.size, self.mesh.axis
         states: dict[str, list[fx.Node]] = {}
-        for (name, _), node in program.inputs(Role.OPT_STATE).items():
-            states.setdefault(name, []).append(node)
+        for node, what in program.placeholders():
+            if what.role in (Role.OPT_STATE, Role.GRADIENT):
+                states.setdefault(what.name, []).append(node)
         params = program.inputs(Role.PARAM)
         updates = update_nodes(program)
         results, outputs = program.results(), list(program.outputs)
@@ -97,7 +103,9 @@ class ShardOptimizer(Pass):
                 if ops.creates(node.target):
                     _resize(node, bucket.numel, bucket.numel // world)
                 node.meta["val"] = program.infer(node)
-            index = at[Input(Role.PARAM, bucket.name)]
+            index = at.get(Input(Role.PARAM, bucket.name))
+            if index is None:
+                continue  # gradients are added up, and parameters are not updated yet
             new = results[index]
             start = program.call(ops.all_gather, new, world, axis, origin=new.meta["origin"], before=nodes[-1].next)
             results[index] = program.call(ops.wait, start, origin=new.meta["origin"], before=start.next)
@@ -216,9 +224,9 @@ class ShardParams(Pass):
                 if mine:
                     self._gather(program, bucket, flat, family, mine, phase)
         results = program.results()
-        for bucket in _trainable(program):
-            index = program.outputs.index(Input(Role.PARAM, bucket.name))
-            results[index] = operand(operand(results[index]))
+        for index, what in enumerate(program.outputs):
+            if what is not None and what.role is Role.PARAM:
+                results[index] = operand(operand(results[index]))
         program.set_results(results, program.outputs)
         remove_dead(program)
 
@@ -280,12 +288,6 @@ def _path(node: fx.Node, family: set[fx.Node], *, after: int, order: dict[fx.Nod
                 found.add(source)
                 queue.append(source)
     return sorted(found, key=order.__getitem__)
-
-
-def _flat_gradients(program: Program) -> Iterator[fx.Node]:
-    for node in program.graph.nodes:
-        if isinstance(node.meta.get("holds"), FlatGradient):
-            yield node
 
 
 def _trainable(program: Program) -> list[Bucket]:

@@ -16,8 +16,10 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from zgraph import lockstep, ops
+from zgraph.accumulation import accumulate
 from zgraph.clipping import clip
 from zgraph.config import Config
+from zgraph.gradients import Gradients
 from zgraph.lockstep import Value, Values, run_ranks
 from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage
 
@@ -212,7 +214,18 @@ def gradients_of(program: Program) -> dict[str, fx.Node]:
 
 def clipped(program: Program, limit: float) -> Program:
     """The same CAPTURED program, with all its gradients clipped to a norm."""
-    clip(program, gradients_of(program), Config(clip_norm=limit))
+    clip(Gradients(program, gradients_of(program)), Config(clip_norm=limit))
+    return program
+
+
+def accumulated(program: Program, num_steps: int, *, weighted: bool = False, limit: float | None = None) -> Program:
+    """The same CAPTURED program as the last of so many micro-batches, which count by what is in their batch."""
+    weight = None
+    if weighted:
+        loss = program.results()[0]
+        weight = program.call(aten.exp.default, loss, origin=loss.meta["origin"], before=loss.next)
+    gradients = accumulate(Gradients(program, gradients_of(program)), num_steps, weight)
+    clip(gradients, Config(clip_norm=limit))
     return program
 
 

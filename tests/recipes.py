@@ -23,7 +23,7 @@ from tests.reads import READS, Call, follow
 from zgraph import ops
 from zgraph.liveness import owners
 from zgraph.pipeline import Pass
-from zgraph.program import Input, Phase, Program, Role, Stage
+from zgraph.program import OF_PARAMETERS, Input, Phase, Program, Role, Stage
 
 aten = torch.ops.aten
 
@@ -62,7 +62,7 @@ class Reshuffle(Pass):
         if program.stage < Stage.INPLACE:
             return [draws, collectives]
         owner = owners(program)
-        state = {node for node, what in program.placeholders() if what.role in (Role.PARAM, Role.OPT_STATE)}
+        state = {node for node, what in program.placeholders() if what.role in OF_PARAMETERS}
         touching = [node for node in calls if state & {owner[value] for value in (node, *node.all_input_nodes)}]
         return [draws, collectives, [node for node in calls if node in {*touching, *collectives}]]
 

@@ -23,6 +23,7 @@ from tests.reference import TOLERANCE, assert_equal, slow
 from zgraph.clipping import clip
 from zgraph.config import Config
 from zgraph.errors import CaptureError, OptionError
+from zgraph.gradients import Gradients
 from zgraph.passes import default_passes
 from zgraph.pipeline import run
 from zgraph.program import Mesh, Program
@@ -274,4 +275,4 @@ def test_a_norm_needs_one_device() -> None:
     with program.fake_mode:
         second.meta["val"] = second.meta["val"].to("meta")
     with pytest.raises(CaptureError, match="gradients are on cpu and meta"):
-        clip(program, {"w1": first, "w2": second}, Config(clip_norm=1.0))
+        clip(Gradients(program, {"w1": first, "w2": second}), Config(clip_norm=1.0))

@@ -1,5 +1,6 @@
 """zgraph: train models that do not fit, by compiling the whole training step as one graph."""
 
+from zgraph.batches import MicroBatches
 from zgraph.compiler import compile  # noqa: A004
 from zgraph.config import Config
 from zgraph.errors import (
@@ -20,6 +21,7 @@ __all__ = [
     "Axiom",
     "CaptureError",
     "Config",
+    "MicroBatches",
     "OptimizerError",
     "OptionError",
     "Pass",

@@ -21,11 +21,13 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils import _pytree as pytree
 
 from zgraph import ops
+from zgraph.accumulation import accumulate
 from zgraph.attributes import ModuleAttributes, is_plain, is_same
 from zgraph.clipping import clip
 from zgraph.config import Config
 from zgraph.errors import CaptureError, OptimizerError, ZgraphError, first_line, quoted
 from zgraph.functional import make_functional, own_memory_by_place
+from zgraph.gradients import Gradients
 from zgraph.operands import check_operands
 from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage, describe
 from zgraph.tracing import Recorder, fake_mode, python_generators_kept, source_of_error, trace, user_source
@@ -36,6 +38,7 @@ aten = torch.ops.aten
 log = logging.getLogger("zgraph")
 
 LossFunction = Callable[..., torch.Tensor]
+WeightFunction = Callable[..., torch.Tensor | float]
 
 
 def capture(
@@ -45,20 +48,22 @@ def capture(
     kwargs: dict[str, Any],
     *,
     loss: LossFunction | None = None,
+    weight: WeightFunction | None = None,
     state: StateSpec | None = None,
     device: torch.device | None = None,
     config: Config | None = None,
 ) -> Program:
-    """Capture one training step of ``model`` on a batch.
+    """Capture one training step of ``model`` on a batch, the last micro-batch if it has several.
 
     Args:
         model: parameters may be on ``meta``; they are taken to live on ``device``.
         optimizer: holds (some of) the model's parameters.
         args, kwargs: the batch, passed to the model.
         loss: ``loss(output, *args, **kwargs)``; by default the output itself or its ``.loss``.
+        weight: ``weight(*args, **kwargs)``: by how much this micro-batch counts; all alike by default.
         state: optimizer state that exists already.
         device: where ``meta`` parameters will live; the batch's device by default.
-        config: how gradients are clipped; the rest of it is for the passes.
+        config: how gradients add up and are clipped; the rest of it is for the passes.
 
     Raises:
         CaptureError: control flow or shapes depend on tensor values, the loss is not a scalar, ...
@@ -114,6 +119,9 @@ def capture(
         swapped = {**leaf, **buffers_in}
         output = torch.func.functional_call(model, swapped, inner_args, inner_kwargs)
         value = _loss_of(output, loss, inner_args, inner_kwargs, where=quoted(recorder.last_source))
+        by = [] if weight is None else [_weight_of(weight, inner_args, inner_kwargs, value)]
+        for counts in by:  # what counts for nothing may be the mean of nothing, which is NaN
+            value = torch.where(counts != 0, value * counts, torch.zeros_like(value))
         recorder.enter_backward(value)
         grads: tuple[torch.Tensor | None, ...] = torch.autograd.grad(
             value, [leaf[name] for name in wanted], allow_unused=True
@@ -127,7 +135,7 @@ def capture(
                 )
         replaced = {name: swapped[name] for name in buffers_in if swapped[name] is not buffers_in[name]}
         found["replaced"] = list(replaced)
-        return [value.detach().reshape(()), *[g for g in grads if g is not None], *replaced.values()]
+        return [value.detach().reshape(()), *[g for g in grads if g is not None], *replaced.values(), *by]
 
     def call_again() -> None:
         with mode, torch.no_grad():
@@ -185,6 +193,7 @@ def capture(
     results = list(graph.output_node().args[0])  # type: ignore[arg-type]
     num_grads = len(found["grads"])
     grads = dict(zip(found["grads"], results[1 : 1 + num_grads], strict=True))
+    by = None if weight is None else results.pop()
     for name, value in zip(found["replaced"], results[1 + num_grads :], strict=True):
         written[Input(Role.BUFFER, name)] = value
         before, after = buffers[name], value.meta["val"]
@@ -194,8 +203,12 @@ def capture(
                 fix="keep the shape and dtype of buffers, e.g. self.x = new.to(self.x.dtype)",
             )
     update = trace_update(optimizer, params, found["grads"], state or {}, device)
-    program, gradients = _join(graph, results[0], grads, written, constants, update, mode, state or {})
-    clip(program, gradients, config or Config())
+    asked = [results[0], *grads.values(), *([] if by is None else [by])]
+    program, (_, *in_program) = _join(graph, asked, grads, written, constants, update, mode, state or {})
+    gradients = Gradients(program, dict(zip(grads, in_program, strict=False)))
+    config = config or Config()
+    gradients = accumulate(gradients, config.accumulate, None if by is None else in_program[-1])
+    clip(gradients, config)
     return program
 
 
@@ -336,6 +349,21 @@ def _loss_of(
     return value
 
 
+def _weight_of(
+    weight: WeightFunction, args: tuple[Any, ...], kwargs: dict[str, Any], loss: torch.Tensor
+) -> torch.Tensor:
+    value: Any = weight(*args, **kwargs)
+    if isinstance(value, (int, float)):
+        return torch.full((), value, dtype=loss.dtype, device=loss.device)
+    if not isinstance(value, torch.Tensor) or value.numel() != 1:
+        what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+        raise CaptureError(
+            f"the weight of a micro-batch is {what}, not one number",
+            fix="return the number of tokens, say, from weight(*args, **kwargs)",
+        )
+    return value.detach().clone().reshape(()).to(loss.device, loss.dtype)
+
+
 def _explain(error: Exception) -> CaptureError:
     where = source_of_error(error)
     if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
@@ -398,15 +426,18 @@ def _check_attributes(attributes: ModuleAttributes, call_again: Callable[[], Any
 
 def _join(
     graph: fx.Graph,
-    loss: fx.Node,
+    asked: list[fx.Node],
     grads: dict[str, fx.Node],
     written: dict[Input, fx.Node],
     constants: dict[str, torch.Tensor],
     update: Update,
     mode: FakeTensorMode,
     state: StateSpec,
-) -> tuple[Program, dict[str, fx.Node]]:
-    """One graph: placeholders, forward and backward, update, output; and the gradient of each parameter in it."""
+) -> tuple[Program, list[fx.Node]]:
+    """One graph: placeholders, forward and backward, update, output.
+
+    Also says where in it each node that is ``asked`` for is; the first of these is the loss.
+    """
     joined = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     by_input: dict[Input, fx.Node] = {}
@@ -445,7 +476,7 @@ def _join(
                 val = copy.meta.get("val")
                 copy.meta["val"] = tuple(map(real, val)) if isinstance(val, (tuple, list)) else real(val)
     outputs: list[Input | None] = [None]
-    results: list[Any] = [copies[loss]]
+    results: list[Any] = [copies[asked[0]]]
     for what, value in [*written.items(), *update.results.items()]:
         if what.role is Role.CONSTANT:
             what = replace(what, name="step." + what.name)
@@ -465,7 +496,7 @@ def _join(
     for node in joined.nodes:  # the update was traced on contiguous gradients, and not all are
         if node.op == "call_function" and node.meta["origin"].phase is Phase.UPDATE and _is_tensor(node):
             node.meta["val"] = program.infer(node)
-    return program, {name: copies[node] for name, node in update.gradients.items()}
+    return program, [copies[node] for node in asked]
 
 
 def _is_tensor(node: fx.Node) -> bool:

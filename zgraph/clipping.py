@@ -23,6 +23,7 @@ from torch import fx
 from zgraph import ops
 from zgraph.config import Config
 from zgraph.errors import CaptureError
+from zgraph.gradients import Gradients
 from zgraph.program import Input, Origin, Phase, Program, Role
 
 aten = torch.ops.aten
@@ -37,21 +38,21 @@ EPSILON = 1e-6
 """Added to the norm that is divided by, as ``torch.nn.utils.clip_grad_norm_`` does."""
 
 
-def clip(program: Program, gradients: Mapping[str, fx.Node], config: Config) -> None:
+def clip(gradients: Gradients, config: Config) -> Gradients:
     """Let the update read clipped gradients.
 
     Args:
-        program: CAPTURED.
-        gradients: of each parameter that is trained.
+        gradients: as they are.
         config: says how.
 
     Raises:
         CaptureError: parameters are on several devices, or are complex and clipped by value.
     """
     if config.clip_value is not None:
-        _clip_value(program, gradients, config.clip_value)
+        gradients = _clip_value(gradients, config.clip_value)
     if config.clip_norm is not None:
-        _clip_norm(program, gradients, config.clip_norm)
+        gradients = _clip_norm(gradients, config.clip_norm)
+    return gradients
 
 
 def report(recipe: Mapping[str, Any]) -> dict[str, float | int]:
@@ -59,23 +60,24 @@ def report(recipe: Mapping[str, Any]) -> dict[str, float | int]:
     return {what.name: recipe[what.name].item() for what in (GRADIENT_NORM, NUM_SKIPPED) if what.name in recipe}
 
 
-def _clip_value(program: Program, gradients: Mapping[str, fx.Node], limit: float) -> None:
-    for name, gradient in gradients.items():
+def _clip_value(gradients: Gradients, limit: float) -> Gradients:
+    for name, gradient in gradients.nodes.items():
         if gradient.meta["val"].is_complex():
             raise CaptureError(
                 f"the gradient of {name} is complex, which cannot be clipped by value", fix="use clip_norm"
             )
-    before, clipped = _first_of_update(program), {}
-    for name, gradient in gradients.items():
-        clipped[name] = program.call(
-            aten.clamp.default, gradient, -limit, limit, origin=_origin(gradient, name), before=before
-        )
-    _read_instead(program, gradients, clipped)
+    before, call = gradients.before, gradients.program.call
+    return gradients.replace(
+        {
+            name: call(aten.clamp.default, gradient, -limit, limit, origin=gradients.origin(name), before=before)
+            for name, gradient in gradients.nodes.items()
+        }
+    )
 
 
-def _clip_norm(program: Program, gradients: Mapping[str, fx.Node], limit: float) -> None:
-    before, clipped = _first_of_update(program), {}
-    devices = {gradient.meta["val"].device for gradient in gradients.values()}
+def _clip_norm(gradients: Gradients, limit: float) -> Gradients:
+    program, before = gradients.program, gradients.before
+    devices = {gradient.meta["val"].device for gradient in gradients.nodes.values()}
     if len(devices) > 1:
         raise CaptureError(
             f"gradients are on {' and '.join(sorted(map(str, devices)))}, and their norm would be on neither",
@@ -87,53 +89,26 @@ def _clip_norm(program: Program, gradients: Mapping[str, fx.Node], limit: float)
     def call(target: Any, *args: Any, origin: Origin = whole, **kwargs: Any) -> fx.Node:
         return program.call(target, *args, origin=origin, before=before, **kwargs)
 
-    squares = [call(ops.square_sum, g, origin=_origin(g, name)) for name, g in gradients.items()]
+    squares = [call(ops.square_sum, g, origin=gradients.origin(name)) for name, g in gradients.nodes.items()]
     norm = call(aten.sqrt.default, call(ops.add_up, squares))
     finite = call(aten.lt.Scalar, norm, math.inf)  # which NaN is not, either
     ratio = call(aten.mul.Tensor, call(aten.reciprocal.default, call(aten.add.Tensor, norm, EPSILON)), limit)
     factor = call(aten.clamp.default, ratio, None, 1.0)
     factors: dict[torch.dtype, fx.Node] = {}
-    for name, gradient in gradients.items():
+    clipped = {}
+    for name, gradient in gradients.nodes.items():
         dtype = gradient.meta["val"].dtype.to_real()
         if dtype not in factors:
             factors[dtype] = call(aten._to_copy.default, factor, dtype=dtype)
-        clipped[name] = call(aten.mul.Tensor, gradient, factors[dtype], origin=_origin(gradient, name))
-    _read_instead(program, gradients, clipped)
+        clipped[name] = call(aten.mul.Tensor, gradient, factors[dtype], origin=gradients.origin(name))
+    gradients = gradients.replace(clipped)
     _SkippedUnless(program, finite).rewrite()
     inputs = list(program.graph.find_nodes(op="placeholder"))
-    skipped = program.placeholder(
-        NUM_SKIPPED, program.empty([], torch.int64, next(iter(devices))), before=inputs[-1].next
-    )
-    failed = call(aten.logical_not.default, finite)
-    count = call(aten.add.Tensor, skipped, failed)
-    program.set_results([*program.results(), norm, count], [*program.outputs, GRADIENT_NORM, NUM_SKIPPED])
-
-
-def _first_of_update(program: Program) -> fx.Node:
-    """What calls between backward and update go in front of."""
-    calls = (node for node in program.graph.nodes if node.op == "call_function")
-    return next((node for node in calls if node.meta["origin"].phase is Phase.UPDATE), program.output_node)
-
-
-def _origin(gradient: fx.Node, name: str) -> Origin:
-    """Of what is done to a parameter's gradient."""
-    origin: Origin = gradient.meta.get("origin") or Origin(Phase.UPDATE)
-    return replace(origin, phase=Phase.UPDATE, module=name)
-
-
-def _read_instead(program: Program, gradients: Mapping[str, fx.Node], clipped: Mapping[str, fx.Node]) -> None:
-    """Let each parameter's update and state have the clipped gradient; several parameters may have one gradient."""
-    new = set(clipped.values())
-    for name, gradient in gradients.items():
-        for user in [u for u in gradient.users if u.op == "call_function" and u not in new]:
-            origin: Origin = user.meta["origin"]
-            if origin.phase is Phase.UPDATE and origin.module == name and user.target is not ops.square_sum:
-                user.replace_input_with(gradient, clipped[name])
-    results = program.results()
-    for i, (what, result) in enumerate(zip(program.outputs, results, strict=True)):
-        if what is not None and what.role is Role.OPT_STATE and result is gradients.get(what.name):
-            results[i] = clipped[what.name]
-    program.set_results(results, program.outputs)
+    count = program.empty([], torch.int64, next(iter(devices)))
+    skipped = program.placeholder(NUM_SKIPPED, count, before=inputs[-1].next)
+    skipped = call(aten.add.Tensor, skipped, call(aten.logical_not.default, finite))
+    program.set_results([*program.results(), norm, skipped], [*program.outputs, GRADIENT_NORM, NUM_SKIPPED])
+    return gradients
 
 
 class _SkippedUnless:

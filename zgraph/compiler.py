@@ -26,6 +26,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from zgraph.agreement import CheckedComm
+from zgraph.batches import Call, micro_batches
 from zgraph.capture import capture, check_optimizer
 from zgraph.clipping import GRADIENT_NORM, NUM_SKIPPED, report
 from zgraph.codegen.emit import emit
@@ -37,8 +38,9 @@ from zgraph.errors import CaptureError, OptimizerError, OptionError, StateError,
 from zgraph.execute import Executable
 from zgraph.facts import ATTRIBUTES, STEP_COUNTS, Facts, hold, state_spec
 from zgraph.heap import release_free_memory
-from zgraph.passes import default_passes
-from zgraph.pipeline import Pass, PassRecord, run
+from zgraph.layout import Layout
+from zgraph.lower import lower
+from zgraph.pipeline import Pass, PassRecord
 from zgraph.program import Guard, Input, Mesh, Program, Role
 from zgraph.state import TrainingState
 from zgraph.tracing import forget
@@ -55,6 +57,7 @@ def compile(  # noqa: A001
     optimizer: torch.optim.Optimizer | None = None,
     *,
     loss: Callable[..., torch.Tensor] | None = None,
+    weight: Callable[..., torch.Tensor | float] | None = None,
     passes: Sequence[Pass] = (),
     **options: Any,
 ) -> Any:
@@ -68,6 +71,10 @@ def compile(  # noqa: A001
         optimizer: the user's; it stays the source of hyperparameters.
         loss: ``loss(output, *args, **kwargs)`` of the model's output and arguments. By default the output
             itself, or its ``.loss``.
+        weight: ``weight(*args, **kwargs)`` of the model's arguments: by how much a (micro-)batch counts, the number
+            of its tokens say. Loss and gradients are then those of ``sum(weight * loss) / sum(weight)`` over
+            micro-batches and ranks, which is the mean over all tokens where each loss is the mean over its own. By
+            default all count alike.
         passes: of your own. Each runs after the last of zgraph's that gives the stage it takes, under the same
             verifier; it must leave the stage as it was.
         options: see ``zgraph.config.Config``.
@@ -81,14 +88,14 @@ def compile(  # noqa: A001
         CaptureError: there is nothing to train, or a lazy module has not been called yet.
     """
     config = Config.from_options(options)
-    check_arguments(model, optimizer, loss, passes)
+    check_arguments(model, optimizer, loss, weight, passes)
     for name in ("train_step", "stats", "program", "source"):
         if hasattr(model, name):
             raise OptionError(
                 f"the model has an attribute {name!r}, which zgraph.compile would hide", fix="rename the attribute"
             )
     group = _process_group()
-    runtime = _Runtime(model, optimizer, loss, config, group, tuple(passes))
+    runtime = _Runtime(model, optimizer, loss, weight, config, group, tuple(passes))
     model.__class__ = type(f"Compiled{type(model).__name__}", (CompiledModule, type(model)), {})
     model.__dict__["_zgraph"] = runtime
     return model
@@ -101,10 +108,11 @@ class CompiledModule(nn.Module):
         """One training step on a batch.
 
         Args:
-            args, kwargs: passed to the model.
+            args, kwargs: passed to the model. With ``accumulate=k``, every tensor is divided along its first
+                dimension into k parts, one for each micro-batch; or all there is is a ``zgraph.MicroBatches``.
 
         Returns:
-            The loss averaged over the ranks, detached: a 0-dim tensor.
+            The loss averaged over micro-batches and ranks, detached: a 0-dim tensor.
 
         Raises:
             ZgraphError: on all ranks, before anything is communicated or changed.
@@ -173,10 +181,16 @@ class _Compiled:
 
     keys: set[str]
     executable: Executable
-    comm: Comm
+    micro: Executable | None  # runs on every micro-batch but the last
     guards: tuple[Guard, ...]
     records: tuple[PassRecord, ...]
     capture_s: float
+
+    @property
+    def layout(self) -> Layout:
+        layout = self.executable.program.layout
+        assert layout is not None
+        return layout
 
 
 @dataclass
@@ -184,10 +198,12 @@ class _Runtime:
     model: nn.Module
     optimizer: torch.optim.Optimizer | None
     loss: Callable[..., torch.Tensor] | None
+    weight: Callable[..., torch.Tensor | float] | None
     config: Config
     group: dist.ProcessGroup | None
     passes: tuple[Pass, ...] = ()
     cache: list[_Compiled] = field(default_factory=list)  # in order of last use
+    _comm: Comm | None = None
     _num_captures: int = 0
     _num_skipped: int = 0
     _num_changes: Counter[str] = field(default_factory=Counter)
@@ -207,21 +223,26 @@ class _Runtime:
             raise OptimizerError(
                 "train_step needs an optimizer", fix="zgraph.compile(model, optimizer=torch.optim.AdamW(...))"
             )
-        leaves, spec = pytree.tree_flatten((args, kwargs))
         hypers: dict[str, float] = {}
         facts: dict[str, str] = {}
         replaced: list[str] = []
+        calls: list[Call] = []
+        keys: list[str] = []
         error: Exception | None = None
         try:
             check_step(self.optimizer)
             hypers = hyperparameters(self.optimizer)
-            facts = self.facts.read(leaves, spec)
+            calls = micro_batches(args, kwargs, self.config.accumulate)
+            for call in calls:
+                facts = self.facts.read(*pytree.tree_flatten(call))
+                keys.append(self.facts.key)
             replaced = self.state.replaced()
         except Exception as caught:  # noqa: BLE001 -- another rank may not have it, and is told before this one stops
             error = caught
         others = {
             "hyperparameters": repr(hypers),
             "zgraph options": repr((self.config, self.passes)),
+            "the micro-batches": repr([key for key in keys if key != keys[-1]]),
             "which parameters have been given other values": repr(replaced),
         }
         try:
@@ -229,31 +250,54 @@ class _Runtime:
         except Exception:
             self.facts.forget_last()
             raise
-        key = self.facts.key
-        values = self._guarded_values(hypers)
-        compiled = next((c for c in self.cache if key in c.keys and hold(c.guards, values)), None)
-        is_new = compiled is None
-        if compiled is None:
-            if self._last is not None:
-                self._warn(key, facts)
-            compiled = self._compile(key, args, kwargs)
-            self.facts.settle()
-        layout = compiled.executable.program.layout
-        assert layout is not None
+        made: list[tuple[Call, _Compiled]] = []
+        last = self._compiled(keys[-1], calls[-1], hypers, facts, made)
+        layout = last.layout
+        used = [
+            self._compiled(key, call, hypers, facts, made, layout) for key, call in zip(keys, calls[:-1], strict=False)
+        ]
         if replaced or layout != self.state.layout:
             self.state.commit(layout)
-        self._keep(compiled)
-        compiled.comm.traffic.clear()
-        with self.agreement.no_return():
-            loss = compiled.executable.run([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], hypers)
-        if is_new:
-            facts = self.facts.read(leaves, spec)
+        for compiled in (*used, last):
+            self._keep(compiled)
+        assert self._comm is not None
+        self._comm.traffic.clear()
+        with self.agreement.no_return(), self.state.adding_up():
+            for compiled, call in zip(used, calls, strict=False):
+                assert compiled.micro is not None
+                compiled.micro.run(_tensors(call), hypers)
+            loss = last.executable.run(_tensors(calls[-1]), hypers)
+        for call, compiled in made:
+            facts = self.facts.read(*pytree.tree_flatten(call))
             if compiled.executable.program.reads_all_state():  # what created its state reads it from now on
                 compiled.keys.add(self.facts.key)
         self._facts_seen = facts
         self._warn_if_skipped()
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # as after optimizer.step(), for schedulers
         return loss
+
+    def _compiled(
+        self,
+        key: str,
+        call: Call,
+        hypers: dict[str, float],
+        facts: dict[str, str],
+        made: list[tuple[Call, _Compiled]],
+        layout: Layout | None = None,
+    ) -> _Compiled:
+        """The step for a call, in these buckets if it is said which; a new one is added to ``made``."""
+        values = self._guarded_values(hypers)
+        for compiled in (*self.cache, *(new for _, new in made)):
+            fits = layout is None or compiled.layout == layout
+            if key in compiled.keys and fits and hold(compiled.guards, values):
+                return compiled
+        if self._last is not None:
+            self._warn(key, facts)
+        compiled = self._compile(key, *call, layout or self.state.layout)
+        assert self.facts is not None
+        self.facts.settle()
+        made.append((call, compiled))
+        return compiled
 
     def _keep(self, compiled: _Compiled) -> None:
         """Count the step as used last; of all steps those used last are kept. All ranks decide alike."""
@@ -265,7 +309,7 @@ class _Runtime:
         del self.cache[:-NUM_KEPT_STEPS]
         self._last = compiled
 
-    def _compile(self, key: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Compiled:
+    def _compile(self, key: str, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout | None) -> _Compiled:
         assert self.optimizer is not None
         error: Exception | None = None
         digest = b""
@@ -278,31 +322,36 @@ class _Runtime:
                 args,
                 kwargs,
                 loss=self.loss,
+                weight=self.weight,
                 state=state_spec(self.model, self.state.state_forms()),
                 device=self._device(),
                 config=self.config,
             )
             collect_garbage(program.graph)
             capture_s = time.perf_counter() - start
-            mesh = Mesh(self.agreement.world)
-            result = run(default_passes(self.config, mesh, self.state.layout, own=self.passes), program)
-            digest = result.program.digest()
-            assert result.program.layout is not None
-            comm = make_comm(self.group, {bucket.device.type for bucket in result.program.layout.buckets})
-            if self.config.check_collectives and self.group is not None:
-                comm = CheckedComm(comm, self.agreement)
-            step = emit(result.program, tagged=isinstance(comm, CheckedComm))
-            executable = Executable(result.program, step, self.state, comm)
+            lowered = lower(program, self.config, Mesh(self.agreement.world), layout, self.passes)
+            digest = lowered.digest()
+            if self._comm is None:
+                self._comm = make_comm(self.group, {bucket.device.type for bucket in lowered.layout.buckets})
+                if self.config.check_collectives and self.group is not None:
+                    self._comm = CheckedComm(self._comm, self.agreement)
+            micro, executable = (None, *map(self._executable, lowered.programs))[-2:]
             del program
         except Exception as caught:  # noqa: BLE001 -- whatever it is, the other ranks are told before this one stops
             error = caught
         finally:
             self._capturing = False
         self.agreement.share_outcome(digest, error)
-        forget(result.program.graph)
+        forget(lowered.last.graph)
         gc.collect()  # graphs are full of cycles; what capture left behind is gone before the first step
         release_free_memory()
-        return _Compiled({key}, executable, comm, result.program.guards, result.records, capture_s)
+        assert executable is not None
+        return _Compiled({key}, executable, micro, lowered.last.guards, lowered.records, capture_s)
+
+    def _executable(self, program: Program) -> Executable:
+        assert self._comm is not None
+        step = emit(program, tagged=isinstance(self._comm, CheckedComm))
+        return Executable(program, step, self.state, self._comm)
 
     def _device(self) -> torch.device | None:
         """Where parameters without memory live; None before they have a place."""
@@ -380,7 +429,7 @@ class _Runtime:
             "param_bytes": sum(t.nbytes for t in self.state.params.values()),
             "optimizer_state_bytes": sum(t.nbytes for t in states),
             "buffer_bytes": sum(b.nbytes for b in self.model.buffers()),
-            "collectives": last.comm.traffic.as_dict(),
+            "collectives": self._comm.traffic.as_dict() if self._comm is not None else {},
             "num_nodes": last.executable.program.num_nodes(),
             "num_captures": self._num_captures,
             "capture_s": last.capture_s,
@@ -389,7 +438,11 @@ class _Runtime:
         }
 
 
-def check_arguments(model: Any, optimizer: Any, loss: Any, passes: Sequence[Any]) -> None:
+def _tensors(call: Call) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]
+
+
+def check_arguments(model: Any, optimizer: Any, loss: Any, weight: Any, passes: Sequence[Any]) -> None:
     """Refuse what cannot be trained.
 
     Raises:
@@ -399,6 +452,8 @@ def check_arguments(model: Any, optimizer: Any, loss: Any, passes: Sequence[Any]
         raise OptionError(f"model is a {type(model).__name__}", fix="pass a torch.nn.Module")
     if loss is not None and not callable(loss):
         raise OptionError(f"loss is a {type(loss).__name__}", fix="pass a function loss(output, *args, **kwargs)")
+    if weight is not None and not callable(weight):
+        raise OptionError(f"weight is a {type(weight).__name__}", fix="pass a function weight(*args, **kwargs)")
     params: Iterable[tuple[str, Any]] = model.named_parameters()
     lazy = [name for name, p in params if is_lazy(p)]
     if lazy:

@@ -41,6 +41,7 @@ class Config:
         bucket_bytes: parameters that are used near each other share one flat buffer of about this many
             bytes, and travel together. A parameter larger than this has a bucket of its own.
         prefetch: how many buckets ahead of their first use parameters are gathered (ZeRO-3).
+        accumulate: how many micro-batches a step has. Their gradients add up, and the update reads the mean.
         clip_norm: scale all gradients down by one factor where the norm of all of them together is larger than this
             (``torch.nn.utils.clip_grad_norm_``); None does not. A step whose norm is infinite or NaN changes nothing
             on any rank, and is counted.
@@ -53,6 +54,7 @@ class Config:
     zero: int = 3
     bucket_bytes: int = 16 * 2**20
     prefetch: int = 1
+    accumulate: int = 1
     clip_norm: float | None = None
     clip_value: float | None = None
     check_collectives: bool = False
@@ -76,7 +78,7 @@ class Config:
         if "bucket_bytes" in values:
             values["bucket_bytes"] = parse_bytes(values["bucket_bytes"], "bucket_bytes")
         config = cls(**values)
-        for name, low, high in (("zero", 0, 3), ("prefetch", 0, 64)):
+        for name, low, high in (("zero", 0, 3), ("prefetch", 0, 64), ("accumulate", 1, 2**20)):
             value = getattr(config, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise OptionError(f"{name}={value!r} is out of range", fix=f"give an integer from {low} to {high}")

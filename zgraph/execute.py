@@ -62,7 +62,9 @@ class Executable:
         if what.role is Role.HYPER:
             return hypers[what.name]
         if what.role is Role.RECIPE:
-            return self._state.recipe.setdefault(what.name, initial_count(self._values[what]))
+            return self._state.recipe.setdefault(what.name, initial_zeros(self._values[what]))
+        if what.role is Role.GRADIENT:
+            return self._state.gradients.setdefault(what.name, initial_zeros(self._values[what]))
         return self.program.constants[what.name]
 
     def _store(self, what: Input, value: Any) -> None:
@@ -79,6 +81,8 @@ class Executable:
             _copy(self._state.buffer(what.name), value)
         elif what.role is Role.RECIPE:
             self._state.recipe[what.name] = value
+        elif what.role is Role.GRADIENT:
+            _copy(self._state.gradients[what.name], value)
         else:
             _copy(self.program.constants[what.name], value)
 
@@ -116,8 +120,8 @@ def without_unmade(
     return {what: value for what, value in results.items() if what not in made}
 
 
-def initial_count(val: Any) -> torch.Tensor:
-    """What a RECIPE input of this shape, dtype and device starts from."""
+def initial_zeros(val: Any) -> torch.Tensor:
+    """What a RECIPE or GRADIENT input of this shape, dtype and device starts from."""
     return torch.zeros(val.shape, dtype=val.dtype, device=val.device)
 
 

@@ -19,7 +19,7 @@ from zgraph.errors import RankError, first_line, quoted
 from zgraph.generators import RandomStream
 from zgraph.layout import Layout
 from zgraph.liveness import last_uses
-from zgraph.program import Input, Program, Role, target_name
+from zgraph.program import OF_PARAMETERS, Input, Program, Role, target_name
 
 Value = torch.Tensor | float | int
 Values = dict[Input | None, Value]
@@ -58,7 +58,7 @@ def run_ranks(
                 break
             if node.op == "placeholder":
                 what: Input = node.meta["input"]
-                copied = what.role in (Role.PARAM, Role.OPT_STATE) and not overwrite
+                copied = what.role in OF_PARAMETERS and not overwrite
                 for mine, given in zip(values, inputs, strict=True):
                     value = given[what]
                     value = value.detach() if isinstance(value, torch.Tensor) else value
@@ -160,7 +160,7 @@ def _evaluate(node: fx.Node, env: Mapping[fx.Node, Any], rank: int, world: int, 
 def divide(layout: Layout, whole: Sequence[Values], elementwise: Collection[Input]) -> list[Values]:
     """Each rank's values as a layout stores them, from those of whole parameters and of their optimizer state.
 
-    Padding is NaN, so that a leak shows.
+    Padding is NaN, so that a leak shows; but zero between gradients that add up, where it has to be.
 
     Args:
         layout: the buckets.
@@ -175,7 +175,7 @@ def _divided(layout: Layout, whole: Values, elementwise: Collection[Input], rank
     mine: Values = {}
     flats: dict[Input, torch.Tensor] = {}
     for what, value in whole.items():
-        if what is None or what.role not in (Role.PARAM, Role.OPT_STATE):
+        if what is None or what.role not in OF_PARAMETERS:
             mine[what] = value
             continue
         bucket, segment = layout.find(what.name)
@@ -186,6 +186,7 @@ def _divided(layout: Layout, whole: Values, elementwise: Collection[Input], rank
         assert isinstance(value, torch.Tensor), what
         if there not in flats:
             padding = torch.nan if value.is_floating_point() or value.is_complex() else 0
+            padding = 0 if what.role is Role.GRADIENT else padding
             flats[there] = torch.full([bucket.numel], padding, dtype=value.dtype, device=bucket.device)
         flats[there][segment.offset : segment.offset + segment.numel] = value.flatten()
     for there, flat in flats.items():
@@ -202,7 +203,7 @@ def join(layout: Layout, divided: Sequence[Values]) -> list[Values]:
     whole: list[Values] = [{} for _ in divided]
     for what in divided[0]:
         each = [mine[what] for mine in divided]
-        if what is None or what.role not in (Role.PARAM, Role.OPT_STATE):
+        if what is None or what.role not in OF_PARAMETERS:
             for values, value in zip(whole, each, strict=True):
                 values[what] = value
             continue

@@ -18,7 +18,7 @@ from zgraph import ops
 from zgraph.changes import Look
 from zgraph.layout import Bucket, Layout
 from zgraph.movement import RULES, Call, Value, without_defaults
-from zgraph.program import Input, Phase, Program, Role, Stage
+from zgraph.program import OF_PARAMETERS, Input, Phase, Program, Role, Stage
 from zgraph.terms import REPEATED, Piece, Term, Terms, form, literal
 
 aten = torch.ops.aten
@@ -145,7 +145,7 @@ class _Interpreter:
         what: Input = node.meta["input"]
         shape, dtype = form(node.meta.get("val"))
         bucket = self.buckets.get(what.name)
-        if what.role is Role.PARAM and bucket is not None:
+        if what.role in (Role.PARAM, Role.GRADIENT) and bucket is not None:
             return self.flat_input(what, bucket, node)
         if what.role is Role.OPT_STATE:
             if bucket is not None and shape:
@@ -157,16 +157,21 @@ class _Interpreter:
         return self.terms.input(what, shape, dtype, varies=what.role in (Role.BATCH, Role.BUFFER))
 
     def flat_input(self, what: Input, bucket: Bucket, node: fx.Node) -> Term:
-        """The parameters of a bucket, or one kind of their state, with padding between them."""
+        """The parameters of a bucket, or one kind of their state, with padding between them.
+
+        Between gradients there are zeros, and the verifier sees to it that they stay zeros.
+        """
         layout, val = self.program.layout, node.meta["val"]
         assert layout is not None
+        zero = self.terms.fill(literal(0.0), (), val.dtype)
+        padding = zero if what.role is Role.GRADIENT else self.terms.padding
         pieces: list[Piece] = []
         end = 0
         for segment in bucket.segments:
             base = self.terms.input(Input(what.role, segment.name, what.key), segment.shape, val.dtype, varies=False)
-            pieces += [(self.terms.padding, REPEATED, segment.offset - end), (base, 0, segment.numel)]
+            pieces += [(padding, REPEATED, segment.offset - end), (base, 0, segment.numel)]
             end = segment.offset + segment.numel
-        flat = self.terms.flat([*pieces, (self.terms.padding, REPEATED, bucket.numel - end)], val.dtype)
+        flat = self.terms.flat([*pieces, (padding, REPEATED, bucket.numel - end)], val.dtype)
         is_shard = layout.shard_params if what.role is Role.PARAM else layout.shard_state
         return self.terms.shard(flat, tuple(val.shape)) if is_shard and self.world > 1 else flat
 
@@ -245,7 +250,7 @@ class _Interpreter:
 
 def _is_averaged(what: Input | None, result: fx.Node) -> bool:
     """Whether an output that comes straight from forward or backward stands for its mean."""
-    state = what is None or what.role in (Role.PARAM, Role.OPT_STATE)
+    state = what is None or what.role in OF_PARAMETERS
     return state and _comes_before_update(result)
 
 

@@ -47,7 +47,11 @@ class Phase(enum.Enum):
 
 
 class Role(enum.Enum):
-    """What a placeholder stands for. RECIPE is state of the step as a whole, such as how often it was skipped."""
+    """What a placeholder stands for.
+
+    RECIPE is state of the step as a whole, such as how often it was skipped; GRADIENT is what earlier micro-batches
+    have added up, which has one element per element of the parameter.
+    """
 
     __hash__ = object.__hash__  # Enum's own takes longer than all else that looking up an Input does
 
@@ -58,6 +62,11 @@ class Role(enum.Enum):
     BATCH = "batch"
     HYPER = "hyper"
     RECIPE = "recipe"
+    GRADIENT = "gradient"
+
+
+OF_PARAMETERS = frozenset({Role.PARAM, Role.OPT_STATE, Role.GRADIENT})
+"""Roles of what belongs to one parameter, or to the bucket that it lies in."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ user's model and optimizer stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,20 +16,21 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from zgraph.agreement import Agreement
+from zgraph.batches import Call, MicroBatches, call_of, micro_batches, name_of
 from zgraph.capture import capture
 from zgraph.clipping import NUM_SKIPPED, report
 from zgraph.compiler import check_arguments
 from zgraph.config import Config
 from zgraph.errors import OptimizerError, OptionError, RankError, StateError, ZgraphError
-from zgraph.execute import initial_count, initial_state, without_unmade
+from zgraph.execute import initial_state, initial_zeros, without_unmade
 from zgraph.facts import Facts, fact_of, hold, state_spec
 from zgraph.generators import RandomStream
 from zgraph.layout import Layout
 from zgraph.lockstep import Value, Values, divide, join, part_of, run_ranks
+from zgraph.lower import Lowered, lower
 from zgraph.optimizer_state import Forms, OptimizerState, check_agreement, stored_form
-from zgraph.passes import default_passes
-from zgraph.pipeline import Pass, run
-from zgraph.program import Input, Mesh, Program, Role, describe
+from zgraph.pipeline import Pass
+from zgraph.program import OF_PARAMETERS, Input, Mesh, Program, Role, describe
 from zgraph.tracing import forget
 from zgraph.update import check_step, hyperparameters
 
@@ -40,6 +41,7 @@ def simulate_ranks(
     *,
     world_size: int,
     loss: Callable[..., torch.Tensor] | None = None,
+    weight: Callable[..., torch.Tensor | float] | None = None,
     passes: Sequence[Pass] = (),
     seed: int | Sequence[int] = 0,
     **options: Any,
@@ -57,7 +59,7 @@ def simulate_ranks(
     may differ.
 
     Args:
-        model, optimizer, loss, passes, options: as for ``zgraph.compile``. The model must have values.
+        model, optimizer, loss, weight, passes, options: as for ``zgraph.compile``. The model must have values.
         world_size: how many ranks.
         seed: rank r draws what a process draws after ``torch.manual_seed(seed + r)``, from step to step, whatever
             else draws in this process; or a seed for each rank.
@@ -69,7 +71,7 @@ def simulate_ranks(
         StateError: the model is on meta, or the optimizer's state cannot be stored.
     """
     config = Config.from_options(options)
-    check_arguments(model, optimizer, loss, passes)
+    check_arguments(model, optimizer, loss, weight, passes)
     if optimizer is None:
         raise OptimizerError("ranks need an optimizer to train with", fix="pass optimizer=torch.optim.AdamW(...)")
     if not _is_whole(world_size) or world_size < 1:
@@ -79,7 +81,7 @@ def simulate_ranks(
         raise OptionError(f"seed={seed!r} is no seed", fix="give an integer, or a list of one for each rank")
     if len(seeds) != world_size:
         raise OptionError(f"seed has {len(seeds)} seeds for {world_size} ranks", fix="give one for each, or an integer")
-    return SimulatedRanks(model, optimizer, loss, config, tuple(passes), [RandomStream(one) for one in seeds])
+    return SimulatedRanks(model, optimizer, loss, weight, config, tuple(passes), [RandomStream(one) for one in seeds])
 
 
 class SimulatedRanks:
@@ -94,11 +96,12 @@ class SimulatedRanks:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         loss: Callable[..., torch.Tensor] | None,
+        weight: Callable[..., torch.Tensor | float] | None,
         config: Config,
         passes: tuple[Pass, ...],
         streams: list[RandomStream],
     ) -> None:
-        self._model, self._optimizer, self._loss = model, optimizer, loss
+        self._model, self._optimizer, self._loss, self._weight = model, optimizer, loss, weight
         self._config, self._passes, self._streams = config, passes, streams
         values = _values_of(model, optimizer)
         # Tensors in here are replaced, never written to, so that ranks may have them in common.
@@ -107,7 +110,7 @@ class SimulatedRanks:
         self._constants: dict[Hashable, tuple[torch.Tensor, list[torch.Tensor]]] = {}
         self.layout: Layout | None = None
         self._shapes = _shapes(model)
-        self._programs: dict[str, list[Program]] = {}
+        self._programs: dict[str, list[Lowered]] = {}
         self._program: Program | None = None
         self._facts = Facts(model, optimizer, self)
 
@@ -131,7 +134,8 @@ class SimulatedRanks:
         Args:
             batches: one for each rank, in rank order. A batch is what the model is called with: a tuple or list of
                 positional arguments, a dictionary of keyword arguments, or a pair of such a tuple and dictionary.
-                (A model that takes just a tuple and a dictionary is given ``((a_tuple, a_dict), {})``.)
+                (A model that takes just a tuple and a dictionary is given ``((a_tuple, a_dict), {})``.) With
+                ``accumulate`` it is divided, or a ``MicroBatches``.
 
         Returns:
             The loss averaged over the ranks: a 0-dim tensor.
@@ -140,34 +144,30 @@ class SimulatedRanks:
             ZgraphError: every rank's state is as before; a ``RankError`` names the rank whose batch does not fit or
                 whose operator failed, with the line of the model.
         """
-        calls, leaves, spec = self._calls(batches)
+        calls = self._calls(batches)
         self._check_model()
         hypers = hyperparameters(self._optimizer)
         check_step(self._optimizer)
         forms = self.state_forms()
-        self._facts.read(leaves[0], spec)
-        key = self._facts.key
-        stored = {w: value for w, value in self._values[0].items() if w is not None and isinstance(value, (int, float))}
-        numbers = {**{Input(Role.HYPER, path): value for path, value in hypers.items()}, **stored}
-        known = self._programs.setdefault(key, [])
-        program = next((program for program in known if hold(program.guards, numbers)), None)
-        is_new = program is None
-        if program is None:
-            program = self._compile(*calls[0], forms)
-            self._facts.settle()
-            known.append(program)
-        assert program.layout is not None
-        self._commit(program.layout, forms)
-        tensors = [[leaf for leaf in mine if isinstance(leaf, torch.Tensor)] for mine in leaves]
-        inputs = [self._inputs(program, rank, tensors[rank], hypers) for rank in range(self.world_size)]
-        streams = [stream.copy() for stream in self._streams]
-        results = run_ranks(program, inputs, streams=streams)
-        self._store(program, inputs, results)
-        self._streams, self._program = streams, program
-        if is_new and program.reads_all_state():
-            # what created its state reads it from now on
-            self._facts.read(leaves[0], spec)
-            self._programs.setdefault(self._facts.key, []).append(program)
+        made: list[tuple[Call, Lowered]] = []
+        lowered = [self._lowered(calls[-1][0], hypers, forms, made)]
+        layout = lowered[0].layout
+        lowered[:0] = [self._lowered(of_all[0], hypers, forms, made, layout) for of_all in calls[:-1]]
+        self._commit(layout, forms)
+        before, streams = [dict(mine) for mine in self._values], [stream.copy() for stream in self._streams]
+        constants = {memory: (constant, list(each)) for memory, (constant, each) in self._constants.items()}
+        try:
+            for i, (of_all, programs) in enumerate(zip(calls, lowered, strict=True)):
+                program = programs.last if i + 1 == len(calls) else programs.programs[0]
+                results = self._run(program, of_all, hypers, streams)
+        except Exception:
+            self._values, self._constants = before, constants  # nothing was written to
+            raise
+        self._streams, self._program = streams, lowered[-1].last
+        for call, programs in made:
+            if programs.last.reads_all_state():  # what created its state reads it from now on
+                self._facts.read(*pytree.tree_flatten(call))
+                self._programs.setdefault(self._facts.key, []).append(programs)
         self._optimizer._opt_called = True  # type: ignore[attr-defined]  # as after optimizer.step(), for schedulers
         loss = results[0][None]
         assert isinstance(loss, torch.Tensor)
@@ -212,10 +212,8 @@ class SimulatedRanks:
 
     # -- a step -----------------------------------------------------------------------------------------------
 
-    def _calls(
-        self, batches: Any
-    ) -> tuple[list[tuple[tuple[Any, ...], dict[str, Any]]], list[list[Any]], pytree.TreeSpec]:
-        """What each rank's model is called with, as arguments and flat; alike in all but the tensors' values."""
+    def _calls(self, batches: Any) -> list[list[Call]]:
+        """What each rank's model is called with, for each micro-batch; alike in all but the tensors' values."""
         if not isinstance(batches, Sequence) or isinstance(batches, str):
             raise ZgraphError(
                 f"train_step was given a {type(batches).__name__}", fix="give a list of batches, one for each rank"
@@ -225,24 +223,14 @@ class SimulatedRanks:
                 f"train_step was given {len(batches)} batches for {self.world_size} ranks",
                 fix="give a list of batches, one for each rank",
             )
-        calls = [_call(batch, rank) for rank, batch in enumerate(batches)]
-        flat = [pytree.tree_flatten_with_path(call) for call in calls]
-        first = {_name(path): fact_of(leaf) for path, leaf in flat[0][0]}
-        for rank, (named, spec) in enumerate(flat):
-            mine = {_name(path): fact_of(leaf) for path, leaf in named}
-            for name in [*first, *mine]:
-                if mine.get(name) != first.get(name):
-                    found, expected = mine.get(name, "nothing"), first.get(name, "nothing")
-                    raise RankError(
-                        f"the batch of rank {rank} differs from that of rank 0: {name} is {found}, not {expected}",
-                        fix="give every rank the same arguments, with tensors of equal shape, dtype and strides",
-                    )
-            if spec != flat[0][1]:
-                raise RankError(
-                    f"the batch of rank {rank} is built otherwise than that of rank 0: {spec}, not {flat[0][1]}",
-                    fix="give every rank the same arguments in the same containers",
-                )
-        return calls, [[leaf for _, leaf in named] for named, _ in flat], flat[0][1]
+        each = []
+        for rank, batch in enumerate(batches):
+            whole: Call = ((batch,), {}) if isinstance(batch, MicroBatches) else call_of(batch, _of_rank(rank))
+            each.append(micro_batches(*whole, self._config.accumulate))
+        calls = [list(of_all) for of_all in zip(*each, strict=True)]
+        for of_all in calls:
+            _check_alike(of_all)
+        return calls
 
     def _check_model(self) -> None:
         shapes = _shapes(self._model)
@@ -254,13 +242,53 @@ class SimulatedRanks:
                     fix="call simulate_ranks again after changing the model",
                 )
 
-    def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any], forms: Forms) -> Program:
-        spec = state_spec(self._model, forms)
-        program = capture(self._model, self._optimizer, args, kwargs, loss=self._loss, state=spec, config=self._config)
-        passes = default_passes(self._config, Mesh(self.world_size), self.layout, own=self._passes)
-        program = run(passes, program).program
-        forget(program.graph)
-        return program
+    def _lowered(
+        self,
+        call: Call,
+        hypers: dict[str, float],
+        forms: Forms,
+        made: list[tuple[Call, Lowered]],
+        layout: Layout | None = None,
+    ) -> Lowered:
+        """The programs for a call, in these buckets if it is said which; new ones are added to ``made``."""
+        self._facts.read(*pytree.tree_flatten(call))
+        stored = {w: value for w, value in self._values[0].items() if w is not None and isinstance(value, (int, float))}
+        numbers = {**{Input(Role.HYPER, path): value for path, value in hypers.items()}, **stored}
+        known = self._programs.setdefault(self._facts.key, [])
+        fitting = (programs for programs in known if layout is None or programs.layout == layout)
+        lowered = next((programs for programs in fitting if hold(programs.last.guards, numbers)), None)
+        if lowered is None:
+            lowered = self._compile(*call, forms, layout or self.layout)
+            self._facts.settle()
+            known.append(lowered)
+            made.append((call, lowered))
+        return lowered
+
+    def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any], forms: Forms, layout: Layout | None) -> Lowered:
+        captured = capture(
+            self._model,
+            self._optimizer,
+            args,
+            kwargs,
+            loss=self._loss,
+            weight=self._weight,
+            state=state_spec(self._model, forms),
+            config=self._config,
+        )
+        lowered = lower(captured, self._config, Mesh(self.world_size), layout, self._passes)
+        forget(lowered.last.graph)
+        return lowered
+
+    def _run(
+        self, program: Program, calls: Sequence[Call], hypers: dict[str, float], streams: Sequence[RandomStream]
+    ) -> list[Values]:
+        """What all ranks' results are, stored."""
+        leaves = [pytree.tree_leaves(call) for call in calls]
+        tensors = [[leaf for leaf in mine if isinstance(leaf, torch.Tensor)] for mine in leaves]
+        inputs = [self._inputs(program, rank, mine, hypers) for rank, mine in enumerate(tensors)]
+        results = run_ranks(program, inputs, streams=streams)
+        self._store(program, inputs, results)
+        return results
 
     def _inputs(
         self, program: Program, rank: int, tensors: list[torch.Tensor], hypers: dict[str, float]
@@ -276,8 +304,8 @@ class SimulatedRanks:
                 inputs[what] = self._constant(program, what)[rank]
             elif what in mine:
                 inputs[what] = mine[what]
-            elif what.role is Role.RECIPE:
-                inputs[what] = initial_count(node.meta["val"])
+            elif what.role in (Role.RECIPE, Role.GRADIENT):
+                inputs[what] = initial_zeros(node.meta["val"])
             else:
                 param = mine[Input(Role.PARAM, what.name)]
                 assert isinstance(param, torch.Tensor)
@@ -295,7 +323,7 @@ class SimulatedRanks:
 
     def _store(self, program: Program, inputs: list[Values], results: list[Values]) -> None:
         for rank, mine in enumerate(self._values):
-            mine.update({w: value for w, value in inputs[rank].items() if w is not None and w.role is Role.OPT_STATE})
+            mine.update({w: v for w, v in inputs[rank].items() if w is not None and w.role in OF_PARAMETERS})
             count = inputs[rank].get(NUM_SKIPPED)
             for what, value in without_unmade(inputs[rank], count, results[rank]).items():
                 if what is None:
@@ -353,6 +381,30 @@ class SimulatedRanks:
         return whole
 
 
+def _of_rank(rank: int) -> str:
+    return f"the batch of rank {rank}"
+
+
+def _check_alike(calls: Sequence[Call]) -> None:
+    """Every rank's call has what that of rank 0 has."""
+    flat = [pytree.tree_flatten_with_path(call) for call in calls]
+    first = {name_of(path): fact_of(leaf) for path, leaf in flat[0][0]}
+    for rank, (named, spec) in enumerate(flat):
+        mine = {name_of(path): fact_of(leaf) for path, leaf in named}
+        for name in [*first, *mine]:
+            if mine.get(name) != first.get(name):
+                found, expected = mine.get(name, "nothing"), first.get(name, "nothing")
+                raise RankError(
+                    f"{_of_rank(rank)} differs from that of rank 0: {name} is {found}, not {expected}",
+                    fix="give every rank the same arguments, with tensors of equal shape, dtype and strides",
+                )
+        if spec != flat[0][1]:
+            raise RankError(
+                f"{_of_rank(rank)} is built otherwise than that of rank 0: {spec}, not {flat[0][1]}",
+                fix="give every rank the same arguments in the same containers",
+            )
+
+
 def _values_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Values:
     """Copies of all that a model and its optimizer store.
 
@@ -383,29 +435,6 @@ def _is_whole(number: Any) -> bool:
 def _shapes(model: nn.Module) -> dict[str, str]:
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return {name: describe(tensor) for name, tensor in tensors}
-
-
-def _call(batch: Any, rank: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of a batch."""
-    if isinstance(batch, tuple) and len(batch) == 2:
-        args, kwargs = batch
-        if isinstance(args, (tuple, list)) and isinstance(kwargs, Mapping):
-            return tuple(args), dict(kwargs)
-    if isinstance(batch, (tuple, list)):
-        return tuple(batch), {}
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    raise ZgraphError(
-        f"the batch of rank {rank} is a {type(batch).__name__}",
-        fix="give each rank a tuple of arguments, such as (x,), a dictionary of keyword arguments, or a pair of these",
-    )
-
-
-def _name(path: pytree.KeyPath) -> str:
-    """``args[0]`` or ``kwargs['x']``."""
-    first, *rest = path
-    assert isinstance(first, pytree.SequenceKey)
-    return ("args", "kwargs")[first.idx] + pytree.keystr(tuple(rest))
 
 
 def _like(old: Value, new: Value) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from zgraph.accumulation import LOSS, WEIGHT
 from zgraph.agreement import Agreement
 from zgraph.eager import getter
 from zgraph.errors import StateError
@@ -39,6 +40,7 @@ class TrainingState:
     Attributes:
         layout: the buckets; None before the first ``commit``.
         params: bucket name -> this rank's flat parameters.
+        gradients: bucket name -> this rank's part of what micro-batches add up; zeros between steps.
         recipe: what the steps count and report, by name; the same on all ranks.
         agreement: of the ranks.
     """
@@ -49,6 +51,7 @@ class TrainingState:
         self.model, self.optimizer, self.group = model, optimizer, group
         self.layout: Layout | None = None
         self.params: dict[str, torch.Tensor] = {}
+        self.gradients: dict[str, torch.Tensor] = {}
         self.recipe: dict[str, torch.Tensor] = {}
         self.agreement = Agreement(group)
         self._optimizer_state = OptimizerState(optimizer, group, self.agreement)
@@ -110,8 +113,19 @@ class TrainingState:
             self._optimizer_state.move(layout, current, forms)
             if self.layout is None:
                 self._share_buffers()
-        self.layout, self.params, self._placed = layout, new.tensors, current
+        self.layout, self.params, self._placed, self.gradients = layout, new.tensors, current, {}
         self._memory = {name: _memory(param) for name, param in current.items()}
+
+    @contextmanager
+    def adding_up(self) -> Iterator[None]:
+        """A step; what its micro-batches have added up is dropped if it fails."""
+        try:
+            yield
+        except BaseException:
+            self.gradients = {}
+            for what in (LOSS, WEIGHT):
+                self.recipe.pop(what.name, None)
+            raise
 
     def _move(self, new: FlatTensors, params: Mapping[str, nn.Parameter], kept: Collection[str]) -> None:
         """Store parameters, and have those of them that are not ``kept`` be rank 0's."""

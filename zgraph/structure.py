@@ -20,7 +20,7 @@ from zgraph.changes import Look
 from zgraph.errors import MISTAKE_IN_PASS, VerifyError
 from zgraph.layout import Layout
 from zgraph.liveness import owners, written
-from zgraph.program import Input, Program, Role, Stage, describe, operand, source_of, target_name
+from zgraph.program import OF_PARAMETERS, Input, Program, Role, Stage, describe, operand, source_of, target_name
 
 
 def check_structure(program: Program, *, after: str, look: Look | None = None) -> None:
@@ -190,7 +190,7 @@ def _check_layout(program: Program, layout: Layout, after: str) -> None:
                 fix=MISTAKE_IN_PASS,
             )
     for node, what in program.placeholders():
-        if what.role not in (Role.PARAM, Role.OPT_STATE):
+        if what.role not in OF_PARAMETERS:
             continue
         if what.name not in layout.by_name:
             raise VerifyError(f"{after}: the input {what} is not of a bucket of the layout")
@@ -214,7 +214,7 @@ def _check_results(program: Program, after: str) -> None:
         donated.add(what)
         if what is None:
             continue
-        if what.role not in (Role.PARAM, Role.OPT_STATE, Role.BUFFER, Role.CONSTANT, Role.RECIPE):
+        if what.role not in (*OF_PARAMETERS, Role.BUFFER, Role.CONSTANT, Role.RECIPE):
             raise _misfit(after, result, f"a result is the new value of {what}, which is not state")
         if what not in inputs:
             continue  # state that this step creates
@@ -315,7 +315,7 @@ class _Memory:
                 continue
             if memory.op == "placeholder" and memory.meta["input"] != what:
                 self.refuse(result, f"is returned as {what or 'the loss'} but lies in {memory.meta['input']}")
-            if memory in stored and what is not None and what.role is Role.OPT_STATE:
+            if memory in stored and what is not None and what.role in (Role.OPT_STATE, Role.GRADIENT):
                 self.refuse(result, f"is returned as {what} and as {stored[memory] or 'the loss'}, in one memory")
             stored[memory] = what
         for memory, node in self.writer.items():

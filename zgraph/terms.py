@@ -15,8 +15,9 @@ collective and back:
 An elementwise operator on such a vector is the vector of the operator on its pieces. Padding stays padding under
 elementwise operators; anything else that reads it makes a term that no captured step has.
 
-A sum of squares is a set of pieces, in whatever order they are added; zeros add nothing. Of a shard it is this rank's
-share, and the sum of the shares over the ranks is that of the whole vector.
+A sum of squares is a set of pieces, in whatever order they are added. Of a shard it is this rank's share, and the sum
+of the shares over the ranks is that of the whole vector. Zeros add nothing, whatever factor all elements have in
+common: where that is not finite, neither is the sum.
 """
 
 from __future__ import annotations
@@ -400,7 +401,7 @@ class Terms:
     def _squares(self, form: Form, pieces: Iterable[Piece]) -> Term:
         """The sum over ``pieces``, in normal form: sorted, neighbours joined, without zeros."""
         merged: list[Piece] = []
-        for base, offset, length in self._sorted(p for p in pieces if p[2] and not _is_zero(p[0])):
+        for base, offset, length in self._sorted(p for p in pieces if p[2] and not vanishes(p[0])):
             if merged:
                 before, start, size = merged[-1]
                 if before is base and (offset == start + size if offset != REPEATED else start == REPEATED):
@@ -420,11 +421,22 @@ class Terms:
 
 
 _MADE_OF_PARTS = frozenset({Form.FLAT, Form.SPLAT, Form.SHARD})
+_MULTIPLES = frozenset({torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor})
 _DIVISIONS = frozenset({torch.ops.aten.div.Tensor, torch.ops.aten.div.Scalar})
 
 
 def _is_zero(x: Term) -> bool:
     return x.target is Form.FILL and x.args[0] in (0, literal(0.0))
+
+
+def vanishes(x: Term) -> bool:
+    """Whether a 0-dim term is zero, but for a factor that may not be finite: sums and multiples of zeros are."""
+    if _is_zero(x):
+        return True
+    operands = [arg for arg in x.args if isinstance(arg, Term)]
+    if x.target in (Form.CAST, Form.MEAN, Form.SUM) or x.target in _MULTIPLES:
+        return vanishes(operands[0])
+    return x.target is torch.ops.aten.add.Tensor and all(map(vanishes, operands))
 
 
 def _in_any_order(base: Term, length: int) -> Term:

@@ -22,9 +22,9 @@ from zgraph.errors import MISTAKE_IN_PASS, VerifyError
 from zgraph.layout import Bucket, Layout
 from zgraph.meaning import Meaning, Numbers, interpret, numbers_of
 from zgraph.movement import Value
-from zgraph.program import Input, Program, Role, Stage, StateInit, describe, source_of
+from zgraph.program import OF_PARAMETERS, Input, Program, Role, Stage, StateInit, describe, source_of
 from zgraph.structure import check_structure
-from zgraph.terms import Axiom, Form, Term, Terms, form, show
+from zgraph.terms import Axiom, Form, Term, Terms, form, show, vanishes
 
 Outputs = dict[Input | None, tuple[Value, fx.Node | None]]
 """What a program returns, state by parameter even where it lies in buckets; and the node it comes from."""
@@ -174,7 +174,7 @@ class _Check:
         """Batch, buffers, constants and hyperparameters have the shapes, dtypes and devices that they had."""
         before = {what: node.meta["val"] for node, what in self.reference.placeholders()}
         for node, what in self.program.placeholders():
-            if what in before and what.role not in (Role.PARAM, Role.OPT_STATE):
+            if what in before and what.role not in OF_PARAMETERS:
                 was, val = before[what], node.meta["val"]
                 if describe(was) != describe(val) or getattr(was, "device", None) != getattr(val, "device", None):
                     raise self._error(
@@ -232,7 +232,7 @@ class _Check:
         layout = program.layout
         for what, result, value in zip(program.outputs, program.results(), meaning.results, strict=True):
             node = result if isinstance(result, fx.Node) else None
-            if what is None or layout is None or what.role not in (Role.PARAM, Role.OPT_STATE):
+            if what is None or layout is None or what.role not in OF_PARAMETERS:
                 outputs[what] = (value, node)
                 continue
             if what.name not in layout.by_name:
@@ -264,6 +264,11 @@ class _Check:
             value = whole
         elif value.target is Form.SHARD:
             raise self._misplaced(program, what, value, "every rank must return the whole")
+        if what.role is Role.GRADIENT:
+            ends = [0, *(end for s in bucket.segments for end in (s.offset, s.offset + s.numel)), bucket.numel]
+            gaps = (self.terms.slice(value, *gap) for gap in zip(ends[::2], ends[1::2], strict=True))
+            if not all(vanishes(base) for gap in gaps for base, _, length in self.terms.pieces(gap) if length):
+                raise self._misplaced(program, what, value, "padding between gradients must stay zero")
         return {
             names[s.name]: self.terms.reshape(self.terms.slice(value, s.offset, s.offset + s.numel), s.shape)
             for s in bucket.segments
@@ -285,7 +290,7 @@ def _by_parameter(program: Program, inputs: dict[Input, None]) -> dict[Input, No
     buckets = program.layout.by_name
     found: dict[Input, None] = {}
     for what in inputs:
-        if what.role in (Role.PARAM, Role.OPT_STATE) and what.name in buckets:
+        if what.role in OF_PARAMETERS and what.name in buckets:
             found.update({Input(what.role, s.name, what.key): None for s in buckets[what.name].segments})
         else:
             found[what] = None

@@ -38,7 +38,8 @@ class Refusal(enum.Enum):
     )
     RECORD = r"is recorded as .* but gives"
     ORDER = r"reads \w+ before it is computed"
-    MEMORY = r"has written over|is still sending|but lies in|writes to its arguments"
+    MEMORY = r"has written over|does not return its new value|is still sending|but lies in|writes to its arguments"
+    PADDING = "padding between gradients must stay zero"
     RANKS = r"is on axis 'model' of|is for 3 ranks of"
 
 
@@ -176,7 +177,7 @@ EDITS = [
     Edit(
         "new buffers are not returned",
         "bucket",
-        "if what is None or what.role not in (Role.PARAM, Role.OPT_STATE):\n                outputs",
+        "if what is None or what.role not in OF_PARAMETERS:\n                outputs",
         "if what is None:\n                outputs",
         Refusal.MISSING,
     ),
@@ -191,7 +192,7 @@ EDITS = [
         "a state is returned as it was before",
         "bucket",
         "            new = copied(result)\n",
-        "            new = copied(self.states.get(model.name, {}).get(what.key, result))\n",
+        "            new = copied(self.states.get(model.name, {}).get(what, result))\n",
     ),
     Edit(
         "a state's new value lies in another state's memory",
@@ -205,17 +206,15 @@ EDITS = [
     Edit(
         "a norm is that of parameters and their padding",
         "bucket",
-        "self._add_squares(bucket, gradient)",
-        "self._add_squares(bucket, flat)",
+        "program.call(ops.square_sum, copied(squared), origin",
+        "program.call(ops.square_sum, flat, origin",
     ),
     Edit(
         "a norm is that of local gradients",
         "shard",
-        'if reader.op == "call_function" and reader.meta["origin"].phase is Phase.UPDATE:\n'
-        "                reader.replace_input_with(value, mean)",
-        "if reader.target is not ops.square_sum and reader.op == 'call_function' "
-        'and reader.meta["origin"].phase is Phase.UPDATE:\n'
-        "                reader.replace_input_with(value, mean)",
+        "                reader.replace_input_with(value, mean)\n",
+        "                if reader.target is not ops.square_sum:\n"
+        "                    reader.replace_input_with(value, mean)\n",
     ),
     Edit(
         "each rank clips by the norm of its own slices",
@@ -225,6 +224,34 @@ EDITS = [
         Refusal.DIVISION,
     ),
     Edit("shares of a norm are averaged", "shard", 'ops.all_reduce, share, "sum"', 'ops.all_reduce, share, "avg"'),
+    # Micro-batches
+    Edit(
+        "padding between gradients is not zero",
+        "bucket",
+        "                        [gap],\n                        0,\n",
+        "                        [gap],\n                        1,\n",
+        Refusal.PADDING,
+    ),
+    Edit(
+        "each rank divides by the weight of its own micro-batch",
+        "shard",
+        "for value, mine in readers.items():",
+        "for value, mine in [(v, m) for v, m in readers.items() if v.meta.get('holds')]:",
+    ),
+    Edit(
+        "gradients that add up are not divided",
+        "shard",
+        "what.role in (Role.OPT_STATE, Role.GRADIENT):\n                states",
+        "what.role is Role.OPT_STATE:\n                states",
+        Refusal.SHAPE,
+    ),
+    Edit(
+        "what has added up is written over and lost",
+        "inplace",
+        "donors[result], donors[node] = node, donor",
+        "donors[node] = donor",
+        Refusal.MEMORY,
+    ),
     # Tidying
     Edit(
         "a random operator that nothing reads is dropped",
@@ -261,52 +288,53 @@ EDITS = [
     Edit(
         "the 1/N is forgotten",
         "shard",
-        'start = program.call(ops.all_reduce, value, "avg", self.mesh.axis, origin=origin, before=before)',
-        'start = program.call(ops.all_reduce, value, "sum", self.mesh.axis, origin=origin, before=before)',
+        'start = program.call(ops.all_reduce, value, "avg", self.mesh.axis, origin=origin, before=start_before)',
+        'start = program.call(ops.all_reduce, value, "sum", self.mesh.axis, origin=origin, before=start_before)',
     ),
     Edit(
         "the loss is that of one rank",
         "shard",
-        "        results[0] = self._average(program, results[0], before=program.output_node)\n",
-        "",
+        "            results[0] = self._average(program, results[0], program.output_node, program.output_node)\n",
+        "            pass\n",
     ),
     Edit(
         "the last bucket's gradient is not reduced",
         "shard",
-        "for gradient in list(_flat_gradients(program)):",
-        "for gradient in list(_flat_gradients(program))[:-1]:",
+        "for value, mine in readers.items():",
+        "for value, mine in list(readers.items())[:-1]:",
     ),
     Edit(
         "the update reads the local gradient",
         "shard",
-        'reader.meta["origin"].phase is Phase.UPDATE:\n                reader.replace_input_with(value, mean)',
-        'reader.meta["origin"].phase is Phase.BACKWARD and not mean:\n                pass',
+        "                reader.replace_input_with(value, mean)\n",
+        "                assert mean\n",
     ),
     Edit(
         "a gradient travels in half precision",
         "shard",
-        'start = program.call(ops.all_reduce, value, "avg", self.mesh.axis, origin=origin, before=before)\n'
-        "        mean = program.call(ops.wait, start, origin=origin, before=before)",
-        "half = program.call(aten._to_copy.default, value, dtype=torch.bfloat16, origin=origin, before=before)\n"
-        '        start = program.call(ops.all_reduce, half, "avg", self.mesh.axis, origin=origin, before=before)\n'
-        "        half = program.call(ops.wait, start, origin=origin, before=before)\n"
-        '        mean = program.call(aten._to_copy.default, half, dtype=value.meta["val"].dtype, '
-        "origin=origin, before=before)",
+        'start = program.call(ops.all_reduce, value, "avg", self.mesh.axis, origin=origin, before=start_before)\n'
+        "        return program.call(ops.wait, start, origin=origin, before=wait_before)",
+        "half = program.call(aten._to_copy.default, value, dtype=torch.bfloat16, origin=origin, before=start_before)\n"
+        "        start = program.call("
+        'ops.all_reduce, half, "avg", self.mesh.axis, origin=origin, before=start_before)\n'
+        "        half = program.call(ops.wait, start, origin=origin, before=wait_before)\n"
+        '        return program.call(aten._to_copy.default, half, dtype=value.meta["val"].dtype, '
+        "origin=origin, before=wait_before)",
     ),
     Edit(
         "a gradient is averaged once more than it must be",
         "shard",
-        "        mean = program.call(ops.wait, start, origin=origin, before=before)\n",
-        "        mean = program.call(ops.wait, start, origin=origin, before=before)\n"
-        '        again = program.call(ops.all_reduce, mean, "avg", self.mesh.axis, origin=origin, before=before)\n'
-        "        mean = program.call(ops.wait, again, origin=origin, before=before)\n",
+        "        return program.call(ops.wait, start, origin=origin, before=wait_before)\n",
+        "        mean = program.call(ops.wait, start, origin=origin, before=wait_before)\n"
+        '        again = program.call(ops.all_reduce, mean, "avg", self.mesh.axis, origin=origin, before=wait_before)\n'
+        "        return program.call(ops.wait, again, origin=origin, before=wait_before)\n",
     ),
     Edit(
         "a mean is divided by the number of ranks",
         "shard",
-        "        mean = program.call(ops.wait, start, origin=origin, before=before)\n",
-        "        mean = program.call(ops.wait, start, origin=origin, before=before)\n"
-        "        mean = program.call(aten.div.Tensor, mean, self.mesh.size, origin=origin, before=before)\n",
+        "        return program.call(ops.wait, start, origin=origin, before=wait_before)\n",
+        "        mean = program.call(ops.wait, start, origin=origin, before=wait_before)\n"
+        "        return program.call(aten.div.Tensor, mean, self.mesh.size, origin=origin, before=wait_before)\n",
     ),
     Edit(
         "a slice of the gradient passes for one of the parameter", "shard", "ops.shard, source,", "ops.shard, gradient,"
@@ -462,6 +490,48 @@ class StepPerMicroBatch(Pass):
                 node.target, *args, origin=node.meta["origin"], before=program.output_node, **kwargs
             )
         program.set_results([copies.get(r, r) for r in results], outputs)
+
+
+def _sums(program: Program) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """What earlier micro-batches have added up, and where the gradient is added."""
+    for earlier in program.inputs(Role.GRADIENT).values():
+        yield from ((earlier, user) for user in earlier.users if user.target is aten.add.Tensor)
+
+
+@dataclass(frozen=True)
+class ForgetEarlierMicroBatches(Pass):
+    """Take the gradient of the last micro-batch for the sum of all."""
+
+    takes = gives = Stage.CAPTURED
+
+    def rewrite(self, program: Program) -> None:
+        for _, total in _sums(program):
+            total.replace_all_uses_with(operand(total, 1))
+
+
+@dataclass(frozen=True)
+class AddGradientsTwice(Pass):
+    """Add the gradient of a micro-batch once more."""
+
+    takes = gives = Stage.CAPTURED
+
+    def rewrite(self, program: Program) -> None:
+        for earlier, total in list(_sums(program)):
+            origin = total.meta["origin"]
+            again = program.call(aten.add.Tensor, earlier, total.args[1], origin=origin, before=total)
+            total.replace_input_with(earlier, again)
+
+
+@dataclass(frozen=True)
+class GoOnAddingUp(Pass):
+    """Begin the next step with the gradients of this one."""
+
+    takes = gives = Stage.CAPTURED
+
+    def rewrite(self, program: Program) -> None:
+        totals = {earlier.meta["input"]: total for earlier, total in _sums(program)}
+        results = [totals.get(what, r) for what, r in zip(program.outputs, program.results(), strict=True)]
+        program.set_results(results, program.outputs)
 
 
 @dataclass(frozen=True)
@@ -760,6 +830,9 @@ class AverageEachReadOfTiedWeights(Pass):
 EXTRAS = [
     Extra("the optimizer steps once per micro-batch", StepPerMicroBatch()),
     Extra("each read of a tied weight is averaged, and their sum again", AverageEachReadOfTiedWeights()),
+    Extra("earlier micro-batches are forgotten", ForgetEarlierMicroBatches()),
+    Extra("a micro-batch adds its gradient twice", AddGradientsTwice()),
+    Extra("gradients go on adding up behind the update", GoOnAddingUp()),
     Extra("a skipped step moves optimizer state", MoveStateOfSkippedSteps()),
     Extra("a norm that all ranks have is added up over them", AddUpWhatAllHave()),
     Extra("dropout is drawn again for backward", RecomputeDropout(), Refusal.DRAWS),

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from tests.programs import Builder, clipped, param, two_layers
+from tests.programs import Builder, accumulated, clipped, param, two_layers
 from tests.recipes import Param, Recipe, Rule, build
+from zgraph.accumulation import micro_step
 from zgraph.program import Guard, Input, Phase, Program, Role, StateInit
 
 aten = torch.ops.aten
@@ -86,6 +87,9 @@ def steps() -> dict[str, Program]:
         "the first step": many_parameters(first=True),
         "different step counts": with_numbers(),
         "tied weights": tied_and_tidied(),
+        "the last of many micro-batches": accumulated(many_parameters(), 2),
+        "one of many micro-batches": micro_step(accumulated(many_parameters(), 2)),
         "a clipped norm": clipped(two_layers(), 0.1),
         "a clipped norm of many parameters": clipped(many_parameters(), 0.1),
+        "the last micro-batch, clipped": accumulated(two_layers(), 3, weighted=True, limit=0.1),
     }

@@ -1,0 +1,118 @@
+"""Add gradients up over the micro-batches of a step, and update with their mean.
+
+    w' = update(w, g)    ->    total = add(earlier, g)
+                               w' = update(w, total / 4)
+                               earlier' = zeros
+
+What earlier micro-batches have added up is state, ``Role.GRADIENT``, in float32 at least, so the passes divide it over
+the ranks like all other state. ``micro_step`` makes the step of all micro-batches but the last: it only adds up.
+
+With weights, loss and gradients are those of a mean in which each micro-batch of each rank counts by its weight, the
+number of its tokens say:
+
+    sum(weight * loss) / sum(weight)    over micro-batches and ranks
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from zgraph.gradients import Gradients
+from zgraph.passes.tidy import remove_dead
+from zgraph.program import Input, Origin, Phase, Program, Role
+
+aten = torch.ops.aten
+
+LOSS = Input(Role.RECIPE, "earlier losses")
+"""What the losses of earlier micro-batches add up to, times their weights: a 0-dim tensor."""
+
+WEIGHT = Input(Role.RECIPE, "earlier weights")
+"""What the weights of earlier micro-batches add up to, in the mean over the ranks: a 0-dim tensor."""
+
+
+def accumulate(gradients: Gradients, num_steps: int, weight: fx.Node | None = None) -> Gradients:
+    """Let the update read the mean over micro-batches, and return the mean of the losses.
+
+    Args:
+        gradients: on the last micro-batch; of the loss times ``weight`` if there is one.
+        num_steps: how many micro-batches a step has.
+        weight: of this micro-batch: a 0-dim tensor.
+    """
+    if num_steps == 1 and weight is None:
+        return gradients
+    return _Accumulation(gradients, num_steps, weight).rewrite()
+
+
+class _Accumulation:
+    def __init__(self, gradients: Gradients, num_steps: int, weight: fx.Node | None) -> None:
+        self.program, self.gradients, self.num_steps = gradients.program, gradients, num_steps
+        self._before = gradients.before
+        self._behind_inputs = list(self.program.graph.find_nodes(op="placeholder"))[-1].next
+        self._results, self._outputs = self.program.results(), list(self.program.outputs)
+        self._loss: fx.Node = self._results[0]
+        self._origin = Origin(Phase.UPDATE, source=self._loss.meta["origin"].source)
+        # Kept for a single micro-batch, too: what comes from the state of the step is known to be no parameter's own.
+        self._by: Any = num_steps
+        if weight is not None:
+            self._by = total = self._total(WEIGHT, weight, self._origin)
+            self._begin_anew(WEIGHT, total, self._origin)
+
+    def rewrite(self) -> Gradients:
+        self._results[0] = self._mean(LOSS, self._loss, self._origin)
+        means = {}
+        for name, gradient in self.gradients.nodes.items():
+            origin, dtype = self.gradients.origin(name), gradient.meta["val"].dtype
+            means[name] = self._mean(Input(Role.GRADIENT, name), gradient, origin)
+            if means[name].meta["val"].dtype != dtype:
+                means[name] = self._call(aten._to_copy.default, means[name], origin=origin, dtype=dtype)
+        self.program.set_results(self._results, self._outputs)
+        return self.gradients.replace(means)
+
+    def _mean(self, what: Input, new: fx.Node, origin: Origin) -> fx.Node:
+        total = new if self.num_steps == 1 else self._total(what, new, origin)
+        mean = self._call(aten.div.Tensor, total, self._by, origin=origin)
+        if self.num_steps > 1:
+            self._begin_anew(what, mean, origin)
+        return mean
+
+    def _total(self, what: Input, new: fx.Node, origin: Origin) -> fx.Node:
+        """What micro-batches have added up to, this one included."""
+        val = new.meta["val"]
+        start = self.program.empty(val.shape, torch.promote_types(val.dtype, torch.float32), val.device)
+        earlier = self.program.placeholder(what, start, before=self._behind_inputs)
+        return self._call(aten.add.Tensor, earlier, new, origin=origin)
+
+    def _begin_anew(self, what: Input, like: fx.Node, origin: Origin) -> None:
+        self._outputs.append(what)
+        self._results.append(self._call(aten.zeros_like.default, like, origin=origin))
+
+    def _call(self, target: Any, *args: Any, origin: Origin, **kwargs: Any) -> fx.Node:
+        return self.program.call(target, *args, origin=origin, before=self._before, **kwargs)
+
+
+def micro_step(program: Program) -> Program:
+    """The step of every micro-batch but the last: it only adds up.
+
+    Args:
+        program: CAPTURED, the step on the last one.
+    """
+    inner = program.clone()
+    inputs = {what: node for node, what in inner.placeholders()}
+    outputs, results = list(inner.outputs), inner.results()
+    kept: dict[Input | None, Any] = {}
+    for what, result in zip(outputs, results, strict=True):
+        if what is not None and what.role in (Role.BUFFER, Role.CONSTANT):
+            kept[what] = result
+        elif what in (LOSS, WEIGHT) or (what is not None and what.role is Role.GRADIENT):
+            (kept[what],) = inputs[what].users  # the sum
+    inner.set_results([kept[LOSS], *kept.values()], [None, *kept])
+    remove_dead(inner)
+    for what, node in inputs.items():
+        if not node.users and what.role in (Role.OPT_STATE, Role.HYPER, Role.RECIPE, Role.CONSTANT):
+            inner.graph.erase_node(node)
+            inner.constants.pop(what.name, None)
+    inner.init, inner.guards = {}, ()
+    return inner

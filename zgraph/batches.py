@@ -1,0 +1,94 @@
+"""What a training step is given: calls of the model, one for each micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from zgraph.errors import ZgraphError
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of the model."""
+
+FORMS = "a tuple of arguments, such as (x,), a dictionary of keyword arguments, or a pair of these"
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """The micro-batches of one step, for ``train_step`` of a model that was compiled with ``accumulate``.
+
+    Attributes:
+        batches: each is what the model is called with: a tuple or list of positional arguments, a dictionary of keyword
+            arguments, or a pair of such a tuple and dictionary. They may differ in shape.
+    """
+
+    batches: Sequence[Any]
+
+
+def micro_batches(args: tuple[Any, ...], kwargs: dict[str, Any], num: int) -> list[Call]:
+    """The calls of the model that a step makes.
+
+    Args:
+        args, kwargs: of ``train_step``: a ``MicroBatches``, or a batch to be divided.
+        num: how many micro-batches a step has.
+
+    Raises:
+        ZgraphError: there are more or fewer, or the batch does not divide.
+    """
+    if len(args) == 1 and not kwargs and isinstance(args[0], MicroBatches):
+        batches = args[0].batches
+        if len(batches) != num:
+            raise ZgraphError(
+                f"train_step was given {len(batches)} micro-batches, but accumulate={num}",
+                fix=f"give {num} of them, or compile with accumulate={len(batches)}",
+            )
+        return [call_of(batch, f"micro-batch {i}") for i, batch in enumerate(batches)]
+    return [(args, kwargs)] if num == 1 else _divided(args, kwargs, num)
+
+
+def _divided(args: tuple[Any, ...], kwargs: dict[str, Any], num: int) -> list[Call]:
+    """Parts of a batch along the first dimension of its tensors, which must all be as long."""
+    leaves, spec = pytree.tree_flatten_with_path((args, kwargs))
+    lengths = {name_of(path): _length(leaf) for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
+    fix = "give train_step a zgraph.MicroBatches, which says what belongs to each micro-batch"
+    for name, length in lengths.items():
+        if length is None or length % num:
+            what = "is a single number" if length is None else f"has {length} rows"
+            raise ZgraphError(f"the batch cannot be divided into {num} micro-batches: {name} {what}", fix=fix)
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{name} has {length} rows" for name, length in lengths.items())
+        raise ZgraphError(f"the batch cannot be divided into {num} micro-batches: {told}", fix=fix)
+    parts = [leaf.chunk(num) if isinstance(leaf, torch.Tensor) else [leaf] * num for _, leaf in leaves]
+    return [pytree.tree_unflatten([part[i] for part in parts], spec) for i in range(num)]
+
+
+def _length(tensor: torch.Tensor) -> int | None:
+    return tensor.shape[0] if tensor.dim() else None
+
+
+def call_of(batch: Any, whose: str) -> Call:
+    """Positional and keyword arguments of a batch.
+
+    Raises:
+        ZgraphError: it is of another kind; ``whose`` is named.
+    """
+    if isinstance(batch, tuple) and len(batch) == 2:
+        args, kwargs = batch
+        if isinstance(args, (tuple, list)) and isinstance(kwargs, Mapping):
+            return tuple(args), dict(kwargs)
+    if isinstance(batch, (tuple, list)):
+        return tuple(batch), {}
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    raise ZgraphError(f"{whose} is a {type(batch).__name__}", fix=f"give {FORMS}")
+
+
+def name_of(path: pytree.KeyPath) -> str:
+    """``args[0]`` or ``kwargs['x']``."""
+    first, *rest = path
+    assert isinstance(first, pytree.SequenceKey)
+    return ("args", "kwargs")[first.idx] + pytree.keystr(tuple(rest))

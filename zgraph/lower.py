@@ -1,0 +1,64 @@
+"""From a captured step to the programs that run: one for the last micro-batch, and one for those before it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from zgraph.accumulation import micro_step
+from zgraph.config import Config
+from zgraph.layout import Layout
+from zgraph.passes import default_passes
+from zgraph.pipeline import Pass, PassRecord, run
+from zgraph.program import Mesh, Program
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """Programs after all passes.
+
+    Attributes:
+        last: runs on the last micro-batch, and updates.
+        micro: runs on each one before it; None if there is only one.
+        records: of the passes.
+    """
+
+    last: Program
+    micro: Program | None
+    records: tuple[PassRecord, ...]
+
+    @property
+    def layout(self) -> Layout:
+        """The buckets, which both programs have in common."""
+        assert self.last.layout is not None
+        return self.last.layout
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """Those that there are."""
+        return (self.last,) if self.micro is None else (self.micro, self.last)
+
+    def digest(self) -> bytes:
+        """Equal on ranks that will issue the same operations."""
+        return b"".join(program.digest() for program in self.programs)
+
+
+def lower(captured: Program, config: Config, mesh: Mesh, layout: Layout | None, own: Sequence[Pass]) -> Lowered:
+    """Run the passes.
+
+    Args:
+        captured: the step on the last micro-batch.
+        config: options.
+        mesh: the ranks.
+        layout: buckets that exist already and are to be kept if the program allows it.
+        own: a user's passes.
+
+    Raises:
+        ZgraphError: see ``zgraph.pipeline.run``.
+    """
+    last = run(default_passes(config, mesh, layout, own=own), captured)
+    if config.accumulate == 1:
+        return Lowered(last.program, None, last.records)
+    micro = run(default_passes(config, mesh, last.program.layout, own=own), micro_step(captured))
+    assert micro.program.layout == last.program.layout
+    return Lowered(last.program, micro.program, (*last.records, *micro.records))
