@@ -45,10 +45,22 @@ def mean_over_ranks(value: Tensor) -> Tensor:
 
 
 class Eager:
-    """A training step in plain PyTorch: one process, or ``DistributedDataParallel`` over the ranks with ``average``."""
+    """A training step in plain PyTorch: one process, or ``DistributedDataParallel`` over the ranks with ``average``.
 
-    def __init__(self, case: Case, model: nn.Module, optimizer: Optimizer, *, average: bool = False) -> None:
-        self.case, self.model, self.optimizer = case, model, optimizer
+    Args:
+        clip: gradients before the update.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        average: bool = False,
+        clip: Callable[[nn.Module], object] | None = None,
+    ) -> None:
+        self.case, self.model, self.optimizer, self.clip = case, model, optimizer, clip
         self.average = average and dist.is_initialized()
         self.call = DistributedDataParallel(model, broadcast_buffers=False) if self.average else model
 
@@ -57,8 +69,21 @@ class Eager:
         self.optimizer.zero_grad()
         loss = loss_of(self.case, self.call(*batch.args, **batch.kwargs), batch)
         loss.backward()
+        if self.clip is not None:
+            self.clip(self.model)
         self.optimizer.step()
         return mean_over_ranks(loss.detach()) if self.average else loss.detach()
+
+
+def clip_as(
+    *, clip_norm: float | None = None, clip_value: float | None = None, **_: Any
+) -> Callable[[nn.Module], object] | None:
+    """How torch clips gradients, by the options of ``zgraph.compile``."""
+    if clip_norm is not None:
+        return lambda model: nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    if clip_value is not None:
+        return lambda model: nn.utils.clip_grad_value_(model.parameters(), clip_value)
+    return None
 
 
 def loss_of(case: Case, output: Any, batch: Batch) -> Tensor:
@@ -122,6 +147,7 @@ def train_like_eager(
     optimizer: str = "adamw",
     dtype: torch.dtype = torch.float64,
     num_steps: int = 10,
+    num_samples: int = 6,
     change: Callable[[nn.Module, Optimizer], Callable[[int], Any]] | None = None,
     num_recaptures: int = 0,
     **options: Any,
@@ -131,6 +157,7 @@ def train_like_eager(
     The reference is one process on the whole batch, or ``DistributedDataParallel`` where the case says so.
 
     Args:
+        num_samples: in the batch of all ranks together.
         change: gives a function to call after each step, the same for zgraph and for the reference: a learning-rate
             schedule, say.
         num_recaptures: how often the step may be captured again. The second step always may, since there the
@@ -138,14 +165,14 @@ def train_like_eager(
         options: of ``zgraph.compile``.
     """
     case, (rank, num_ranks) = CASES[case_name], world()
-    batches = case.batches(num_steps, dtype=dtype)
+    batches = case.batches(num_steps, num_samples, dtype=dtype)
     parts = [batch.part(rank, num_ranks) for batch in batches]
     model = case.model(dtype)
     model_optimizer = OPTIMIZERS[optimizer](model)
     compiled = zgraph.compile(model, optimizer=model_optimizer, loss=case.loss, **options)
     assert compiled is model
     reference = case.model(dtype)
-    eager = Eager(case, reference, OPTIMIZERS[optimizer](reference), average=case.per_rank)
+    eager = Eager(case, reference, OPTIMIZERS[optimizer](reference), average=case.per_rank, clip=clip_as(**options))
     changes = [change(compiled, model_optimizer), change(reference, eager.optimizer)] if change else []
     num_captures = 0
     for step in range(num_steps):

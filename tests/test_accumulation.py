@@ -1,0 +1,286 @@
+"""The gradients of a step's micro-batches add up, each rank keeping its part, and the update reads their mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW
+
+import zgraph
+from tests.programs import accumulated, assert_same_step, few_examples, one_layer
+from tests.recipes import Recipe, build, recipes
+from tests.reference import assert_equal
+from zgraph.accumulation import micro_step
+from zgraph.batches import MicroBatches, micro_batches
+from zgraph.config import Config
+from zgraph.errors import CaptureError, OptionError, ZgraphError
+from zgraph.passes import default_passes
+from zgraph.pipeline import run
+from zgraph.program import Mesh, Program, Role
+
+
+def rewritten(captured: Program, zero: int, world: int, bucket_bytes: int = 200) -> Program:
+    return run(default_passes(Config(zero, bucket_bytes), Mesh(world)), captured).program
+
+
+def test_the_last_micro_batch_updates_with_the_mean_and_the_sums_begin_anew() -> None:
+    assert_expected_inline(
+        accumulated(one_layer(), 4).text(),
+        """\
+%0: f64[2, 3] = input param:w
+%1: f64[4, 2] = input batch:0
+%2: f64[2, 3] = input opt_state:w:m
+%3: float = input hyper:lr
+%4: f64[] = input recipe:earlier losses
+%5: f64[2, 3] = input gradient:w
+%6: f64[4, 3] = aten.mm.default(%1, %0)
+%7: f64[] = aten.sum.default(%6)
+%8: f64[2, 4] = aten.t.default(%1)
+%9: f64[4, 3] = aten.ones_like.default(%6)
+%10: f64[2, 3] = aten.mm.default(%8, %9)
+%11: f64[] = aten.add.Tensor(%4, %7)
+%12: f64[] = aten.div.Tensor(%11, 4)
+%13: f64[] = aten.zeros_like.default(%12)
+%14: f64[2, 3] = aten.add.Tensor(%5, %10)
+%15: f64[2, 3] = aten.div.Tensor(%14, 4)
+%16: f64[2, 3] = aten.zeros_like.default(%15)
+%17: f64[2, 3] = aten.add.Tensor(%2, %15)
+%18: float = operator.neg(%3)
+%19: f64[2, 3] = aten.add.Tensor(%0, %17, alpha=%18)
+return [%12, %19, %17, %13, %16]  # loss, param:w, opt_state:w:m, recipe:earlier losses, gradient:w""",
+    )
+
+
+def test_every_other_micro_batch_only_adds_up() -> None:
+    assert_expected_inline(
+        micro_step(accumulated(one_layer(), 4)).text(),
+        """\
+%0: f64[2, 3] = input param:w
+%1: f64[4, 2] = input batch:0
+%2: f64[] = input recipe:earlier losses
+%3: f64[2, 3] = input gradient:w
+%4: f64[4, 3] = aten.mm.default(%1, %0)
+%5: f64[] = aten.sum.default(%4)
+%6: f64[2, 4] = aten.t.default(%1)
+%7: f64[4, 3] = aten.ones_like.default(%4)
+%8: f64[2, 3] = aten.mm.default(%6, %7)
+%9: f64[] = aten.add.Tensor(%2, %5)
+%10: f64[2, 3] = aten.add.Tensor(%3, %8)
+return [%9, %9, %10]  # loss, recipe:earlier losses, gradient:w""",
+    )
+
+
+def test_the_mean_lies_where_the_sum_lay_until_its_norm_is_known() -> None:
+    """A clipped step keeps one copy of this rank's gradients, not two."""
+    program = rewritten(accumulated(one_layer(), 4, limit=1.0), zero=3, world=2)
+    first, second = (node.target for node in program.graph.nodes if hasattr(node.target, "body"))
+    assert str(first) == (
+        "gradient_bucket0{%2 = aten.add.Tensor(%0, %1); %3 = aten.div.Tensor(%2, 4); return [%3] over [0]}"
+    )
+    assert "%6 = aten.zeros_like.default(%0)" in str(second)
+    assert "return [%6, %10, %11] over [0, 3, 2]" in str(second)
+
+
+@few_examples(60)
+@given(
+    recipes(), st.integers(0, 3), st.integers(1, 4), st.integers(1, 3), st.booleans(), st.none() | st.just(0.1),
+    st.booleans(),
+)  # fmt: skip
+def test_any_step_adds_up_alike_on_any_number_of_ranks(
+    recipe: Recipe, zero: int, world: int, num_steps: int, weighted: bool, limit: float | None, late: bool
+) -> None:
+    captured = accumulated(build(recipe), num_steps, weighted=weighted, limit=limit)
+    last = rewritten(captured, zero, world)
+    assert_same_step(last, captured, late=late)
+    if num_steps > 1:
+        micro = micro_step(captured)
+        passes = default_passes(Config(zero, 200), Mesh(world), last.layout)
+        program = run(passes, micro).program
+        assert program.layout == last.layout, "both programs keep state in the same buckets"
+        assert_same_step(program, micro, late=late)
+
+
+# Against torch
+
+
+class Classes(nn.Module):
+    """Targets below zero do not count; a mean over those that do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(7, 5), nn.Linear(5, 7, bias=False)
+        self.head.weight = self.embedding.weight
+        self.inner, self.scale = nn.Linear(5, 5), nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        logits = self.head(self.inner(self.embedding(x))) * self.scale
+        return nn.functional.cross_entropy(logits, y, ignore_index=-1)
+
+
+def num_targets(_: Tensor, y: Tensor) -> Tensor:
+    return (y >= 0).sum()
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2])
+def test_micro_batches_of_unlike_weight_are_the_mean_over_all_that_counts(world: int, zero: int) -> None:
+    """One micro-batch of one rank counts for nothing: its own mean is NaN."""
+    torch.manual_seed(0)
+    model, reference = Classes().double(), Classes().double()
+    reference.load_state_dict(model.state_dict())
+    ranks = zgraph.simulate_ranks(
+        model,
+        AdamW(model.parameters()),
+        world_size=world,
+        zero=zero,
+        accumulate=3,
+        weight=num_targets,
+        bucket_bytes=200,
+    )
+    optimizer = AdamW(reference.parameters())
+    for step in range(4):
+        x, y = torch.randint(7, (12,)), torch.randint(-3, 7, (12,)).clamp(min=-1)
+        if step == 1:
+            y[: 12 // world // 3] = -1
+        found = ranks.train_step(list(zip(x.chunk(world), y.chunk(world), strict=True)))
+        optimizer.zero_grad()
+        loss = reference(x, y)
+        loss.backward()
+        optimizer.step()
+        assert_equal({"loss": found}, {"loss": loss.detach()}, f"step {step}")
+        assert_equal(ranks.state_dict(), reference.state_dict(), f"after step {step}")
+
+
+def test_weights_are_for_one_batch_on_ranks_of_unlike_counts_too() -> None:
+    model, reference = Classes().double(), Classes().double()
+    reference.load_state_dict(model.state_dict())
+    ranks = zgraph.simulate_ranks(model, SGD(model.parameters(), lr=1.0), world_size=2, weight=num_targets)
+    x, y = torch.arange(6), torch.tensor([1, -1, -1, 2, 3, 4])
+    found = ranks.train_step(list(zip(x.chunk(2), y.chunk(2), strict=True)))
+    loss = reference(x, y)
+    loss.backward()
+    SGD(reference.parameters(), lr=1.0).step()
+    assert_equal({"loss": found}, {"loss": loss.detach()}, "the loss")
+    assert_equal(ranks.state_dict(), reference.state_dict(), "after the step")
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_micro_batches_may_differ_in_shape(accumulate: int) -> None:
+    torch.manual_seed(0)
+    model, reference = Classes().double(), Classes().double()
+    reference.load_state_dict(model.state_dict())
+    optimizer = AdamW(model.parameters())
+    compiled = zgraph.compile(model, optimizer=optimizer, accumulate=accumulate, weight=num_targets)
+    eager = AdamW(reference.parameters())
+    for _ in range(3):
+        batches = [(torch.randint(7, (n,)), torch.randint(7, (n,))) for n in (2, 5, 5, 3)[-accumulate:]]
+        found = compiled.train_step(MicroBatches(batches))
+        eager.zero_grad()
+        loss = reference(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+        loss.backward()
+        eager.step()
+        assert_equal({"loss": found}, {"loss": loss.detach()}, "the loss")
+        assert_equal(compiled.state_dict(), reference.state_dict(), "after the step")
+    assert compiled.stats()["num_captures"] == len({2, 5, 3} if accumulate == 4 else {3})
+    assert not any("gradient" in key for entries in optimizer.state_dict()["state"].values() for key in entries)
+
+
+def test_buffers_go_from_micro_batch_to_micro_batch() -> None:
+    model, reference = nn.BatchNorm1d(3).double(), nn.BatchNorm1d(3).double()
+    compiled = zgraph.compile(model, optimizer=SGD(model.parameters(), lr=0.1), loss=lambda y, _: y.sum(), accumulate=3)
+    x = torch.randn(12, 3, dtype=torch.float64)
+    compiled.train_step(x)
+    for part in x.chunk(3):
+        reference(part)
+    assert_equal(dict(compiled.named_buffers()), dict(reference.named_buffers()), "running statistics")
+
+
+def test_a_step_that_fails_leaves_nothing_added_up() -> None:
+    def loss_of(output: Tensor, x: Tensor) -> Tensor:
+        return torch.gather(output, 1, x).sum()
+
+    model, reference = nn.Embedding(4, 5), nn.Embedding(4, 5)
+    reference.load_state_dict(model.state_dict())
+    compiled = zgraph.compile(
+        nn.Sequential(model, nn.Flatten()), optimizer=SGD(model.parameters(), lr=1.0), loss=loss_of, accumulate=2
+    )
+    right, wrong = torch.tensor([[1], [2]]), torch.tensor([[1], [9]])
+    with pytest.raises((RuntimeError, IndexError)):
+        compiled.train_step(wrong)
+    compiled.train_step(right)
+    expected = reference.weight.detach().clone()
+    expected[1, 1] -= 0.5
+    expected[2, 2] -= 0.5
+    torch.testing.assert_close(model.weight.detach(), expected)
+
+
+def test_earlier_gradients_are_float32_and_a_rank_keeps_its_part() -> None:
+    model = nn.Linear(16, 16, bias=False).bfloat16()
+    ranks = zgraph.simulate_ranks(
+        model, SGD(model.parameters(), lr=0.1), world_size=2, loss=lambda y, _: y.sum(), accumulate=2
+    )
+    ranks.train_step([(torch.ones(2, 16, dtype=torch.bfloat16),)] * 2)
+    (earlier,) = ranks.program.inputs(Role.GRADIENT).values()
+    assert (earlier.meta["val"].dtype, earlier.meta["val"].numel()) == (torch.float32, 128)
+
+
+# Dividing a batch
+
+
+def test_a_batch_is_divided_along_its_first_dimension() -> None:
+    x = torch.arange(6)
+    calls = micro_batches((x, "mean"), {"mask": {"rows": x + 1}}, 3)
+    assert [(args[0].tolist(), args[1], kwargs["mask"]["rows"].tolist()) for args, kwargs in calls] == [
+        ([0, 1], "mean", [1, 2]), ([2, 3], "mean", [3, 4]), ([4, 5], "mean", [5, 6]),
+    ]  # fmt: skip
+
+
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "too many rows": ((torch.zeros(7),), r"args\[0\] has 7 rows"),
+    "a number": ((torch.zeros(6), torch.tensor(1.0)), r"args\[1\] is a single number"),
+    "unlike tensors": ((torch.zeros(6), torch.zeros(3)), r"args\[0\] has 6 rows, args\[1\] has 3 rows"),
+    "another number": ((MicroBatches([(), ()]),), r"was given 2 micro-batches, but accumulate=3"),
+    "no batch": ((MicroBatches([(), (), 5]),), "micro-batch 2 is a int"),
+}
+
+
+@pytest.mark.parametrize("args", REFUSED.values(), ids=REFUSED)
+def test_a_batch_that_does_not_divide_is_refused(args: tuple[tuple[Any, ...], str]) -> None:
+    given_, reason = args
+    with pytest.raises(ZgraphError, match=reason):
+        micro_batches(given_, {}, 3)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "4"])
+def test_a_step_has_a_positive_number_of_micro_batches(value: Any) -> None:
+    with pytest.raises(OptionError, match=r"accumulate=.* is out of range"):
+        Config.from_options({"accumulate": value})
+
+
+@pytest.mark.parametrize(("weight", "reason"), [(lambda x: x, "a tensor of shape"), (lambda _: None, "is NoneType")])
+def test_a_weight_is_one_number(weight: Callable[..., Any], reason: str) -> None:
+    model = nn.Linear(3, 1)
+    compiled = zgraph.compile(
+        model, optimizer=SGD(model.parameters(), lr=0.1), loss=lambda y, _: y.mean(), weight=weight, accumulate=2
+    )
+    with pytest.raises(CaptureError, match=reason):
+        compiled.train_step(torch.ones(4, 3))
+
+
+def test_a_weight_of_nothing_at_all_is_not_a_number() -> None:
+    model = Classes()
+    compiled = zgraph.compile(
+        model, optimizer=SGD(model.parameters(), lr=0.1), weight=num_targets, accumulate=2, clip_norm=1.0
+    )
+    before = {name: value.clone() for name, value in compiled.state_dict().items()}
+    assert math.isnan(compiled.train_step(torch.arange(4), torch.full((4,), -1)))
+    assert compiled.stats()["num_skipped_steps"] == 1
+    assert all(torch.equal(value, before[name]) for name, value in compiled.state_dict().items())
