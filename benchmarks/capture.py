@@ -6,7 +6,7 @@
     python benchmarks/capture.py --plot FILE.svg    draw seconds over nodes, too (needs matplotlib)
 
 Nothing is trained and no process group is needed; each depth runs in a process of its own, so that its peak memory is
-its own. ``passes`` is what the nine passes take, ``proofs`` the verification after each of them together, ``text`` the
+its own. ``passes`` is what the passes take, ``proofs`` the verification after each of them together, ``text`` the
 program's text and digest, which the ranks compare, and the source of the step. ``share`` is the proofs' part of all
 that compiling does, as in ``zgraph.compile``; the collection of what capture leaves behind is included. ``check`` is
 one proof of the finished program from nothing: the captured and the rewritten step evaluated and compared. All should

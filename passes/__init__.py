@@ -8,6 +8,7 @@ from zgraph.config import Config
 from zgraph.layout import Layout
 from zgraph.passes.bucket import FormBuckets
 from zgraph.passes.inplace import UpdateInPlace
+from zgraph.passes.precision import CastBeforeGather
 from zgraph.passes.schedule import Overlap
 from zgraph.passes.shard import AverageGradients, ReadParamsEarly, ShardGradients, ShardOptimizer, ShardParams
 from zgraph.passes.tidy import Tidy
@@ -30,7 +31,7 @@ def default_passes(
         (AverageGradients(mesh),),
         (ShardOptimizer(mesh),),
         (ShardGradients(mesh),),
-        (ReadParamsEarly(), ShardParams(mesh)),
+        (ReadParamsEarly(), ShardParams(mesh), CastBeforeGather()),
     )
     passes = (
         Tidy(),
@@ -45,6 +46,7 @@ def default_passes(
 
 __all__ = [
     "AverageGradients",
+    "CastBeforeGather",
     "FormBuckets",
     "Overlap",
     "ReadParamsEarly",

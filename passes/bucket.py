@@ -274,10 +274,20 @@ def _specs(program: Program, updates: _Updates) -> list[ParamSpec]:
         reads = [position[u] for u in node.users if u.op == "call_function" and _phase(u) is not Phase.UPDATE]
         val = node.meta["val"]
         trainable = name in updates.expression
-        group = (updates.expression.get(name), program.given.get(name))
+        group = (updates.expression.get(name), program.given.get(name), _read_as(node))
         spec = ParamSpec(name, tuple(val.shape), val.dtype, val.device, trainable, group)
         found.append((min(reads, default=len(position)), spec))
     return [spec for _, spec in sorted(found, key=lambda item: item[0])]
+
+
+def _read_as(param: fx.Node) -> torch.dtype | None:
+    """The dtype to which all of forward and backward cast a parameter; None if some of it reads the parameter itself.
+
+    Parameters of one bucket travel together, so they are read alike.
+    """
+    readers = [u for u in param.users if u.op == "call_function" and _phase(u) is not Phase.UPDATE]
+    dtypes = {u.meta["val"].dtype if u.target is aten._to_copy.default else None for u in readers}
+    return next(iter(dtypes)) if len(dtypes) == 1 else None
 
 
 def _phase(node: fx.Node) -> Phase:

@@ -82,6 +82,7 @@ class Param:
         tied: read in two places, so that its gradient is a sum of two.
         reads: how it is read besides, by names of ``READS``.
         again: backward reads it so again, and does not keep what forward read.
+        narrow: float64, but read in float32.
     """
 
     shape: tuple[int, ...]
@@ -92,6 +93,7 @@ class Param:
     tied: bool = False
     reads: tuple[str, ...] = ()
     again: bool = False
+    narrow: bool = False
 
 
 Term = tuple[Any, ...]
@@ -179,6 +181,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         st.sampled_from([False, False, False, True]),
         st.just(()) | st.just(()) | reads,
         st.booleans(),
+        st.sampled_from([False, False, True]),
     )
     params = draw(st.lists(one, min_size=1, max_size=7).filter(lambda all_: any(p.use == "trained" for p in all_)))
     backward = draw(st.permutations(range(len(params))))
@@ -216,7 +219,8 @@ def build(recipe: Recipe) -> Program:
         if p.use == "unused":
             read.append(node)
             continue
-        wide = b.forward(aten._to_copy.default, node, dtype=torch.float64) if p.low else node
+        narrow = b.forward(aten._to_copy.default, node, dtype=torch.float32) if p.narrow and not p.low else node
+        wide = b.forward(aten._to_copy.default, narrow, dtype=torch.float64) if narrow is not node or p.low else node
         read.append(_turned(b.forward, wide))
         x = b.forward(aten.select.int, batch, 0, i)
         layer = b.forward(aten.sin.default, b.forward(aten.mul.Tensor, read[i], x))

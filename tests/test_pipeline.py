@@ -54,7 +54,8 @@ class DropResult(Pass):
 def test_the_default_passes_of_a_stage_are_those_of_the_one_before_and_its_own(zero: int) -> None:
     names = [p.name for p in default_passes(Config(zero=zero), Mesh(2))]
     steps = ["AverageGradients", "ShardOptimizer", "ShardGradients", "ReadParamsEarly", "ShardParams"]
-    assert names == ["Tidy", "FormBuckets", *steps[: zero + 1 if zero < 3 else 5], "Overlap", "UpdateInPlace"]
+    steps.append("CastBeforeGather")
+    assert names == ["Tidy", "FormBuckets", *steps[: zero + 1 if zero < 3 else 6], "Overlap", "UpdateInPlace"]
 
 
 @pytest.mark.parametrize("zero", range(4))

@@ -29,6 +29,7 @@ from zgraph.errors import CaptureError, OptimizerError, ZgraphError, first_line,
 from zgraph.functional import make_functional, own_memory_by_place
 from zgraph.gradients import Gradients
 from zgraph.operands import check_operands
+from zgraph.precision import low_precision
 from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage, describe
 from zgraph.tracing import Recorder, fake_mode, python_generators_kept, source_of_error, trace, user_source
 from zgraph.update import StateSpec, Update, check_step, trace_update
@@ -63,12 +64,13 @@ def capture(
         weight: ``weight(*args, **kwargs)``: by how much this micro-batch counts; all alike by default.
         state: optimizer state that exists already.
         device: where ``meta`` parameters will live; the batch's device by default.
-        config: how gradients add up and are clipped; the rest of it is for the passes.
+        config: precision, and how gradients add up and are clipped; the rest of it is for the passes.
 
     Raises:
         CaptureError: control flow or shapes depend on tensor values, the loss is not a scalar, ...
         OptimizerError: see ``trace_update``.
     """
+    config = config or Config()
     params = dict(model.named_parameters())
     device = device or _batch_device((args, kwargs))
     check_optimizer(model, optimizer)
@@ -117,8 +119,9 @@ def capture(
         inner_args, inner_kwargs = arguments(batch)
         leaf = {name: t.detach().requires_grad_(params[name].requires_grad) for name, t in params_in.items()}
         swapped = {**leaf, **buffers_in}
-        output = torch.func.functional_call(model, swapped, inner_args, inner_kwargs)
-        value = _loss_of(output, loss, inner_args, inner_kwargs, where=quoted(recorder.last_source))
+        with low_precision(model, config, device):
+            output = torch.func.functional_call(model, swapped, inner_args, inner_kwargs)
+            value = _loss_of(output, loss, inner_args, inner_kwargs, where=quoted(recorder.last_source))
         by = [] if weight is None else [_weight_of(weight, inner_args, inner_kwargs, value)]
         for counts in by:  # what counts for nothing may be the mean of nothing, which is NaN
             value = torch.where(counts != 0, value * counts, torch.zeros_like(value))
@@ -206,7 +209,6 @@ def capture(
     asked = [results[0], *grads.values(), *([] if by is None else [by])]
     program, (_, *in_program) = _join(graph, asked, grads, written, constants, update, mode, state or {})
     gradients = Gradients(program, dict(zip(grads, in_program, strict=False)))
-    config = config or Config()
     gradients = accumulate(gradients, config.accumulate, None if by is None else in_program[-1])
     clip(gradients, config)
     return program

@@ -5,8 +5,11 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
+
+import torch
 
 from zgraph.errors import OptionError
 
@@ -31,6 +34,15 @@ def parse_bytes(value: int | str, option: str) -> int:
     return value
 
 
+PRECISIONS: dict[str, torch.dtype] = {"bf16": torch.bfloat16}
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Iterable) or not all(isinstance(v, str) for v in value):
+        raise OptionError(f"keep_float32={value!r} is not a list of names", fix="give keep_float32=['head', 'norm']")
+    return tuple(value)
+
+
 @dataclass(frozen=True)
 class Config:
     """Options of ``zgraph.compile``.
@@ -41,6 +53,11 @@ class Config:
         bucket_bytes: parameters that are used near each other share one flat buffer of about this many
             bytes, and travel together. A parameter larger than this has a bucket of its own.
         prefetch: how many buckets ahead of their first use parameters are gathered (ZeRO-3).
+        precision: ``"bf16"`` computes forward and backward in bfloat16 as ``torch.autocast`` does: matrix products,
+            convolutions and attention in bfloat16, losses and other sums in float32. Parameters, their gradients'
+            means and optimizer state stay float32; what travels of a parameter is what is read of it. None computes
+            in the dtypes that the model has.
+        keep_float32: names of modules, or of parameters, whose modules compute in float32 all the same.
         accumulate: how many micro-batches a step has. Their gradients add up, and the update reads the mean.
         clip_norm: scale all gradients down by one factor where the norm of all of them together is larger than this
             (``torch.nn.utils.clip_grad_norm_``); None does not. A step whose norm is infinite or NaN changes nothing
@@ -54,6 +71,8 @@ class Config:
     zero: int = 3
     bucket_bytes: int = 16 * 2**20
     prefetch: int = 1
+    precision: str | None = None
+    keep_float32: tuple[str, ...] = ()
     accumulate: int = 1
     clip_norm: float | None = None
     clip_value: float | None = None
@@ -75,6 +94,8 @@ class Config:
                     fix=(f"did you mean {near[0]!r}? " if near else "") + f"options are: {', '.join(known)}",
                 )
         values = dict(options)
+        if "keep_float32" in values:
+            values["keep_float32"] = _names(values["keep_float32"])
         if "bucket_bytes" in values:
             values["bucket_bytes"] = parse_bytes(values["bucket_bytes"], "bucket_bytes")
         config = cls(**values)
@@ -82,6 +103,11 @@ class Config:
             value = getattr(config, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise OptionError(f"{name}={value!r} is out of range", fix=f"give an integer from {low} to {high}")
+        if config.precision is not None and config.precision not in PRECISIONS:
+            known_ones = " or ".join(map(repr, PRECISIONS))
+            raise OptionError(f"precision={config.precision!r} is not known", fix=f"give {known_ones}, or None")
+        if config.keep_float32 and config.precision is None:
+            raise OptionError("keep_float32 without a precision", fix="give precision='bf16', too, or leave it out")
         for name in ("clip_norm", "clip_value"):
             value = getattr(config, name)
             if value is None:

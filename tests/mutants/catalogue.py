@@ -150,14 +150,14 @@ EDITS = [
     Edit(
         "parameters of different rules share a bucket",
         "bucket",
-        "group = (updates.expression.get(name), program.given.get(name))",
-        "group = (trainable, program.given.get(name))",
+        "group = (updates.expression.get(name), program.given.get(name), _read_as(node))",
+        "group = (trainable, program.given.get(name), None)",
     ),
     Edit(
         "parameters with different step counts share a bucket",
         "bucket",
-        "group = (updates.expression.get(name), program.given.get(name))",
-        "group = (updates.expression.get(name), None)",
+        "group = (updates.expression.get(name), program.given.get(name), _read_as(node))",
+        "group = (updates.expression.get(name), None, None)",
         Refusal.FACTS,
     ),
     Edit(
@@ -419,6 +419,32 @@ EDITS = [
         "latest = max(others, key=order.__getitem__)",
         "latest = min(others, key=order.__getitem__)",
         Refusal.ORDER,
+    ),
+    # Precision
+    Edit(
+        "a reader of full precision reads what was cast",
+        "precision",
+        "                casts.append(user)\n            elif",
+        "                casts.append(user)\n"
+        "            elif ops.view_of(user) is None and user.op == 'call_function':\n"
+        "                pass\n"
+        "            elif",
+    ),
+    Edit(
+        "slices are cast to another low precision",
+        "precision",
+        'dtype = casts[0].meta["val"].dtype',
+        "dtype = torch.float16",
+        Refusal.RECORD,
+    ),
+    Edit(
+        "slices are rounded on the way",
+        "precision",
+        "        for node in (start, wait, *views):\n",
+        "        rough = program.call(aten._to_copy.default, operand(low), dtype=torch.bfloat16, "
+        'origin=start.meta["origin"], before=low)\n'
+        "        low.replace_input_with(operand(low), rough)\n"
+        "        for node in (start, wait, *views):\n",
     ),
     # In place
     Edit(

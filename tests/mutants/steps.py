@@ -30,6 +30,32 @@ def many_parameters(*, first: bool = False) -> Program:
     return build(Recipe(params, rules, backward=(6, 5, 4, 3, 2, 1, 0), first=first, random=True))
 
 
+def read_in_low_precision() -> Program:
+    """Two weights that are read in float32 only, and two in one bucket of which one is read as it is, too."""
+    b = Builder()
+    names = ("u", "v", "w", "z")
+    u, v, w, z = params = [b.input(Role.PARAM, name, shape=[3, 3]) for name in names]
+    x, lr = b.input(Role.BATCH, "0", shape=[3, 3]), b.input(Role.HYPER, "lr")
+
+    def low(node: Any, call: Any = b.forward) -> Any:
+        return call(aten._to_copy.default, node, dtype=torch.float32)
+
+    first, second, third = low(u), low(v), low(w)
+    h = b.forward(aten.mm.default, b.forward(aten.mm.default, low(x), first), second)
+    y = b.forward(aten._to_copy.default, b.forward(aten.mm.default, h, third), dtype=torch.float64)
+    whole = b.forward(aten.mm.default, b.forward(aten.add.Tensor, y, w), z)
+    loss = b.forward(aten.sum.default, whole)
+    gy = b.backward(aten.mm.default, whole, b.backward(aten.t.default, z))
+    gh = b.backward(aten.mm.default, low(gy, b.backward), b.backward(aten.t.default, third))
+    gx = b.backward(aten.mm.default, b.backward(aten.mm.default, gh, second), first)
+    results: dict[Input | None, Any] = {None: loss}
+    for name, p, g in zip(names, params, (gx, gh, gy, whole), strict=True):
+        wide = b.backward(aten._to_copy.default, b.backward(aten.sin.default, g), dtype=torch.float64)
+        size = b.call(Phase.UPDATE, operator.neg, lr, module=name)
+        results[param(name)] = b.call(Phase.UPDATE, aten.add.Tensor, p, wide, alpha=size, module=name)
+    return b.finish(results)
+
+
 def with_numbers() -> Program:
     """Two parameters of one rule that have taken different numbers of steps, with conditions on them."""
     params = tuple(Param((4,), "trained", group=0, low=False, shares=False) for _ in range(2))
@@ -89,6 +115,7 @@ def steps() -> dict[str, Program]:
         "tied weights": tied_and_tidied(),
         "the last of many micro-batches": accumulated(many_parameters(), 2),
         "one of many micro-batches": micro_step(accumulated(many_parameters(), 2)),
+        "read in low precision": read_in_low_precision(),
         "a clipped norm": clipped(two_layers(), 0.1),
         "a clipped norm of many parameters": clipped(many_parameters(), 0.1),
         "the last micro-batch, clipped": accumulated(two_layers(), 3, weighted=True, limit=0.1),
