@@ -28,7 +28,6 @@ from zgraph.program import (
     Program,
     Role,
     Stage,
-    StateInit,
     operand,
     target_name,
 )
@@ -320,7 +319,7 @@ class _Flattener:
                 results.append(result)
         returned = {result for result in results if isinstance(result, fx.Node)}
         views: dict[Any, fx.Node] = {}
-        init: dict[tuple[str, str], StateInit] = {}
+        init = {key: start for key, start in program.init.items() if (key[0], "") not in self.params}
         anchor = next(iter(program.graph.nodes))
         for node in self.updates.shared:
             node.meta["origin"] = replace(node.meta["origin"], module="")

@@ -22,6 +22,7 @@ from zgraph.config import Config
 from zgraph.gradients import Gradients
 from zgraph.lockstep import Value, Values, run_ranks
 from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage
+from zgraph.scaling import LOSS_SCALE
 
 aten = torch.ops.aten
 
@@ -215,6 +216,14 @@ def gradients_of(program: Program) -> dict[str, fx.Node]:
 def clipped(program: Program, limit: float) -> Program:
     """The same CAPTURED program, with all its gradients clipped to a norm."""
     clip(Gradients(program, gradients_of(program)), Config(clip_norm=limit))
+    return program
+
+
+def scaled(program: Program, limit: float | None = None) -> Program:
+    """The same CAPTURED program as one whose gradients are of a scaled loss."""
+    first = next(node for node in program.graph.nodes if node.op != "placeholder")
+    program.placeholder(LOSS_SCALE, program.empty([], torch.float32, torch.device("cpu")), before=first)
+    clip(Gradients(program, gradients_of(program)), Config(precision="fp16", clip_norm=limit))
     return program
 
 

@@ -57,14 +57,14 @@ def test_the_update_reads_scaled_gradients_and_keeps_its_state_where_the_norm_is
 %17: f64[] = aten.clamp.default(%16, None, 1.0)
 %18: f64[] = aten._to_copy.default(%17, dtype=torch.float64)
 %19: f64[2, 3] = aten.mul.Tensor(%9, %18)
-%20: b8[] = aten.logical_not.default(%13)
-%21: i64[] = aten.add.Tensor(%4, %20)
-%22: f64[2, 3] = aten.add.Tensor(%2, %19)
-%23: float = operator.neg(%3)
-%24: f64[2, 3] = aten.add.Tensor(%0, %22, alpha=%23)
-%25: f64[2, 3] = aten.where.self(%13, %24, %0)
-%26: f64[2, 3] = aten.where.self(%13, %22, %2)
-return [%6, %25, %26, %12, %21]  # loss, param:w, opt_state:w:m, recipe:gradient_norm, recipe:num_skipped_steps""",
+%20: f64[2, 3] = aten.add.Tensor(%2, %19)
+%21: float = operator.neg(%3)
+%22: f64[2, 3] = aten.add.Tensor(%0, %20, alpha=%21)
+%23: f64[2, 3] = aten.where.self(%13, %22, %0)
+%24: f64[2, 3] = aten.where.self(%13, %20, %2)
+%25: b8[] = aten.logical_not.default(%13)
+%26: i64[] = aten.add.Tensor(%4, %25)
+return [%6, %23, %24, %12, %26]  # loss, param:w, opt_state:w:m, recipe:gradient_norm, recipe:num_skipped_steps""",
     )
 
 

@@ -114,5 +114,6 @@ def micro_step(program: Program) -> Program:
         if not node.users and what.role in (Role.OPT_STATE, Role.HYPER, Role.RECIPE, Role.CONSTANT):
             inner.graph.erase_node(node)
             inner.constants.pop(what.name, None)
-    inner.init, inner.guards = {}, ()
+    names = {what.name for _, what in inner.placeholders() if what.role is Role.RECIPE}
+    inner.init, inner.guards = {key: start for key, start in inner.init.items() if key[0] in names}, ()
     return inner

@@ -31,6 +31,7 @@ from zgraph.gradients import Gradients
 from zgraph.operands import check_operands
 from zgraph.precision import low_precision
 from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage, describe
+from zgraph.scaling import LOSS_SCALE
 from zgraph.tracing import Recorder, fake_mode, python_generators_kept, source_of_error, trace, user_source
 from zgraph.update import StateSpec, Update, check_step, trace_update
 
@@ -93,6 +94,12 @@ def capture(
                 fix="remove the hook, or put what it does into the model or the optimizer",
             )
     wanted = [name for name, p in params.items() if p.requires_grad and id(p) in held]
+    for name in wanted:
+        if config.scales_loss and params[name].dtype is torch.float16:
+            raise CaptureError(
+                f"{name} is float16, and so would its gradient be, which cannot be unscaled",
+                fix="leave parameters in float32: precision='fp16' casts what is read of them",
+            )
     if not wanted:
         raise CaptureError(
             "there is nothing to train: the optimizer holds no parameter that requires a gradient",
@@ -106,6 +113,7 @@ def capture(
         }
         fake_buffers = {name: _blank(b, device) for name, b in buffers.items()}
         fake_batch = [_blank(leaves[i], device) for i in tensor_at]
+        fake_scale = [torch.empty((), device=device)] if config.scales_loss else []
     recorder = Recorder(Phase.FORWARD, {id(m): name for name, m in model.named_modules()})
     found: dict[str, Any] = {}
 
@@ -115,7 +123,12 @@ def capture(
             whole[i] = tensor
         return pytree.tree_unflatten(whole, spec)
 
-    def run(params_in: dict[str, torch.Tensor], buffers_in: dict[str, torch.Tensor], batch: list[torch.Tensor]) -> Any:
+    def run(
+        params_in: dict[str, torch.Tensor],
+        buffers_in: dict[str, torch.Tensor],
+        batch: list[torch.Tensor],
+        scales: list[torch.Tensor],
+    ) -> Any:
         inner_args, inner_kwargs = arguments(batch)
         leaf = {name: t.detach().requires_grad_(params[name].requires_grad) for name, t in params_in.items()}
         swapped = {**leaf, **buffers_in}
@@ -125,9 +138,12 @@ def capture(
         by = [] if weight is None else [_weight_of(weight, inner_args, inner_kwargs, value)]
         for counts in by:  # what counts for nothing may be the mean of nothing, which is NaN
             value = torch.where(counts != 0, value * counts, torch.zeros_like(value))
-        recorder.enter_backward(value)
+        scaled = value
+        for scale in scales:
+            scaled = scaled * scale.to(scaled.device, scaled.dtype)
+        recorder.enter_backward(scaled)
         grads: tuple[torch.Tensor | None, ...] = torch.autograd.grad(
-            value, [leaf[name] for name in wanted], allow_unused=True
+            scaled, [leaf[name] for name in wanted], allow_unused=True
         )
         found["grads"] = [name for name, g in zip(wanted, grads, strict=True) if g is not None]
         for name, g in zip(wanted, grads, strict=True):
@@ -152,7 +168,7 @@ def capture(
     ):
         try:
             with mock.patch.object(torch, "manual_seed", _refuse_seed):
-                graph, constants = trace(run, (fake_params, fake_buffers, fake_batch), mode, recorder)
+                graph, constants = trace(run, (fake_params, fake_buffers, fake_batch, fake_scale), mode, recorder)
             _check_attributes(attributes, call_again)
         except ZgraphError:
             raise
@@ -166,6 +182,7 @@ def capture(
     inputs = [Input(Role.PARAM, name) for name in params]
     inputs += [Input(Role.BUFFER, name) for name in buffers]
     inputs += [Input(Role.BATCH, str(i)) for i in range(len(tensor_at))]
+    inputs += [LOSS_SCALE for _ in fake_scale]
     for node, what in zip(graph.find_nodes(op="placeholder"), inputs, strict=False):
         node.meta["input"] = what
     _check_constants(graph, constants, params)

@@ -12,10 +12,8 @@ once, however parameters are tied, padded or divided.
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import fx
@@ -24,40 +22,39 @@ from zgraph import ops
 from zgraph.config import Config
 from zgraph.errors import CaptureError
 from zgraph.gradients import Gradients
-from zgraph.program import Input, Origin, Phase, Program, Role
+from zgraph.program import Origin, Phase
+from zgraph.scaling import unscale, update_scale
+from zgraph.skipping import skip_unless
 
 aten = torch.ops.aten
-
-GRADIENT_NORM = Input(Role.RECIPE, "gradient_norm")
-"""The norm of all gradients before they were clipped: a result, a 0-dim float64."""
-
-NUM_SKIPPED = Input(Role.RECIPE, "num_skipped_steps")
-"""How many steps have been skipped: a 0-dim int64."""
 
 EPSILON = 1e-6
 """Added to the norm that is divided by, as ``torch.nn.utils.clip_grad_norm_`` does."""
 
 
 def clip(gradients: Gradients, config: Config) -> Gradients:
-    """Let the update read clipped gradients.
+    """Let the update read clipped gradients, and do nothing where one is not finite, if ``config`` asks for that.
 
     Args:
-        gradients: as they are.
+        gradients: of the scaled loss in float16, else of the loss.
         config: says how.
 
     Raises:
         CaptureError: parameters are on several devices, or are complex and clipped by value.
     """
+    if config.scales_loss:
+        gradients = unscale(gradients, config.loss_scale)
+    if config.clip_norm is None and not config.scales_loss:
+        return gradients if config.clip_value is None else _clip_value(gradients, config.clip_value)
+    norm, finite = _norm(gradients)
+    if config.clip_norm is not None:
+        gradients = _clip_norm(gradients, norm, config.clip_norm)
     if config.clip_value is not None:
         gradients = _clip_value(gradients, config.clip_value)
-    if config.clip_norm is not None:
-        gradients = _clip_norm(gradients, config.clip_norm)
+    skip_unless(gradients.program, finite, norm)
+    if config.scales_loss:
+        update_scale(gradients, finite, config.loss_scale_interval)
     return gradients
-
-
-def report(recipe: Mapping[str, Any]) -> dict[str, float | int]:
-    """``gradient_norm`` and ``num_skipped_steps`` as numbers, from what steps have returned; empty without clipping."""
-    return {what.name: recipe[what.name].item() for what in (GRADIENT_NORM, NUM_SKIPPED) if what.name in recipe}
 
 
 def _clip_value(gradients: Gradients, limit: float) -> Gradients:
@@ -66,84 +63,47 @@ def _clip_value(gradients: Gradients, limit: float) -> Gradients:
             raise CaptureError(
                 f"the gradient of {name} is complex, which cannot be clipped by value", fix="use clip_norm"
             )
-    before, call = gradients.before, gradients.program.call
+    call = gradients.program.call
     return gradients.replace(
         {
-            name: call(aten.clamp.default, gradient, -limit, limit, origin=gradients.origin(name), before=before)
+            name: call(
+                aten.clamp.default, gradient, -limit, limit, origin=gradients.origin(name), before=gradients.before
+            )
             for name, gradient in gradients.nodes.items()
         }
     )
 
 
-def _clip_norm(gradients: Gradients, limit: float) -> Gradients:
-    program, before = gradients.program, gradients.before
+def _norm(gradients: Gradients) -> tuple[fx.Node, fx.Node]:
+    """The norm of all gradients together, and whether it is finite."""
     devices = {gradient.meta["val"].device for gradient in gradients.nodes.values()}
     if len(devices) > 1:
         raise CaptureError(
             f"gradients are on {' and '.join(sorted(map(str, devices)))}, and their norm would be on neither",
             fix="move the model to one device, or leave clip_norm out",
         )
-    loss = program.results()[0]
-    whole = Origin(Phase.UPDATE, source=loss.meta["origin"].source)
-
-    def call(target: Any, *args: Any, origin: Origin = whole, **kwargs: Any) -> fx.Node:
-        return program.call(target, *args, origin=origin, before=before, **kwargs)
-
+    call, origin = _caller(gradients)
     squares = [call(ops.square_sum, g, origin=gradients.origin(name)) for name, g in gradients.nodes.items()]
-    norm = call(aten.sqrt.default, call(ops.add_up, squares))
-    finite = call(aten.lt.Scalar, norm, math.inf)  # which NaN is not, either
-    ratio = call(aten.mul.Tensor, call(aten.reciprocal.default, call(aten.add.Tensor, norm, EPSILON)), limit)
-    factor = call(aten.clamp.default, ratio, None, 1.0)
+    norm = call(aten.sqrt.default, call(ops.add_up, squares, origin=origin), origin=origin)
+    return norm, call(aten.lt.Scalar, norm, math.inf, origin=origin)  # which NaN is not, either
+
+
+def _clip_norm(gradients: Gradients, norm: fx.Node, limit: float) -> Gradients:
+    call, origin = _caller(gradients)
+    inverse = call(aten.reciprocal.default, call(aten.add.Tensor, norm, EPSILON, origin=origin), origin=origin)
+    factor = call(aten.clamp.default, call(aten.mul.Tensor, inverse, limit, origin=origin), None, 1.0, origin=origin)
     factors: dict[torch.dtype, fx.Node] = {}
     clipped = {}
     for name, gradient in gradients.nodes.items():
         dtype = gradient.meta["val"].dtype.to_real()
         if dtype not in factors:
-            factors[dtype] = call(aten._to_copy.default, factor, dtype=dtype)
+            factors[dtype] = call(aten._to_copy.default, factor, dtype=dtype, origin=origin)
         clipped[name] = call(aten.mul.Tensor, gradient, factors[dtype], origin=gradients.origin(name))
-    gradients = gradients.replace(clipped)
-    _SkippedUnless(program, finite).rewrite()
-    inputs = list(program.graph.find_nodes(op="placeholder"))
-    count = program.empty([], torch.int64, next(iter(devices)))
-    skipped = program.placeholder(NUM_SKIPPED, count, before=inputs[-1].next)
-    skipped = call(aten.add.Tensor, skipped, call(aten.logical_not.default, finite))
-    program.set_results([*program.results(), norm, skipped], [*program.outputs, GRADIENT_NORM, NUM_SKIPPED])
-    return gradients
+    return gradients.replace(clipped)
 
 
-class _SkippedUnless:
-    """Lets parameters and optimizer state keep their values unless ``condition``, a 0-dim bool, holds."""
-
-    def __init__(self, program: Program, condition: fx.Node) -> None:
-        self.program = program
-        self._conditions = {condition.meta["val"].device: condition}
-        self._condition = condition
-        self._as_number: fx.Node | None = None
-
-    def rewrite(self) -> None:
-        inputs = {what: node for node, what in self.program.placeholders()}
-        results = self.program.results()
-        for i, what in enumerate(self.program.outputs):
-            if what in inputs and what.role in (Role.PARAM, Role.OPT_STATE) and results[i] is not inputs[what]:
-                results[i] = self._chosen(results[i], inputs[what], what.name)
-        self.program.set_results(results, self.program.outputs)
-
-    def _chosen(self, new: Any, old: fx.Node, name: str) -> fx.Node:
-        val = old.meta["val"]
-        if isinstance(val, torch.Tensor):
-            return self._call(aten.where.self, self._on(val.device), new, old, name=name)
-        if self._as_number is None:
-            holds = self._call(aten._to_copy.default, self._on(torch.device("cpu")), dtype=torch.int64)
-            self._as_number = self._call(aten._local_scalar_dense.default, holds)
-        holds = self._as_number
-        kept = self._call(operator.mul, old, self._call(operator.sub, 1, holds), name=name)
-        return self._call(operator.add, self._call(operator.mul, new, holds, name=name), kept, name=name)
-
-    def _on(self, device: torch.device) -> fx.Node:
-        if device not in self._conditions:
-            self._conditions[device] = self._call(aten._to_copy.default, self._condition, device=device)
-        return self._conditions[device]
-
-    def _call(self, target: Any, *args: Any, name: str = "", **kwargs: Any) -> fx.Node:
-        origin = replace(self._condition.meta["origin"], module=name)
-        return self.program.call(target, *args, origin=origin, before=self.program.output_node, **kwargs)
+def _caller(gradients: Gradients) -> tuple[Callable[..., fx.Node], Origin]:
+    """How to make a call between backward and update, and where one about all gradients comes from."""
+    loss = gradients.program.results()[0]
+    origin = Origin(Phase.UPDATE, source=loss.meta["origin"].source)
+    return partial(gradients.program.call, before=gradients.before), origin

@@ -28,7 +28,6 @@ from torch.utils import _pytree as pytree
 from zgraph.agreement import CheckedComm
 from zgraph.batches import Call, micro_batches
 from zgraph.capture import capture, check_optimizer
-from zgraph.clipping import GRADIENT_NORM, NUM_SKIPPED, report
 from zgraph.codegen.emit import emit
 from zgraph.collector import collect_garbage
 from zgraph.comm import Comm, default_backend, make_comm
@@ -42,6 +41,7 @@ from zgraph.layout import Layout
 from zgraph.lower import lower
 from zgraph.pipeline import Pass, PassRecord
 from zgraph.program import Guard, Input, Mesh, Program, Role
+from zgraph.skipping import GRADIENT_NORM, NUM_SKIPPED, report
 from zgraph.state import TrainingState
 from zgraph.tracing import forget
 from zgraph.update import check_step, hyperparameters

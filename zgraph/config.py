@@ -34,7 +34,10 @@ def parse_bytes(value: int | str, option: str) -> int:
     return value
 
 
-PRECISIONS: dict[str, torch.dtype] = {"bf16": torch.bfloat16}
+PRECISIONS: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+_RANGES = (("zero", 0, 3), ("prefetch", 0, 64), ("accumulate", 1, 2**20), ("loss_scale_interval", 1, 2**62))
 
 
 def _names(value: Any) -> tuple[str, ...]:
@@ -56,7 +59,10 @@ class Config:
         precision: ``"bf16"`` computes forward and backward in bfloat16 as ``torch.autocast`` does: matrix products,
             convolutions and attention in bfloat16, losses and other sums in float32. Parameters, their gradients'
             means and optimizer state stay float32; what travels of a parameter is what is read of it. None computes
-            in the dtypes that the model has.
+            in the dtypes that the model has. ``"fp16"`` is float16, with a loss scale as ``torch.amp.GradScaler`` has
+            it: a step with a gradient that is not finite changes nothing on any rank, and is counted.
+        loss_scale: what the loss is multiplied by in the first float16 step. It is halved by a step that is skipped,
+        loss_scale_interval: and doubled by so many in a row that are not.
         keep_float32: names of modules, or of parameters, whose modules compute in float32 all the same.
         accumulate: how many micro-batches a step has. Their gradients add up, and the update reads the mean.
         clip_norm: scale all gradients down by one factor where the norm of all of them together is larger than this
@@ -72,6 +78,8 @@ class Config:
     bucket_bytes: int = 16 * 2**20
     prefetch: int = 1
     precision: str | None = None
+    loss_scale: float = 2.0**16
+    loss_scale_interval: int = 2000
     keep_float32: tuple[str, ...] = ()
     accumulate: int = 1
     clip_norm: float | None = None
@@ -99,16 +107,24 @@ class Config:
         if "bucket_bytes" in values:
             values["bucket_bytes"] = parse_bytes(values["bucket_bytes"], "bucket_bytes")
         config = cls(**values)
-        for name, low, high in (("zero", 0, 3), ("prefetch", 0, 64), ("accumulate", 1, 2**20)):
+        for name, low, high in (
+            ("zero", 0, 3),
+            ("prefetch", 0, 64),
+            ("accumulate", 1, 2**20),
+            ("loss_scale_interval", 1, 2**62),
+        ):
             value = getattr(config, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise OptionError(f"{name}={value!r} is out of range", fix=f"give an integer from {low} to {high}")
         if config.precision is not None and config.precision not in PRECISIONS:
             known_ones = " or ".join(map(repr, PRECISIONS))
             raise OptionError(f"precision={config.precision!r} is not known", fix=f"give {known_ones}, or None")
+        for name in ("loss_scale", "loss_scale_interval"):
+            if name in options and config.precision != "fp16":
+                raise OptionError(f"{name} is for precision='fp16'", fix="leave it out")
         if config.keep_float32 and config.precision is None:
             raise OptionError("keep_float32 without a precision", fix="give precision='bf16', too, or leave it out")
-        for name in ("clip_norm", "clip_value"):
+        for name in ("clip_norm", "clip_value", "loss_scale"):
             value = getattr(config, name)
             if value is None:
                 continue
@@ -123,3 +139,8 @@ class Config:
         if not isinstance(config.check_collectives, bool):
             raise OptionError(f"check_collectives={config.check_collectives!r} is not a bool", fix="give True or False")
         return config
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether the loss is scaled for backward."""
+        return self.precision == "fp16"

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from zgraph.clipping import NUM_SKIPPED
 from zgraph.codegen.emit import Step
 from zgraph.comm import Comm
 from zgraph.program import Input, Program, Role, StateInit
+from zgraph.skipping import NUM_SKIPPED
 from zgraph.state import TrainingState
 
 
@@ -62,9 +62,11 @@ class Executable:
         if what.role is Role.HYPER:
             return hypers[what.name]
         if what.role is Role.RECIPE:
-            return self._state.recipe.setdefault(what.name, initial_zeros(self._values[what]))
+            if what.name not in self._state.recipe:
+                self._state.recipe[what.name] = initial_value(self.program, what, self._values[what])
+            return self._state.recipe[what.name]
         if what.role is Role.GRADIENT:
-            return self._state.gradients.setdefault(what.name, initial_zeros(self._values[what]))
+            return self._state.gradients.setdefault(what.name, initial_value(self.program, what, self._values[what]))
         return self.program.constants[what.name]
 
     def _store(self, what: Input, value: Any) -> None:
@@ -120,9 +122,11 @@ def without_unmade(
     return {what: value for what, value in results.items() if what not in made}
 
 
-def initial_zeros(val: Any) -> torch.Tensor:
-    """What a RECIPE or GRADIENT input of this shape, dtype and device starts from."""
-    return torch.zeros(val.shape, dtype=val.dtype, device=val.device)
+def initial_value(program: Program, what: Input, val: Any) -> torch.Tensor:
+    """What a RECIPE or GRADIENT input starts from, whose shape, dtype and device ``val`` has: zeros if not said."""
+    value = torch.zeros(val.shape, dtype=val.dtype, device=val.device)
+    start = program.init.get((what.name, what.key)) if what.role is Role.RECIPE else None
+    return value if start is None or start.fill is None else value.fill_(start.fill)
 
 
 def _copy(target: torch.Tensor, value: torch.Tensor) -> None:

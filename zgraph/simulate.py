@@ -18,11 +18,10 @@ from torch.utils import _pytree as pytree
 from zgraph.agreement import Agreement
 from zgraph.batches import Call, MicroBatches, call_of, micro_batches, name_of
 from zgraph.capture import capture
-from zgraph.clipping import NUM_SKIPPED, report
 from zgraph.compiler import check_arguments
 from zgraph.config import Config
 from zgraph.errors import OptimizerError, OptionError, RankError, StateError, ZgraphError
-from zgraph.execute import initial_state, initial_zeros, without_unmade
+from zgraph.execute import initial_state, initial_value, without_unmade
 from zgraph.facts import Facts, fact_of, hold, state_spec
 from zgraph.generators import RandomStream
 from zgraph.layout import Layout
@@ -31,6 +30,7 @@ from zgraph.lower import Lowered, lower
 from zgraph.optimizer_state import Forms, OptimizerState, check_agreement, stored_form
 from zgraph.pipeline import Pass
 from zgraph.program import OF_PARAMETERS, Input, Mesh, Program, Role, describe
+from zgraph.skipping import NUM_SKIPPED, report
 from zgraph.tracing import forget
 from zgraph.update import check_step, hyperparameters
 
@@ -305,7 +305,7 @@ class SimulatedRanks:
             elif what in mine:
                 inputs[what] = mine[what]
             elif what.role in (Role.RECIPE, Role.GRADIENT):
-                inputs[what] = initial_zeros(node.meta["val"])
+                inputs[what] = initial_value(program, what, node.meta["val"])
             else:
                 param = mine[Input(Role.PARAM, what.name)]
                 assert isinstance(param, torch.Tensor)

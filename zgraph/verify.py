@@ -302,7 +302,11 @@ def _initial(program: Program) -> dict[tuple[str, str], StateInit]:
     if program.layout is None:
         return program.init
     buckets = program.layout.by_name
-    return {(s.name, key): start for (name, key), start in program.init.items() for s in buckets[name].segments}
+    found = {}
+    for (name, key), start in program.init.items():
+        names = [s.name for s in buckets[name].segments] if name in buckets else [name]
+        found.update({(each, key): start for each in names})
+    return found
 
 
 def _guards(program: Program) -> dict[str, str]:

@@ -20,6 +20,7 @@ from zgraph.config import Config
 from zgraph.passes import default_passes
 from zgraph.pipeline import Pass
 from zgraph.program import Mesh, Origin, Phase, Program, Role, Stage, describe, operand
+from zgraph.scaling import LOSS_SCALE
 
 aten = torch.ops.aten
 ROOT = Path(__file__).parents[2]
@@ -575,6 +576,37 @@ class MoveStateOfSkippedSteps(Pass):
 
 
 @dataclass(frozen=True)
+class KeepLossScale(Pass):
+    """Do not lower the scale of the loss where gradients were not finite."""
+
+    takes = gives = Stage.CAPTURED
+
+    def rewrite(self, program: Program) -> None:
+        results = program.results()
+        for i, what in enumerate(program.outputs):
+            if what == LOSS_SCALE:
+                results[i] = operand(results[i], 1)
+        program.set_results(results, program.outputs)
+
+
+@dataclass(frozen=True)
+class UnscaleTwice(Pass):
+    """Divide the gradient of one parameter by the scale of the loss once more."""
+
+    takes = gives = Stage.BUCKETED
+
+    def rewrite(self, program: Program) -> None:
+        scales = [node for node, what in program.placeholders() if what == LOSS_SCALE]
+        product = _first(program, lambda n: n.target is aten.mul.Tensor and n.meta["origin"].phase is Phase.UPDATE)
+        if scales and product is not None:
+            again = program.call(
+                aten.div.Tensor, product, scales[0], origin=product.meta["origin"], before=product.next
+            )
+            for user in [user for user in product.users if user is not again]:
+                user.replace_input_with(product, again)
+
+
+@dataclass(frozen=True)
 class AddUpWhatAllHave(Pass):
     """Add up over the ranks a norm that each of them has whole."""
 
@@ -860,6 +892,8 @@ EXTRAS = [
     Extra("a micro-batch adds its gradient twice", AddGradientsTwice()),
     Extra("gradients go on adding up behind the update", GoOnAddingUp()),
     Extra("a skipped step moves optimizer state", MoveStateOfSkippedSteps()),
+    Extra("a loss scale is never lowered", KeepLossScale()),
+    Extra("a gradient is unscaled twice", UnscaleTwice()),
     Extra("a norm that all ranks have is added up over them", AddUpWhatAllHave()),
     Extra("dropout is drawn again for backward", RecomputeDropout(), Refusal.DRAWS),
     Extra("masks are drawn in the other order", SwapDraws(), Refusal.DRAWS),

@@ -1,0 +1,116 @@
+"""Float16 steps scale their loss as ``torch.amp.GradScaler`` does: the same steps are skipped, the same scales used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.optim import AdamW
+
+import zgraph
+from tests.models import CASES
+from tests.programs import assert_same_step, few_examples, scaled
+from tests.recipes import Recipe, build, recipes
+from tests.reference import slow
+from zgraph.config import Config
+from zgraph.errors import CaptureError, OptionError
+from zgraph.passes import default_passes
+from zgraph.pipeline import run
+from zgraph.program import Mesh
+
+
+@few_examples(40)
+@given(recipes(), st.integers(0, 3), st.integers(1, 4), st.none() | st.just(0.1), st.booleans())
+def test_any_scaled_step_is_the_same_on_any_number_of_ranks(
+    recipe: Recipe, zero: int, world: int, limit: float | None, late: bool
+) -> None:
+    captured = scaled(build(recipe), limit)
+    passes = default_passes(Config(zero, 200), Mesh(world))
+    assert_same_step(run(passes, captured).program, captured, late=late)
+
+
+@pytest.mark.parametrize("zero", [3, *slow(2, 1, 0)])
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 0.3}, {"clip_value": 0.01}, {"accumulate": 3}], ids=str)
+def test_scales_and_skipped_steps_are_those_of_a_grad_scaler(options: dict[str, Any], zero: int) -> None:
+    """It begins with a scale at which everything overflows, and doubles it often."""
+    case, world = CASES["gpt_tied"], 2
+    num = options.get("accumulate", 1) * world
+    model, reference = case.model(), case.model()
+    eager, scaler = AdamW(reference.parameters(), lr=1e-2), torch.amp.GradScaler("cpu", 2.0**22, growth_interval=2)
+    ranks = zgraph.simulate_ranks(
+        model,
+        AdamW(model.parameters(), lr=1e-2),
+        world_size=world,
+        zero=zero,
+        precision="fp16",
+        loss_scale=2.0**22,
+        loss_scale_interval=2,
+        **options,
+    )
+    num_skipped = 0
+    for batch in case.batches(12, num_samples=num):
+        parts = [batch.part(rank, world) for rank in range(world)]
+        found = ranks.train_step([(part.args, part.kwargs) for part in parts])
+        eager.zero_grad()
+        losses = []
+        for i in range(num):
+            part = batch.part(i, num)
+            with torch.autocast("cpu", torch.float16):
+                losses.append(reference(*part.args, **part.kwargs))
+            scaler.scale(losses[-1]).backward()
+        for p in reference.parameters():
+            if p.grad is not None:
+                p.grad /= num
+        scaler.unscale_(eager)
+        if "clip_norm" in options:
+            nn.utils.clip_grad_norm_(reference.parameters(), options["clip_norm"])
+        if "clip_value" in options:
+            nn.utils.clip_grad_value_(reference.parameters(), options["clip_value"])
+        before = scaler.get_scale()
+        scaler.step(eager)
+        scaler.update()
+        num_skipped += scaler.get_scale() < before
+        torch.testing.assert_close(found, torch.stack(losses).mean().detach())
+        stats = ranks.stats()
+        assert (stats["loss_scale"], stats["num_skipped_steps"]) == (scaler.get_scale(), num_skipped)
+        for name, value in reference.state_dict().items():
+            torch.testing.assert_close(ranks.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+    assert 0 < num_skipped < 12
+    steps = {float(entries["step"]) for entries in ranks.optimizer_state().values() if "step" in entries}
+    assert steps == {12.0 - num_skipped}, "a skipped step is no step"
+
+
+def test_a_compiled_model_tells_its_scale() -> None:
+    model = nn.Linear(3, 1)
+    compiled = zgraph.compile(
+        model, optimizer=AdamW(model.parameters()), loss=lambda y, _: y.float().mean() / 8, precision="fp16"
+    )
+    compiled.train_step(torch.ones(2, 3))
+    assert compiled.stats()["loss_scale"] == 2.0**16
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"loss_scale": 8.0}, "loss_scale is for precision='fp16'"),
+        ({"precision": "bf16", "loss_scale_interval": 8}, "loss_scale_interval is for precision='fp16'"),
+        ({"precision": "fp16", "loss_scale": 0}, "loss_scale=0 is not a positive number"),
+        ({"precision": "fp16", "loss_scale_interval": 0}, "loss_scale_interval=0 is out of range"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(OptionError, match=reason):
+        Config.from_options(options)
+
+
+def test_float16_parameters_are_refused() -> None:
+    model = nn.Linear(3, 1).half()
+    compiled = zgraph.compile(
+        model, optimizer=AdamW(model.parameters()), loss=lambda y, _: y.float().mean(), precision="fp16"
+    )
+    with pytest.raises(CaptureError, match="weight is float16"):
+        compiled.train_step(torch.ones(2, 3))
