@@ -15,12 +15,14 @@ number of its tokens say:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
 from zgraph.gradients import Gradients
+from zgraph.metrics import MEANS, SUMS, Reduced
 from zgraph.passes.tidy import remove_dead
 from zgraph.program import Input, Origin, Phase, Program, Role
 
@@ -33,17 +35,28 @@ WEIGHT = Input(Role.RECIPE, "earlier weights")
 """What the weights of earlier micro-batches add up to, in the mean over the ranks: a 0-dim tensor."""
 
 
-def accumulate(gradients: Gradients, num_steps: int, weight: fx.Node | None = None) -> Gradients:
+ADD_UP = (LOSS, WEIGHT, MEANS.earlier, SUMS.earlier)
+"""State of the step that micro-batches add up."""
+
+
+def accumulate(
+    gradients: Gradients,
+    num_steps: int,
+    weight: fx.Node | None = None,
+    metrics: Mapping[Reduced, fx.Node] | None = None,
+) -> Gradients:
     """Let the update read the mean over micro-batches, and return the mean of the losses.
 
     Args:
         gradients: on the last micro-batch; of the loss times ``weight`` if there is one.
         num_steps: how many micro-batches a step has.
         weight: of this micro-batch: a 0-dim tensor.
+        metrics: of this micro-batch: vectors to return as well; means times ``weight`` if there is one.
     """
-    if num_steps == 1 and weight is None:
-        return gradients
-    return _Accumulation(gradients, num_steps, weight).rewrite()
+    accumulation = _Accumulation(gradients, num_steps, weight)
+    for reduced, vector in (metrics or {}).items():
+        accumulation.tell(reduced, vector)
+    return accumulation.gradients if num_steps == 1 and weight is None else accumulation.rewrite()
 
 
 class _Accumulation:
@@ -70,6 +83,19 @@ class _Accumulation:
                 means[name] = self._call(aten._to_copy.default, means[name], origin=origin, dtype=dtype)
         self.program.set_results(self._results, self._outputs)
         return self.gradients.replace(means)
+
+    def tell(self, reduced: Reduced, vector: fx.Node) -> None:
+        """Return metrics."""
+        if self.num_steps > 1:
+            vector = self._total(reduced.earlier, vector, self._origin)
+            self._begin_anew(reduced.earlier, vector, self._origin)
+        if reduced.is_mean:
+            value = self._call(aten.div.Tensor, vector, self._by, origin=self._origin)
+        else:
+            value = self._call(aten.clone.default, vector, origin=self._origin)
+        self._outputs.append(reduced.result)
+        self._results.append(value)
+        self.program.set_results(self._results, self._outputs)
 
     def _mean(self, what: Input, new: fx.Node, origin: Origin) -> fx.Node:
         total = new if self.num_steps == 1 else self._total(what, new, origin)
@@ -106,7 +132,7 @@ def micro_step(program: Program) -> Program:
     for what, result in zip(outputs, results, strict=True):
         if what is not None and what.role in (Role.BUFFER, Role.CONSTANT):
             kept[what] = result
-        elif what in (LOSS, WEIGHT) or (what is not None and what.role is Role.GRADIENT):
+        elif what in ADD_UP or (what is not None and what.role is Role.GRADIENT):
             (kept[what],) = inputs[what].users  # the sum
     inner.set_results([kept[LOSS], *kept.values()], [None, *kept])
     remove_dead(inner)

@@ -8,7 +8,7 @@ The user's model, optimizer and random state are as before, whatever happens.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from textwrap import shorten
@@ -28,6 +28,7 @@ from zgraph.config import Config
 from zgraph.errors import CaptureError, OptimizerError, ZgraphError, first_line, quoted
 from zgraph.functional import make_functional, own_memory_by_place
 from zgraph.gradients import Gradients
+from zgraph.metrics import Metric, evaluate
 from zgraph.operands import check_operands
 from zgraph.precision import low_precision
 from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage, describe
@@ -51,6 +52,7 @@ def capture(
     *,
     loss: LossFunction | None = None,
     weight: WeightFunction | None = None,
+    metrics: Mapping[str, Metric] | None = None,
     state: StateSpec | None = None,
     device: torch.device | None = None,
     config: Config | None = None,
@@ -63,6 +65,7 @@ def capture(
         args, kwargs: the batch, passed to the model.
         loss: ``loss(output, *args, **kwargs)``; by default the output itself or its ``.loss``.
         weight: ``weight(*args, **kwargs)``: by how much this micro-batch counts; all alike by default.
+        metrics: what to return besides the loss.
         state: optimizer state that exists already.
         device: where ``meta`` parameters will live; the batch's device by default.
         config: precision, and how gradients add up and are clipped; the rest of it is for the passes.
@@ -135,9 +138,11 @@ def capture(
         with low_precision(model, config, device):
             output = torch.func.functional_call(model, swapped, inner_args, inner_kwargs)
             value = _loss_of(output, loss, inner_args, inner_kwargs, where=quoted(recorder.last_source))
+            vectors = evaluate(metrics or {}, output, inner_args, inner_kwargs, value)
         by = [] if weight is None else [_weight_of(weight, inner_args, inner_kwargs, value)]
-        for counts in by:  # what counts for nothing may be the mean of nothing, which is NaN
-            value = torch.where(counts != 0, value * counts, torch.zeros_like(value))
+        for counts in by:
+            value = _weighted(value, counts)
+            vectors = [(kind, _weighted(v, counts) if kind.is_mean else v) for kind, v in vectors]
         scaled = value
         for scale in scales:
             scaled = scaled * scale.to(scaled.device, scaled.dtype)
@@ -154,7 +159,9 @@ def capture(
                 )
         replaced = {name: swapped[name] for name in buffers_in if swapped[name] is not buffers_in[name]}
         found["replaced"] = list(replaced)
-        return [value.detach().reshape(()), *[g for g in grads if g is not None], *replaced.values(), *by]
+        found["metrics"] = [kind for kind, _ in vectors]
+        told = [*by, *(vector for _, vector in vectors)]
+        return [value.detach().reshape(()), *[g for g in grads if g is not None], *replaced.values(), *told]
 
     def call_again() -> None:
         with mode, torch.no_grad():
@@ -213,8 +220,8 @@ def capture(
     results = list(graph.output_node().args[0])  # type: ignore[arg-type]
     num_grads = len(found["grads"])
     grads = dict(zip(found["grads"], results[1 : 1 + num_grads], strict=True))
-    by = None if weight is None else results.pop()
-    for name, value in zip(found["replaced"], results[1 + num_grads :], strict=True):
+    told = results[1 + num_grads + len(found["replaced"]) :]
+    for name, value in zip(found["replaced"], results[1 + num_grads :], strict=False):
         written[Input(Role.BUFFER, name)] = value
         before, after = buffers[name], value.meta["val"]
         if before.shape != after.shape or before.dtype != after.dtype:
@@ -223,10 +230,12 @@ def capture(
                 fix="keep the shape and dtype of buffers, e.g. self.x = new.to(self.x.dtype)",
             )
     update = trace_update(optimizer, params, found["grads"], state or {}, device)
-    asked = [results[0], *grads.values(), *([] if by is None else [by])]
+    asked = [results[0], *grads.values(), *told]
     program, (_, *in_program) = _join(graph, asked, grads, written, constants, update, mode, state or {})
     gradients = Gradients(program, dict(zip(grads, in_program, strict=False)))
-    gradients = accumulate(gradients, config.accumulate, None if by is None else in_program[-1])
+    told = in_program[len(grads) :]
+    by = told.pop(0) if weight is not None else None
+    gradients = accumulate(gradients, config.accumulate, by, dict(zip(found["metrics"], told, strict=True)))
     clip(gradients, config)
     return program
 
@@ -366,6 +375,11 @@ def _loss_of(
             fix="check requires_grad of the parameters and that the loss is not detached",
         )
     return value
+
+
+def _weighted(value: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """What counts for nothing may be the mean of nothing, which is NaN."""
+    return torch.where(counts != 0, value * counts, torch.zeros_like(value))
 
 
 def _weight_of(

@@ -13,10 +13,11 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from textwrap import shorten
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from zgraph.facts import ATTRIBUTES, STEP_COUNTS, Facts, hold, state_spec
 from zgraph.heap import release_free_memory
 from zgraph.layout import Layout
 from zgraph.lower import lower
+from zgraph.metrics import Metric, by_name, check_metrics
 from zgraph.pipeline import Pass, PassRecord
 from zgraph.program import Guard, Input, Mesh, Program, Role
 from zgraph.skipping import GRADIENT_NORM, NUM_SKIPPED, report
@@ -58,6 +60,7 @@ def compile(  # noqa: A001
     *,
     loss: Callable[..., torch.Tensor] | None = None,
     weight: Callable[..., torch.Tensor | float] | None = None,
+    metrics: Mapping[str, Any] = MappingProxyType({}),
     passes: Sequence[Pass] = (),
     **options: Any,
 ) -> Any:
@@ -75,6 +78,8 @@ def compile(  # noqa: A001
             of its tokens say. Loss and gradients are then those of ``sum(weight * loss) / sum(weight)`` over
             micro-batches and ranks, which is the mean over all tokens where each loss is the mean over its own. By
             default all count alike.
+        metrics: what ``train_step`` returns besides the loss: by name, a ``function(output, *args, **kwargs)`` of one
+            number, whose mean over micro-batches and ranks is taken; or a pair of such a function and ``"sum"``.
         passes: of your own. Each runs after the last of zgraph's that gives the stage it takes, under the same
             verifier; it must leave the stage as it was.
         options: see ``zgraph.config.Config``.
@@ -95,7 +100,7 @@ def compile(  # noqa: A001
                 f"the model has an attribute {name!r}, which zgraph.compile would hide", fix="rename the attribute"
             )
     group = _process_group()
-    runtime = _Runtime(model, optimizer, loss, weight, config, group, tuple(passes))
+    runtime = _Runtime(model, optimizer, loss, weight, check_metrics(metrics), config, group, tuple(passes))
     model.__class__ = type(f"Compiled{type(model).__name__}", (CompiledModule, type(model)), {})
     model.__dict__["_zgraph"] = runtime
     return model
@@ -104,7 +109,7 @@ def compile(  # noqa: A001
 class CompiledModule(nn.Module):
     """What a compiled model can do besides being the module it was."""
 
-    def train_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def train_step(self, *args: Any, **kwargs: Any) -> Any:
         """One training step on a batch.
 
         Args:
@@ -112,12 +117,13 @@ class CompiledModule(nn.Module):
                 dimension into k parts, one for each micro-batch; or all there is is a ``zgraph.MicroBatches``.
 
         Returns:
-            The loss averaged over micro-batches and ranks, detached: a 0-dim tensor.
+            The loss averaged over micro-batches and ranks, detached: a 0-dim tensor. With ``metrics``, a pair of it and
+            a dictionary of 0-dim float64 tensors by name.
 
         Raises:
             ZgraphError: on all ranks, before anything is communicated or changed.
         """
-        return self.__dict__["_zgraph"].train_step(args, kwargs)  # type: ignore[no-any-return]
+        return self.__dict__["_zgraph"].train_step(args, kwargs)
 
     def stats(self) -> dict[str, Any]:
         """Bytes this rank stores, collectives it issued, and what compiling cost.
@@ -199,6 +205,7 @@ class _Runtime:
     optimizer: torch.optim.Optimizer | None
     loss: Callable[..., torch.Tensor] | None
     weight: Callable[..., torch.Tensor | float] | None
+    metrics: dict[str, Metric]
     config: Config
     group: dist.ProcessGroup | None
     passes: tuple[Pass, ...] = ()
@@ -218,7 +225,7 @@ class _Runtime:
 
     # -- a step ---------------------------------------------------------------------------------------------
 
-    def train_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    def train_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.optimizer is None or self.facts is None:
             raise OptimizerError(
                 "train_step needs an optimizer", fix="zgraph.compile(model, optimizer=torch.optim.AdamW(...))"
@@ -274,7 +281,7 @@ class _Runtime:
         self._facts_seen = facts
         self._warn_if_skipped()
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # as after optimizer.step(), for schedulers
-        return loss
+        return (loss, by_name(self.metrics, self.state.recipe, self.agreement.world)) if self.metrics else loss
 
     def _compiled(
         self,
@@ -323,6 +330,7 @@ class _Runtime:
                 kwargs,
                 loss=self.loss,
                 weight=self.weight,
+                metrics=self.metrics,
                 state=state_spec(self.model, self.state.state_forms()),
                 device=self._device(),
                 config=self.config,

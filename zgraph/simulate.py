@@ -7,8 +7,9 @@ user's model and optimizer stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from zgraph.generators import RandomStream
 from zgraph.layout import Layout
 from zgraph.lockstep import Value, Values, divide, join, part_of, run_ranks
 from zgraph.lower import Lowered, lower
+from zgraph.metrics import Metric, by_name, check_metrics
 from zgraph.optimizer_state import Forms, OptimizerState, check_agreement, stored_form
 from zgraph.pipeline import Pass
 from zgraph.program import OF_PARAMETERS, Input, Mesh, Program, Role, describe
@@ -42,6 +44,7 @@ def simulate_ranks(
     world_size: int,
     loss: Callable[..., torch.Tensor] | None = None,
     weight: Callable[..., torch.Tensor | float] | None = None,
+    metrics: Mapping[str, Any] = MappingProxyType({}),
     passes: Sequence[Pass] = (),
     seed: int | Sequence[int] = 0,
     **options: Any,
@@ -59,7 +62,7 @@ def simulate_ranks(
     may differ.
 
     Args:
-        model, optimizer, loss, weight, passes, options: as for ``zgraph.compile``. The model must have values.
+        model, optimizer, loss, weight, metrics, passes, options: as for ``zgraph.compile``. The model must have values.
         world_size: how many ranks.
         seed: rank r draws what a process draws after ``torch.manual_seed(seed + r)``, from step to step, whatever
             else draws in this process; or a seed for each rank.
@@ -81,7 +84,8 @@ def simulate_ranks(
         raise OptionError(f"seed={seed!r} is no seed", fix="give an integer, or a list of one for each rank")
     if len(seeds) != world_size:
         raise OptionError(f"seed has {len(seeds)} seeds for {world_size} ranks", fix="give one for each, or an integer")
-    return SimulatedRanks(model, optimizer, loss, weight, config, tuple(passes), [RandomStream(one) for one in seeds])
+    ranks = [RandomStream(one) for one in seeds]
+    return SimulatedRanks(model, optimizer, loss, weight, check_metrics(metrics), config, tuple(passes), ranks)
 
 
 class SimulatedRanks:
@@ -97,11 +101,13 @@ class SimulatedRanks:
         optimizer: torch.optim.Optimizer,
         loss: Callable[..., torch.Tensor] | None,
         weight: Callable[..., torch.Tensor | float] | None,
+        metrics: dict[str, Metric],
         config: Config,
         passes: tuple[Pass, ...],
         streams: list[RandomStream],
     ) -> None:
         self._model, self._optimizer, self._loss, self._weight = model, optimizer, loss, weight
+        self._metrics = metrics
         self._config, self._passes, self._streams = config, passes, streams
         values = _values_of(model, optimizer)
         # Tensors in here are replaced, never written to, so that ranks may have them in common.
@@ -128,7 +134,7 @@ class SimulatedRanks:
             )
         return self._program
 
-    def train_step(self, batches: Sequence[Any]) -> torch.Tensor:
+    def train_step(self, batches: Sequence[Any]) -> Any:
         """One training step of all ranks.
 
         Args:
@@ -138,7 +144,7 @@ class SimulatedRanks:
                 ``accumulate`` it is divided, or a ``MicroBatches``.
 
         Returns:
-            The loss averaged over the ranks: a 0-dim tensor.
+            What ``train_step`` of a compiled model does: the loss averaged over the ranks, a 0-dim tensor, and metrics.
 
         Raises:
             ZgraphError: every rank's state is as before; a ``RankError`` names the rank whose batch does not fit or
@@ -170,8 +176,7 @@ class SimulatedRanks:
                 self._programs.setdefault(self._facts.key, []).append(programs)
         self._optimizer._opt_called = True  # type: ignore[attr-defined]  # as after optimizer.step(), for schedulers
         loss = results[0][None]
-        assert isinstance(loss, torch.Tensor)
-        return loss
+        return (loss, by_name(self._metrics, self._recipe(), self.world_size)) if self._metrics else loss
 
     def state_dict(self, rank: int = 0) -> dict[str, Any]:
         """Full parameters, and the buffers of one rank, as the model's own ``state_dict`` names them.
@@ -208,7 +213,11 @@ class SimulatedRanks:
 
     def stats(self) -> dict[str, Any]:
         """With ``clip_norm``, ``gradient_norm`` and ``num_skipped_steps``, as of a compiled model."""
-        return report({what.name: v for what, v in self._values[0].items() if what and what.role is Role.RECIPE})
+        return report(self._recipe())
+
+    def _recipe(self) -> dict[str, Value]:
+        """What the steps count and report, the same on all ranks."""
+        return {what.name: v for what, v in self._values[0].items() if what and what.role is Role.RECIPE}
 
     # -- a step -----------------------------------------------------------------------------------------------
 
@@ -272,6 +281,7 @@ class SimulatedRanks:
             kwargs,
             loss=self._loss,
             weight=self._weight,
+            metrics=self._metrics,
             state=state_spec(self._model, forms),
             config=self._config,
         )

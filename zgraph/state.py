@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from zgraph.accumulation import LOSS, WEIGHT
+from zgraph.accumulation import ADD_UP
 from zgraph.agreement import Agreement
 from zgraph.eager import getter
 from zgraph.errors import StateError
@@ -123,7 +123,7 @@ class TrainingState:
             yield
         except BaseException:
             self.gradients = {}
-            for what in (LOSS, WEIGHT):
+            for what in ADD_UP:
                 self.recipe.pop(what.name, None)
             raise
 
