@@ -1,4 +1,4 @@
-"""Every Python block of the README runs, in order and as written, in one process."""
+"""Every Python block of the README and of the guide to recipes runs, in order and as written, in one process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+def blocks(file: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", (ROOT / file).read_text(), re.MULTILINE | re.DOTALL)
+
+
+BLOCKS = blocks("README.md")
 
 
 def test_the_readme_shows_code() -> None:
@@ -25,6 +31,14 @@ def test_the_readme_runs_as_written(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "bytes of parameters on this rank" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_guide_to_recipes_runs_as_written(tmp_path: Path) -> None:
+    script = tmp_path / "recipe.py"
+    script.write_text("\n".join(blocks("docs/recipe.md")))
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_make_target_of_the_readme_exists() -> None:
