@@ -31,6 +31,7 @@ from zgraph.program import (
     operand,
     target_name,
 )
+from zgraph.terms import promoted
 
 aten = torch.ops.aten
 
@@ -194,6 +195,8 @@ class _Updates:
                 where=quoted(node.meta["origin"].source),
                 fix="use an optimizer whose update is elementwise (SGD, Adam, AdamW, Adagrad, RMSprop, Lion, ...)",
             )
+        if not shape:
+            self._check_promotion(node, name)
         owners = {self._owner[n] for n in node.all_input_nodes} - {None}
         gradients = [n for n in node.all_input_nodes if self._is_gradient(n)]
         if owners - {name} or any(self.gradient.setdefault(name, g) is not g for g in gradients):
@@ -217,6 +220,21 @@ class _Updates:
         if any(n in self._vector for n in node.all_input_nodes):
             self._vector.add(node)
         (self.nodes[name] if is_own else self.shared).append(node)
+
+    def _check_promotion(self, node: fx.Node, name: str) -> None:
+        """Refuse what a 0-dim parameter computes in another dtype than a vector would, as which it is stored."""
+        inputs = [n for n in node.all_input_nodes if isinstance(n.meta["val"], torch.Tensor)]
+        as_number, as_vector = (
+            promoted((n.meta["val"].dtype, is_vector and n in self._vector) for n in inputs)
+            for is_vector in (False, True)
+        )
+        if as_number is not as_vector:
+            raise OptimizerError(
+                f"the update of {name}, a single number, computes {target_name(node.target)} in {as_number}, where a "
+                f"vector would in {as_vector}, and parameters are stored in vectors",
+                where=quoted(node.meta["origin"].source),
+                fix="give the parameter the shape [1], or leave it to another optimizer",
+            )
 
     def _is_gradient(self, node: fx.Node) -> bool:
         return node.op != "placeholder" and node.meta["origin"].phase is not Phase.UPDATE

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop, Rprop
 
 
 class Lion(Optimizer):
@@ -99,6 +99,14 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "adagrad_maximize": _all(Adagrad, lr=0.1, maximize=True),
     "rmsprop": _all(RMSprop, lr=1e-2),
     "rmsprop_centered": _all(RMSprop, lr=1e-2, centered=True, momentum=0.9, weight_decay=0.1),
+    # These three branch on values, and are traced on torch's path for CUDA graphs, which has torch.where instead.
+    "radam": _all(RAdam, lr=1e-2),
+    "radam_decoupled": _all(RAdam, lr=1e-2, weight_decay=0.1, decoupled_weight_decay=True),
+    "asgd": _all(ASGD, lr=0.05, t0=3, weight_decay=0.1),
+    "rprop": _all(Rprop, lr=1e-3),
+    "adadelta": _all(Adadelta, lr=0.5),
+    "adamax": _all(Adamax, lr=1e-2),
+    "nadam": _all(NAdam, lr=1e-2),
     "lion": _all(Lion),
     "lion_warm_up": _all(Lion, warm_up=5),
 }

@@ -13,8 +13,9 @@ import torch
 from expecttest import assert_expected_inline
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import fx
+from torch import fx, nn
 
+import zgraph
 from tests.programs import Builder, assert_same_step, few_examples, param, state, two_layers
 from tests.recipes import Recipe, Reshuffle, build, recipes
 from zgraph.errors import OptimizerError
@@ -312,3 +313,20 @@ def instructions_run(num_params: int) -> int:
 def test_work_is_proportional_to_the_number_of_buckets() -> None:
     few, many = instructions_run(10), instructions_run(40)
     assert many < 4.1 * few
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * self.scale).sum()
+
+
+def test_a_single_number_that_computes_in_another_dtype_than_a_vector_would_is_refused() -> None:
+    """RAdam's step count, in float64, makes it compute in float64."""
+    model = Scaled()
+    ranks = zgraph.simulate_ranks(model, torch.optim.RAdam(model.parameters()), world_size=1)
+    with pytest.raises(OptimizerError, match=r"the update of scale, a single number, computes .* in torch\.float64"):
+        ranks.train_step([(torch.ones(2),)])

@@ -37,6 +37,19 @@ def test_the_traced_update_is_the_optimizers_step(name: str) -> None:
     assert num_traces <= 2
 
 
+def test_what_branches_only_where_torch_has_no_other_path_is_refused_for_its_branch() -> None:
+    class Branching(ByParameter):
+        def update(self, group: dict[str, Any], p: Tensor) -> None:
+            if p.grad.sum() > 0:  # type: ignore[union-attr]
+                p.add_(p.grad, alpha=-group["lr"])  # type: ignore[arg-type]
+
+    params = Params()
+    for defaults in ({"lr": 0.1}, {"lr": 0.1, "capturable": False}):
+        with pytest.raises(OptimizerError, match=r"decides by the value of a tensor") as caught:
+            traced(Branching(params.parameters(), defaults), params)
+        assert "p.grad.sum() > 0" in str(caught.value)
+
+
 def test_conditions_on_numbers_become_guards() -> None:
     params = Params()
     groups = [{"params": [params.matrix], "weight_decay": 0.1}, {"params": [params.vector], "weight_decay": 0.0}]

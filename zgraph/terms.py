@@ -452,7 +452,15 @@ def _promoted(operands: Iterable[Term]) -> torch.dtype | None:
     A 0-dim tensor counts for less beside one with dimensions, so an operator may differ between a number and a vector
     of one element (torch's type promotion).
     """
-    tensors = tuple((t.dtype, bool(t.shape)) for t in operands if t.dtype is not None and t.dtype is not torch.bool)
+    return promoted((t.dtype, bool(t.shape)) for t in operands if t.dtype is not None)
+
+
+def promoted(operands: Iterable[tuple[torch.dtype, bool]]) -> torch.dtype | None:
+    """What tensors are computed in, of these dtypes and with dimensions or without; None if they are of one dtype.
+
+    Conditions take no part.
+    """
+    tensors = tuple((dtype, is_vector) for dtype, is_vector in operands if dtype is not torch.bool)
     return _promote(tensors) if len({dtype for dtype, _ in tensors}) > 1 else None
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -195,7 +196,22 @@ def trace_update(
     Raises:
         OptimizerError: the update depends on values of tensors, or fails on fake tensors.
     """
-    first = _trace_once(optimizer, params, trained, state, device)
+    try:
+        return _trace_both(partial(_trace_once, optimizer, params, trained, device=device), trained, state)
+    except OptimizerError as error:
+        if not any("capturable" in group for group in optimizer.param_groups):
+            raise
+        try:
+            return _trace_both(
+                partial(_trace_once, optimizer, params, trained, device=device, capturable=True), trained, state
+            )
+        except OptimizerError:
+            raise error from None
+
+
+def _trace_both(trace_with: Callable[[StateSpec], Update], trained: Sequence[str], state: StateSpec) -> Update:
+    """Trace a step, and if it creates state, a later one, too; the later one serves as both if that is possible."""
+    first = trace_with(state)
     fresh = [name for name in trained if name not in state and first.state.get(name)]
     if not fresh:
         first.init = {}
@@ -203,12 +219,12 @@ def trace_update(
     for node in first.graph.nodes:
         if node.op == "call_function":
             node.meta.clear()  # only compared by operators from here on, and fake tensors are large
-    later = _trace_once(optimizer, params, trained, first.state, device)
+    later = trace_with(first.state)
     later.init = initial_values(first, later)
     if later.init is not None:
         return later
     del first, later  # large, and of no use to the third trace
-    return _trace_once(optimizer, params, trained, state, device)
+    return trace_with(state)
 
 
 def _trace_once(
@@ -216,8 +232,16 @@ def _trace_once(
     params: dict[str, torch.nn.Parameter],
     trained: Sequence[str],
     state: StateSpec,
+    *,
     device: torch.device,
+    capturable: bool = False,
 ) -> Update:
+    """Trace one step.
+
+    Args:
+        capturable: on torch's code path for CUDA graphs, which decides by ``torch.where`` instead of branches, and
+            computes with counts and the like as 0-dim tensors: in float64 here, as Python does on the other path.
+    """
     mode = fake_mode(scalars=True)
     assert mode.shape_env is not None
     names = {id(p): name for name, p in params.items()}
@@ -257,6 +281,7 @@ def _trace_once(
         path: add(Input(Role.HYPER, path), symbolic(Input(Role.HYPER, path), v))
         for path, v in hyperparameters(optimizer).items()
     }
+    counts = _count_keys(state, params) if capturable else set()
     produced: list[Input] = []
     new_state: StateSpec = {}
 
@@ -279,11 +304,13 @@ def _trace_once(
                 leaf.grad = arguments[at_grad]
                 leaves[name] = leaf
                 if at_state:
-                    fake.state[leaf].update({key: arguments[i] for key, i in at_state.items()})
+                    given = {key: arguments[i] for key, i in at_state.items()}
+                    fake.state[leaf].update({k: _widened(v) if k in counts else v for k, v in given.items()})
                 members.append(leaf)
-            fake.param_groups.append({**_plain(group, index, hypers, arguments), "params": members})
+            plain = _plain(group, index, hypers, arguments, capturable=capturable)
+            fake.param_groups.append({**plain, "params": members})
         before = _held(fake)
-        with _symbolic_math():
+        with _symbolic_math(), _as_if_compiling() if capturable else nullcontext():
             type(optimizer).step(fake)
         for what, value in _held(fake).items():
             if not is_same(value, before.get(what)):
@@ -291,6 +318,7 @@ def _trace_once(
                     f"{type(optimizer).__name__}.step() changes {what}, which a captured step would not",
                     fix="keep what changes from step to step in optimizer.state[param]",
                 )
+        made = _count_keys({name: fake.state.get(leaf, {}) for name, leaf in leaves.items()}, leaves)
         results: list[Any] = []
         for name in trained:
             leaf = leaves[name]
@@ -298,6 +326,8 @@ def _trace_once(
             results.append(leaf)
             new_state[name] = {}
             for key, value in fake.state.get(leaf, {}).items():
+                if capturable and key in made:
+                    value = _narrowed(value, state.get(name, {}).get(key))
                 entry = _entry(value)
                 if entry is None:
                     continue
@@ -358,7 +388,53 @@ def _trace_once(
     return Update(graph, gradients, results, None, _guards(mode.shape_env, symbols), constants, new_state)
 
 
-def _plain(group: dict[str, Any], index: int, hypers: dict[str, int], arguments: list[Any]) -> dict[str, Any]:
+def _count_keys(entries: Mapping[str, Mapping[str, Any]], params: Mapping[str, torch.Tensor]) -> set[str]:
+    """Keys of state that is a 0-dim tensor whatever its parameter: counts, and what is computed from them.
+
+    What the state of parameters with dimensions shows; if there are none, only ``step`` is known to be one.
+    """
+    shown = [(key, value) for name, own in entries.items() if params[name].dim() for key, value in own.items()]
+    return {key for key, value in shown if getattr(value, "shape", None) == ()} if shown else {"step"}
+
+
+def _widened(value: Any) -> Any:
+    """A count or the like, in float64."""
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def _narrowed(value: Any, entry: StateEntry | None) -> Any:
+    """A count or the like, in the dtype that it has in state, or would have been created in."""
+    if not isinstance(value, torch.Tensor) or value.dtype is not torch.float64:
+        return value
+    dtype = torch.get_default_dtype() if entry is None else entry.dtype
+    return value.to(dtype)
+
+
+@contextmanager
+def _as_if_compiling() -> Iterator[None]:
+    """Let torch's optimizers take their path for CUDA graphs on any device, and create counts in float64.
+
+    A number that becomes state is rounded as it would be otherwise.
+    """
+    default, as_tensor = torch.get_default_dtype(), torch.as_tensor
+
+    def rounded(data: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> torch.Tensor:
+        is_number = not isinstance(data, torch.Tensor) and dtype is torch.float64
+        return (
+            as_tensor(data, dtype=default, **kwargs).double() if is_number else as_tensor(data, dtype=dtype, **kwargs)
+        )
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        with mock.patch("torch.compiler.is_compiling", return_value=True), mock.patch("torch.as_tensor", rounded):
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+def _plain(
+    group: dict[str, Any], index: int, hypers: dict[str, int], arguments: list[Any], *, capturable: bool
+) -> dict[str, Any]:
     """A parameter group with symbolic floats, and torch's multi-tensor and fused code paths switched off."""
     plain: dict[str, Any] = {}
     for key, value in group.items():
@@ -371,7 +447,7 @@ def _plain(group: dict[str, Any], index: int, hypers: dict[str, int], arguments:
         plain[key] = type(value)(leaves) if isinstance(value, (tuple, list)) else leaves[0]
     for switch in ("foreach", "fused", "capturable", "differentiable"):
         if switch in plain:
-            plain[switch] = False
+            plain[switch] = capturable and switch == "capturable"
     return plain
 
 
