@@ -120,7 +120,7 @@ class _Updates:
                 if shape and what.role is Role.OPT_STATE:
                     val = result.meta["val"] if isinstance(result, fx.Node) else result
                     self._is_vector[what.key] = isinstance(val, torch.Tensor) and val.dim() > 0
-                start = program.init.get((name, what.key))
+                start = program.init.get(what)
                 keys.append((what.role, what.key, self._visit(result, name, shape), start))
             if name in self.squared:
                 keys.append((None, "", self._visit(self.squared[name], name, shape), None))
@@ -271,15 +271,19 @@ def _of_all(program: Program) -> dict[fx.Node, bool]:
     In order, with whether it is known only when backward is done. None of it is any parameter's own.
     """
     found: dict[fx.Node, bool] = {}
+    fixed: set[fx.Node] = set()  # made of hyperparameters alone
     for node in program.graph.nodes:
         if node.op == "call_function" and node.meta["origin"].phase is Phase.UPDATE:
-            others = [source for source in node.all_input_nodes if source not in found]
-            roles = {source.meta["input"].role for source in others if source.op == "placeholder"}
-            begins = node.target is ops.add_up or Role.RECIPE in roles
-            follows = len(others) < len(node.all_input_nodes) and all(source.op == "placeholder" for source in others)
-            if begins or (follows and roles <= {Role.HYPER, Role.CONSTANT}):
-                early = all(source.op == "placeholder" or _phase(source) is Phase.FORWARD for source in others)
-                found[node] = not early or any(found.get(source, False) for source in node.all_input_nodes)
+            sources = node.all_input_nodes
+            roles = {source.meta["input"].role for source in sources if source.op == "placeholder"}
+            others = [s for s in sources if s.op != "placeholder" and s not in found and s not in fixed]
+            is_fixed = not others and roles <= {Role.HYPER, Role.CONSTANT}
+            follows = is_fixed and not found.keys().isdisjoint(sources)
+            if node.target is ops.add_up or Role.RECIPE in roles or follows:
+                early = all(_phase(source) is Phase.FORWARD for source in others)
+                found[node] = not early or any(found.get(source, False) for source in sources)
+            elif is_fixed:
+                fixed.add(node)
     return found
 
 
@@ -324,6 +328,8 @@ class _Flattener:
         shared = set(updates.shared)
         self.first = next(n for n in program.graph.nodes if n.op == "call_function" and n not in shared)
         self.last_of_all = next((node for node in reversed(updates.of_all) if updates.of_all[node]), None)
+        # A bucket of nothing but padding would add zeros times its own factor.
+        self.summed = [b for b in layout.buckets if any(s.numel for s in b.segments)] or list(layout.buckets)
         self.squares: dict[fx.Node, list[fx.Node]] = {node: [] for node in updates.sums}
         self.replaced = [node for node, what in program.placeholders() if what.role in OF_PARAMETERS]
 
@@ -337,7 +343,7 @@ class _Flattener:
                 results.append(result)
         returned = {result for result in results if isinstance(result, fx.Node)}
         views: dict[Any, fx.Node] = {}
-        init = {key: start for key, start in program.init.items() if (key[0], "") not in self.params}
+        init = {what: start for what, start in program.init.items() if what.role not in OF_PARAMETERS}
         anchor = next(iter(program.graph.nodes))
         for node in self.updates.shared:
             node.meta["origin"] = replace(node.meta["origin"], module="")
@@ -354,9 +360,9 @@ class _Flattener:
                 for what, result in self._update(bucket, flat, self._gradient(bucket), anchor).items():
                     outputs.append(what)
                     results.append(result)
-                    start = program.init.get((bucket.segments[0].name, what.key))
+                    start = program.init.get(replace(what, name=bucket.segments[0].name))
                     if start is not None:
-                        init[what.name, what.key] = start
+                        init[what] = start
         for node, squares in self.squares.items():
             node.args = (squares,)
         program.set_results([views.get(result, result) for result in results], outputs)
@@ -507,7 +513,7 @@ class _Flattener:
         nodes, before, squared = self.updates.nodes[model.name], gradient.next, self.updates.squared.get(model.name)
         late = self._late(nodes, squared)
         copy((node for node in nodes if node not in late), before)
-        for squares in self.squares.values():
+        for squares in self.squares.values() if bucket in self.summed else ():
             origin = Origin(Phase.UPDATE, bucket.name, shallow(gradient).source)
             squares.append(program.call(ops.square_sum, copied(squared), origin=origin, before=before))
         if self.last_of_all is not None and late:

@@ -16,12 +16,11 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from zgraph import lockstep, ops
-from zgraph.accumulation import accumulate
-from zgraph.clipping import clip
 from zgraph.config import Config
 from zgraph.gradients import Gradients
 from zgraph.lockstep import Value, Values, run_ranks
 from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage
+from zgraph.recipe import complete
 from zgraph.scaling import LOSS_SCALE
 
 aten = torch.ops.aten
@@ -215,7 +214,7 @@ def gradients_of(program: Program) -> dict[str, fx.Node]:
 
 def clipped(program: Program, limit: float) -> Program:
     """The same CAPTURED program, with all its gradients clipped to a norm."""
-    clip(Gradients(program, gradients_of(program)), Config(clip_norm=limit))
+    complete(Gradients(program, gradients_of(program)), Config(clip_norm=limit))
     return program
 
 
@@ -223,7 +222,7 @@ def scaled(program: Program, limit: float | None = None) -> Program:
     """The same CAPTURED program as one whose gradients are of a scaled loss."""
     first = next(node for node in program.graph.nodes if node.op != "placeholder")
     program.placeholder(LOSS_SCALE, program.empty([], torch.float32, torch.device("cpu")), before=first)
-    clip(Gradients(program, gradients_of(program)), Config(precision="fp16", clip_norm=limit))
+    complete(Gradients(program, gradients_of(program)), Config(precision="fp16", clip_norm=limit))
     return program
 
 
@@ -233,8 +232,8 @@ def accumulated(program: Program, num_steps: int, *, weighted: bool = False, lim
     if weighted:
         loss = program.results()[0]
         weight = program.call(aten.exp.default, loss, origin=loss.meta["origin"], before=loss.next)
-    gradients = accumulate(Gradients(program, gradients_of(program)), num_steps, weight)
-    clip(gradients, Config(clip_norm=limit))
+    gradients = Gradients(program, gradients_of(program))
+    complete(gradients, Config(accumulate=num_steps, clip_norm=limit), weight)
     return program
 
 

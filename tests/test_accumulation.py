@@ -232,6 +232,126 @@ def test_earlier_gradients_are_float32_and_a_rank_keeps_its_part() -> None:
     assert (earlier.meta["val"].dtype, earlier.meta["val"].numel()) == (torch.float32, 128)
 
 
+class Branches(nn.Module):
+    """Which weight is read depends on the shape of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.long, self.short = (nn.Linear(3, 3) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.shared(x)
+        return (self.long(hidden) if len(x) > 4 else self.short(hidden)).square().mean()
+
+
+def test_micro_batches_that_train_other_parameters_are_refused_before_anything_runs() -> None:
+    batches = MicroBatches([(torch.ones(8, 3),), (torch.ones(3, 3),)])
+    model = Branches()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    ranks = zgraph.simulate_ranks(model, SGD(model.parameters(), lr=0.1), world_size=1, accumulate=2)
+    compiled = zgraph.compile(model, optimizer=SGD(model.parameters(), lr=0.1), accumulate=2)
+    for step in (lambda: compiled.train_step(batches), lambda: ranks.train_step([batches])):
+        with pytest.raises(CaptureError, match=r"do not fit together: long\.bias is trained by some of them only"):
+            step()
+    assert all(torch.equal(value, before[name]) for name, value in compiled.state_dict().items())
+
+
+def masked_mean(output: Tensor, _: Tensor, mask: Tensor) -> Tensor:
+    return (output.square().sum(1) * mask).sum() / mask.sum()
+
+
+class Masked(nn.Linear):
+    def forward(self, x: Tensor, _: Tensor | None = None) -> Tensor:
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_counts_for_nothing_adds_nothing_even_if_its_gradient_is_not_a_number(accumulate: int) -> None:
+    model, reference = Masked(4, 4).double(), Masked(4, 4).double()
+    reference.load_state_dict(model.state_dict())
+    x, mask = torch.randn(8, 4, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
+    mask[: 4 // accumulate] = 0  # all of a micro-batch of the first rank
+    ranks = zgraph.simulate_ranks(
+        model,
+        SGD(model.parameters(), lr=0.1),
+        world_size=2,
+        accumulate=accumulate,
+        loss=masked_mean,
+        weight=lambda _, mask: mask.sum(),
+    )
+    found = ranks.train_step(list(zip(x.chunk(2), mask.chunk(2), strict=True)))
+    loss = masked_mean(reference(x), x, mask)
+    loss.backward()
+    SGD(reference.parameters(), lr=0.1).step()
+    assert_equal({"loss": found}, {"loss": loss.detach()}, "the loss")
+    assert_equal(ranks.state_dict(), reference.state_dict(), "after the step")
+
+
+class Means(nn.Linear):
+    def forward(self, x: Tensor, _: Tensor) -> Tensor:
+        return super().forward(x).mean().bfloat16()
+
+
+def test_a_weight_is_not_rounded_to_the_dtype_of_the_loss() -> None:
+    model = Means(2, 2)
+    batches = [(torch.full((1, 2), float(i)), torch.tensor([weight])) for i, weight in enumerate((257.0, 1.0))]
+    with torch.no_grad():
+        losses = [model(*batch).double() for batch in batches]
+    ranks = zgraph.simulate_ranks(
+        model, SGD(model.parameters(), lr=0.1), world_size=2, weight=lambda _, weight: weight.sum()
+    )
+    found = ranks.train_step(batches)
+    torch.testing.assert_close(found.double(), (257 * losses[0] + losses[1]) / 258, rtol=1e-6, atol=1e-7)
+
+
+class Number(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.scale, self.bias = (nn.Parameter(torch.tensor(v, dtype=dtype)) for v in (1.5, 0.5))
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.weight * self.scale + self.bias).double().square().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_single_numbers_of_lower_precision_than_the_weight(accumulate: int, dtype: torch.dtype) -> None:
+    model = Number(dtype)
+    options: dict[str, Any] = {"weight": lambda x: x.sum().double(), "accumulate": accumulate, "clip_norm": 1.0}
+    ranks = zgraph.simulate_ranks(model, SGD(model.parameters(), lr=0.1), world_size=2, zero=3, **options)
+    assert ranks.train_step([(torch.ones(2, 3),)] * 2).isfinite()
+
+
+def test_a_step_that_is_interrupted_leaves_simulated_ranks_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.BatchNorm1d(3).double()
+    ranks = zgraph.simulate_ranks(
+        model, SGD(model.parameters(), lr=0.1), world_size=2, loss=lambda y, _: y.square().sum(), accumulate=2
+    )
+    batches = [(torch.randn(8, 3, dtype=torch.float64),)] * 2
+    ranks.train_step(batches)
+    before, calls, run = ranks.state_dict(), [], zgraph.simulate.run_ranks
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return run(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("zgraph.simulate.run_ranks", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ranks.train_step(batches)
+    assert all(torch.equal(value, before[name]) for name, value in ranks.state_dict().items())
+    expected = zgraph.simulate_ranks(
+        model, SGD(model.parameters(), lr=0.1), world_size=2, loss=lambda y, _: y.square().sum(), accumulate=2
+    )
+    for _ in range(2):
+        expected.train_step(batches)
+    ranks.train_step(batches)
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in ranks.state_dict().items())
+
+
 # Dividing a batch
 
 
@@ -249,6 +369,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "unlike tensors": ((torch.zeros(6), torch.zeros(3)), r"args\[0\] has 6 rows, args\[1\] has 3 rows"),
     "another number": ((MicroBatches([(), ()]),), r"was given 2 micro-batches, but accumulate=3"),
     "no batch": ((MicroBatches([(), (), 5]),), "micro-batch 2 is a int"),
+    "a sparse tensor": ((torch.zeros(6).to_sparse(),), "or sparse"),
 }
 
 
@@ -259,13 +380,27 @@ def test_a_batch_that_does_not_divide_is_refused(args: tuple[tuple[Any, ...], st
         micro_batches(given_, {}, 3)
 
 
+def test_micro_batches_may_come_from_a_generator_but_not_from_anything() -> None:
+    assert len(MicroBatches(x for x in ((), ())).batches) == 2  # type: ignore[arg-type]
+    for odd in (None, 3, torch.ones(2), {"x": 1}):
+        with pytest.raises(ZgraphError, match="MicroBatches was given a"):
+            MicroBatches(odd)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "4"])
 def test_a_step_has_a_positive_number_of_micro_batches(value: Any) -> None:
     with pytest.raises(OptionError, match=r"accumulate=.* is out of range"):
         Config.from_options({"accumulate": value})
 
 
-@pytest.mark.parametrize(("weight", "reason"), [(lambda x: x, "a tensor of shape"), (lambda _: None, "is NoneType")])
+ODD_WEIGHTS: dict[str, Callable[..., Any]] = {
+    r"a tensor f32\[2, 3\]": lambda x: x,
+    "is NoneType": lambda _: None,
+    "is complex": lambda _: 1j,
+}
+
+
+@pytest.mark.parametrize(("reason", "weight"), ODD_WEIGHTS.items(), ids=ODD_WEIGHTS)
 def test_a_weight_is_one_number(weight: Callable[..., Any], reason: str) -> None:
     model = nn.Linear(3, 1)
     compiled = zgraph.compile(

@@ -135,7 +135,7 @@ def with_state(numbers: list[int] | None = None, fills: list[float] | None = Non
         if numbers is not None:
             program.given[f"p{i}"] = (("count", "None", numbers[i]),)
         if fills is not None:
-            program.init[f"p{i}", "m"] = StateInit(fills[i], torch.float64)
+            program.init[state(f"p{i}", "m")] = StateInit(fills[i], torch.float64)
     return program
 
 
@@ -153,7 +153,7 @@ def test_initial_values_and_conditions_follow_the_state_into_its_bucket() -> Non
         Guard((state("p1", "count"),), bool, "Ne(x0, 0)"),
     )
     bucketed = FormBuckets(1, 10**6)(program)
-    assert bucketed.init == {("bucket0", "m"): StateInit(0.1, torch.float64)}
+    assert bucketed.init == {state("bucket0", "m"): StateInit(0.1, torch.float64)}
     assert [guard.inputs for guard in bucketed.guards] == [
         (state("bucket0", "count"), Input(Role.HYPER, "group0.lr")),
         (state("bucket0", "count"),),

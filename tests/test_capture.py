@@ -203,7 +203,7 @@ def inputs_of(program: Program, model: nn.Module, optimizer: Optimizer, batch: B
                 value = optimizer.param_groups[0][key]
                 values[what] = value[int(index)] if index else value
             case Role.OPT_STATE:
-                start = program.init[what.name, what.key]
+                start = program.init[what]
                 val = node.meta["val"]
                 assert start.fill is not None
                 values[what] = torch.full(val.shape, start.fill, dtype=val.dtype)

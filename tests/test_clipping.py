@@ -20,7 +20,7 @@ from tests.optimizers import Lion
 from tests.programs import assert_same_step, clipped, few_examples, one_layer, two_layers, values_for
 from tests.recipes import Recipe, build, recipes
 from tests.reference import TOLERANCE, assert_equal, slow
-from zgraph.clipping import clip
+from zgraph.clipping import check_clipping
 from zgraph.config import Config
 from zgraph.errors import CaptureError, OptionError
 from zgraph.gradients import Gradients
@@ -229,6 +229,31 @@ def test_a_skipped_step_is_counted_and_said(caplog: pytest.LogCaptureFixture) ->
         assert all(torch.equal(value, state["state"][index][key]) for key, value in entries.items())
 
 
+class Halving(SGD):
+    """Keeps a number in its state that is made of hyperparameters alone."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                state["steps"] = state.get("steps", 0) + 1
+                state["last"] = group["lr"] * 0.5 + state.get("last", 0.0) * 0
+                p.add_(p.grad, alpha=-state["last"])
+
+
+def test_state_that_is_a_number_of_hyperparameters_alone_goes_with_clipping() -> None:
+    model = nn.Linear(3, 1)
+    compiled = zgraph.compile(
+        model, optimizer=Halving(model.parameters(), lr=0.1), loss=lambda y, _: y.sum(), clip_norm=1.0
+    )
+    for value in (1.0, math.inf, 1.0):
+        compiled.train_step(torch.full((2, 3), value))
+    assert compiled.stats()["num_skipped_steps"] == 1
+    assert {entries["steps"] for entries in compiled._zgraph.state.opt.values()} == {2}
+
+
 # Refusals
 
 
@@ -275,4 +300,4 @@ def test_a_norm_needs_one_device() -> None:
     with program.fake_mode:
         second.meta["val"] = second.meta["val"].to("meta")
     with pytest.raises(CaptureError, match="gradients are on cpu and meta"):
-        clip(Gradients(program, {"w1": first, "w2": second}), Config(clip_norm=1.0))
+        check_clipping(Gradients(program, {"w1": first, "w2": second}), Config(clip_norm=1.0))

@@ -187,6 +187,7 @@ def test_parameters_state_and_means_of_gradients_stay_float32() -> None:
     ("options", "reason"),
     [
         ({"precision": "fp8"}, "precision='fp8' is not known"),
+        ({"precision": ["bf16"]}, r"precision=\['bf16'\] is not known"),
         ({"keep_float32": ["head"]}, "keep_float32 without a precision"),
         ({"precision": "bf16", "keep_float32": "head"}, "is not a list of names"),
         ({"precision": "bf16", "keep_float32": [1]}, "is not a list of names"),
@@ -205,3 +206,45 @@ def test_a_name_of_nothing_is_refused_and_nothing_has_changed() -> None:
     with pytest.raises(OptionError, match="keep_float32 names 'tail'"):
         compiled.train_step(torch.ones(4, 8))
     assert "forward" not in vars(model.inner)
+
+
+class Holding(nn.Module):
+    """Modules in containers, one that is never called, and a parameter of the model itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.head, self.offset = nn.Linear(8, 8), nn.Parameter(torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return nn.functional.linear(x + self.offset, self.head.weight).square().mean()
+
+
+def test_a_container_that_is_kept_keeps_what_it_contains() -> None:
+    model = Holding()
+    options: dict[str, Any] = {"precision": "bf16", "zero": 3, "bucket_bytes": 1}
+    ranks = zgraph.simulate_ranks(
+        model, SGD(model.parameters(), lr=0.1), world_size=2, keep_float32=["blocks"], **options
+    )
+    ranks.train_step([(torch.ones(4, 8),)] * 2)
+    layout = ranks.program.layout
+    assert layout is not None
+    travels = {s.name: dtype for b, dtype in gathers(ranks.program) for s in layout.by_name[b].segments}
+    assert {dtype for name, dtype in travels.items() if name.startswith("blocks")} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("head", "forward does not call that module"),
+        ("offset", "would keep the whole model in float32"),
+        ("", "would keep the whole model in float32"),
+    ],
+)
+def test_a_name_that_would_do_nothing_or_everything_is_refused(name: str, reason: str) -> None:
+    model = Holding()
+    compiled = zgraph.compile(model, optimizer=SGD(model.parameters(), lr=0.1), precision="bf16", keep_float32=[name])
+    with pytest.raises(OptionError, match=reason):
+        compiled.train_step(torch.ones(4, 8))

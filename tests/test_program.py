@@ -75,7 +75,7 @@ def test_a_clone_shares_no_node_and_changes_alone() -> None:
         node.meta["origin"] = Origin(Phase.FORWARD, "changed")
     clone.stage = Stage.INPLACE
     clone.constants["new"] = torch.ones(1)
-    clone.init["w", "new"] = None  # type: ignore[assignment]
+    clone.init[Input(Role.OPT_STATE, "w", "new")] = None  # type: ignore[assignment]
     clone.outputs.pop()
     clone.graph.erase_node(clone.output_node)
     assert program.text(origins=True) == text

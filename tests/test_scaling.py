@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW
 
 import zgraph
@@ -98,7 +98,9 @@ def test_a_compiled_model_tells_its_scale() -> None:
     [
         ({"loss_scale": 8.0}, "loss_scale is for precision='fp16'"),
         ({"precision": "bf16", "loss_scale_interval": 8}, "loss_scale_interval is for precision='fp16'"),
-        ({"precision": "fp16", "loss_scale": 0}, "loss_scale=0 is not a positive number"),
+        ({"precision": "fp16", "loss_scale": None}, "loss_scale=None is out of range"),
+        ({"precision": "fp16", "loss_scale": 1e39}, "is out of range"),
+        ({"precision": "fp16", "loss_scale": 0}, "loss_scale=0 is out of range"),
         ({"precision": "fp16", "loss_scale_interval": 0}, "loss_scale_interval=0 is out of range"),
     ],
 )
@@ -114,3 +116,50 @@ def test_float16_parameters_are_refused() -> None:
     )
     with pytest.raises(CaptureError, match="weight is float16"):
         compiled.train_step(torch.ones(2, 3))
+
+
+def test_a_scale_that_would_be_infinite_does_not_grow() -> None:
+    """Gradients are zero, so nothing ever overflows."""
+    model, reference = nn.Linear(2, 2), nn.Linear(2, 2)
+    scaler = torch.amp.GradScaler("cpu", 2.0**99, growth_interval=1)
+    eager = AdamW(reference.parameters())
+    ranks = zgraph.simulate_ranks(
+        model,
+        AdamW(model.parameters()),
+        world_size=1,
+        loss=lambda y, _: y.float().sum() * 0,
+        precision="fp16",
+        loss_scale=2.0**99,
+        loss_scale_interval=1,
+    )
+    for _ in range(32):
+        ranks.train_step([(torch.ones(1, 2),)])
+        eager.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            loss = reference(torch.ones(1, 2)).float().sum() * 0
+        scaler.scale(loss).backward()
+        scaler.step(eager)
+        scaler.update()
+        assert ranks.stats()["loss_scale"] == scaler.get_scale()
+    assert ranks.stats()["num_skipped_steps"] == 0
+
+
+class NamedAlike(nn.Module):
+    """Parameters are called like what the step keeps for itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss_scale, self.gradient_norm = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.loss_scale * self.gradient_norm).sum()
+
+
+def test_parameters_may_be_called_as_the_step_calls_its_own_state() -> None:
+    model = NamedAlike()
+    ranks = zgraph.simulate_ranks(
+        model, AdamW(model.parameters()), world_size=2, precision="fp16", loss_scale=8.0, accumulate=2
+    )
+    for _ in range(2):
+        ranks.train_step([(torch.ones(2, 2),)] * 2)
+    assert (ranks.stats()["loss_scale"], ranks.stats()["num_skipped_steps"]) == (8.0, 0)

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
+from unittest import mock
 
 import pytest
 import torch
 from torch import fx, nn
 
 import zgraph
-from tests.programs import Builder, assert_same_step, param, state, two_layers
+from tests.programs import Builder, accumulated, assert_same_step, param, state, two_layers
 from zgraph import ops
 from zgraph.codegen.kernel import Kernel
 from zgraph.config import Config
-from zgraph.errors import VerifyError
+from zgraph.errors import OptimizerError, VerifyError
 from zgraph.passes import AverageGradients, FormBuckets, Tidy, default_passes
 from zgraph.passes.tidy import remove_dead
 from zgraph.pipeline import Pass, run
 from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage
+from zgraph.terms import Terms
 from zgraph.verify import Verifier, verify
 
 aten = torch.ops.aten
@@ -36,6 +39,13 @@ class Edited(Pass):
 
     def rewrite(self, program: Program) -> None:
         self.edit(program)
+
+
+class EditedBuckets(Edited):
+    """Does something to a program in buckets."""
+
+    takes: ClassVar[Stage] = Stage.BUCKETED
+    gives: ClassVar[Stage] = Stage.BUCKETED
 
 
 class EditedLast(Edited):
@@ -177,7 +187,10 @@ def test_a_parameter_read_by_its_place_trains_as_in_eager(zero: int) -> None:
 
 
 def test_a_number_beside_a_vector_is_computed_in_another_dtype() -> None:
-    """In bfloat16 0.1 and 0.10001 are equal; in float32, where a 0-dim parameter is compared, they are not."""
+    """In bfloat16 0.1 and 0.10001 are equal; in float32, where a 0-dim parameter is compared, they are not.
+
+    FormBuckets says so; were it not to look, the verifier would.
+    """
     b = Builder()
     p, q = (b.input(Role.PARAM, name, shape=[], dtype=torch.bfloat16) for name in ("p", "q"))
     limit = b.input(Role.OPT_STATE, "p", "limit", shape=[], dtype=torch.float32)
@@ -188,8 +201,14 @@ def test_a_number_beside_a_vector_is_computed_in_another_dtype() -> None:
         above = b.call(Phase.UPDATE, aten.ge.Tensor, value, bound, module=name)
         results[param(name)] = b.call(Phase.UPDATE, aten.where.self, above, g, value, module=name)
         results[state(name, "limit")] = b.call(Phase.UPDATE, aten.add.Tensor, bound, 1, module=name)
-    with pytest.raises(VerifyError, match=r"FormBuckets changed what the step computes: the new value of"):
-        run([FormBuckets(1, 10**6)], b.finish(results))
+    program = b.finish(results)
+    with pytest.raises(OptimizerError, match="a single number, computes"):
+        run([FormBuckets(1, 10**6)], program)
+    with (
+        mock.patch("zgraph.passes.bucket._Updates._check_promotion"),
+        pytest.raises(VerifyError, match=r"FormBuckets changed what the step computes: the new value of"),
+    ):
+        run([FormBuckets(1, 10**6)], program)
 
 
 def kernel_step() -> Program:
@@ -471,3 +490,37 @@ class AveragedButForTheLoss(Pass):
         AverageGradients(Mesh(2)).rewrite(program)
         program.set_results([loss, *program.results()[1:]], program.outputs)
         remove_dead(program)
+
+
+def norm_step() -> Program:
+    """Two parameters in one bucket with padding between, whose gradients are clipped by their norm."""
+    return accumulated(two_layers(), 2, limit=0.1)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        lambda p, zero: p.call(aten.add.Tensor, zero, 1.0, origin=HERE, before=zero.next),
+        lambda p, zero: p.call(aten.div.Tensor, zero, zero, origin=HERE, before=zero.next),
+        lambda p, zero: p.call(aten.mul.Tensor, zero, math.inf, origin=HERE, before=zero.next),
+        lambda p, zero: p.call(aten.div.Tensor, zero, 0, origin=HERE, before=zero.next),
+    ],
+    ids=["plus one", "zero by zero", "times infinity", "by zero"],
+)
+def test_padding_between_gradients_is_zero_and_not_something_made_of_it(what: Any) -> None:
+    def spoil(program: Program) -> None:
+        zero = target(program, aten.full.default)
+        made = what(program, zero)
+        for user in [user for user in zero.users if user is not made]:
+            user.replace_input_with(zero, made)
+
+    with pytest.raises(VerifyError, match=r"gradient_norm|must stay zero"):
+        run([FormBuckets(2, 10**6), EditedBuckets(spoil)], norm_step())
+
+
+def test_a_part_of_a_part_is_not_put_together_to_the_part() -> None:
+    terms = Terms()
+    x = terms.input("x", (8,), torch.float32, varies=False)
+    part = terms.shard(x, (4,))
+    assert terms.whole(terms.shard(part, (2,)), (4,)) is None
+    assert terms.whole(terms.shard(terms.reshape(terms.reshape(part, (2, 2)), (4,)), (2,)), (4,)) is None

@@ -69,6 +69,7 @@ class _Accumulation:
         self._origin = Origin(Phase.UPDATE, source=self._loss.meta["origin"].source)
         # Kept for a single micro-batch, too: what comes from the state of the step is known to be no parameter's own.
         self._by: Any = num_steps
+        self._divisors: dict[torch.dtype, fx.Node] = {}
         if weight is not None:
             self._by = total = self._total(WEIGHT, weight, self._origin)
             self._begin_anew(WEIGHT, total, self._origin)
@@ -90,7 +91,7 @@ class _Accumulation:
             vector = self._total(reduced.earlier, vector, self._origin)
             self._begin_anew(reduced.earlier, vector, self._origin)
         if reduced.is_mean:
-            value = self._call(aten.div.Tensor, vector, self._by, origin=self._origin)
+            value = self._call(aten.div.Tensor, vector, self._divisor(torch.float64), origin=self._origin)
         else:
             value = self._call(aten.clone.default, vector, origin=self._origin)
         self._outputs.append(reduced.result)
@@ -98,11 +99,24 @@ class _Accumulation:
         self.program.set_results(self._results, self._outputs)
 
     def _mean(self, what: Input, new: fx.Node, origin: Origin) -> fx.Node:
-        total = new if self.num_steps == 1 else self._total(what, new, origin)
-        mean = self._call(aten.div.Tensor, total, self._by, origin=origin)
+        dtype = torch.promote_types(new.meta["val"].dtype, torch.float32)
+        total = new
+        if self.num_steps > 1:
+            total = self._total(what, new, origin)
+        elif new.meta["val"].dtype != dtype:
+            total = self._call(aten._to_copy.default, new, origin=origin, dtype=dtype)
+        mean = self._call(aten.div.Tensor, total, self._divisor(dtype.to_real()), origin=origin)
         if self.num_steps > 1:
             self._begin_anew(what, mean, origin)
         return mean
+
+    def _divisor(self, dtype: torch.dtype) -> Any:
+        """What a total of ``dtype`` is divided by, in that dtype, for one that is a single number would be promoted."""
+        if not isinstance(self._by, fx.Node) or self._by.meta["val"].dtype == dtype:
+            return self._by
+        if dtype not in self._divisors:
+            self._divisors[dtype] = self._call(aten._to_copy.default, self._by, origin=self._origin, dtype=dtype)
+        return self._divisors[dtype]
 
     def _total(self, what: Input, new: fx.Node, origin: Origin) -> fx.Node:
         """What micro-batches have added up to, this one included."""
@@ -140,6 +154,6 @@ def micro_step(program: Program) -> Program:
         if not node.users and what.role in (Role.OPT_STATE, Role.HYPER, Role.RECIPE, Role.CONSTANT):
             inner.graph.erase_node(node)
             inner.constants.pop(what.name, None)
-    names = {what.name for _, what in inner.placeholders() if what.role is Role.RECIPE}
-    inner.init, inner.guards = {key: start for key, start in inner.init.items() if key[0] in names}, ()
+    given = {what for _, what in inner.placeholders()}
+    inner.init, inner.guards = {what: start for what, start in inner.init.items() if what in given}, ()
     return inner

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 from typing import Any
 
 import torch
@@ -19,6 +21,32 @@ def is_plain(value: Any) -> bool:
 def plain_attributes(owner: object) -> list[tuple[str, str]]:
     """Names and values of the plain attributes of an object, to be compared and shown."""
     return [(name, repr(value)) for name, value in vars(owner).items() if is_plain(value)]
+
+
+def plain_values_of(function: Any) -> list[tuple[str, str]]:
+    """Names and values of the plain values that a function holds, which a trace of it takes for constants.
+
+    Those are its closure's and its defaults, and attributes of the object that it is a method of, or that it is, with
+    those of modules inside. Global variables are not among them.
+    """
+    found: list[tuple[str, str]] = []
+    owner = getattr(function, "__self__", function)
+    if isinstance(function, functools.partial):
+        found += [(key, repr(value)) for key, value in function.keywords.items() if is_plain(value)]
+        found += [(str(i), repr(value)) for i, value in enumerate(function.args) if is_plain(value)]
+        return found + plain_values_of(function.func)
+    if isinstance(owner, nn.Module):
+        modules = owner.named_modules()
+        found += [(f"{path}.{name}", value) for path, module in modules for name, value in plain_attributes(module)]
+    elif hasattr(owner, "__dict__"):
+        found += plain_attributes(owner)
+    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
+    for name, cell in zip(names, getattr(function, "__closure__", None) or (), strict=False):
+        with contextlib.suppress(ValueError):  # a cell may be empty
+            if is_plain(cell.cell_contents):
+                found.append((name, repr(cell.cell_contents)))
+    defaults = getattr(function, "__defaults__", None) or ()
+    return found + [(f"default {i}", repr(value)) for i, value in enumerate(defaults) if is_plain(value)]
 
 
 def contents(value: Any) -> Any:

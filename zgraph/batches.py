@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,14 @@ class MicroBatches:
     """
 
     batches: Sequence[Any]
+
+    def __post_init__(self) -> None:
+        given: Any = self.batches
+        if not isinstance(given, Iterable) or isinstance(given, (str, torch.Tensor, Mapping)):
+            raise ZgraphError(
+                f"MicroBatches was given a {type(given).__name__}", fix="give a list with a batch for each"
+            )
+        object.__setattr__(self, "batches", tuple(given))
 
 
 def micro_batches(args: tuple[Any, ...], kwargs: dict[str, Any], num: int) -> list[Call]:
@@ -57,7 +65,7 @@ def _divided(args: tuple[Any, ...], kwargs: dict[str, Any], num: int) -> list[Ca
     fix = "give train_step a zgraph.MicroBatches, which says what belongs to each micro-batch"
     for name, length in lengths.items():
         if length is None or length % num:
-            what = "is a single number" if length is None else f"has {length} rows"
+            what = "is a single number, or sparse" if length is None else f"has {length} rows"
             raise ZgraphError(f"the batch cannot be divided into {num} micro-batches: {name} {what}", fix=fix)
     if len(set(lengths.values())) > 1:
         told = ", ".join(f"{name} has {length} rows" for name, length in lengths.items())
@@ -67,7 +75,7 @@ def _divided(args: tuple[Any, ...], kwargs: dict[str, Any], num: int) -> list[Ca
 
 
 def _length(tensor: torch.Tensor) -> int | None:
-    return tensor.shape[0] if tensor.dim() else None
+    return tensor.shape[0] if tensor.dim() and tensor.layout is torch.strided else None
 
 
 def call_of(batch: Any, whose: str) -> Call:

@@ -21,9 +21,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils import _pytree as pytree
 
 from zgraph import ops
-from zgraph.accumulation import accumulate
 from zgraph.attributes import ModuleAttributes, is_plain, is_same
-from zgraph.clipping import clip
 from zgraph.config import Config
 from zgraph.errors import CaptureError, OptimizerError, ZgraphError, first_line, quoted
 from zgraph.functional import make_functional, own_memory_by_place
@@ -32,6 +30,7 @@ from zgraph.metrics import Metric, evaluate
 from zgraph.operands import check_operands
 from zgraph.precision import low_precision
 from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage, describe
+from zgraph.recipe import complete
 from zgraph.scaling import LOSS_SCALE
 from zgraph.tracing import Recorder, fake_mode, python_generators_kept, source_of_error, trace, user_source
 from zgraph.update import StateSpec, Update, check_step, trace_update
@@ -140,9 +139,6 @@ def capture(
             value = _loss_of(output, loss, inner_args, inner_kwargs, where=quoted(recorder.last_source))
             vectors = evaluate(metrics or {}, output, inner_args, inner_kwargs, value)
         by = [] if weight is None else [_weight_of(weight, inner_args, inner_kwargs, value)]
-        for counts in by:
-            value = _weighted(value, counts)
-            vectors = [(kind, _weighted(v, counts) if kind.is_mean else v) for kind, v in vectors]
         scaled = value
         for scale in scales:
             scaled = scaled * scale.to(scaled.device, scaled.dtype)
@@ -157,6 +153,10 @@ def capture(
                     f"the gradient of {name} is {g.layout}, not a dense tensor",
                     fix="use dense gradients, e.g. nn.Embedding(..., sparse=False)",
                 )
+        for counts in by:
+            grads = tuple(g if g is None else _weighted(g, counts) for g in grads)
+            value = _weighted(value.detach().to(counts.dtype), counts)
+            vectors = [(kind, _weighted(v, counts) if kind.is_mean else v) for kind, v in vectors]
         replaced = {name: swapped[name] for name in buffers_in if swapped[name] is not buffers_in[name]}
         found["replaced"] = list(replaced)
         found["metrics"] = [kind for kind, _ in vectors]
@@ -235,8 +235,7 @@ def capture(
     gradients = Gradients(program, dict(zip(grads, in_program, strict=False)))
     told = in_program[len(grads) :]
     by = told.pop(0) if weight is not None else None
-    gradients = accumulate(gradients, config.accumulate, by, dict(zip(found["metrics"], told, strict=True)))
-    clip(gradients, config)
+    complete(gradients, config, by, dict(zip(found["metrics"], told, strict=True)))
     return program
 
 
@@ -378,23 +377,24 @@ def _loss_of(
 
 
 def _weighted(value: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """What counts for nothing may be the mean of nothing, which is NaN."""
-    return torch.where(counts != 0, value * counts, torch.zeros_like(value))
+    """``value`` times a weight; zero where the weight is, since the mean of nothing is NaN, and so is its gradient."""
+    return torch.where(counts != 0, value * counts.to(value.dtype.to_real()), torch.zeros_like(value))
 
 
 def _weight_of(
     weight: WeightFunction, args: tuple[Any, ...], kwargs: dict[str, Any], loss: torch.Tensor
 ) -> torch.Tensor:
     value: Any = weight(*args, **kwargs)
+    dtype = torch.promote_types(loss.dtype, torch.float32)
     if isinstance(value, (int, float)):
-        return torch.full((), value, dtype=loss.dtype, device=loss.device)
-    if not isinstance(value, torch.Tensor) or value.numel() != 1:
-        what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+        return torch.full((), value, dtype=dtype, device=loss.device)
+    if not isinstance(value, torch.Tensor) or value.numel() != 1 or value.is_complex():
+        what = f"a tensor {describe(value)}" if isinstance(value, torch.Tensor) else type(value).__name__
         raise CaptureError(
             f"the weight of a micro-batch is {what}, not one number",
             fix="return the number of tokens, say, from weight(*args, **kwargs)",
         )
-    return value.detach().clone().reshape(()).to(loss.device, loss.dtype)
+    return value.detach().clone().reshape(()).to(loss.device, dtype)
 
 
 def _explain(error: Exception) -> CaptureError:
@@ -520,7 +520,7 @@ def _join(
     for what, result in update.results.items():
         if isinstance(result, fx.Node):
             _own(copies[result], what.name, owned)
-    init = {(what.name, what.key): start for what, start in (update.init or {}).items()}
+    init = dict(update.init or {})
     given: dict[str, Hashable] = {
         name: tuple(sorted((key, str(entry.dtype), entry.sample) for key, entry in entries.items()))
         for name, entries in state.items()

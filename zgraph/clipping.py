@@ -23,8 +23,6 @@ from zgraph.config import Config
 from zgraph.errors import CaptureError
 from zgraph.gradients import Gradients
 from zgraph.program import Origin, Phase
-from zgraph.scaling import unscale, update_scale
-from zgraph.skipping import skip_unless
 
 aten = torch.ops.aten
 
@@ -32,37 +30,27 @@ EPSILON = 1e-6
 """Added to the norm that is divided by, as ``torch.nn.utils.clip_grad_norm_`` does."""
 
 
-def clip(gradients: Gradients, config: Config) -> Gradients:
-    """Let the update read clipped gradients, and do nothing where one is not finite, if ``config`` asks for that.
-
-    Args:
-        gradients: of the scaled loss in float16, else of the loss.
-        config: says how.
+def check_clipping(gradients: Gradients, config: Config) -> None:
+    """Refuse gradients that cannot be clipped as ``config`` says.
 
     Raises:
-        CaptureError: parameters are on several devices, or are complex and clipped by value.
+        CaptureError: they are on several devices and have no norm, or are complex and clipped by value.
     """
-    if config.scales_loss:
-        gradients = unscale(gradients, config.loss_scale)
-    if config.clip_norm is None and not config.scales_loss:
-        return gradients if config.clip_value is None else _clip_value(gradients, config.clip_value)
-    norm, finite = _norm(gradients)
-    if config.clip_norm is not None:
-        gradients = _clip_norm(gradients, norm, config.clip_norm)
-    if config.clip_value is not None:
-        gradients = _clip_value(gradients, config.clip_value)
-    skip_unless(gradients.program, finite, norm)
-    if config.scales_loss:
-        update_scale(gradients, finite, config.loss_scale_interval)
-    return gradients
-
-
-def _clip_value(gradients: Gradients, limit: float) -> Gradients:
+    devices = {gradient.meta["val"].device for gradient in gradients.nodes.values()}
+    if len(devices) > 1 and (config.clip_norm is not None or config.scales_loss):
+        raise CaptureError(
+            f"gradients are on {' and '.join(sorted(map(str, devices)))}, and their norm would be on neither",
+            fix=f"move the model to one device, or leave {'precision' if config.scales_loss else 'clip_norm'} out",
+        )
     for name, gradient in gradients.nodes.items():
-        if gradient.meta["val"].is_complex():
+        if gradient.meta["val"].is_complex() and config.clip_value is not None:
             raise CaptureError(
                 f"the gradient of {name} is complex, which cannot be clipped by value", fix="use clip_norm"
             )
+
+
+def clip_value(gradients: Gradients, limit: float) -> Gradients:
+    """Gradients whose elements are at most ``limit``, and at least its opposite."""
     call = gradients.program.call
     return gradients.replace(
         {
@@ -74,21 +62,16 @@ def _clip_value(gradients: Gradients, limit: float) -> Gradients:
     )
 
 
-def _norm(gradients: Gradients) -> tuple[fx.Node, fx.Node]:
-    """The norm of all gradients together, and whether it is finite."""
-    devices = {gradient.meta["val"].device for gradient in gradients.nodes.values()}
-    if len(devices) > 1:
-        raise CaptureError(
-            f"gradients are on {' and '.join(sorted(map(str, devices)))}, and their norm would be on neither",
-            fix="move the model to one device, or leave clip_norm out",
-        )
+def norm_of(gradients: Gradients) -> tuple[fx.Node, fx.Node]:
+    """The norm of all gradients together, a 0-dim float64, and whether it is finite."""
     call, origin = _caller(gradients)
     squares = [call(ops.square_sum, g, origin=gradients.origin(name)) for name, g in gradients.nodes.items()]
     norm = call(aten.sqrt.default, call(ops.add_up, squares, origin=origin), origin=origin)
     return norm, call(aten.lt.Scalar, norm, math.inf, origin=origin)  # which NaN is not, either
 
 
-def _clip_norm(gradients: Gradients, norm: fx.Node, limit: float) -> Gradients:
+def clip_norm(gradients: Gradients, norm: fx.Node, limit: float) -> Gradients:
+    """Gradients scaled down by one factor so that their ``norm`` is at most ``limit``."""
     call, origin = _caller(gradients)
     inverse = call(aten.reciprocal.default, call(aten.add.Tensor, norm, EPSILON, origin=origin), origin=origin)
     factor = call(aten.clamp.default, call(aten.mul.Tensor, inverse, limit, origin=origin), None, 1.0, origin=origin)

@@ -36,10 +36,10 @@ from zgraph.config import Config
 from zgraph.eager import GatherOnUse
 from zgraph.errors import CaptureError, OptimizerError, OptionError, StateError, ZgraphError
 from zgraph.execute import Executable
-from zgraph.facts import ATTRIBUTES, STEP_COUNTS, Facts, hold, state_spec
+from zgraph.facts import ARGUMENTS, ATTRIBUTES, STEP_COUNTS, Facts, hold, state_spec
 from zgraph.heap import release_free_memory
 from zgraph.layout import Layout
-from zgraph.lower import lower
+from zgraph.lower import check_same_buckets, lower
 from zgraph.metrics import Metric, by_name, check_metrics
 from zgraph.pipeline import Pass, PassRecord
 from zgraph.program import Guard, Input, Mesh, Program, Role
@@ -221,7 +221,8 @@ class _Runtime:
     def __post_init__(self) -> None:
         self.state = TrainingState(self.model, self.optimizer, self.group)
         self.agreement = self.state.agreement
-        self.facts = Facts(self.model, self.optimizer, self.state) if self.optimizer is not None else None
+        functions = functions_by_name(self.loss, self.weight, self.metrics)
+        self.facts = Facts(self.model, self.optimizer, self.state, functions) if self.optimizer is not None else None
 
     # -- a step ---------------------------------------------------------------------------------------------
 
@@ -235,21 +236,25 @@ class _Runtime:
         replaced: list[str] = []
         calls: list[Call] = []
         keys: list[str] = []
+        shapes: list[str] = []
         error: Exception | None = None
         try:
             check_step(self.optimizer)
             hypers = hyperparameters(self.optimizer)
             calls = micro_batches(args, kwargs, self.config.accumulate)
+            self.facts.begin()
             for call in calls:
                 facts = self.facts.read(*pytree.tree_flatten(call))
                 keys.append(self.facts.key)
+                shapes.append(facts[ARGUMENTS])
             replaced = self.state.replaced()
         except Exception as caught:  # noqa: BLE001 -- another rank may not have it, and is told before this one stops
             error = caught
         others = {
             "hyperparameters": repr(hypers),
             "zgraph options": repr((self.config, self.passes)),
-            "the micro-batches": repr([key for key in keys if key != keys[-1]]),
+            "the micro-batches": " then ".join(shapes if len(set(keys)) > 1 else shapes[:1]),
+            "the metrics": ", ".join(f"{metric.reduction} of {name}" for name, metric in self.metrics.items()),
             "which parameters have been given other values": repr(replaced),
         }
         try:
@@ -265,8 +270,7 @@ class _Runtime:
         ]
         if replaced or layout != self.state.layout:
             self.state.commit(layout)
-        for compiled in (*used, last):
-            self._keep(compiled)
+        self._keep((*used, last))
         assert self._comm is not None
         self._comm.traffic.clear()
         with self.agreement.no_return(), self.state.adding_up():
@@ -301,20 +305,23 @@ class _Runtime:
         if self._last is not None:
             self._warn(key, facts)
         compiled = self._compile(key, *call, layout or self.state.layout)
+        if layout is not None:
+            check_same_buckets(layout, compiled.layout)
         assert self.facts is not None
         self.facts.settle()
         made.append((call, compiled))
         return compiled
 
-    def _keep(self, compiled: _Compiled) -> None:
-        """Count the step as used last; of all steps those used last are kept. All ranks decide alike."""
-        if compiled in self.cache:
-            self.cache.remove(compiled)
-        else:
-            self._num_captures += 1
-        self.cache.append(compiled)
-        del self.cache[:-NUM_KEPT_STEPS]
-        self._last = compiled
+    def _keep(self, used: Sequence[_Compiled]) -> None:
+        """Count these as used last; of all steps those used last are kept. All ranks decide alike."""
+        for compiled in used:
+            if compiled in self.cache:
+                self.cache.remove(compiled)
+            else:
+                self._num_captures += 1
+            self.cache.append(compiled)
+        del self.cache[: -max(NUM_KEPT_STEPS, len(set(used)))]
+        self._last = used[-1]
 
     def _compile(self, key: str, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout | None) -> _Compiled:
         assert self.optimizer is not None
@@ -350,7 +357,8 @@ class _Runtime:
         finally:
             self._capturing = False
         self.agreement.share_outcome(digest, error)
-        forget(lowered.last.graph)
+        for program in lowered.programs:
+            forget(program.graph)
         gc.collect()  # graphs are full of cycles; what capture left behind is gone before the first step
         release_free_memory()
         assert executable is not None
@@ -448,6 +456,14 @@ class _Runtime:
 
 def _tensors(call: Call) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]
+
+
+def functions_by_name(
+    loss: Callable[..., Any] | None, weight: Callable[..., Any] | None, metrics: Mapping[str, Metric]
+) -> dict[str, Callable[..., Any]]:
+    """The user's functions that are part of a step."""
+    given = {"loss": loss, "weight": weight, **{f"metric {name}": metric.function for name, metric in metrics.items()}}
+    return {name: function for name, function in given.items() if function is not None}
 
 
 def check_arguments(model: Any, optimizer: Any, loss: Any, weight: Any, passes: Sequence[Any]) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -37,6 +37,9 @@ def parse_bytes(value: int | str, option: str) -> int:
 PRECISIONS: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+_TINY = 2.0**-100
+"""A loss scale that is far enough from what float32 has no normal numbers for."""
+
 _RANGES = (("zero", 0, 3), ("prefetch", 0, 64), ("accumulate", 1, 2**20), ("loss_scale_interval", 1, 2**62))
 
 
@@ -56,13 +59,13 @@ class Config:
         bucket_bytes: parameters that are used near each other share one flat buffer of about this many
             bytes, and travel together. A parameter larger than this has a bucket of its own.
         prefetch: how many buckets ahead of their first use parameters are gathered (ZeRO-3).
-        precision: ``"bf16"`` computes forward and backward in bfloat16 as ``torch.autocast`` does: matrix products,
-            convolutions and attention in bfloat16, losses and other sums in float32. Parameters, their gradients'
-            means and optimizer state stay float32; what travels of a parameter is what is read of it. None computes
-            in the dtypes that the model has. ``"fp16"`` is float16, with a loss scale as ``torch.amp.GradScaler`` has
-            it: a step with a gradient that is not finite changes nothing on any rank, and is counted.
-        loss_scale: what the loss is multiplied by in the first float16 step. It is halved by a step that is skipped,
-        loss_scale_interval: and doubled by so many in a row that are not.
+        precision: None computes in the dtypes that the model has. ``"bf16"`` computes forward and backward in bfloat16
+            as ``torch.autocast`` does: matrix products, convolutions and attention in bfloat16, losses and other sums
+            in float32. Parameters, their gradients' means and optimizer state stay float32; what travels of a parameter
+            is what is read of it. ``"fp16"`` does so in float16, with a loss scale as ``torch.amp.GradScaler`` has it:
+            a step with a gradient that is not finite changes nothing on any rank, and is counted.
+        loss_scale: for float16: what the loss is multiplied by in the first step. A step that is skipped halves it.
+        loss_scale_interval: for float16: so many steps in a row that are not skipped double it.
         keep_float32: names of modules, or of parameters, whose modules compute in float32 all the same.
         accumulate: how many micro-batches a step has. Their gradients add up, and the update reads the mean.
         clip_norm: scale all gradients down by one factor where the norm of all of them together is larger than this
@@ -107,28 +110,26 @@ class Config:
         if "bucket_bytes" in values:
             values["bucket_bytes"] = parse_bytes(values["bucket_bytes"], "bucket_bytes")
         config = cls(**values)
-        for name, low, high in (
-            ("zero", 0, 3),
-            ("prefetch", 0, 64),
-            ("accumulate", 1, 2**20),
-            ("loss_scale_interval", 1, 2**62),
-        ):
+        for name, low, high in _RANGES:
             value = getattr(config, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise OptionError(f"{name}={value!r} is out of range", fix=f"give an integer from {low} to {high}")
-        if config.precision is not None and config.precision not in PRECISIONS:
+        if config.precision is not None and config.precision not in tuple(PRECISIONS):
             known_ones = " or ".join(map(repr, PRECISIONS))
             raise OptionError(f"precision={config.precision!r} is not known", fix=f"give {known_ones}, or None")
         for name in ("loss_scale", "loss_scale_interval"):
             if name in options and config.precision != "fp16":
                 raise OptionError(f"{name} is for precision='fp16'", fix="leave it out")
+        scale: float | None = config.loss_scale
+        if scale is None or not _TINY <= scale <= 1 / _TINY:
+            raise OptionError(f"loss_scale={scale!r} is out of range", fix="give a number such as 65536.0")
         if config.keep_float32 and config.precision is None:
             raise OptionError("keep_float32 without a precision", fix="give precision='bf16', too, or leave it out")
         for name in ("clip_norm", "clip_value", "loss_scale"):
             value = getattr(config, name)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
                 raise OptionError(
                     f"{name}={value!r} is not a positive number", fix="give a number such as 1.0, or None"
                 )

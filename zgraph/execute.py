@@ -52,7 +52,7 @@ class Executable:
         if what.role is Role.OPT_STATE:
             entries = self._state.opt.setdefault(what.name, {})
             if what.key not in entries:
-                start, param = self.program.init[what.name, what.key], self._state.params[what.name]
+                start, param = self.program.init[what], self._state.params[what.name]
                 entries[what.key] = initial_state(start, self._values[what], param, self._comm.shard)
             return entries[what.key]
         if what.role is Role.BUFFER:
@@ -125,7 +125,7 @@ def without_unmade(
 def initial_value(program: Program, what: Input, val: Any) -> torch.Tensor:
     """What a RECIPE or GRADIENT input starts from, whose shape, dtype and device ``val`` has: zeros if not said."""
     value = torch.zeros(val.shape, dtype=val.dtype, device=val.device)
-    start = program.init.get((what.name, what.key)) if what.role is Role.RECIPE else None
+    start = program.init.get(what)
     return value if start is None or start.fill is None else value.fill_(start.fill)
 
 

@@ -6,14 +6,15 @@ the optimizer and the batch tells: cheap to take and to compare.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from zgraph.attributes import plain_attributes
+from zgraph.attributes import plain_attributes, plain_values_of
 from zgraph.errors import CaptureError
 from zgraph.layout import Layout
 from zgraph.optimizer_state import Forms
@@ -23,8 +24,10 @@ from zgraph.update import StateEntry, StateSpec, structure, unnamed
 STEP_COUNTS = "the optimizer's step counts"
 """The one fact that ranks must agree on although a captured step does not depend on it."""
 
-ATTRIBUTES = "what modules and the optimizer have as attributes"
+ATTRIBUTES = "what modules, the optimizer and functions have as attributes"
 """Only what differs from the first capture: ranks may have different attributes, but must change them together."""
+
+ARGUMENTS = "the arguments' shapes and values"
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _TOLD_ELSEWHERE = frozenset({"training", "_opt_called"})  # by a fact of its own; by learning-rate schedulers
@@ -45,12 +48,22 @@ class HasForms(Protocol):
 class Facts:
     """Reads the facts of one model and its optimizer.
 
+    Args:
+        functions: of the user's that are part of the step: loss, weight, metrics, by name.
+
     Attributes:
         key: the facts read last, in one string, without step counts.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: HasForms) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: HasForms,
+        functions: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
+    ) -> None:
         self.key = ""
+        self._functions = functions
         self._model, self._optimizer, self._state = model, optimizer, state
         self._fingerprint: Any = None
         self._words: dict[str, str] = {}
@@ -58,13 +71,16 @@ class Facts:
         self._num_met = 0
         self._at_first: dict[str, str] | None = None
 
+    def begin(self) -> None:
+        """A step begins, of which ``forget_last`` forgets all that is read."""
+        self._num_met = len(self._met)
+
     def read(self, leaves: list[Any], spec: pytree.TreeSpec) -> dict[str, str]:
         """The facts as they are now, by name.
 
         Raises:
             CaptureError: an argument is an object whose content would silently become a constant of the graph.
         """
-        self._num_met = len(self._met)
         batch = [fact_of(leaf) for leaf in leaves]
         modules = [(name, type(module), *_of_module(module)) for name, module in _modules(self._model)]
         settings = (
@@ -76,12 +92,13 @@ class Facts:
         optimizer = (structure(self._optimizer), plain_attributes(self._optimizer), members, self._objects())
         forms = self._state.state_forms() if self._optimizer.state else self._state.stored_forms()
         kinds, counts = _kinds_and_counts(forms)
-        fingerprint = (str(spec), batch, modules, settings, optimizer, kinds, self._state.layout)
+        functions = [(name, plain_values_of(function)) for name, function in self._functions.items()]
+        fingerprint = (str(spec), batch, modules, settings, optimizer, kinds, self._state.layout, functions)
         if fingerprint != self._fingerprint:
             self._fingerprint = fingerprint
             self._words = {
                 "the arguments' structure": str(spec),
-                "the arguments' shapes and values": repr(batch),
+                ARGUMENTS: repr(batch),
                 **self._of_model(),
                 **self._of_optimizer(),
                 ATTRIBUTES: self._changed_attributes(),
@@ -133,8 +150,9 @@ class Facts:
 
     def _attributes(self) -> dict[str, str]:
         """The fingerprint's attributes and numbers of hooks, by name."""
-        _, _, modules, _, (_, of_optimizer, *_), _, _ = self._fingerprint
+        _, _, modules, _, (_, of_optimizer, *_), _, _, functions = self._fingerprint
         found = {f"optimizer.{name}": value for name, value in of_optimizer}
+        found.update((f"{own} of {name}", value) for name, values in functions for own, value in values)
         for path, kind, attributes, hooks, params, _ in modules:
             prefix = f"{path}." if path else ""
             found[f"type({path or 'model'})"] = kind.__qualname__

@@ -6,6 +6,7 @@ Several parameters may have one gradient (two biases that are added), so a reade
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import replace
 
 from torch import fx
@@ -33,7 +34,7 @@ class Gradients:
         self._readers = {name: [u for u in node.users if _serves(u, name)] for name, node in self.nodes.items()}
 
     def replace(self, new: Mapping[str, fx.Node]) -> Gradients:
-        """Let what reads the gradients now, and state that is one of them, have ``new`` ones instead."""
+        """Let what reads the gradients, and state that is one of them, have ``new`` ones instead: those returned."""
         for name, readers in self._readers.items():
             for reader in readers:
                 reader.replace_input_with(self.nodes[name], new[name])
@@ -42,8 +43,8 @@ class Gradients:
             if what is not None and what.role is Role.OPT_STATE and results[i] is self.nodes.get(what.name):
                 results[i] = new[what.name]
         self.program.set_results(results, self.program.outputs)
-        replaced = Gradients(self.program, new)
-        replaced.before, replaced._readers = self.before, self._readers
+        replaced = copy(self)
+        replaced.nodes = dict(new)
         return replaced
 
     def origin(self, name: str) -> Origin:

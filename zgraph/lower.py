@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from zgraph.accumulation import micro_step
 from zgraph.config import Config
+from zgraph.errors import CaptureError
 from zgraph.layout import Layout
 from zgraph.passes import default_passes
 from zgraph.pipeline import Pass, PassRecord, run
@@ -60,5 +61,22 @@ def lower(captured: Program, config: Config, mesh: Mesh, layout: Layout | None, 
     if config.accumulate == 1:
         return Lowered(last.program, None, last.records)
     micro = run(default_passes(config, mesh, last.program.layout, own=own), micro_step(captured))
-    assert micro.program.layout == last.program.layout
+    check_same_buckets(last.program.layout, micro.program.layout)
     return Lowered(last.program, micro.program, (*last.records, *micro.records))
+
+
+def check_same_buckets(layout: Layout | None, found: Layout | None) -> None:
+    """All micro-batches of a step must keep parameters and gradients in the same buckets.
+
+    Raises:
+        CaptureError: with a parameter that only some of them train, if there is one.
+    """
+    if layout == found or layout is None or found is None:
+        return
+    trained = [{s.name for b in each.buckets if b.trainable for s in b.segments} for each in (layout, found)]
+    odd = sorted(trained[0] ^ trained[1])
+    what = f"{odd[0]} is trained by some of them only" if odd else "parameters are read in unlike dtypes"
+    raise CaptureError(
+        f"the micro-batches of a step do not fit together: {what}",
+        fix="let forward use the same parameters in the same way for every micro-batch of a step",
+    )

@@ -81,6 +81,11 @@ _ELEMENTWISE_TOO = frozenset(
 )  # fmt: skip
 
 
+def sym_choose(condition: int, new: Any, old: Any) -> Any:
+    """One of two numbers: ``new`` if ``condition`` is not zero."""
+    return new if condition else old
+
+
 def _of_operators(question: Callable[[torch._ops.OpOverload], bool]) -> Callable[[Any], bool]:
     """Let a question be asked of anything: the answer is no for what is not an operator of torch.
 

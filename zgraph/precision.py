@@ -28,16 +28,17 @@ def low_precision(model: nn.Module, config: Config, device: torch.device) -> Ite
         device: where the model's parameters live.
 
     Raises:
-        OptionError: a name is of no module and of no parameter.
+        OptionError: a name is of no module and of no parameter, of the model itself, or of what forward does not call.
     """
     if config.precision is None:
         yield
         return
-    kept = {name: _module_of(model, name) for name in config.keep_float32}
-    before = {module: vars(module).get("forward") for module in kept.values()}
+    kept = {module: name for name in config.keep_float32 for module in _modules_of(model, name)}
+    before = {module: vars(module).get("forward") for module in kept}
+    called: set[nn.Module] = set()
     try:
-        for module in before:
-            module.forward = _in_float32(module.forward, device)
+        for module in kept:
+            module.forward = _in_float32(module, device, called)
         with torch.autocast(device.type, PRECISIONS[config.precision]):
             yield
     finally:
@@ -46,10 +47,19 @@ def low_precision(model: nn.Module, config: Config, device: torch.device) -> Ite
                 del module.forward
             else:
                 module.forward = forward
+    for module, name in kept.items():
+        if module not in called:
+            raise OptionError(
+                f"keep_float32 names {name!r}, but forward does not call that module: what it holds is read elsewhere",
+                fix="name the module whose forward reads it, or leave it out",
+            )
 
 
-def _in_float32(forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+def _in_float32(module: nn.Module, device: torch.device, called: set[nn.Module]) -> Callable[..., Any]:
+    forward = module.forward
+
     def run(*args: Any, **kwargs: Any) -> Any:
+        called.add(module)
         with torch.autocast(device.type, enabled=False):
             args, kwargs = pytree.tree_map_only(torch.Tensor, _widened, (args, kwargs))
             return forward(*args, **kwargs)
@@ -61,14 +71,25 @@ def _widened(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.dtype in PRECISIONS.values() else tensor
 
 
-def _module_of(model: nn.Module, name: str) -> nn.Module:
+def _modules_of(model: nn.Module, name: str) -> list[nn.Module]:
+    """The modules that a name means; of a container, which has no forward, what it contains."""
     modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
-    if name in modules:
-        return modules[name]
     owner, _, attribute = name.rpartition(".")
-    if owner in modules and attribute in modules[owner]._parameters:
-        return modules[owner]
-    raise OptionError(
-        f"keep_float32 names {name!r}, which is no module and no parameter of the model",
-        fix="give names as model.named_modules() and model.named_parameters() have them",
-    )
+    if name not in modules and not (owner in modules and attribute in modules[owner]._parameters):
+        raise OptionError(
+            f"keep_float32 names {name!r}, which is no module and no parameter of the model",
+            fix="give names as model.named_modules() and model.named_parameters() have them",
+        )
+    module = modules[name] if name in modules else modules[owner]
+    if module is model:
+        raise OptionError(
+            f"keep_float32 names {name!r}, which would keep the whole model in float32",
+            fix="put what is to stay into a module of its own, or leave precision out",
+        )
+    return _with_forward(module)
+
+
+def _with_forward(module: nn.Module) -> list[nn.Module]:
+    if type(module).forward is not nn.Module.forward:
+        return [module]
+    return [inner for child in module.children() for inner in _with_forward(child)]

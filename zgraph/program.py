@@ -142,7 +142,8 @@ class Program:
         outputs: what each output is: ``None`` for the loss (always first), else the Input whose new value it is.
         fake_mode: the mode in which values (``node.meta["val"]``) live: FakeTensor, or a sample Python number.
         constants: values of CONSTANT placeholders by name.
-        init: how absent optimizer state starts; empty for a program that creates its own.
+        init: how absent state starts: of the optimizer (none for a program that creates its own), and of the step as a
+            whole where not with zero.
         given: each parameter's optimizer state at capture, keys, dtypes and step counts; parameters share a bucket only
             if theirs is equal.
         guards: expressions over HYPER and numeric OPT_STATE inputs that held at capture and must hold to run.
@@ -155,7 +156,7 @@ class Program:
     outputs: list[Input | None]
     fake_mode: FakeTensorMode
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
-    init: dict[tuple[str, str], StateInit] = field(default_factory=dict)
+    init: dict[Input, StateInit] = field(default_factory=dict)
     given: dict[str, Hashable] = field(default_factory=dict)
     guards: tuple[Guard, ...] = ()
     layout: Layout | None = None
@@ -344,7 +345,8 @@ class Program:
 
     def digest(self) -> bytes:
         """SHA-256 of the program text and layout: equal on ranks that will issue the same operations."""
-        facts = (self.layout, sorted(self.init.items()), sorted(self.given.items()), [g.text for g in self.guards])
+        starts = sorted(self.init.items(), key=lambda item: str(item[0]))
+        facts = (self.layout, starts, sorted(self.given.items()), [g.text for g in self.guards])
         return hashlib.sha256((self.text() + in_words(facts)).encode()).digest()
 
     def __str__(self) -> str:

@@ -6,6 +6,7 @@ so many steps in a row without one double it.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -33,17 +34,18 @@ def unscale(gradients: Gradients, start: float) -> Gradients:
         start: what the scale is in the first step.
     """
     program, origin = gradients.program, Origin(Phase.UPDATE)
-    program.init[LOSS_SCALE.name, LOSS_SCALE.key] = StateInit(start, torch.float32)
+    program.init[LOSS_SCALE] = StateInit(start, torch.float32)
 
     def call(target: Any, *args: Any, origin: Origin = origin, **kwargs: Any) -> fx.Node:
         return program.call(target, *args, origin=origin, before=gradients.before, **kwargs)
 
     exact = call(aten.reciprocal.default, call(aten._to_copy.default, _scale(program), dtype=torch.float64))
-    inverse = call(aten._to_copy.default, exact, dtype=torch.float32)  # rounded once, as GradScaler has it
+    dtypes = {gradient.meta["val"].dtype.to_real() for gradient in gradients.nodes.values()}
+    inverse = {dtype: call(aten._to_copy.default, exact, dtype=dtype) for dtype in sorted(dtypes, key=str)}
     return gradients.replace(
         {
-            name: call(aten.mul.Tensor, gradient, inverse, origin=gradients.origin(name))
-            for name, gradient in gradients.nodes.items()
+            name: call(aten.mul.Tensor, g, inverse[g.meta["val"].dtype.to_real()], origin=gradients.origin(name))
+            for name, g in gradients.nodes.items()
         }
     )
 
@@ -66,10 +68,11 @@ def update_scale(gradients: Gradients, finite: fx.Node, interval: int) -> None:
 
     zero = call(aten.zeros_like.default, good)
     count = call(aten.where.self, finite, call(aten.add.Tensor, good, 1), zero)
-    grows = call(aten.eq.Scalar, count, interval)
+    is_time = call(aten.eq.Scalar, count, interval)
     larger, smaller = call(aten.mul.Tensor, scale, GROWTH), call(aten.mul.Tensor, scale, BACKOFF)
+    grows = call(aten.logical_and.default, is_time, call(aten.lt.Scalar, larger, math.inf))
     new = call(aten.where.self, finite, call(aten.where.self, grows, larger, scale), smaller)
-    count = call(aten.where.self, grows, zero, count)
+    count = call(aten.where.self, is_time, zero, count)
     program.set_results([*program.results(), new, count], [*program.outputs, LOSS_SCALE, NUM_GOOD_STEPS])
 
 

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from zgraph.agreement import Agreement
 from zgraph.batches import Call, MicroBatches, call_of, micro_batches, name_of
 from zgraph.capture import capture
-from zgraph.compiler import check_arguments
+from zgraph.compiler import check_arguments, functions_by_name
 from zgraph.config import Config
 from zgraph.errors import OptimizerError, OptionError, RankError, StateError, ZgraphError
 from zgraph.execute import initial_state, initial_value, without_unmade
@@ -27,7 +27,7 @@ from zgraph.facts import Facts, fact_of, hold, state_spec
 from zgraph.generators import RandomStream
 from zgraph.layout import Layout
 from zgraph.lockstep import Value, Values, divide, join, part_of, run_ranks
-from zgraph.lower import Lowered, lower
+from zgraph.lower import Lowered, check_same_buckets, lower
 from zgraph.metrics import Metric, by_name, check_metrics
 from zgraph.optimizer_state import Forms, OptimizerState, check_agreement, stored_form
 from zgraph.pipeline import Pass
@@ -118,7 +118,7 @@ class SimulatedRanks:
         self._shapes = _shapes(model)
         self._programs: dict[str, list[Lowered]] = {}
         self._program: Program | None = None
-        self._facts = Facts(model, optimizer, self)
+        self._facts = Facts(model, optimizer, self, functions_by_name(loss, weight, metrics))
 
     @property
     def world_size(self) -> int:
@@ -166,7 +166,7 @@ class SimulatedRanks:
             for i, (of_all, programs) in enumerate(zip(calls, lowered, strict=True)):
                 program = programs.last if i + 1 == len(calls) else programs.programs[0]
                 results = self._run(program, of_all, hypers, streams)
-        except Exception:
+        except BaseException:
             self._values, self._constants = before, constants  # nothing was written to
             raise
         self._streams, self._program = streams, lowered[-1].last
@@ -268,6 +268,7 @@ class SimulatedRanks:
         lowered = next((programs for programs in fitting if hold(programs.last.guards, numbers)), None)
         if lowered is None:
             lowered = self._compile(*call, forms, layout or self.layout)
+            check_same_buckets(layout or lowered.layout, lowered.layout)
             self._facts.settle()
             known.append(lowered)
             made.append((call, lowered))
@@ -286,7 +287,8 @@ class SimulatedRanks:
             config=self._config,
         )
         lowered = lower(captured, self._config, Mesh(self.world_size), layout, self._passes)
-        forget(lowered.last.graph)
+        for program in lowered.programs:
+            forget(program.graph)
         return lowered
 
     def _run(
@@ -320,7 +322,7 @@ class SimulatedRanks:
                 param = mine[Input(Role.PARAM, what.name)]
                 assert isinstance(param, torch.Tensor)
                 shard = partial(part_of, rank=rank, world=self.world_size)
-                start = program.init[what.name, what.key]
+                start = program.init[what]
                 inputs[what] = initial_state(start, node.meta["val"], param, shard)
         return inputs
 

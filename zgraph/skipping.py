@@ -5,7 +5,6 @@ w' = update(w, g)    ->    w' = where(norm < inf, update(w, g), w)
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from zgraph import ops
 from zgraph.program import Input, Program, Role
 from zgraph.scaling import LOSS_SCALE
 
@@ -73,9 +73,7 @@ class _Choice:
         if self._as_number is None:
             holds = self._call(aten._to_copy.default, self._on(torch.device("cpu")), dtype=torch.int64)
             self._as_number = self._call(aten._local_scalar_dense.default, holds)
-        holds = self._as_number
-        kept = self._call(operator.mul, old, self._call(operator.sub, 1, holds), name=name)
-        return self._call(operator.add, self._call(operator.mul, new, holds, name=name), kept, name=name)
+        return self._call(ops.sym_choose, self._as_number, new, old, name=name)
 
     def _on(self, device: torch.device) -> fx.Node:
         if device not in self._conditions:

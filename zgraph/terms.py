@@ -16,8 +16,8 @@ An elementwise operator on such a vector is the vector of the operator on its pi
 elementwise operators; anything else that reads it makes a term that no captured step has.
 
 A sum of squares is a set of pieces, in whatever order they are added. Of a shard it is this rank's share, and the sum
-of the shares over the ranks is that of the whole vector. Zeros add nothing, whatever factor all elements have in
-common: where that is not finite, neither is the sum.
+of the shares over the ranks is that of the whole vector. Zeros add nothing, nor do zeros times a factor that other
+elements have, too: where that is not finite, neither is the sum.
 """
 
 from __future__ import annotations
@@ -400,8 +400,13 @@ class Terms:
 
     def _squares(self, form: Form, pieces: Iterable[Piece]) -> Term:
         """The sum over ``pieces``, in normal form: sorted, neighbours joined, without zeros."""
+        given = [piece for piece in pieces if piece[2]]
+        common = {factor for base, _, _ in given if zero_times(base) is None for factor in _factors(base)}
         merged: list[Piece] = []
-        for base, offset, length in self._sorted(p for p in pieces if p[2] and not vanishes(p[0])):
+        for base, offset, length in self._sorted(given):
+            factors = zero_times(base)
+            if factors is not None and factors <= common:
+                continue
             if merged:
                 before, start, size = merged[-1]
                 if before is base and (offset == start + size if offset != REPEATED else start == REPEATED):
@@ -417,7 +422,7 @@ class Terms:
         return sorted(pieces, key=lambda piece: (number.setdefault(piece[0], len(number)), *piece[1:]))
 
     def _move(self, form: Form, x: Term, how: Any, shape: Shape) -> Term:
-        return self.make(form, (x, how), shape, x.dtype, varies=x.varies)
+        return self.make(form, (x, how), shape, x.dtype, varies=x.varies or x.target is Form.SHARD)
 
 
 _MADE_OF_PARTS = frozenset({Form.FLAT, Form.SPLAT, Form.SHARD})
@@ -429,14 +434,46 @@ def _is_zero(x: Term) -> bool:
     return x.target is Form.FILL and x.args[0] in (0, literal(0.0))
 
 
-def vanishes(x: Term) -> bool:
-    """Whether a 0-dim term is zero, but for a factor that may not be finite: sums and multiples of zeros are."""
+def zero_times(x: Term) -> frozenset[Term] | None:
+    """The factors by which a term is a multiple of zero: none for zero itself; None if it may be something else.
+
+    Sums, casts and means of such terms are such terms. A number as a factor must be finite, and not 0 as a divisor.
+    """
     if _is_zero(x):
-        return True
-    operands = [arg for arg in x.args if isinstance(arg, Term)]
-    if x.target in (Form.CAST, Form.MEAN, Form.SUM) or x.target in _MULTIPLES:
-        return vanishes(operands[0])
-    return x.target is torch.ops.aten.add.Tensor and all(map(vanishes, operands))
+        return frozenset()
+    args = [arg for arg in x.args if not _is_computed_in(arg)]
+    if x.target in (Form.CAST, Form.MEAN, Form.SUM):
+        return zero_times(args[0])
+    if x.target is torch.ops.aten.add.Tensor and len(args) == 2:
+        parts = [zero_times(arg) if isinstance(arg, Term) else None for arg in args]
+        return None if parts[0] is None or parts[1] is None else parts[0] | parts[1]
+    if x.target in _MULTIPLES and len(args) == 2 and isinstance(args[0], Term):
+        factors = zero_times(args[0])
+        if factors is None or isinstance(args[1], Term):
+            return None if factors is None else factors | {args[1]}
+        return factors if _is_harmless(args[1], x.target) else None
+    return None
+
+
+def _factors(x: Term) -> Iterator[Term]:
+    """By what a term is multiplied or divided at last."""
+    while x.target in _MULTIPLES or x.target is Form.CAST:
+        if x.target in _MULTIPLES and isinstance(x.args[1], Term):
+            yield x.args[1]
+        if not isinstance(x.args[0], Term):
+            return
+        x = x.args[0]
+
+
+def _is_computed_in(arg: Any) -> bool:
+    return isinstance(arg, tuple) and len(arg) == 2 and arg[0] == "computed_in"
+
+
+def _is_harmless(factor: Any, target: Any) -> bool:
+    """Whether zero times, or divided by, a literal number is zero."""
+    number = float(factor[1]) if isinstance(factor, tuple) and factor[0] is float else factor
+    is_number = isinstance(number, (int, float)) and math.isfinite(number)
+    return is_number and (number != 0 or target is torch.ops.aten.mul.Tensor)
 
 
 def _in_any_order(base: Term, length: int) -> Term:

@@ -24,7 +24,7 @@ from zgraph.meaning import Meaning, Numbers, interpret, numbers_of
 from zgraph.movement import Value
 from zgraph.program import OF_PARAMETERS, Input, Program, Role, Stage, StateInit, describe, source_of
 from zgraph.structure import check_structure
-from zgraph.terms import Axiom, Form, Term, Terms, form, show, vanishes
+from zgraph.terms import Axiom, Form, Term, Terms, form, show, zero_times
 
 Outputs = dict[Input | None, tuple[Value, fx.Node | None]]
 """What a program returns, state by parameter even where it lies in buckets; and the node it comes from."""
@@ -160,11 +160,11 @@ class _Check:
                 raise self._error(f"{odd[0]} is not in exactly one bucket", odd[0])
             self._numbers_agree(mine)
         starts, now = _initial(self.reference), _initial(self.program)
-        for key in {**starts, **now}:
-            if starts.get(key) != now.get(key):
-                name, entry = key
-                was, is_now = starts.get(key), now.get(key)
-                raise self._error(f"{entry} of {name} starts as {is_now}, but started as {was}", name)
+        for what in {**starts, **now}:
+            was, is_now = starts.get(what), now.get(what)
+            if was != is_now:
+                called = f"{what.key} of {what.name}" if what.key else what.name
+                raise self._error(f"{called} starts as {is_now}, but started as {was}", what.name)
         kept = _guards(self.program)
         for guard, name in _guards(self.reference).items():
             if guard not in kept:
@@ -267,7 +267,8 @@ class _Check:
         if what.role is Role.GRADIENT:
             ends = [0, *(end for s in bucket.segments for end in (s.offset, s.offset + s.numel)), bucket.numel]
             gaps = (self.terms.slice(value, *gap) for gap in zip(ends[::2], ends[1::2], strict=True))
-            if not all(vanishes(base) for gap in gaps for base, _, length in self.terms.pieces(gap) if length):
+            bases = (base for gap in gaps for base, _, length in self.terms.pieces(gap) if length)
+            if any(zero_times(base) != frozenset() for base in bases):
                 raise self._misplaced(program, what, value, "padding between gradients must stay zero")
         return {
             names[s.name]: self.terms.reshape(self.terms.slice(value, s.offset, s.offset + s.numel), s.shape)
@@ -297,15 +298,14 @@ def _by_parameter(program: Program, inputs: dict[Input, None]) -> dict[Input, No
     return found
 
 
-def _initial(program: Program) -> dict[tuple[str, str], StateInit]:
-    """How absent optimizer state starts, by parameter and key."""
-    if program.layout is None:
-        return program.init
-    buckets = program.layout.by_name
+def _initial(program: Program) -> dict[Input, StateInit]:
+    """How absent state starts, that of the optimizer by parameter."""
+    buckets = {} if program.layout is None else program.layout.by_name
     found = {}
-    for (name, key), start in program.init.items():
-        names = [s.name for s in buckets[name].segments] if name in buckets else [name]
-        found.update({(each, key): start for each in names})
+    for what, start in program.init.items():
+        of_bucket = what.role is Role.OPT_STATE and what.name in buckets
+        names = [segment.name for segment in buckets[what.name].segments] if of_bucket else [what.name]
+        found.update({replace(what, name=name): start for name in names})
     return found
 
 

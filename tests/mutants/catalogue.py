@@ -164,7 +164,7 @@ EDITS = [
     Edit(
         "initial values are lost",
         "bucket",
-        "                        init[what.name, what.key] = start\n",
+        "                        init[what] = start\n",
         "                        pass\n",
         Refusal.FACTS,
     ),

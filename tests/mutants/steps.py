@@ -64,7 +64,7 @@ def with_numbers() -> Program:
     program.given = {"p0": (("count", "torch.float32", 1.0),), "p1": (("count", "torch.float32", 7.0),)}
     counts = [Input(Role.OPT_STATE, name, "count") for name in ("p0", "p1")]
     program.guards = tuple(Guard((count,), lambda x: x > 0, "x0 > 0") for count in counts)
-    program.init = {("p0", "count"): StateInit(0, torch.float32), ("p1", "count"): StateInit(0, torch.float32)}
+    program.init = {count: StateInit(0, torch.float32) for count in counts}
     return program
 
 
