@@ -35,7 +35,8 @@ demo: $(VENV)/package
 	$(BIN)/zgraph demo
 
 test: $(VENV)/for-test
-	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest
+	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/distributed
+	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest tests/distributed  # each of these uses both cores
 
 quick: $(VENV)/for-test
 	$(BIN)/python -m pytest -m "not slow"

@@ -175,3 +175,38 @@ def have_other_attributes_but_change_them_together() -> None:
 
 def test_ranks_may_have_other_attributes_but_must_change_them_together(ranks: Ranks) -> None:
     ranks.run(have_other_attributes_but_change_them_together, timeout_s=60)
+
+
+class Weighted(nn.Module):
+    """A loss with a number of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by = 1.0
+
+    def forward(self, output: Tensor, _: Tensor) -> Tensor:
+        return output.square().mean() * self.by
+
+
+def test_numbers_that_loss_weight_and_metrics_hold_are_facts() -> None:
+    loss, shift, count = Weighted(), 1.0, 1
+    model = nn.Linear(4, 3)
+    compiled = zgraph.compile(
+        model,
+        optimizer=SGD(model.parameters(), lr=0.0),
+        loss=loss,
+        weight=lambda _: count,
+        metrics={"shifted": lambda output, _: output.mean() * 0 + shift},
+    )
+    x = torch.ones(2, 4)
+    first, told = compiled.train_step(x)
+    assert told["shifted"] == 1.0
+    loss.by = 10.0
+    second, _ = compiled.train_step(x)
+    torch.testing.assert_close(second, 10 * first)
+    shift, count = 2.0, 3
+    _, told = compiled.train_step(x)
+    assert told["shifted"] == 2.0
+    assert compiled.stats()["num_captures"] == 3
+    compiled.train_step(x)
+    assert compiled.stats()["num_captures"] == 3

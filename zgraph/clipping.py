@@ -1,12 +1,11 @@
-"""Clip gradients between backward and update, and leave all state as it was where their norm is not finite.
+"""Clip gradients between backward and update: by the norm of all of them together, or each element by itself.
 
     g1, g2 = backward(...)              norm = sqrt(add_up([square_sum(g1), square_sum(g2)]))
     w1' = update(w1, g1)         ->     factor = clamp(max_norm / (norm + 1e-6), max=1)
-    w2' = update(w2, g2)                w1' = where(norm < inf, update(w1, g1 * factor), w1)
-                                        w2' = where(norm < inf, update(w2, g2 * factor), w2)
+    w2' = update(w2, g2)                w1' = update(w1, g1 * factor)
+                                        w2' = update(w2, g2 * factor)
 
-This is part of what is captured, so the passes shard it and the verifier proves it like the rest: every element counts
-once, however parameters are tied, padded or divided.
+The passes take the norm from slices; every element counts once, however parameters are tied, padded or divided.
 """
 
 from __future__ import annotations

@@ -121,7 +121,8 @@ class CompiledModule(nn.Module):
             a dictionary of 0-dim float64 tensors by name.
 
         Raises:
-            ZgraphError: on all ranks, before anything is communicated or changed.
+            ZgraphError: on all ranks, before anything is communicated or changed. An error inside the running step is
+                torch's own; buffers may then be as an earlier micro-batch has left them.
         """
         return self.__dict__["_zgraph"].train_step(args, kwargs)
 
@@ -131,8 +132,9 @@ class CompiledModule(nn.Module):
         Returns:
             ``param_bytes``, ``optimizer_state_bytes``, ``buffer_bytes``; ``collectives`` of the last step: operation
             -> ``count`` and ``bytes`` received or, for all_reduce, received and sent; ``num_nodes``,
-            ``num_captures``, ``capture_s``, ``passes_s``; with ``clip_norm`` also ``gradient_norm`` of the last step,
-            before it was clipped, and ``num_skipped_steps`` since the model was compiled.
+            ``num_captures``, ``capture_s``, ``passes_s``; with ``clip_norm`` or float16 also ``gradient_norm`` of the
+            last step, before it was clipped, and ``num_skipped_steps`` since the model was compiled; with float16
+            ``loss_scale`` of the next step.
         """
         return self.__dict__["_zgraph"].stats()  # type: ignore[no-any-return]
 

@@ -212,7 +212,7 @@ class SimulatedRanks:
         return found
 
     def stats(self) -> dict[str, Any]:
-        """With ``clip_norm``, ``gradient_norm`` and ``num_skipped_steps``, as of a compiled model."""
+        """``gradient_norm``, ``num_skipped_steps`` and ``loss_scale``, where a compiled model has them."""
         return report(self._recipe())
 
     def _recipe(self) -> dict[str, Value]:

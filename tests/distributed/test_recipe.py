@@ -50,7 +50,7 @@ def test_options_together_equal_eager(ranks: Ranks, pair: dict[str, Any]) -> Non
 
 
 def train_with_nan_on_one_rank(zero: int, accumulate: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The first step is as usual; in the second, the last rank's last micro-batch has an infinite input."""
+    """The first step is as usual; in the second, there is NaN in the last rank's last micro-batch."""
     rank, num_ranks = world()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
@@ -81,3 +81,44 @@ def test_nan_on_one_rank_skips_the_step_on_all(ranks: Ranks, zero: int) -> None:
     (stats, state), (others, other_state) = ranks.run(train_with_nan_on_one_rank, zero=zero, accumulate=2)
     assert stats["num_skipped_steps"] == others["num_skipped_steps"] == 1
     assert all(torch.equal(state[name], other_state[name]) for name in state)
+
+
+def train_in_another_order() -> str:
+    rank, _ = world()
+    model = nn.Linear(3, 2)
+    compiled = zgraph.compile(
+        model, optimizer=AdamW(model.parameters()), loss=lambda y, _: y.square().mean(), accumulate=3
+    )
+    lengths = (8, 3, 3) if rank == 0 else (3, 8, 3)
+    try:
+        compiled.train_step(zgraph.MicroBatches([(torch.ones(n, 3),) for n in lengths]))
+    except zgraph.RankError as error:
+        return str(error)
+    return "no error"
+
+
+def test_ranks_must_have_their_micro_batches_in_one_order(ranks: Ranks) -> None:
+    for message in ranks.run(train_in_another_order):
+        assert "the micro-batches" in message
+        assert "(8, 3)" in message
+
+
+def tell_another_metric() -> str:
+    rank, _ = world()
+    model = nn.Linear(3, 2)
+    compiled = zgraph.compile(
+        model,
+        optimizer=AdamW(model.parameters()),
+        loss=lambda y, _: y.square().mean(),
+        metrics={f"metric{rank}": lambda y, _: y.mean()},
+    )
+    try:
+        compiled.train_step(torch.ones(2, 3))
+    except zgraph.RankError as error:
+        return str(error)
+    return "no error"
+
+
+def test_ranks_must_have_the_same_metrics(ranks: Ranks) -> None:
+    for message in ranks.run(tell_another_metric):
+        assert "the metrics" in message
