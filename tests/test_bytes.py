@@ -1,0 +1,63 @@
+"""What a rank needs at most, in bytes per parameter: a claim about memory that needs no measuring.
+
+The program says what is stored and what is alive after each call (``zgraph.liveness``); ``benchmarks/step.py --slope``
+measures the same on real ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.models import GPT
+from tests.reference import slow
+from zgraph.capture import capture
+from zgraph.config import Config
+from zgraph.liveness import alive_bytes
+from zgraph.lower import lower
+from zgraph.program import OF_PARAMETERS, Mesh, Program
+
+WORLD = 2
+
+
+def peak_bytes(program: Program) -> int:
+    """Stored state, and the most that is alive of temporary values."""
+    stored = sum(
+        node.meta["val"].nbytes
+        for node, what in program.placeholders()
+        if what.role in OF_PARAMETERS and isinstance(node.meta["val"], torch.Tensor)
+    )
+    return stored + max(num_bytes for _, num_bytes in alive_bytes(program))
+
+
+def bytes_per_parameter(**options: Any) -> float:
+    """At the peak of a step of a deep GPT on few tokens, sharded over two ranks and updated by AdamW."""
+    with torch.device("meta"):
+        model = GPT(width=128, depth=12)
+    config = Config.from_options({"zero": 3, "bucket_bytes": "64KiB", **options})
+    tokens = torch.zeros(config.accumulate, 2, dtype=torch.long)
+    optimizer = torch.optim.AdamW(model.parameters())
+    captured = capture(model, optimizer, (tokens, tokens), {}, config=config)
+    programs = lower(captured, config, Mesh(WORLD), None, ()).programs
+    return max(map(peak_bytes, programs)) / sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        ({}, 6.5),
+        *slow(
+            ({"clip_norm": 1.0}, 8.3),
+            ({"precision": "bf16"}, 7.5),
+            ({"accumulate": 2, "clip_norm": 1.0}, 6.5 + 4 / WORLD),
+        ),
+    ],
+    ids=str,
+)
+def test_a_rank_needs_no_more_than_so_many_bytes_per_parameter(claim: tuple[dict[str, Any], float]) -> None:
+    options, limit = claim
+    found = bytes_per_parameter(**options)
+    print(f"{options}: {found:.2f}")
+    assert 6.0 <= found <= limit
