@@ -39,7 +39,7 @@ test: $(VENV)/for-test
 	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest tests/distributed  # each of these uses both cores
 
 quick: $(VENV)/for-test
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 lint: types $(VENV)/for-lint
 	$(BIN)/ruff check .

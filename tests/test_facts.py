@@ -188,6 +188,25 @@ class Weighted(nn.Module):
         return output.square().mean() * self.by
 
 
+criterion = nn.MSELoss()
+FACTOR = 1.0
+
+
+def global_loss(output: Tensor, x: Tensor) -> Tensor:
+    return criterion(output, x[:, :3]) * FACTOR
+
+
+def test_global_variables_that_a_loss_names_are_facts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(4, 3)
+    compiled = zgraph.compile(model, optimizer=SGD(model.parameters(), lr=0.0), loss=global_loss)
+    x = torch.ones(2, 4)
+    first = compiled.train_step(x)
+    monkeypatch.setattr(criterion, "reduction", "sum")
+    torch.testing.assert_close(compiled.train_step(x), 6 * first)
+    monkeypatch.setitem(globals(), "FACTOR", 2.0)
+    torch.testing.assert_close(compiled.train_step(x), 12 * first)
+
+
 def test_numbers_that_loss_weight_and_metrics_hold_are_facts() -> None:
     loss, shift, count = Weighted(), 1.0, 1
     model = nn.Linear(4, 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,29 +25,40 @@ def plain_attributes(owner: object) -> list[tuple[str, str]]:
 
 
 def plain_values_of(function: Any) -> list[tuple[str, str]]:
-    """Names and values of the plain values that a function holds, which a trace of it takes for constants.
+    """Names and values of the plain values that a function reads, which a trace of it takes for constants.
 
-    Those are its closure's and its defaults, and attributes of the object that it is a method of, or that it is, with
-    those of modules inside. Global variables are not among them.
+    Those are its closure's, its defaults, global variables that it names, and attributes of the object that it is a
+    method of, or that it is; of modules without parameters among these, such as losses, their attributes. What other
+    functions read that it calls is not found.
     """
-    found: list[tuple[str, str]] = []
-    owner = getattr(function, "__self__", function)
     if isinstance(function, functools.partial):
-        found += [(key, repr(value)) for key, value in function.keywords.items() if is_plain(value)]
-        found += [(str(i), repr(value)) for i, value in enumerate(function.args) if is_plain(value)]
-        return found + plain_values_of(function.func)
+        given = [*function.keywords.items(), *((str(i), value) for i, value in enumerate(function.args))]
+        return [*_plain_of(given), *plain_values_of(function.func)]
+    owner = getattr(function, "__self__", function)
     if isinstance(owner, nn.Module):
-        modules = owner.named_modules()
-        found += [(f"{path}.{name}", value) for path, module in modules for name, value in plain_attributes(module)]
-    elif hasattr(owner, "__dict__"):
-        found += plain_attributes(owner)
-    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
-    for name, cell in zip(names, getattr(function, "__closure__", None) or (), strict=False):
-        with contextlib.suppress(ValueError):  # a cell may be empty
-            if is_plain(cell.cell_contents):
-                found.append((name, repr(cell.cell_contents)))
-    defaults = getattr(function, "__defaults__", None) or ()
-    return found + [(f"default {i}", repr(value)) for i, value in enumerate(defaults) if is_plain(value)]
+        return _plain_of([("", owner)])
+    code = getattr(function, "__code__", None)
+    read: list[tuple[str, Any]] = list(vars(owner).items()) if hasattr(owner, "__dict__") else []
+    if code is not None:
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=False):
+            with contextlib.suppress(ValueError):  # a cell may be empty
+                read.append((name, cell.cell_contents))
+        read += [(name, function.__globals__[name]) for name in code.co_names if name in function.__globals__]
+        read += [(f"default {i}", value) for i, value in enumerate(function.__defaults__ or ())]
+    return _plain_of(read)
+
+
+def _plain_of(values: Iterable[tuple[str, Any]]) -> list[tuple[str, str]]:
+    """Those that are plain, and the attributes of modules that have no parameters."""
+    found = []
+    for name, value in values:
+        if is_plain(value):
+            found.append((name, repr(value)))
+        elif isinstance(value, nn.Module) and (not name or next(value.parameters(), None) is None):
+            for path, module in value.named_modules():
+                prefix = ".".join(filter(None, (name, path)))
+                found += [(f"{prefix}.{own}".lstrip("."), text) for own, text in plain_attributes(module)]
+    return found
 
 
 def contents(value: Any) -> Any:
