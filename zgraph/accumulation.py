@@ -34,7 +34,6 @@ LOSS = Input(Role.RECIPE, "earlier losses")
 WEIGHT = Input(Role.RECIPE, "earlier weights")
 """What the weights of earlier micro-batches add up to, in the mean over the ranks: a 0-dim tensor."""
 
-
 ADD_UP = (LOSS, WEIGHT, MEANS.earlier, SUMS.earlier)
 """State of the step that micro-batches add up."""
 
