@@ -19,6 +19,8 @@ from zgraph import lockstep, ops
 from zgraph.config import Config
 from zgraph.gradients import Gradients
 from zgraph.lockstep import Value, Values, run_ranks
+from zgraph.passes import default_passes
+from zgraph.pipeline import run
 from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage
 from zgraph.recipe import complete
 from zgraph.scaling import LOSS_SCALE
@@ -224,6 +226,11 @@ def scaled(program: Program, limit: float | None = None) -> Program:
     program.placeholder(LOSS_SCALE, program.empty([], torch.float32, torch.device("cpu")), before=first)
     complete(Gradients(program, gradients_of(program)), Config(precision="fp16", clip_norm=limit))
     return program
+
+
+def rewritten(captured: Program, zero: int, world: int, bucket_bytes: int = 200) -> Program:
+    """A CAPTURED program after all passes."""
+    return run(default_passes(Config(zero, bucket_bytes), Mesh(world)), captured).program
 
 
 def accumulated(program: Program, num_steps: int, *, weighted: bool = False, limit: float | None = None) -> Program:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 import zgraph
-from tests.programs import accumulated, assert_same_step, few_examples, one_layer
+from tests.programs import accumulated, assert_same_step, few_examples, one_layer, rewritten
 from tests.recipes import Recipe, build, recipes
 from tests.reference import assert_equal
 from zgraph.accumulation import micro_step
@@ -24,11 +24,7 @@ from zgraph.config import Config
 from zgraph.errors import CaptureError, OptionError, ZgraphError
 from zgraph.passes import default_passes
 from zgraph.pipeline import run
-from zgraph.program import Mesh, Program, Role
-
-
-def rewritten(captured: Program, zero: int, world: int, bucket_bytes: int = 200) -> Program:
-    return run(default_passes(Config(zero, bucket_bytes), Mesh(world)), captured).program
+from zgraph.program import Mesh, Role
 
 
 def test_the_last_micro_batch_updates_with_the_mean_and_the_sums_begin_anew() -> None:

@@ -17,20 +17,13 @@ from torch.optim import SGD, AdamW, Optimizer
 
 import zgraph
 from tests.optimizers import Lion
-from tests.programs import assert_same_step, clipped, few_examples, one_layer, two_layers, values_for
+from tests.programs import assert_same_step, clipped, few_examples, one_layer, rewritten, two_layers, values_for
 from tests.recipes import Recipe, build, recipes
 from tests.reference import TOLERANCE, assert_equal, slow
 from zgraph.clipping import check_clipping
 from zgraph.config import Config
 from zgraph.errors import CaptureError, OptionError
 from zgraph.gradients import Gradients
-from zgraph.passes import default_passes
-from zgraph.pipeline import run
-from zgraph.program import Mesh, Program
-
-
-def rewritten(captured: Program, zero: int, world: int, bucket_bytes: int = 1) -> Program:
-    return run(default_passes(Config(zero, bucket_bytes), Mesh(world)), captured).program
 
 
 def test_the_update_reads_scaled_gradients_and_keeps_its_state_where_the_norm_is_not_finite() -> None:
@@ -69,7 +62,7 @@ return [%6, %23, %24, %12, %26]  # loss, param:w, opt_state:w:m, recipe:gradient
 
 
 def test_each_rank_adds_the_squares_of_its_slices_as_they_arrive_and_one_number_travels() -> None:
-    program = rewritten(clipped(two_layers(), 1.0), zero=3, world=2)
+    program = rewritten(clipped(two_layers(), 1.0), zero=3, world=2, bucket_bytes=1)
     between = program.text().partition("reduce_scatter")[2].partition("aten.sqrt")[0]
     assert_expected_inline(
         between,

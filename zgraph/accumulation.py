@@ -24,7 +24,7 @@ from torch import fx
 from zgraph.gradients import Gradients
 from zgraph.metrics import MEANS, SUMS, Reduced
 from zgraph.passes.tidy import remove_dead
-from zgraph.program import Input, Origin, Phase, Program, Role
+from zgraph.program import Input, Origin, Program, Role
 
 aten = torch.ops.aten
 
@@ -61,11 +61,11 @@ def accumulate(
 class _Accumulation:
     def __init__(self, gradients: Gradients, num_steps: int, weight: fx.Node | None) -> None:
         self.program, self.gradients, self.num_steps = gradients.program, gradients, num_steps
-        self._before = gradients.before
-        self._behind_inputs = list(self.program.graph.find_nodes(op="placeholder"))[-1].next
+        # Asked for once, as there are many parameters.
+        self._behind_inputs = self.program.graph.find_nodes(op="placeholder")[-1].next
         self._results, self._outputs = self.program.results(), list(self.program.outputs)
         self._loss: fx.Node = self._results[0]
-        self._origin = Origin(Phase.UPDATE, source=self._loss.meta["origin"].source)
+        self._origin = gradients.origin_of_all
         # Kept for a single micro-batch, too: what comes from the state of the step is known to be no parameter's own.
         self._by: Any = num_steps
         self._divisors: dict[torch.dtype, fx.Node] = {}
@@ -80,7 +80,7 @@ class _Accumulation:
             origin, dtype = self.gradients.origin(name), gradient.meta["val"].dtype
             means[name] = self._mean(Input(Role.GRADIENT, name), gradient, origin)
             if means[name].meta["val"].dtype != dtype:
-                means[name] = self._call(aten._to_copy.default, means[name], origin=origin, dtype=dtype)
+                means[name] = self.gradients.call(aten._to_copy.default, means[name], origin=origin, dtype=dtype)
         self.program.set_results(self._results, self._outputs)
         return self.gradients.replace(means)
 
@@ -90,9 +90,9 @@ class _Accumulation:
             vector = self._total(reduced.earlier, vector, self._origin)
             self._begin_anew(reduced.earlier, vector, self._origin)
         if reduced.is_mean:
-            value = self._call(aten.div.Tensor, vector, self._divisor(torch.float64), origin=self._origin)
+            value = self.gradients.call(aten.div.Tensor, vector, self._divisor(torch.float64), origin=self._origin)
         else:
-            value = self._call(aten.clone.default, vector, origin=self._origin)
+            value = self.gradients.call(aten.clone.default, vector, origin=self._origin)
         self._outputs.append(reduced.result)
         self._results.append(value)
         self.program.set_results(self._results, self._outputs)
@@ -103,8 +103,8 @@ class _Accumulation:
         if self.num_steps > 1:
             total = self._total(what, new, origin)
         elif new.meta["val"].dtype != dtype:
-            total = self._call(aten._to_copy.default, new, origin=origin, dtype=dtype)
-        mean = self._call(aten.div.Tensor, total, self._divisor(dtype.to_real()), origin=origin)
+            total = self.gradients.call(aten._to_copy.default, new, origin=origin, dtype=dtype)
+        mean = self.gradients.call(aten.div.Tensor, total, self._divisor(dtype.to_real()), origin=origin)
         if self.num_steps > 1:
             self._begin_anew(what, mean, origin)
         return mean
@@ -114,7 +114,9 @@ class _Accumulation:
         if not isinstance(self._by, fx.Node) or self._by.meta["val"].dtype == dtype:
             return self._by
         if dtype not in self._divisors:
-            self._divisors[dtype] = self._call(aten._to_copy.default, self._by, origin=self._origin, dtype=dtype)
+            self._divisors[dtype] = self.gradients.call(
+                aten._to_copy.default, self._by, origin=self._origin, dtype=dtype
+            )
         return self._divisors[dtype]
 
     def _total(self, what: Input, new: fx.Node, origin: Origin) -> fx.Node:
@@ -122,14 +124,11 @@ class _Accumulation:
         val = new.meta["val"]
         start = self.program.empty(val.shape, torch.promote_types(val.dtype, torch.float32), val.device)
         earlier = self.program.placeholder(what, start, before=self._behind_inputs)
-        return self._call(aten.add.Tensor, earlier, new, origin=origin)
+        return self.gradients.call(aten.add.Tensor, earlier, new, origin=origin)
 
     def _begin_anew(self, what: Input, like: fx.Node, origin: Origin) -> None:
         self._outputs.append(what)
-        self._results.append(self._call(aten.zeros_like.default, like, origin=origin))
-
-    def _call(self, target: Any, *args: Any, origin: Origin, **kwargs: Any) -> fx.Node:
-        return self.program.call(target, *args, origin=origin, before=self._before, **kwargs)
+        self._results.append(self.gradients.call(aten.zeros_like.default, like, origin=origin))
 
 
 def micro_step(program: Program) -> Program:

@@ -11,8 +11,6 @@ The passes take the norm from slices; every element counts once, however paramet
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import fx
@@ -21,7 +19,6 @@ from zgraph import ops
 from zgraph.config import Config
 from zgraph.errors import CaptureError
 from zgraph.gradients import Gradients
-from zgraph.program import Origin, Phase
 
 aten = torch.ops.aten
 
@@ -50,12 +47,9 @@ def check_clipping(gradients: Gradients, config: Config) -> None:
 
 def clip_value(gradients: Gradients, limit: float) -> Gradients:
     """Gradients whose elements are at most ``limit``, and at least its opposite."""
-    call = gradients.program.call
     return gradients.replace(
         {
-            name: call(
-                aten.clamp.default, gradient, -limit, limit, origin=gradients.origin(name), before=gradients.before
-            )
+            name: gradients.call(aten.clamp.default, gradient, -limit, limit, origin=gradients.origin(name))
             for name, gradient in gradients.nodes.items()
         }
     )
@@ -63,7 +57,7 @@ def clip_value(gradients: Gradients, limit: float) -> Gradients:
 
 def norm_of(gradients: Gradients) -> tuple[fx.Node, fx.Node]:
     """The norm of all gradients together, a 0-dim float64, and whether it is finite."""
-    call, origin = _caller(gradients)
+    call, origin = gradients.call, gradients.origin_of_all
     squares = [call(ops.square_sum, g, origin=gradients.origin(name)) for name, g in gradients.nodes.items()]
     norm = call(aten.sqrt.default, call(ops.add_up, squares, origin=origin), origin=origin)
     return norm, call(aten.lt.Scalar, norm, math.inf, origin=origin)  # which NaN is not, either
@@ -71,21 +65,7 @@ def norm_of(gradients: Gradients) -> tuple[fx.Node, fx.Node]:
 
 def clip_norm(gradients: Gradients, norm: fx.Node, limit: float) -> Gradients:
     """Gradients scaled down by one factor so that their ``norm`` is at most ``limit``."""
-    call, origin = _caller(gradients)
+    call, origin = gradients.call, gradients.origin_of_all
     inverse = call(aten.reciprocal.default, call(aten.add.Tensor, norm, EPSILON, origin=origin), origin=origin)
     factor = call(aten.clamp.default, call(aten.mul.Tensor, inverse, limit, origin=origin), None, 1.0, origin=origin)
-    factors: dict[torch.dtype, fx.Node] = {}
-    clipped = {}
-    for name, gradient in gradients.nodes.items():
-        dtype = gradient.meta["val"].dtype.to_real()
-        if dtype not in factors:
-            factors[dtype] = call(aten._to_copy.default, factor, dtype=dtype, origin=origin)
-        clipped[name] = call(aten.mul.Tensor, gradient, factors[dtype], origin=gradients.origin(name))
-    return gradients.replace(clipped)
-
-
-def _caller(gradients: Gradients) -> tuple[Callable[..., fx.Node], Origin]:
-    """How to make a call between backward and update, and where one about all gradients comes from."""
-    loss = gradients.program.results()[0]
-    origin = Origin(Phase.UPDATE, source=loss.meta["origin"].source)
-    return partial(gradients.program.call, before=gradients.before), origin
+    return gradients.times(factor)

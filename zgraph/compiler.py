@@ -265,10 +265,12 @@ class _Runtime:
             self.facts.forget_last()
             raise
         made: list[tuple[Call, _Compiled]] = []
-        last = self._compiled(keys[-1], calls[-1], hypers, facts, made)
+        values = self._guarded_values(hypers)
+        last = self._compiled(keys[-1], calls[-1], values, facts, made)
         layout = last.layout
         used = [
-            self._compiled(key, call, hypers, facts, made, layout) for key, call in zip(keys, calls[:-1], strict=False)
+            self._compiled(key, call, values, facts, made, layout)
+            for key, call in zip(keys[:-1], calls[:-1], strict=True)
         ]
         if replaced or layout != self.state.layout:
             self.state.commit(layout)
@@ -276,7 +278,7 @@ class _Runtime:
         assert self._comm is not None
         self._comm.traffic.clear()
         with self.agreement.no_return(), self.state.adding_up():
-            for compiled, call in zip(used, calls, strict=False):
+            for compiled, call in zip(used, calls[:-1], strict=True):
                 assert compiled.micro is not None
                 compiled.micro.run(_tensors(call), hypers)
             loss = last.executable.run(_tensors(calls[-1]), hypers)
@@ -293,13 +295,12 @@ class _Runtime:
         self,
         key: str,
         call: Call,
-        hypers: dict[str, float],
+        values: dict[Input, float],
         facts: dict[str, str],
         made: list[tuple[Call, _Compiled]],
         layout: Layout | None = None,
     ) -> _Compiled:
         """The step for a call, in these buckets if it is said which; a new one is added to ``made``."""
-        values = self._guarded_values(hypers)
         for compiled in (*self.cache, *(new for _, new in made)):
             fits = layout is None or compiled.layout == layout
             if key in compiled.keys and fits and hold(compiled.guards, values):

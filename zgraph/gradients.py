@@ -8,10 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import fx
 
 from zgraph.program import Origin, Phase, Program, Role
+
+aten = torch.ops.aten
 
 
 class Gradients:
@@ -46,6 +50,26 @@ class Gradients:
         replaced = copy(self)
         replaced.nodes = dict(new)
         return replaced
+
+    def call(self, target: Any, *args: Any, origin: Origin, **kwargs: Any) -> fx.Node:
+        """A call between backward and the optimizer's own."""
+        return self.program.call(target, *args, origin=origin, before=self.before, **kwargs)
+
+    def times(self, factor: fx.Node) -> Gradients:
+        """Let the update read gradients times a 0-dim ``factor``, which is rounded to the dtype of each."""
+        factors: dict[torch.dtype, fx.Node] = {}
+        products = {}
+        for name, gradient in self.nodes.items():
+            dtype = gradient.meta["val"].dtype.to_real()
+            if dtype not in factors:
+                factors[dtype] = self.call(aten._to_copy.default, factor, dtype=dtype, origin=self.origin_of_all)
+            products[name] = self.call(aten.mul.Tensor, gradient, factors[dtype], origin=self.origin(name))
+        return self.replace(products)
+
+    @property
+    def origin_of_all(self) -> Origin:
+        """Of what is about all gradients: the line of the loss."""
+        return Origin(Phase.UPDATE, source=self.program.results()[0].meta["origin"].source)
 
     def origin(self, name: str) -> Origin:
         """Of what is done to a parameter's gradient before the update reads it."""

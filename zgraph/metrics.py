@@ -14,8 +14,6 @@ import torch
 from zgraph.errors import CaptureError, OptionError
 from zgraph.program import Input, Role
 
-REDUCTIONS = ("mean", "sum")
-
 Function = Callable[..., Any]
 
 
@@ -37,18 +35,23 @@ class Reduced:
     """All metrics of one reduction, in a vector.
 
     Attributes:
+        reduction: ``"mean"`` or ``"sum"``.
         result: what the step returns.
         earlier: what earlier micro-batches have added up.
-        is_mean: or else a sum.
     """
 
+    reduction: str
     result: Input
     earlier: Input
-    is_mean: bool
+
+    @property
+    def is_mean(self) -> bool:
+        """Or else a sum."""
+        return self.reduction == "mean"
 
 
-MEANS = Reduced(Input(Role.RECIPE, "means of metrics"), Input(Role.RECIPE, "earlier means of metrics"), is_mean=True)
-SUMS = Reduced(Input(Role.RECIPE, "sums of metrics"), Input(Role.RECIPE, "earlier sums of metrics"), is_mean=False)
+MEANS = Reduced("mean", Input(Role.RECIPE, "means of metrics"), Input(Role.RECIPE, "earlier means of metrics"))
+SUMS = Reduced("sum", Input(Role.RECIPE, "sums of metrics"), Input(Role.RECIPE, "earlier sums of metrics"))
 
 
 def check_metrics(metrics: Any) -> dict[str, Metric]:
@@ -62,7 +65,7 @@ def check_metrics(metrics: Any) -> dict[str, Metric]:
     found = {}
     for name, given in metrics.items():
         function, reduction = given if isinstance(given, tuple) and len(given) == 2 else (given, "mean")
-        if not isinstance(name, str) or not callable(function) or reduction not in REDUCTIONS:
+        if not isinstance(name, str) or not callable(function) or reduction not in (MEANS.reduction, SUMS.reduction):
             raise OptionError(
                 f"metrics[{name!r}] is {given!r}",
                 fix="give a function(output, *args, **kwargs), or a pair of one and 'mean' or 'sum'",
@@ -83,11 +86,11 @@ def evaluate(
         CaptureError: one is not one number.
     """
     vectors = []
-    for reduced, reduction in ((MEANS, "mean"), (SUMS, "sum")):
+    for reduced in (MEANS, SUMS):
         values = [
             _number(name, metric.function(output, *args, **kwargs), like)
             for name, metric in metrics.items()
-            if metric.reduction == reduction
+            if metric.reduction == reduced.reduction
         ]
         if values:
             vectors.append((reduced, torch.stack(values)))
@@ -111,8 +114,8 @@ def by_name(metrics: Mapping[str, Metric], recipe: Mapping[str, Any], world: int
         world: how many ranks there are.
     """
     found: dict[str, torch.Tensor] = {}
-    for reduced, reduction in ((MEANS, "mean"), (SUMS, "sum")):
-        names = [name for name, metric in metrics.items() if metric.reduction == reduction]
+    for reduced in (MEANS, SUMS):
+        names = [name for name, metric in metrics.items() if metric.reduction == reduced.reduction]
         if names:
             vector = recipe[reduced.result.name]
             found.update(zip(names, (vector if reduced.is_mean else vector * world).unbind(), strict=True))

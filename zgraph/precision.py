@@ -1,7 +1,7 @@
 """Compute forward in low precision by the rules of ``torch.autocast``, with modules left out by name.
 
 Autocast casts what an operator reads, operator by operator, so the casts become nodes of the captured graph like all
-else: each weight is cast once, where it is first read, and backward reads what forward has cast. Parameters stay as
+else: a weight is cast for each operator that reads it, and backward reads what forward has cast. Parameters stay as
 they are. Two things differ from running the model inside ``torch.autocast``: a module that is left out gets its
 arguments in float32, and the passes may cast a rank's slice of a weight before it is gathered, which is the same.
 """

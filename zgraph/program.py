@@ -248,8 +248,9 @@ class Program:
         node.meta["val"] = self.infer(node)
         return node
 
-    def placeholder(self, what: Input, val: Any, *, before: fx.Node) -> fx.Node:
-        """Create a placeholder before the node ``before``."""
+    def placeholder(self, what: Input, val: Any, *, before: fx.Node | None = None) -> fx.Node:
+        """Create a placeholder before the node ``before``, or else behind those that there are."""
+        before = before or self.graph.find_nodes(op="placeholder")[-1].next
         with self.graph.inserting_before(before):
             node = self.graph.placeholder(what.role.value)
         node.meta.update(input=what, val=val)

@@ -33,21 +33,12 @@ def unscale(gradients: Gradients, start: float) -> Gradients:
         gradients: of the scaled loss.
         start: what the scale is in the first step.
     """
-    program, origin = gradients.program, Origin(Phase.UPDATE)
+    program, origin = gradients.program, gradients.origin_of_all
     program.init[LOSS_SCALE] = StateInit(start, torch.float32)
-
-    def call(target: Any, *args: Any, origin: Origin = origin, **kwargs: Any) -> fx.Node:
-        return program.call(target, *args, origin=origin, before=gradients.before, **kwargs)
-
-    exact = call(aten.reciprocal.default, call(aten._to_copy.default, _scale(program), dtype=torch.float64))
-    dtypes = {gradient.meta["val"].dtype.to_real() for gradient in gradients.nodes.values()}
-    inverse = {dtype: call(aten._to_copy.default, exact, dtype=dtype) for dtype in sorted(dtypes, key=str)}
-    return gradients.replace(
-        {
-            name: call(aten.mul.Tensor, g, inverse[g.meta["val"].dtype.to_real()], origin=gradients.origin(name))
-            for name, g in gradients.nodes.items()
-        }
-    )
+    wide = gradients.call(aten._to_copy.default, _scale(program), dtype=torch.float64, origin=origin)
+    return gradients.times(
+        gradients.call(aten.reciprocal.default, wide, origin=origin)
+    )  # rounded once, as in GradScaler
 
 
 def update_scale(gradients: Gradients, finite: fx.Node, interval: int) -> None:
@@ -59,9 +50,7 @@ def update_scale(gradients: Gradients, finite: fx.Node, interval: int) -> None:
     """
     program = gradients.program
     scale, origin = _scale(program), Origin(Phase.UPDATE, source=finite.meta["origin"].source)
-    good = program.placeholder(
-        NUM_GOOD_STEPS, program.empty([], torch.int64, scale.meta["val"].device), before=scale.next
-    )
+    good = program.placeholder(NUM_GOOD_STEPS, program.empty([], torch.int64, scale.meta["val"].device))
 
     def call(target: Any, *args: Any) -> fx.Node:
         return program.call(target, *args, origin=origin, before=program.output_node)

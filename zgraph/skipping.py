@@ -41,9 +41,8 @@ def skip_unless(program: Program, finite: fx.Node, norm: fx.Node) -> None:
     """
     _Choice(program, finite).rewrite()
     origin = finite.meta["origin"]
-    inputs = list(program.graph.find_nodes(op="placeholder"))
     count = program.empty([], torch.int64, norm.meta["val"].device)
-    skipped = program.placeholder(NUM_SKIPPED, count, before=inputs[-1].next)
+    skipped = program.placeholder(NUM_SKIPPED, count)
     failed = program.call(aten.logical_not.default, finite, origin=origin, before=program.output_node)
     skipped = program.call(aten.add.Tensor, skipped, failed, origin=origin, before=program.output_node)
     program.set_results([*program.results(), norm, skipped], [*program.outputs, GRADIENT_NORM, NUM_SKIPPED])

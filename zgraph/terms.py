@@ -212,18 +212,9 @@ class Terms:
 
     def flat(self, pieces: Iterable[Piece], dtype: torch.dtype | None) -> Term:
         """The vector made of ``pieces``, in normal form."""
-        merged: list[Piece] = []
-        for base, offset, length in pieces:
-            if not length:
-                continue
-            if not base.shape:
-                offset = REPEATED
-            if merged:
-                before, start, size = merged[-1]
-                if before is base and (offset == start + size if offset != REPEATED else start == REPEATED):
-                    merged[-1] = (base, start, size + length)
-                    continue
-            merged.append((base, offset, length))
+        merged = _joined(
+            (base, offset if base.shape else REPEATED, length) for base, offset, length in pieces if length
+        )
         if len(merged) == 1:
             base, offset, length = merged[0]
             if offset == REPEATED:
@@ -402,18 +393,12 @@ class Terms:
         """The sum over ``pieces``, in normal form: sorted, neighbours joined, without zeros."""
         given = [piece for piece in pieces if piece[2]]
         common = {factor for base, _, _ in given if zero_times(base) is None for factor in _factors(base)}
-        merged: list[Piece] = []
-        for base, offset, length in self._sorted(given):
-            factors = zero_times(base)
-            if factors is not None and factors <= common:
-                continue
-            if merged:
-                before, start, size = merged[-1]
-                if before is base and (offset == start + size if offset != REPEATED else start == REPEATED):
-                    merged[-1] = (base, start, size + length)
-                    continue
-            merged.append((base, offset, length))
-        args = self._sorted((_in_any_order(base, length), offset, length) for base, offset, length in merged)
+        counted = []
+        for piece in self._sorted(given):
+            factors = zero_times(piece[0])
+            if factors is None or not factors <= common:
+                counted.append(piece)
+        args = self._sorted((_in_any_order(base, length), offset, length) for base, offset, length in _joined(counted))
         return self.make(form, tuple(args), (), torch.float64, varies=True if form is Form.SHARE else None)
 
     def _sorted(self, pieces: Iterable[Piece]) -> list[Piece]:
@@ -428,6 +413,19 @@ class Terms:
 _MADE_OF_PARTS = frozenset({Form.FLAT, Form.SPLAT, Form.SHARD})
 _MULTIPLES = frozenset({torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor})
 _DIVISIONS = frozenset({torch.ops.aten.div.Tensor, torch.ops.aten.div.Scalar})
+
+
+def _joined(pieces: Iterable[Piece]) -> list[Piece]:
+    """Pieces with those made one that follow each other in a tensor, or repeat the same number."""
+    joined: list[Piece] = []
+    for base, offset, length in pieces:
+        if joined:
+            before, start, size = joined[-1]
+            if before is base and (offset == start + size if offset != REPEATED else start == REPEATED):
+                joined[-1] = (base, start, size + length)
+                continue
+        joined.append((base, offset, length))
+    return joined
 
 
 def _is_zero(x: Term) -> bool:

@@ -196,15 +196,14 @@ def trace_update(
     Raises:
         OptimizerError: the update depends on values of tensors, or fails on fake tensors.
     """
+    trace_with = partial(_trace_once, optimizer, params, trained, device=device)
     try:
-        return _trace_both(partial(_trace_once, optimizer, params, trained, device=device), trained, state)
+        return _trace_both(trace_with, trained, state)
     except OptimizerError as error:
         if not any("capturable" in group for group in optimizer.param_groups):
             raise
         try:
-            return _trace_both(
-                partial(_trace_once, optimizer, params, trained, device=device, capturable=True), trained, state
-            )
+            return _trace_both(partial(trace_with, capturable=True), trained, state)
         except OptimizerError:
             raise error from None
 
