@@ -328,8 +328,6 @@ class _Flattener:
         shared = set(updates.shared)
         self.first = next(n for n in program.graph.nodes if n.op == "call_function" and n not in shared)
         self.last_of_all = next((node for node in reversed(updates.of_all) if updates.of_all[node]), None)
-        # A bucket of nothing but padding would add zeros times its own factor.
-        self.summed = [b for b in layout.buckets if any(s.numel for s in b.segments)] or list(layout.buckets)
         self.squares: dict[fx.Node, list[fx.Node]] = {node: [] for node in updates.sums}
         self.replaced = [node for node, what in program.placeholders() if what.role in OF_PARAMETERS]
 
@@ -513,9 +511,11 @@ class _Flattener:
         nodes, before, squared = self.updates.nodes[model.name], gradient.next, self.updates.squared.get(model.name)
         late = self._late(nodes, squared)
         copy((node for node in nodes if node not in late), before)
-        for squares in self.squares.values() if bucket in self.summed else ():
+        # What nothing but padding would add is zero times a factor of its own; its gradient is zero as it is.
+        counted = copied(squared) if any(segment.numel for segment in bucket.segments) else gradient
+        for squares in self.squares.values():
             origin = Origin(Phase.UPDATE, bucket.name, shallow(gradient).source)
-            squares.append(program.call(ops.square_sum, copied(squared), origin=origin, before=before))
+            squares.append(program.call(ops.square_sum, counted, origin=origin, before=before))
         if self.last_of_all is not None and late:
             before = self.last_of_all.next
         copy(late, before)

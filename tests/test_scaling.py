@@ -13,14 +13,11 @@ from torch.optim import AdamW
 
 import zgraph
 from tests.models import CASES
-from tests.programs import assert_same_step, few_examples, scaled
-from tests.recipes import Recipe, build, recipes
+from tests.programs import assert_same_step, few_examples, rewritten, scaled
+from tests.recipes import Param, Recipe, Rule, build, recipes
 from tests.reference import slow
 from zgraph.config import Config
 from zgraph.errors import CaptureError, OptionError
-from zgraph.passes import default_passes
-from zgraph.pipeline import run
-from zgraph.program import Mesh
 
 
 @few_examples(40)
@@ -29,8 +26,19 @@ def test_any_scaled_step_is_the_same_on_any_number_of_ranks(
     recipe: Recipe, zero: int, world: int, limit: float | None, late: bool
 ) -> None:
     captured = scaled(build(recipe), limit)
-    passes = default_passes(Config(zero, 200), Mesh(world))
-    assert_same_step(run(passes, captured).program, captured, late=late)
+    assert_same_step(rewritten(captured, zero, world), captured, late=late)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_without_elements_have_a_norm_of_zero(frozen: bool) -> None:
+    """Alone, and beside a frozen parameter that has elements."""
+    rule = Rule(("p",), (), count=False, keeps=False)
+    shapes = [((0, 3), "trained"), *([((4,), "frozen")] if frozen else [])]
+    params = tuple(Param(shape, use, 0, low=False, shares=False) for shape, use in shapes)
+    recipe = Recipe(params, (rule,), backward=tuple(range(len(params))), first=False, random=False)
+    for zero in range(4):
+        captured = scaled(build(recipe))
+        assert_same_step(rewritten(captured, zero, world=2), captured)
 
 
 @pytest.mark.parametrize("zero", [3, *slow(2, 1, 0)])

@@ -207,7 +207,7 @@ EDITS = [
     Edit(
         "a norm is that of parameters and their padding",
         "bucket",
-        "program.call(ops.square_sum, copied(squared), origin",
+        "program.call(ops.square_sum, counted, origin",
         "program.call(ops.square_sum, flat, origin",
     ),
     Edit(
