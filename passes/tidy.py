@@ -58,7 +58,7 @@ def _same_value(node: fx.Node) -> fx.Node | None:
         return inner if isinstance(inner, fx.Node) else None
     if node.target is aten.copy.default:
         new = node.args[1]
-        return new if isinstance(new, fx.Node) and _alike(source, new) else None
+        return new if isinstance(new, fx.Node) and _alike(node, new) else None
     if node.target in _RESHAPES and _alike(source, node):
         return source
     return None

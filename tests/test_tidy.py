@@ -8,8 +8,17 @@ import torch
 from expecttest import assert_expected_inline
 from hypothesis import given
 
-from tests.programs import Builder, assert_identical, few_examples, param, values_for
-from tests.recipes import Recipe, build, recipes
+from tests.programs import (
+    Builder,
+    accumulated,
+    assert_identical,
+    assert_same_step,
+    few_examples,
+    param,
+    rewritten,
+    values_for,
+)
+from tests.recipes import Param, Recipe, Rule, build, recipes
 from zgraph import ops
 from zgraph.lockstep import run_ranks
 from zgraph.passes import Tidy
@@ -102,3 +111,21 @@ def test_a_tidy_step_computes_the_same_and_holds_no_more_than_it_needs(recipe: R
     assert_identical(run_ranks(tidy, inputs), expected)
     assert tidy.text() == Tidy()(captured).text()
     assert {what for _, what in tidy.placeholders()} == {what for _, what in captured.placeholders()}
+
+
+def test_a_copy_whose_strides_are_not_those_of_what_it_copies_stays() -> None:
+    """In a dimension of one element any stride will do, and torch makes one of its own."""
+    flat, row = Param((7,), "trained", 0, low=False, shares=True, tied=True, again=True), (1, 5)
+    params = (
+        flat,
+        Param(row, "frozen", 0, low=False, shares=False),
+        Param(row, "trained", 0, low=True, shares=False, again=True),
+        Param((7,), "trained", 0, low=False, shares=False, tied=True),
+        Param(row, "trained", 0, low=False, shares=False, tied=True, reads=("contiguous",), narrow=True),
+        Param((), "trained", 0, low=True, shares=False, again=True),
+    )
+    states = (("zeros_like", ("scaled", ("copy", ("g",), ("g",)))), ("copy", ("zeros", ("m1",)), ("square", ("m1",))))
+    rule = Rule(("p",), states, count=True, keeps=False)
+    recipe = Recipe(params, (rule,), backward=(5, 1, 3, 2, 0, 4), first=True, random=True)
+    captured = accumulated(build(recipe), 3, weighted=True)
+    assert_same_step(rewritten(captured, 3, 4), captured)
