@@ -13,6 +13,7 @@ from typing import Any
 from torch import fx
 
 from zgraph import ops
+from zgraph.codegen.owned import OwnedUpdate
 from zgraph.codegen.source import SourceWriter
 from zgraph.heap import release_free_memory
 from zgraph.liveness import alive_bytes, last_uses
@@ -91,6 +92,10 @@ def _expression(writer: SourceWriter, node: fx.Node, names: dict[fx.Node, str], 
         if tag is not None:
             args.append(f"tag={writer.literal(tag)}")
         return f"comm.{method}({', '.join(args)})"
+    if isinstance(node.target, OwnedUpdate):
+        vals = tuple(arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in node.args)
+        whose = ["rank=comm.rank"] if node.target.is_divided(vals) else []
+        return writer.expression(node.target, [*(writer.argument(arg, names) for arg in node.args), *whose])
     return writer.call(node, names)
 
 

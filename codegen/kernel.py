@@ -43,16 +43,7 @@ class Kernel:
 
     def __str__(self) -> str:
         """The body as an expression list, independent of node names."""
-        number = {node: f"%{i}" for i, node in enumerate(self.body.nodes)}
-        lines = [
-            f"{number[n]} = {target_name(n.target)}({', '.join(show(a, number) for a in n.args)}"
-            + "".join(f", {k}={show(v, number)}" for k, v in sorted(n.kwargs.items()))
-            + ")"
-            for n in self.body.nodes
-            if n.op == "call_function"
-        ]
-        results = show(self.body.output_node().args[0], number)
-        return f"{self.name}{{{'; '.join(lines)}; return {results} over {list(self.writes)}}}"
+        return f"{self.name}{{{expressions(self.body)} over {list(self.writes)}}}"
 
     def copy(self) -> Kernel:
         """A kernel with a body of its own."""
@@ -175,6 +166,19 @@ def _with_out(target: Any) -> torch._ops.OpOverload | None:
             assert isinstance(overload, torch._ops.OpOverload)
             return overload
     return None
+
+
+def expressions(body: fx.Graph) -> str:
+    """A body as an expression list, independent of node names."""
+    number = {node: f"%{i}" for i, node in enumerate(body.nodes)}
+    lines = [
+        f"{number[n]} = {target_name(n.target)}({', '.join(show(a, number) for a in n.args)}"
+        + "".join(f", {k}={show(v, number)}" for k, v in sorted(n.kwargs.items()))
+        + ")"
+        for n in body.nodes
+        if n.op == "call_function"
+    ]
+    return "; ".join([*lines, f"return {show(body.output_node().args[0], number)}"])
 
 
 def region(nodes: Sequence[fx.Node], results: Sequence[fx.Node]) -> tuple[fx.Graph, list[fx.Node]]:

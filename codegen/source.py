@@ -95,7 +95,7 @@ class SourceWriter:
         short = getattr(target, "__name__", "").lstrip("_").removeprefix("sym_")
         if not isinstance(target, torch._ops.OpOverload) and short in _MATH:
             return f"{self.bind(_MATH[short], short)}({', '.join(args)})"
-        hint = getattr(target, "name", "kernel") if hasattr(target, "body") else target_name(target)
+        hint = getattr(target, "name", "kernel") if hasattr(target, "writes") else target_name(target)
         hint = hint.removeprefix("aten.").removesuffix(".default")
         return f"{self.bind(target, hint)}({', '.join(args)})"
 

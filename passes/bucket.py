@@ -1,7 +1,8 @@
 """Lay parameters, gradients and optimizer state out in flat buckets, and update each bucket as one vector.
 
 Which parameters may share a bucket is read from the captured update: it must be the same elementwise expression of
-the same hyperparameters. Nothing is known about particular optimizers.
+the same hyperparameters. Where it mixes the elements of a parameter, the bucket's parameters are dealt out to the
+ranks, and each computes the update of those that it owns.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import torch
 from torch import fx
 
 from zgraph import ops
-from zgraph.errors import OptimizerError, quoted
 from zgraph.layout import Bucket, Layout, ParamSpec, make_buckets
+from zgraph.passes.own import owned_update
 from zgraph.passes.tidy import remove_dead
+from zgraph.passes.updates import Updates
 from zgraph.pipeline import Pass
 from zgraph.program import (
     OF_PARAMETERS,
@@ -28,10 +30,8 @@ from zgraph.program import (
     Program,
     Role,
     Stage,
-    operand,
-    target_name,
+    phase_of,
 )
-from zgraph.terms import promoted
 
 aten = torch.ops.aten
 
@@ -44,6 +44,8 @@ class FormBuckets(Pass):
         gw, gb = backward(w, b)        ->    gw, gb = backward(view(flat[0:32]), view(flat[32:40]))
         w' = update(w, gw)                   flat' = update(flat, cat(gw, gb, zeros))
         b' = update(b, gb)
+
+    An update that mixes the elements of a parameter stays apart from those of others, within one call for the bucket.
 
     Args:
         world: the number of ranks that every bucket must divide into.
@@ -58,7 +60,7 @@ class FormBuckets(Pass):
     takes, gives = Stage.CAPTURED, Stage.BUCKETED
 
     def rewrite(self, program: Program) -> None:
-        updates = _Updates(program)
+        updates = Updates(program)
         specs = _specs(program, updates)
         if self.layout is not None and _fits(self.layout, specs):
             layout = self.layout
@@ -74,229 +76,44 @@ def _fits(layout: Layout, specs: list[ParamSpec]) -> bool:
     if {s.name for b in layout.buckets for s in b.segments} != set(by_name):
         return False
     for bucket in layout.buckets:
-        kinds = {(by_name[s.name].group, by_name[s.name].trainable, by_name[s.name].shape) for s in bucket.segments}
-        groups = {kind[:2] for kind in kinds}
-        if len(groups) != 1 or any(by_name[s.name].shape != s.shape for s in bucket.segments):
+        here = [by_name[segment.name] for segment in bucket.segments]
+        if len({(spec.group, spec.trainable, spec.work is not None) for spec in here}) != 1:
             return False
-        if next(iter(groups))[1] != bucket.trainable:
+        if here[0].trainable != bucket.trainable:
+            return False
+        shapes = [(segment.name, segment.shape) for segment in bucket.segments]
+        if shapes != [(spec.name, spec.shape) for spec in here]:
+            return False
+        if here[0].work is None:
+            continue  # as of a micro-batch that updates nothing
+        if not bucket.owners:
+            return False
+        stored = {(key, s.name, s.shape) for key, state in bucket.states for s in state.segments}
+        if stored != {(key, s.name, dict(s.states).get(key, s.shape)) for s in here for key, _ in bucket.states}:
+            return False
+        if {key for spec in here for key, _ in spec.states} != {key for key, _ in bucket.states}:
             return False
     return True
 
 
-class _Updates:
-    """The optimizer update of every parameter, as a hash-consed elementwise expression.
-
-    Two parameters have equal ``expression`` exactly when their updates are the same operators on the same
-    hyperparameters, each reading its own parameter, gradient and state.
-    """
-
-    def __init__(self, program: Program) -> None:
-        self.gradient: dict[str, fx.Node] = {}
-        self.expression: dict[str, Hashable] = {}
-        self.nodes: dict[str, list[fx.Node]] = {}
-        self.shared: list[fx.Node] = []  # arithmetic on hyperparameters alone
-        self.sums = list(program.graph.find_nodes(op="call_function", target=ops.add_up))
-        self.of_all = _of_all(program)
-        self.squared = {
-            square.meta["origin"].module: operand(square) for total in self.sums for square in total.all_input_nodes
-        }  # what of each parameter the squares are added up of
-        self.results: dict[str, dict[Input, Any]] = {}
-        self._program = program
-        self._terms: dict[Hashable, int] = {}
-        self._term: dict[fx.Node, int] = {}
-        self._owner: dict[fx.Node, str | None] = {}
-        self._vector: set[fx.Node] = set()
-        self._is_vector: dict[str, bool] = {}  # by state key, as parameters that are not 0-dim show
-        for what, result in zip(program.outputs, program.results(), strict=True):
-            if what is not None and what.role in OF_PARAMETERS:
-                self.results.setdefault(what.name, {})[what] = result
-        inputs = {what: node for node, what in program.placeholders()}
-        position = {node: i for i, node in enumerate(program.graph.nodes)}
-        for name, results in self.results.items():
-            self.nodes[name] = []
-            shape = inputs[Input(Role.PARAM, name)].meta["val"].shape
-            keys: list[Hashable] = []
-            for what, result in sorted(results.items(), key=lambda item: str(item[0])):
-                if shape and what.role is Role.OPT_STATE:
-                    val = result.meta["val"] if isinstance(result, fx.Node) else result
-                    self._is_vector[what.key] = isinstance(val, torch.Tensor) and val.dim() > 0
-                start = program.init.get(what)
-                keys.append((what.role, what.key, self._visit(result, name, shape), start))
-            if name in self.squared:
-                keys.append((None, "", self._visit(self.squared[name], name, shape), None))
-            self.nodes[name].sort(key=position.__getitem__)
-            if name not in self.gradient:
-                raise OptimizerError(
-                    f"the update of {name} does not read its gradient", fix="this optimizer needs no backward pass"
-                )
-            self.expression[name] = tuple(keys)
-
-    def _visit(self, root: Any, name: str, shape: torch.Size) -> Hashable:
-        if not isinstance(root, fx.Node):
-            return ("literal", root)
-        stack = [root]
-        while stack:
-            node = stack[-1]
-            if node in self._term:
-                stack.pop()
-                continue
-            if self._leaf(node, name):
-                stack.pop()
-                continue
-            waiting = [n for n in node.all_input_nodes if n not in self._term]
-            if waiting:
-                stack.extend(waiting)
-                continue
-            stack.pop()
-            self._add(node, name, shape)
-        if self._owner[root] not in (None, name):
-            raise self._coupled(root, name)
-        return self._term[root]
-
-    def _leaf(self, node: fx.Node, name: str) -> bool:
-        """Give a leaf its term; leaves of a parameter's own are named by what they are, not whose."""
-        if node.op == "placeholder":
-            what: Input = node.meta["input"]
-            if what.role is Role.PARAM:
-                key: Hashable = ("param",)
-                self._vector.add(node)
-            elif what.role is Role.OPT_STATE:
-                key = ("state", what.key)
-                if isinstance(node.meta["val"], torch.Tensor) and node.meta["val"].dim() > 0:
-                    self._vector.add(node)
-            elif what.role is Role.GRADIENT:
-                key = ("earlier gradients",)
-                self._vector.add(node)
-            elif what.role is Role.CONSTANT:
-                value = self._program.constants[what.name]
-                key = ("constant", str(value.dtype), tuple(value.shape), tuple(value.flatten().tolist()))
-            else:
-                key = ("input", what)
-            owned = what.role in OF_PARAMETERS
-            self._set(node, key, what.name if owned else None)
-            return True
-        if node in self.of_all:
-            self._set(node, ("shared", node), None)
-            return True
-        if node.meta["origin"].phase is not Phase.UPDATE:
-            self._vector.add(node)
-            self._term[node] = self._terms.setdefault(("gradient",), len(self._terms))
-            self._owner[node] = None  # a gradient may be shared: two biases that are added have the same one
-            return True
-        return False
-
-    def _add(self, node: fx.Node, name: str, shape: torch.Size) -> None:
-        vals = [n.meta["val"] for n in (node, *node.all_input_nodes)]
-        shapes = {val.shape for val in vals if isinstance(val, torch.Tensor)}
-        if not ops.is_elementwise(node.target) or shapes - {shape, torch.Size(())}:
-            raise OptimizerError(
-                f"the update of {name} is not elementwise: {target_name(node.target)} mixes elements, "
-                "so it cannot run on slices of a flat bucket",
-                where=quoted(node.meta["origin"].source),
-                fix="use an optimizer whose update is elementwise (SGD, Adam, AdamW, Adagrad, RMSprop, Lion, ...)",
-            )
-        if not shape:
-            self._check_promotion(node, name)
-        owners = {self._owner[n] for n in node.all_input_nodes} - {None}
-        gradients = [n for n in node.all_input_nodes if self._is_gradient(n)]
-        if owners - {name} or any(self.gradient.setdefault(name, g) is not g for g in gradients):
-            raise self._coupled(node, name)
-
-        def is_shape(arg: Any) -> bool:
-            return bool(shape) and ops.creates(node.target) and isinstance(arg, (list, tuple)) and tuple(arg) == shape
-
-        def term(arg: Any) -> Hashable:
-            if isinstance(arg, fx.Node):
-                return self._term[arg]
-            if is_shape(arg):
-                return "shape"
-            if isinstance(arg, (list, tuple)):
-                return tuple(term(a) for a in arg)
-            return (type(arg).__name__, arg)
-
-        key = (node.target, tuple(map(term, node.args)), tuple((k, term(v)) for k, v in sorted(node.kwargs.items())))
-        is_own = bool(owners or gradients) or any(map(is_shape, node.args))
-        self._set(node, key, name if is_own else None)
-        if any(n in self._vector for n in node.all_input_nodes):
-            self._vector.add(node)
-        (self.nodes[name] if is_own else self.shared).append(node)
-
-    def _check_promotion(self, node: fx.Node, name: str) -> None:
-        """Refuse what a 0-dim parameter computes in another dtype than a vector would, as which it is stored."""
-        inputs = [n for n in node.all_input_nodes if isinstance(n.meta["val"], torch.Tensor)]
-        as_number, as_vector = (
-            promoted((n.meta["val"].dtype, is_vector and n in self._vector) for n in inputs)
-            for is_vector in (False, True)
-        )
-        if as_number is not as_vector:
-            raise OptimizerError(
-                f"the update of {name}, a single number, computes {target_name(node.target)} in {as_number}, where a "
-                f"vector would in {as_vector}, and parameters are stored in vectors",
-                where=quoted(node.meta["origin"].source),
-                fix="give the parameter the shape [1], or leave it to another optimizer",
-            )
-
-    def _is_gradient(self, node: fx.Node) -> bool:
-        return node.op != "placeholder" and node.meta["origin"].phase is not Phase.UPDATE
-
-    def _set(self, node: fx.Node, key: Hashable, owner: str | None) -> None:
-        self._term[node] = self._terms.setdefault(key, len(self._terms))
-        self._owner[node] = owner
-
-    def is_vector(self, what: Input) -> bool:
-        """Whether a state entry has one element per element of its parameter, rather than one in all.
-
-        Its shape tells, except for the state of a 0-dim parameter: there the other parameters' tells, and if there
-        are none, it is what the gradient flows into.
-        """
-        if what.role is Role.GRADIENT:
-            return True
-        if what.key in self._is_vector:
-            return self._is_vector[what.key]
-        result = self.results[what.name][what]
-        return isinstance(result, fx.Node) and result in self._vector
-
-    def _coupled(self, node: fx.Node, name: str) -> OptimizerError:
-        origin = node.meta.get("origin")
-        return OptimizerError(
-            f"the update of {name} reads another parameter's value, gradient or state",
-            where=quoted(origin.source) if origin else None,
-            fix="use an optimizer that updates each parameter from its own gradient and state",
-        )
-
-
-def _of_all(program: Program) -> dict[fx.Node, bool]:
-    """What all parameters' updates read alike: sums over all gradients, state of the step, and what follows from them.
-
-    In order, with whether it is known only when backward is done. None of it is any parameter's own.
-    """
-    found: dict[fx.Node, bool] = {}
-    fixed: set[fx.Node] = set()  # made of hyperparameters alone
-    for node in program.graph.nodes:
-        if node.op == "call_function" and node.meta["origin"].phase is Phase.UPDATE:
-            sources = node.all_input_nodes
-            roles = {source.meta["input"].role for source in sources if source.op == "placeholder"}
-            others = [s for s in sources if s.op != "placeholder" and s not in found and s not in fixed]
-            is_fixed = not others and roles <= {Role.HYPER, Role.CONSTANT}
-            follows = is_fixed and not found.keys().isdisjoint(sources)
-            if node.target is ops.add_up or Role.RECIPE in roles or follows:
-                early = all(_phase(source) is Phase.FORWARD for source in others)
-                found[node] = not early or any(found.get(source, False) for source in sources)
-            elif is_fixed:
-                fixed.add(node)
-    return found
-
-
-def _specs(program: Program, updates: _Updates) -> list[ParamSpec]:
+def _specs(program: Program, updates: Updates) -> list[ParamSpec]:
     """All parameters in the order in which forward first reads them; unread ones last."""
     position = {node: i for i, node in enumerate(program.graph.nodes)}
     found = []
     for (name, _), node in program.inputs(Role.PARAM).items():
-        reads = [position[u] for u in node.users if u.op == "call_function" and _phase(u) is not Phase.UPDATE]
+        reads = [position[u] for u in node.users if u.op == "call_function" and phase_of(u) is not Phase.UPDATE]
         val = node.meta["val"]
-        trainable = name in updates.expression
-        group = (updates.expression.get(name), program.given.get(name), _read_as(node))
-        spec = ParamSpec(name, tuple(val.shape), val.dtype, val.device, trainable, group)
+        group = (updates.group.get(name), program.given.get(name), _read_as(node))
+        spec = ParamSpec(
+            name=name,
+            shape=tuple(val.shape),
+            dtype=val.dtype,
+            device=val.device,
+            trainable=name in updates.group,
+            group=group,
+            work=updates.work.get(name),
+            states=tuple(updates.shapes_of_state(name).items()),
+        )
         found.append((min(reads, default=len(position)), spec))
     return [spec for _, spec in sorted(found, key=lambda item: item[0])]
 
@@ -306,18 +123,13 @@ def _read_as(param: fx.Node) -> torch.dtype | None:
 
     Parameters of one bucket travel together, so they are read alike.
     """
-    readers = [u for u in param.users if u.op == "call_function" and _phase(u) is not Phase.UPDATE]
+    readers = [u for u in param.users if u.op == "call_function" and phase_of(u) is not Phase.UPDATE]
     dtypes = {u.meta["val"].dtype if u.target is aten._to_copy.default else None for u in readers}
     return next(iter(dtypes)) if len(dtypes) == 1 else None
 
 
-def _phase(node: fx.Node) -> Phase:
-    origin: Origin = node.meta["origin"]
-    return origin.phase
-
-
 class _Flattener:
-    def __init__(self, program: Program, updates: _Updates, layout: Layout) -> None:
+    def __init__(self, program: Program, updates: Updates, layout: Layout) -> None:
         self.program, self.updates, self.layout = program, updates, layout
         self.position = {node: i for i, node in enumerate(program.graph.nodes)}
         self.params = program.inputs(Role.PARAM)
@@ -376,7 +188,9 @@ class _Flattener:
 
     def _know_early(self) -> None:
         """Have what updates read of the step as a whole when backward begins, where it can be known by then."""
-        backward = next(n for n in self.program.graph.nodes if n.op == "call_function" and _phase(n) is Phase.BACKWARD)
+        backward = next(
+            n for n in self.program.graph.nodes if n.op == "call_function" and phase_of(n) is Phase.BACKWARD
+        )
         of_all = self.updates.of_all
         needed = {source for nodes in self.updates.nodes.values() for node in nodes for source in node.all_input_nodes}
         for node in reversed(of_all):
@@ -402,7 +216,7 @@ class _Flattener:
         views: dict[fx.Node, fx.Node] = {}
         for segment in bucket.segments:
             old = self.params[segment.name, ""]
-            readers = [u for u in old.users if u.op == "call_function" and _phase(u) is not Phase.UPDATE]
+            readers = [u for u in old.users if u.op == "call_function" and phase_of(u) is not Phase.UPDATE]
             if not readers and old not in returned:
                 continue
             first = min(readers, key=self.position.__getitem__, default=self.program.output_node)
@@ -486,7 +300,8 @@ class _Flattener:
         for what, node in self.states.get(model.name, {}).items():
             val = node.meta["val"]
             if self.updates.is_vector(what):
-                val = program.empty([bucket.numel], val.dtype, val.device)
+                numel = self.layout.of_state(what.key).by_name[bucket.name].numel
+                val = program.empty([numel], val.dtype, val.device)
             copies[node] = program.placeholder(replace(what, name=bucket.name), val, before=anchor)
 
         def copied(arg: Any) -> Any:
@@ -510,7 +325,9 @@ class _Flattener:
 
         nodes, before, squared = self.updates.nodes[model.name], gradient.next, self.updates.squared.get(model.name)
         late = self._late(nodes, squared)
-        copy((node for node in nodes if node not in late), before)
+        is_owned = model.name in self.updates.work
+        flat_nodes = [node for node in nodes if not is_owned or node in self.updates.apart[model.name]]
+        copy((node for node in flat_nodes if node not in late), before)
         # What nothing but padding would add is zero times a factor of its own; its gradient is zero as it is.
         counted = copied(squared) if any(segment.numel for segment in bucket.segments) else gradient
         for squares in self.squares.values():
@@ -518,10 +335,13 @@ class _Flattener:
             squares.append(program.call(ops.square_sum, counted, origin=origin, before=before))
         if self.last_of_all is not None and late:
             before = self.last_of_all.next
-        copy(late, before)
+        copy((node for node in flat_nodes if node in late), before)
         results: dict[Input, Any] = {}
-        made = [copies[node] for node in self.updates.nodes[model.name]]
+        made = [copies[node] for node in flat_nodes]
+        owned = owned_update(program, self.updates, self.layout, bucket, copies, before) if is_owned else {}
         for what, result in self.updates.results[model.name].items():
+            if replace(what, name=bucket.name) in owned:
+                continue
             new = copied(result)
             if new in made:
                 made.remove(new)
@@ -530,7 +350,7 @@ class _Flattener:
                 origin = replace(shallow(new), phase=Phase.UPDATE, module=bucket.name)
                 new = program.call(aten.clone.default, new, origin=origin, before=before)
             results[replace(what, name=bucket.name)] = new
-        return results
+        return {**owned, **results}
 
 
 def shallow(node: fx.Node) -> Origin:

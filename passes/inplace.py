@@ -14,17 +14,20 @@ from torch import fx
 
 from zgraph import ops
 from zgraph.codegen.kernel import Kernel, region
+from zgraph.codegen.owned import OwnedUpdate
 from zgraph.liveness import owners
 from zgraph.passes.order import arrange
 from zgraph.pipeline import Pass
 from zgraph.program import OF_PARAMETERS, Origin, Phase, Program, Role, Stage, operand, update_nodes
 
 aten = torch.ops.aten
+_APART = frozenset({*ops.STARTS, ops.wait, ops.shard, operator.getitem})
+"""Operators whose vectors are no part of an elementwise update."""
 
 
 @dataclass(frozen=True)
 class UpdateInPlace(Pass):
-    """Fuse each bucket's elementwise update into a kernel that writes over its inputs.
+    """Fuse each bucket's elementwise update into a kernel that writes over its inputs, as owned updates do, too.
 
     m' = lerp(m, g, w)
     u = div(m', sqrt(v'))        ->    p, m, v = kernel(p, g, m, v, w)    # in place
@@ -40,12 +43,15 @@ class UpdateInPlace(Pass):
         donors = _donors(program)
         summed = _summed(program)
         for name, update in update_nodes(program).items():
-            nodes = [n for n in update if _is_flat(n) and n.target not in (*ops.STARTS, ops.wait, ops.shard)]
+            nodes = [n for n in update if _is_flat(n) and n.target not in _APART]
             first = [node for node in nodes if node in summed]
             if first:
                 _lend(first, donors)
                 self._fuse(program, f"gradient_{name}", first, donors)
             self._fuse(program, f"update_{name}", [node for node in nodes if node not in summed], donors)
+            for node in update:
+                if isinstance(node.target, OwnedUpdate):
+                    _write_over(node, node.target, donors)
         params = program.inputs(Role.PARAM)
         for what, result in zip(program.outputs, program.results(), strict=True):
             if what is not None and what.role is Role.PARAM and result.target is ops.wait:
@@ -61,7 +67,7 @@ class UpdateInPlace(Pass):
         inside = set(nodes)
         leaving = [n for n in nodes if any(user not in inside for user in n.users)]
         body, outside = region(nodes, leaving)
-        home = {operand(source) if source.target is ops.shard else source: i for i, source in enumerate(outside)}
+        home = {_stored(source): i for i, source in enumerate(outside)}
         writes = tuple(home.get(donors[node]) if node in donors else None for node in leaving)
         origin = replace(nodes[-1].meta["origin"], made_by=self.name)
         with program.graph.inserting_after(nodes[-1]):
@@ -77,6 +83,19 @@ class UpdateInPlace(Pass):
                 donors[result] = last
         for node in reversed(nodes):
             program.graph.erase_node(node)
+
+
+def _write_over(call: fx.Node, update: OwnedUpdate, donors: dict[fx.Node, fx.Node]) -> None:
+    """Let an owned update store its results in the state that they replace."""
+    home = {_stored(source): i for i, source in enumerate(call.args) if isinstance(source, fx.Node)}
+    results = {user.args[1]: user for user in call.users}
+    writes = (home.get(donors[results[i]]) if results.get(i) in donors else None for i in range(len(update.dtypes)))
+    call.target = replace(update, writes=tuple(writes))
+
+
+def _stored(source: fx.Node) -> fx.Node:
+    """The buffer that a rank's part is a part of."""
+    return operand(source) if source.target is ops.shard else source
 
 
 def _summed(program: Program) -> set[fx.Node]:

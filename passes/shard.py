@@ -88,7 +88,9 @@ class ShardOptimizer(Pass):
             for state in states.get(bucket.name, ()):
                 val = state.meta["val"]
                 if isinstance(val, torch.Tensor) and val.dim() == 1:
-                    state.meta["val"] = program.empty([bucket.numel // world], val.dtype, val.device)
+                    key = state.meta["input"].key
+                    numel = program.layout.of_state(key).by_name[bucket.name].numel
+                    state.meta["val"] = program.empty([numel // world], val.dtype, val.device)
             flat = params[bucket.name, ""]
             gradient = _reduced_gradient(nodes)
             for source in dict.fromkeys([flat, gradient]):

@@ -12,7 +12,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop, Rprop
+from torch.optim import (
+    ASGD,
+    SGD,
+    Adadelta,
+    Adafactor,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    NAdam,
+    Optimizer,
+    RAdam,
+    RMSprop,
+    Rprop,
+)
 
 
 class Lion(Optimizer):
@@ -50,6 +64,111 @@ class Lion(Optimizer):
                 p.mul_(1 - lr * group["weight_decay"])
                 p.add_(torch.sign(beta1 * state["momentum"] + (1 - beta1) * p.grad), alpha=-lr)
                 state["momentum"].mul_(beta2).add_(p.grad, alpha=1 - beta2)
+
+
+class Lamb(Optimizer):
+    """LAMB (You et al., 2020): Adam's step, as long as the parameter is. It keeps the ratio of the two lengths."""
+
+    def __init__(self, params: Iterable[Any], lr: float = 1e-2, weight_decay: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr, "betas": (0.9, 0.99), "eps": 1e-3, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"] = torch.tensor(0.0)
+                    state["mean"], state["square"] = torch.zeros_like(p), torch.zeros_like(p)
+                state["step"] += 1
+                state["mean"].lerp_(p.grad, 1 - beta1)
+                state["square"].lerp_(p.grad.square(), 1 - beta2)
+                mean, square = (
+                    state[key] / (1 - beta ** state["step"]) for key, beta in (("mean", beta1), ("square", beta2))
+                )
+                change = mean / (square.sqrt() + group["eps"]) + group["weight_decay"] * p
+                lengths = p.norm(), change.norm()
+                state["ratio"] = torch.where(lengths[1] > 0, lengths[0] / lengths[1].clamp(min=1e-6), 1.0)
+                p.sub_(group["lr"] * state["ratio"] * change)
+
+
+class Shampoo(Optimizer):
+    """Shampoo (Gupta et al., 2018) on matrices, whose rows and columns have statistics of their own shapes."""
+
+    def __init__(self, params: Iterable[Any], lr: float = 1e-2) -> None:
+        super().__init__(params, {"lr": lr, "momentum": 0.9})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None or not p.numel():
+                    continue
+                matrix = p.grad.reshape(p.shape[0] if p.dim() else 1, -1)
+                state = self.state[p]
+                if not state:
+                    state["rows"], state["columns"] = (torch.eye(n, dtype=p.dtype) for n in matrix.shape)
+                    state["momentum"] = torch.zeros_like(p)
+                state["rows"] += matrix @ matrix.T
+                state["columns"] += matrix.T @ matrix
+                change = self._root(state["rows"]) @ matrix @ self._root(state["columns"])
+                state["momentum"].mul_(group["momentum"]).add_(change.reshape(p.shape))
+                p.sub_(group["lr"] * state["momentum"])
+
+    @staticmethod
+    def _root(matrix: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(matrix)
+        return vectors @ torch.diag(values**-0.25) @ vectors.T
+
+
+class MuonAndAdam(Optimizer):
+    """Muon (Jordan et al., 2024) for matrices and Adam for the rest, as many write it: by a flag of groups."""
+
+    def __init__(self, groups: Iterable[dict[str, Any]], lr: float = 1e-2) -> None:
+        super().__init__(groups, {"lr": lr, "momentum": 0.9, "betas": (0.9, 0.99), "use_muon": False})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if group["use_muon"]:
+                    if not state:
+                        state["momentum"] = torch.zeros_like(p)
+                    state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                    p.add_(self._orthogonal(p.grad.lerp(state["momentum"], group["momentum"])), alpha=-group["lr"])
+                    continue
+                if not state:
+                    state["mean"], state["square"] = torch.zeros_like(p), torch.zeros_like(p)
+                beta1, beta2 = group["betas"]
+                state["mean"].lerp_(p.grad, 1 - beta1)
+                state["square"].lerp_(p.grad.square(), 1 - beta2)
+                p.addcdiv_(state["mean"], state["square"].sqrt() + 1e-3, value=-group["lr"])
+
+    @staticmethod
+    def _orthogonal(matrix: Tensor) -> Tensor:
+        """Five steps of Newton-Schulz."""
+        x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+        x = x / (x.norm() + 1e-7)
+        for _ in range(5):
+            square = x @ x.T
+            x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+        return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+def muon_and_adam(model: nn.Module) -> MuonAndAdam:
+    """Matrices are orthogonalised, the rest is not."""
+    params = list(model.parameters())
+    matrices, others = [p for p in params if p.ndim == 2], [p for p in params if p.ndim != 2]
+    return MuonAndAdam([{"params": matrices, "use_muon": True}, {"params": others}])
 
 
 def two_groups(model: nn.Module) -> AdamW:
@@ -107,6 +226,11 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "adadelta": _all(Adadelta, lr=0.5),
     "adamax": _all(Adamax, lr=1e-2),
     "nadam": _all(NAdam, lr=1e-2),
+    # These mix the elements of a parameter, and so run on whole ones.
+    "adafactor": _all(Adafactor, lr=1e-2),
+    "lamb": _all(Lamb),
+    "muon_and_adam": muon_and_adam,
+    "shampoo": _all(Shampoo),
     "lion": _all(Lion),
     "lion_warm_up": _all(Lion, warm_up=5),
 }

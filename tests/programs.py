@@ -185,7 +185,7 @@ def divide(program: Program, whole: Sequence[Values]) -> list[Values]:
     layout = program.layout
     assert layout is not None
     inputs = {what: node.meta["val"] for node, what in program.placeholders()}
-    elementwise = {
+    flat = {
         state(segment.name, what.key)
         for what, val in inputs.items()
         if what.role is Role.OPT_STATE and isinstance(val, torch.Tensor) and val.dim()
@@ -193,7 +193,7 @@ def divide(program: Program, whole: Sequence[Values]) -> list[Values]:
         if bucket.name == what.name
         for segment in bucket.segments
     }
-    divided = lockstep.divide(layout, whole, elementwise)
+    divided = lockstep.divide(layout, whole, flat)
     return [{what: value for what, value in mine.items() if what in inputs} for mine in divided]
 
 

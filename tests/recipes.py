@@ -7,6 +7,7 @@ ever traced.
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -109,12 +110,14 @@ class Rule:
         states: terms over p, g and the old states.
         count: whether the bias correction ``1 - beta ** count'`` of a 0-dim count takes part.
         keeps: whether the gradient itself becomes state (``last``), and what that was before, too (``older``).
+        mixes: whether a norm and sums of rows take part, which become state (``ratio`` and ``rows``).
     """
 
     step: Term
     states: tuple[Term, ...]
     count: bool
     keeps: bool
+    mixes: bool = False
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,13 @@ def _rules(draw: st.DrawFn) -> Rule:
     keys = [f"m{i}" for i in range(num_states)]
     leaves = ["p", "g", *keys]
     terms = [draw(_terms(leaves)) for _ in range(num_states + 1)]
-    return Rule(terms[0], tuple(terms[1:]), draw(st.booleans()), draw(st.sampled_from([False, False, True])))
+    return Rule(
+        step=terms[0],
+        states=tuple(terms[1:]),
+        count=draw(st.booleans()),
+        keeps=draw(st.sampled_from([False, False, True])),
+        mixes=draw(st.sampled_from([False, False, True])),
+    )
 
 
 @st.composite
@@ -357,5 +366,19 @@ def _update(
         last = zeros() if first else b.input(Role.OPT_STATE, name, "last", shape=shape, dtype=dtype)
         results.update({state(name, "last"): g, state(name, "older"): last})
     change = call(aten.add.Tensor, g, write(rule.step, new))
+    if rule.mixes:
+        size_of_matrix = [shape[0] if shape else 1, math.prod(shape[1:])]
+        matrix, column = call(aten.reshape.default, g, size_of_matrix), [size_of_matrix[0], 1]
+        if first:
+            rows = call(aten.zeros.default, column, dtype=dtype)
+        else:
+            rows = b.input(Role.OPT_STATE, name, "rows", shape=column, dtype=dtype)
+            b.input(Role.OPT_STATE, name, "ratio", shape=(), dtype=dtype)
+        seen = call(aten.sum.dim_IntList, call(aten.square.default, matrix), [1], True)
+        rows = results[state(name, "rows")] = call(aten.add.Tensor, rows, seen)
+        ratio = results[state(name, "ratio")] = call(aten.tanh.default, call(aten.linalg_vector_norm.default, change))
+        even = call(aten.div.Tensor, matrix, call(aten.exp.default, call(aten.tanh.default, rows)))
+        change = call(aten.add.Tensor, change, call(aten.reshape.default, even, list(shape)))
+        change = call(aten.mul.Tensor, change, ratio)
     results[param(name)] = call(aten.add.Tensor, p, change, alpha=size)
     return results

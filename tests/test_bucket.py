@@ -187,18 +187,6 @@ def test_state_per_element_of_a_0_dim_parameter_is_flat_where_other_parameters_s
     assert_same_step(program, captured)
 
 
-def test_an_update_that_mixes_elements_is_refused_with_its_line() -> None:
-    b, params, gradients, results = step_of()
-    for i in range(2):
-        norm = update(b, i, aten.linalg_vector_norm.default, gradients[i])
-        results[param(f"p{i}")] = update(
-            b, i, aten.add.Tensor, params[i], update(b, i, aten.div.Tensor, gradients[i], norm)
-        )
-    with pytest.raises(OptimizerError, match=r"update of p0 is not elementwise: aten.linalg_vector_norm") as refusal:
-        FormBuckets(1, 1)(b.finish(results))
-    assert refusal.value.where == "model.py:7 (forward)"
-
-
 @pytest.mark.parametrize("what", ["parameter", "gradient", "state", "result"])
 def test_an_update_that_reads_another_parameters_values_is_refused(what: str) -> None:
     b, params, gradients, results = step_of()

@@ -168,6 +168,20 @@ def test_writes_without_views_are_renamed_in_one_walk() -> None:
         check(builder, [y, builder.call(aten.add.Tensor, x, 1)])
 
 
+@pytest.mark.parametrize("exponent", [2, torch.tensor(2.0)])
+def test_a_power_in_place_has_a_twin_of_another_name(exponent: Any) -> None:
+    """``pow_.Scalar(x, 2)`` is ``pow.Tensor_Scalar(x, 2)``, not ``pow.Scalar``, which is a number to the power of x."""
+    b = GraphBuilder()
+    args = (exponent,) if isinstance(exponent, int) else (b.inputs[2],)
+    b.call(aten.pow_.Scalar if isinstance(exponent, int) else aten.pow_.Tensor, b.inputs[0], *args)
+    b.graph.output([b.inputs[0]])
+    graph, written = make_functional(b.graph, b.mode)
+    inputs = [torch.rand(shape, dtype=torch.float64) for shape in SHAPES]
+    graph.output_node().args = ([written[graph.find_nodes(op="placeholder")[0]]],)
+    (found,) = run_graph(graph, inputs)
+    assert torch.equal(found, inputs[0] ** (2 if isinstance(exponent, int) else inputs[2]))
+
+
 def test_a_write_through_a_view_reaches_its_base_and_its_other_views() -> None:
     builder = GraphBuilder([(2, 3)])
     x = builder.inputs[0]

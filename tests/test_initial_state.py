@@ -79,3 +79,21 @@ class Late(ByParameter):
 
 def test_state_that_is_created_in_a_later_step_is_traced_again() -> None:
     assert_follows(lambda p: Late(p.parameters(), {"lr": 0.1}), exact=True, num_steps=4)
+
+
+class Diary(ByParameter):
+    """Keeps what it has done, and never reads it."""
+
+    def __init__(self, params: Iterable[Any]) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    def update(self, group: dict[str, Any], p: Tensor) -> None:
+        self.state[p]["last"], self.state[p]["num"] = p.grad * group["lr"], 3
+        p.sub_(p.grad, alpha=group["lr"])
+
+
+def test_state_that_is_never_read_may_start_as_anything() -> None:
+    params = Params()
+    update = traced(Diary(params.parameters()), params)
+    assert update.init is not None
+    assert update.init[Input(Role.OPT_STATE, "vector", "last")] == StateInit(0, torch.float64)

@@ -276,7 +276,7 @@ def create_in_executor() -> None:
     for bucket in layout.buckets:
         start = dist.get_rank() * layout.state_numel(bucket)
         for key, form in forms[bucket.segments[0].name].items():
-            if form.elementwise:
+            if form.flat:
                 full = torch.zeros(bucket.numel)
                 for segment in bucket.segments:
                     full[segment.offset : segment.offset + segment.numel] = by_name[segment.name][key].reshape(-1)
@@ -405,7 +405,7 @@ BAD = [
         "'exp_avg' of 'scale' is a torch.float32 tensor shaped like the parameter and of 'inner.bias' absent",
     ),
     (wrong_dtype, "'exp_avg' of 'scale' is a torch.float32 .* of 'inner.bias' a torch.float64"),
-    (wrong_shape, r"'exp_avg' of 'inner.bias' has shape \(2,\), neither the parameter's \(7,\)"),
+    (wrong_shape, r"'exp_avg' of 'inner.bias' has shape \(2,\), not \(7,\)"),
     (wrong_type, "'history' of 'inner.bias' is a list"),
 ]
 

@@ -263,13 +263,11 @@ def test_each_stage_stores_and_moves_no_more_than_it_must(
     program = sharded(build(recipe), zero, Mesh(world), bucket_bytes)
     assert program.layout is not None
     assert (program.layout.shard_state, program.layout.shard_params) == (zero >= 1, zero == 3)
-    numel = {bucket.name: bucket.numel for bucket in program.layout.buckets}
     for node, what in program.placeholders():
         val = node.meta["val"]
-        if what.role is Role.PARAM:
-            assert val.numel() * (world if zero == 3 else 1) == numel[what.name]
-        elif what.role is Role.OPT_STATE and val.dim():
-            assert val.numel() * (world if zero >= 1 else 1) == numel[what.name]
+        if what.role in (Role.PARAM, Role.OPT_STATE) and val.dim():
+            whole = program.layout.of_state(what.key).by_name[what.name].numel
+            assert val.numel() * (world if zero >= (3 if what.role is Role.PARAM else 1) else 1) == whole
     starts = [node for node in program.graph.nodes if node.target in ops.STARTS]
     num_trained = sum(bucket.trainable for bucket in program.layout.buckets)
     if world == 1:

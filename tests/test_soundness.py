@@ -205,7 +205,7 @@ def test_a_number_beside_a_vector_is_computed_in_another_dtype() -> None:
     with pytest.raises(OptimizerError, match="a single number, computes"):
         run([FormBuckets(1, 10**6)], program)
     with (
-        mock.patch("zgraph.passes.bucket._Updates._check_promotion"),
+        mock.patch("zgraph.passes.updates.Updates._check_promotion"),
         pytest.raises(VerifyError, match=r"FormBuckets changed what the step computes: the new value of"),
     ):
         run([FormBuckets(1, 10**6)], program)

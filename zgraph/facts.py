@@ -212,7 +212,7 @@ def _kinds_and_counts(forms: Forms) -> tuple[list[Any], set[Any]]:
     kinds = []
     for name, entries in forms.items():
         numbers = tuple((key, form.value) for key, form in entries.items() if form.value is not None)
-        own = [(key, form.elementwise, str(form.dtype)) for key, form in entries.items()]
+        own = [(key, form.flat, str(form.dtype), form.shape) for key, form in entries.items()]
         kinds.append((name, own, counts.setdefault(numbers, len(counts))))
     return kinds, set(counts)
 
@@ -242,7 +242,7 @@ def state_spec(model: nn.Module, state: Forms) -> StateSpec:
     spec: StateSpec = {}
     for name, forms in state.items():
         entries = {
-            key: StateEntry(tuple(params[name].shape) if form.elementwise else (), form.dtype, form.value)
+            key: StateEntry((form.shape or tuple(params[name].shape)) if form.flat else (), form.dtype, form.value)
             for key, form in forms.items()
         }
         if entries:

@@ -161,10 +161,16 @@ def _twin(op: torch._ops.OpOverload) -> torch._ops.OpOverload:
     if not name.endswith("_"):
         raise _WritesThroughViewError(op)
     packet = getattr(torch.ops.aten, name[:-1], None)
-    twin = getattr(packet, op._overloadname, None) if packet is not None else None
-    if not isinstance(twin, torch._ops.OpOverload):
-        raise _WritesThroughViewError(op)
-    return twin
+    names = packet.overloads() if packet is not None else []
+    for overload in sorted(names, key=lambda other: other != op._overloadname):
+        twin = getattr(packet, overload)
+        if isinstance(twin, torch._ops.OpOverload) and _types(twin) == _types(op):  # pow_.Scalar: pow.Tensor_Scalar
+            return twin
+    raise _WritesThroughViewError(op)
+
+
+def _types(op: torch._ops.OpOverload) -> list[str]:
+    return [str(argument.type) for argument in op._schema.arguments]
 
 
 def _rename(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:

@@ -75,7 +75,15 @@ def initial_values(first: Update, later: Update) -> dict[Input, StateInit] | Non
         if start is None:
             return None
         init[node.meta["input"]] = start
+    for node in later.graph.find_nodes(op="placeholder"):
+        what = node.meta.get("input")
+        if what in later.results and what.role is Role.OPT_STATE and what not in init:
+            init[what] = _anything(node.meta["val"])  # it is written in every step, and never read
     return init
+
+
+def _anything(like: Any) -> StateInit:
+    return StateInit(0 if isinstance(like, torch.Tensor) else type(like)(0), getattr(like, "dtype", None))
 
 
 def _start(value: Any, like: Any, first: Update) -> StateInit | None:
@@ -96,7 +104,10 @@ def _start(value: Any, like: Any, first: Update) -> StateInit | None:
         if what.role is Role.CONSTANT and first.constants[what.name].numel() == 1:
             return StateInit(first.constants[what.name].item(), dtype)
         return None
-    fills = {aten.zeros_like.default: 0, aten.ones_like.default: 1, aten.zeros.default: 0, aten.ones.default: 1}
+    fills = {
+        aten.zeros_like.default: 0, aten.zeros.default: 0, aten.new_zeros.default: 0,
+        aten.ones_like.default: 1, aten.ones.default: 1, aten.new_ones.default: 1,
+    }  # fmt: skip
     if value.target in fills:
         return StateInit(fills[value.target], dtype)
     if value.target in (aten.full_like.default, aten.full.default) and isinstance(value.args[1], (int, float)):

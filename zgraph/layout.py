@@ -4,16 +4,21 @@ A bucket is one flat buffer. Its segments are parameters, laid out in the order 
 them, each starting at a multiple of ``ALIGN`` elements (so that vector loads of any segment are aligned);
 the end is padded so that the bucket divides evenly over the ranks. Because the buffer *is* the gathered
 form, an all-gather needs no copy in and no copy out: parameters are views of it.
+
+Where the update of a parameter mixes its elements (Muon's, say), no segment crosses from one rank's part into the
+next: each rank owns whole parameters, dealt out by ``zgraph.ownership``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
+
+from zgraph.ownership import deal, fill
 
 ALIGN = 16
 """Elements. Padding every segment and shard to 16 lets compiled kernels use full vector loads."""
@@ -42,6 +47,8 @@ class Bucket:
         segments: the parameters, offsets ascending and non-overlapping.
         numel: elements including padding; a multiple of ``world * ALIGN``.
         trainable: False when no segment is updated by the optimizer (frozen or unused).
+        owners: the rank that has each segment, where none is cut, and computes its update.
+        states: by key, where optimizer state lies whose tensors have shapes of their own, by parameter.
     """
 
     name: str
@@ -50,6 +57,12 @@ class Bucket:
     segments: tuple[Segment, ...]
     numel: int
     trainable: bool
+    owners: tuple[int, ...] = ()
+    states: tuple[tuple[str, Bucket], ...] = ()
+
+    def keeps(self, key: str) -> bool:
+        """Whether optimizer state called ``key`` has tensors of shapes of their own."""
+        return any(key == own for own, _ in self.states)
 
     @property
     def num_bytes(self) -> int:
@@ -70,7 +83,8 @@ class Layout:
     world: int
     shard_params: bool = False
     shard_state: bool = False
-    _index: dict[str, tuple[Bucket, Segment]] = field(default_factory=dict, repr=False, compare=False)
+    _index: dict[str, tuple[Bucket, Segment]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _of_state: dict[str, Layout] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for bucket in self.buckets:
@@ -85,6 +99,14 @@ class Layout:
     def by_name(self) -> dict[str, Bucket]:
         """Buckets by their names."""
         return {bucket.name: bucket for bucket in self.buckets}
+
+    def of_state(self, key: str) -> Layout:
+        """Where optimizer state called ``key`` lies if it is a tensor: as parameters do, but for shapes of its own."""
+        if key not in self._of_state:
+            buckets = tuple(dict(bucket.states).get(key, bucket) for bucket in self.buckets)
+            alike = buckets == self.buckets
+            self._of_state[key] = self if alike else Layout(buckets, self.world, self.shard_params, self.shard_state)
+        return self._of_state[key]
 
     def param_numel(self, bucket: Bucket) -> int:
         """Elements of the bucket's parameters that one rank stores."""
@@ -101,6 +123,10 @@ class ParamSpec:
 
     ``group`` says which parameters may share a bucket: equal for parameters whose update is the same
     expression of the same hyperparameters.
+
+    Attributes:
+        work: of an update that needs the whole parameter: what it costs, in operations; None for an elementwise one.
+        states: shapes of optimizer-state tensors by key, where they are not the parameter's.
     """
 
     name: str
@@ -109,37 +135,80 @@ class ParamSpec:
     device: torch.device
     trainable: bool
     group: Hashable = None
+    work: int | None = None
+    states: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+    @property
+    def numel(self) -> int:
+        """Elements it takes up in a bucket."""
+        return aligned(math.prod(self.shape))
 
 
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
+def aligned(numel: int) -> int:
+    """Elements that a segment of ``numel`` takes up."""
+    return _round_up(numel, ALIGN)
+
+
 def make_buckets(params: Iterable[ParamSpec], world: int, bucket_bytes: int) -> tuple[Bucket, ...]:
     """Divide parameters, given in order of first use, into buckets of about ``bucket_bytes``.
 
     Parameters of one bucket agree in dtype, device, trainability and ``group``. A bucket closes when the
-    next parameter would take it over ``bucket_bytes``. Buckets are ordered by their first parameter.
+    next parameter would take it over ``bucket_bytes``; one of whole parameters, see ``zgraph.ownership.fill``. Buckets
+    are ordered by their first parameter.
     """
-    open_buckets: dict[Hashable, list[ParamSpec]] = {}
-    closed: list[list[ParamSpec]] = []
-    size: dict[Hashable, int] = {}
+    alike: dict[Hashable, list[ParamSpec]] = {}
+    position: dict[str, int] = {}
     for param in params:
-        key = (param.dtype, str(param.device), param.trainable, param.group)
-        num_bytes = _round_up(math.prod(param.shape), ALIGN) * param.dtype.itemsize
-        if key not in open_buckets or size[key] + num_bytes > bucket_bytes:
-            open_buckets[key] = []
-            closed.append(open_buckets[key])
-            size[key] = 0
-        open_buckets[key].append(param)
-        size[key] += num_bytes
-    buckets = []
-    for index, members in enumerate(closed):
-        segments, offset = [], 0
-        for param in members:
-            segments.append(Segment(param.name, param.shape, offset))
-            offset += _round_up(math.prod(param.shape), ALIGN)
-        first = members[0]
-        numel = _round_up(max(offset, 1), world * ALIGN)
-        buckets.append(Bucket(f"bucket{index}", first.dtype, first.device, tuple(segments), numel, first.trainable))
-    return tuple(buckets)
+        position[param.name] = len(position)
+        alike.setdefault((param.dtype, str(param.device), param.trainable, param.group), []).append(param)
+    filled: list[list[ParamSpec]] = []
+    for members in alike.values():
+        limit = bucket_bytes // members[0].dtype.itemsize
+        dealt_to = world if members[0].work is not None else 1
+        ends = fill([param.numel for param in members], limit, dealt_to)
+        filled += [members[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    loads = [0] * world  # of each rank, over all buckets
+    return tuple(
+        _bucket(f"bucket{index}", members, world, loads)
+        for index, members in enumerate(sorted(filled, key=lambda members: position[members[0].name]))
+    )
+
+
+def _bucket(name: str, members: Sequence[ParamSpec], world: int, loads: list[int]) -> Bucket:
+    """A bucket of these parameters; where they are to be whole, ``loads`` is what each rank has to do already."""
+    first = members[0]
+    parts: list[list[ParamSpec]] = [list(members)]
+    if first.work is not None:
+        owners = deal([param.numel for param in members], [param.work or 0 for param in members], loads)
+        parts = [[p for p, owner in zip(members, owners, strict=True) if owner == rank] for rank in range(world)]
+    segments, numel = _place([[(p.name, p.shape) for p in part] for part in parts], world)
+    bucket = Bucket(name, first.dtype, first.device, segments, numel, first.trainable)
+    if first.work is None:
+        return bucket
+    states = []
+    for key in sorted({key for param in members for key, _ in param.states}):
+        shapes = [[(p.name, dict(p.states).get(key, p.shape)) for p in part] for part in parts]
+        of_state, size = _place(shapes, world)
+        states.append((key, replace(bucket, segments=of_state, numel=size)))
+    return replace(bucket, owners=tuple(rank for rank, part in enumerate(parts) for _ in part), states=tuple(states))
+
+
+def _place(parts: Sequence[Sequence[tuple[str, tuple[int, ...]]]], world: int) -> tuple[tuple[Segment, ...], int]:
+    """Tensors one after the other in equal parts of a bucket, and its number of elements.
+
+    Args:
+        parts: name and shape of each tensor; one part is the whole bucket, else there is one for each rank.
+    """
+    size = max(sum(aligned(math.prod(shape)) for _, shape in part) for part in parts)
+    size = _round_up(max(size, 1), ALIGN * world // len(parts))
+    segments = []
+    for index, part in enumerate(parts):
+        offset = index * size
+        for name, shape in part:
+            segments.append(Segment(name, shape, offset))
+            offset += aligned(math.prod(shape))
+    return tuple(segments), size * len(parts)

@@ -15,6 +15,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from zgraph import ops
+from zgraph.codegen.owned import OwnedUpdate
 from zgraph.errors import RankError, first_line, quoted
 from zgraph.generators import RandomStream
 from zgraph.layout import Layout
@@ -143,6 +144,8 @@ def _evaluate(node: fx.Node, env: Mapping[fx.Node, Any], rank: int, world: int, 
     if node.target is ops.shard:
         return part_of(args[0], rank, world)
     assert callable(node.target), node.target
+    if isinstance(node.target, OwnedUpdate) and node.target.is_divided(args):
+        kwargs = {"rank": rank}
     try:
         if ops.is_random(node.target):
             drawn = next(val for val in pytree.tree_leaves(node.meta["val"]) if isinstance(val, torch.Tensor))
@@ -157,7 +160,7 @@ def _evaluate(node: fx.Node, env: Mapping[fx.Node, Any], rank: int, world: int, 
         ) from error
 
 
-def divide(layout: Layout, whole: Sequence[Values], elementwise: Collection[Input]) -> list[Values]:
+def divide(layout: Layout, whole: Sequence[Values], flat: Collection[Input]) -> list[Values]:
     """Each rank's values as a layout stores them, from those of whole parameters and of their optimizer state.
 
     Padding is NaN, so that a leak shows; but zero between gradients that add up, where it has to be.
@@ -165,22 +168,22 @@ def divide(layout: Layout, whole: Sequence[Values], elementwise: Collection[Inpu
     Args:
         layout: the buckets.
         whole: of each rank.
-        elementwise: optimizer state with one element per element of the parameter. Of other state, numbers for
-            example, which must be equal within a bucket, the first is taken.
+        flat: optimizer state that is each parameter's own tensor. Of other state, numbers for example, which must be
+            equal within a bucket, the first is taken.
     """
-    return [_divided(layout, values, elementwise, rank) for rank, values in enumerate(whole)]
+    return [_divided(layout, values, flat, rank) for rank, values in enumerate(whole)]
 
 
-def _divided(layout: Layout, whole: Values, elementwise: Collection[Input], rank: int) -> Values:
+def _divided(layout: Layout, whole: Values, flat: Collection[Input], rank: int) -> Values:
     mine: Values = {}
     flats: dict[Input, torch.Tensor] = {}
     for what, value in whole.items():
         if what is None or what.role not in OF_PARAMETERS:
             mine[what] = value
             continue
-        bucket, segment = layout.find(what.name)
+        bucket, segment = layout.of_state(what.key).find(what.name)
         there = Input(what.role, bucket.name, what.key)
-        if what.role is Role.OPT_STATE and what not in elementwise:
+        if what.role is Role.OPT_STATE and what not in flat:
             mine.setdefault(there, value)
             continue
         assert isinstance(value, torch.Tensor), what
@@ -189,9 +192,9 @@ def _divided(layout: Layout, whole: Values, elementwise: Collection[Input], rank
             padding = 0 if what.role is Role.GRADIENT else padding
             flats[there] = torch.full([bucket.numel], padding, dtype=value.dtype, device=bucket.device)
         flats[there][segment.offset : segment.offset + segment.numel] = value.flatten()
-    for there, flat in flats.items():
+    for there, whole_flat in flats.items():
         sharded = layout.shard_params if there.role is Role.PARAM else layout.shard_state
-        mine[there] = part_of(flat, rank, layout.world).clone() if sharded else flat
+        mine[there] = part_of(whole_flat, rank, layout.world).clone() if sharded else whole_flat
     return mine
 
 
@@ -207,7 +210,7 @@ def join(layout: Layout, divided: Sequence[Values]) -> list[Values]:
             for values, value in zip(whole, each, strict=True):
                 values[what] = value
             continue
-        bucket = layout.by_name[what.name]
+        bucket = layout.of_state(what.key).by_name[what.name]
         flats = [value for value in each if isinstance(value, torch.Tensor) and value.dim() == 1]
         if flats and len(flats[0]) < bucket.numel:
             each = [torch.cat(flats)] * len(flats)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -18,8 +18,11 @@ from zgraph import ops
 from zgraph.changes import Look
 from zgraph.layout import Bucket, Layout
 from zgraph.movement import RULES, Call, Value, without_defaults
-from zgraph.program import OF_PARAMETERS, Input, Phase, Program, Role, Stage
+from zgraph.program import OF_PARAMETERS, Input, Phase, Program, Role, Stage, phase_of
 from zgraph.terms import REPEATED, Piece, Term, Terms, form, literal
+
+if TYPE_CHECKING:
+    from zgraph.codegen.owned import OwnedUpdate
 
 aten = torch.ops.aten
 
@@ -135,7 +138,7 @@ class _Interpreter:
             again.update(
                 node
                 for node in self.program.graph.nodes
-                if _phase(node) is Phase.UPDATE and any(map(_comes_before_update, node.all_input_nodes))
+                if phase_of(node) is Phase.UPDATE and any(map(_comes_before_update, node.all_input_nodes))
             )
         return again
 
@@ -148,8 +151,8 @@ class _Interpreter:
         if what.role in (Role.PARAM, Role.GRADIENT) and bucket is not None:
             return self.flat_input(what, bucket, node)
         if what.role is Role.OPT_STATE:
-            if bucket is not None and shape:
-                return self.flat_input(what, bucket, node)
+            if bucket is not None and self.program.layout is not None and shape:
+                return self.flat_input(what, self.program.layout.of_state(what.key).by_name[what.name], node)
             name = what.name if bucket is None else bucket.segments[0].name
             what = Input(what.role, self.numbers.get((name, what.key), name), what.key)
         if what.role is Role.CONSTANT:
@@ -179,7 +182,7 @@ class _Interpreter:
         """A tensor that the step holds: known by its values if only the update reads it, else by itself."""
         tensor = self.program.constants[what.name]
         shape, dtype = form(node.meta.get("val"))
-        if all(_phase(user) is Phase.UPDATE for user in node.users):
+        if all(phase_of(user) is Phase.UPDATE for user in node.users):
             return self.terms.input(("constant", shape, literal(tensor.tolist())), shape, dtype, varies=False)
         return self.terms.input(("constant", id(tensor)), shape, dtype, varies=True)
 
@@ -187,12 +190,14 @@ class _Interpreter:
 
     def call(self, node: fx.Node) -> Value:
         target: Any = node.target
-        look = self.look_averaged if self.implied and _phase(node) is Phase.UPDATE else self.look
+        look = self.look_averaged if self.implied and phase_of(node) is Phase.UPDATE else self.look
         args, kwargs = without_defaults(
             target, tuple(map(look, node.args)), {key: look(value) for key, value in node.kwargs.items()}
         )
         if hasattr(target, "body"):
-            return self.kernel(target.body, args)
+            return self.body(target.body, args)
+        if hasattr(target, "parts"):
+            return self.owned(target, node, args)
         rule = RULES.get(target)
         if rule is not None:
             value = rule(Call(self.terms, node.meta.get("val"), args, kwargs, self.world))
@@ -215,7 +220,37 @@ class _Interpreter:
             return self.terms.elementwise(target, key, shape, dtype)
         return self.terms.make(target, key, shape, dtype)
 
-    def kernel(self, body: fx.Graph, args: tuple[Value, ...]) -> tuple[Value, ...]:
+    def owned(self, update: OwnedUpdate, node: fx.Node, args: tuple[Value, ...]) -> tuple[Value, ...]:
+        """Each parameter's update is its body, on what lies in its place; between them lies padding.
+
+        What a rank has computed is its part of the results, for no parameter lies on more than one.
+        """
+        first, vals = update.parts[0], node.meta["val"]
+        divided = update.is_divided(tuple(n.meta["val"] if isinstance(n, fx.Node) else n for n in node.args))
+        wholes: list[Any] = [
+            self.terms.whole(x, (p.numel,)) if divided and p is not None else x
+            for x, p in zip(args, first.takes, strict=True)
+        ]
+        if any(x is None for x in wholes):
+            return tuple(self.terms.make(update, (args, index), *form(val)) for index, val in enumerate(vals))
+        pieces: list[list[Piece]] = [[] for _ in vals]
+        ends = [0] * len(vals)
+        for part in sorted(update.parts, key=lambda part: part.gives[0].offset):
+            given = tuple(
+                x if p is None else self.terms.reshape(self.terms.slice(x, p.offset, p.end), p.shape)
+                for x, p in zip(wholes, part.takes, strict=True)
+            )
+            for index, (value, place) in enumerate(zip(self.body(part.body, given), part.gives, strict=True)):
+                pieces[index].append((self.terms.padding, REPEATED, place.offset - ends[index]))
+                pieces[index] += self.terms.pieces(self.terms.reshape(value, (place.end - place.offset,)))
+                ends[index] = place.end
+        results = []
+        for mine, end, place, val in zip(pieces, ends, first.gives, vals, strict=True):
+            flat = self.terms.flat([*mine, (self.terms.padding, REPEATED, place.numel - end)], val.dtype)
+            results.append(self.terms.shard(flat, tuple(val.shape)) if divided else flat)
+        return tuple(results)
+
+    def body(self, body: fx.Graph, args: tuple[Value, ...]) -> tuple[Value, ...]:
         """A fused kernel is its body."""
         inside = _Interpreter(self.program, self.terms, self.numbers)
         inside.implied, inside.meaning.draws = False, self.meaning.draws
@@ -256,12 +291,7 @@ def _is_averaged(what: Input | None, result: fx.Node) -> bool:
 
 def _comes_before_update(node: fx.Node) -> bool:
     """Whether a value is computed by forward or backward, on this rank's part of the batch."""
-    return node.op == "call_function" and _phase(node) is not Phase.UPDATE
-
-
-def _phase(node: fx.Node) -> Phase | None:
-    origin = node.meta.get("origin")
-    return None if origin is None else origin.phase
+    return node.op == "call_function" and phase_of(node) is not Phase.UPDATE
 
 
 def _strides(node: fx.Node) -> tuple[int, ...]:

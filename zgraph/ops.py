@@ -132,7 +132,7 @@ def is_random(target: torch._ops.OpOverload) -> bool:
 
 def may_write(target: Any) -> bool:
     """Whether a call may write over its arguments: a kernel, or an operator that torch calls mutable."""
-    return hasattr(target, "body") or _is_mutable(target)
+    return hasattr(target, "writes") or _is_mutable(target)
 
 
 @_of_operators

@@ -8,7 +8,7 @@ the optimizer. The user's ``optimizer.state`` is empty meanwhile: hooks fill it 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,18 +31,20 @@ class StateForm:
     """What parameters of one bucket must agree on, for one key of their optimizer state.
 
     Attributes:
-        elementwise: a tensor shaped like the parameter, stored flat; otherwise a single number.
+        flat: a tensor for each parameter, stored flat; otherwise a single number.
         dtype: of the tensor; None for a plain number.
         value: the single number (a step count, for one).
+        shape: of the tensor where it is not the parameter's; in this, parameters of one bucket may differ.
     """
 
-    elementwise: bool
+    flat: bool
     dtype: torch.dtype | None
     value: int | float | None = None
+    shape: tuple[int, ...] | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
-        if self.elementwise:
-            return f"a {self.dtype} tensor shaped like the parameter"
+        if self.flat:
+            return f"a {self.dtype} tensor " + (f"of shape {self.shape}" if self.shape else "shaped like the parameter")
         return str(self.value) if self.dtype is None else f"{self.value} ({self.dtype})"
 
 
@@ -79,11 +81,10 @@ class OptimizerState:
         """
         given = self._given(params)
         forms = _forms_of(given, params)
-        stored = self.stored_forms()
+        stored = forms_by_parameter(self._layout, self.stored_forms())
         for name, param in params.items():
             if name not in given and self._params.get(name) is param:
-                bucket, _ = self._layout.find(name)
-                forms[name] = stored[bucket.name]
+                forms[name] = stored[name]
         return forms
 
     def stored_forms(self) -> Forms:
@@ -108,9 +109,9 @@ class OptimizerState:
             names = [segment.name for segment in bucket.segments]
             entries = moved[bucket.name] = {}
             for key, form in forms[names[0]].items():
-                if form.elementwise:
-                    flat = FlatTensors(layout, sharded=layout.shard_state, group=self._group)
-                    entries[key] = flat.allocate(bucket, form.dtype)
+                if form.flat or bucket.keeps(key):
+                    flat = FlatTensors(layout.of_state(key), sharded=layout.shard_state, group=self._group)
+                    entries[key] = flat.allocate(flat.layout.by_name[bucket.name], form.dtype)
                     for name in names:
                         value = self._value(name, params[name], key, readers)
                         assert isinstance(value, torch.Tensor)
@@ -161,11 +162,12 @@ class OptimizerState:
             return value
         if key not in readers:
             flats = {name: v for name, entries in self.stored.items() if _is_flat(v := entries.get(key))}
-            readers[key] = self._flat(flats)
+            readers[key] = self._flat(key, flats)
         return readers[key].read(name)
 
-    def _flat(self, tensors: dict[str, Any]) -> FlatTensors:
-        return FlatTensors(self._layout, sharded=self._layout.shard_state, group=self._group, tensors=tensors)
+    def _flat(self, key: str, tensors: dict[str, Any]) -> FlatTensors:
+        layout = self._layout.of_state(key)
+        return FlatTensors(layout, sharded=layout.shard_state, group=self._group, tensors=tensors)
 
     def _initial(self, param: torch.Tensor, device: torch.device) -> dict[str, Value]:
         """The state that the optimizer's constructor gives a parameter, where the user's was built on meta.
@@ -210,7 +212,7 @@ class OptimizerState:
             params = [self._params[segment.name] for segment in bucket.segments]
             for key, value in self.stored[bucket.name].items():
                 if _is_flat(value):
-                    for name, copy in self._flat({bucket.name: value}).copies():
+                    for name, copy in self._flat(key, {bucket.name: value}).copies():
                         full.setdefault(id(self._params[name]), {})[key] = copy
                 else:
                     for param in params:
@@ -256,16 +258,24 @@ class OptimizerState:
 
 
 def check_agreement(layout: Layout, forms: Forms) -> None:
-    """Parameters of one bucket must have optimizer state of the same form.
+    """Parameters of one bucket must have optimizer state of the same form, and tensors that fit their place.
 
     Raises:
-        StateError: naming two parameters that differ.
+        StateError: naming two parameters that differ, or one that does not fit.
     """
     for bucket in layout.buckets:
         first = bucket.segments[0].name
-        for name in (segment.name for segment in bucket.segments):
+        for name, shape in ((segment.name, segment.shape) for segment in bucket.segments):
             for key in forms[first].keys() | forms[name].keys():
                 one, other = forms[first].get(key), forms[name].get(key)
+                place = layout.of_state(key).find(name)[1].shape
+                if other is not None and other.flat and (other.shape or shape) != place:
+                    raise StateError(
+                        f"optimizer state {key!r} of {name!r} has shape {other.shape or shape}, not {place}",
+                        fix="load the state of an optimizer of the same kind, for a model of the same shapes",
+                    )
+                if bucket.keeps(key) and one is not None and other is not None and one.dtype == other.dtype:
+                    continue  # of tensors of no dimension, each parameter has its own value
                 if one != other:
                     raise StateError(
                         f"optimizer state {key!r} of {first!r} is {one or 'absent'} and of {name!r} "
@@ -275,46 +285,61 @@ def check_agreement(layout: Layout, forms: Forms) -> None:
 
 
 def _forms_of(entries: Mapping[str, Mapping[str, Any]], params: Params) -> Forms:
-    elementwise_keys = _elementwise_keys(entries, params)
+    tensor_keys = _tensor_keys(entries, params)
     return {
         name: {
-            key: _form(name, key, value, params[name].shape, key in elementwise_keys)
+            key: _form(name, key, value, params[name].shape, key in tensor_keys)
             for key, value in entries.get(name, {}).items()
         }
         for name in params
     }
 
 
-def _elementwise_keys(entries: Mapping[str, Mapping[str, Any]], params: Params) -> set[str]:
-    """Keys of tensors that are shaped like their parameter.
+def forms_by_parameter(layout: Layout, stored: Mapping[str, Mapping[str, StateForm]]) -> Forms:
+    """The forms of what is stored, by parameter.
+
+    Args:
+        stored: by bucket.
+    """
+    forms: Forms = {}
+    for bucket in layout.buckets:
+        for segment in bucket.segments:
+            own = forms[segment.name] = dict(stored.get(bucket.name, {}))
+            for key, form in own.items():
+                shape = layout.of_state(key).find(segment.name)[1].shape
+                if form.flat and shape != segment.shape:
+                    own[key] = replace(form, shape=shape)
+    return forms
+
+
+def _tensor_keys(entries: Mapping[str, Mapping[str, Any]], params: Params) -> set[str]:
+    """Keys of tensors that are each parameter's own.
 
     For a 0-dim parameter a moment and a step count look the same, so the other parameters tell; if there are none,
     the name does, as in torch's own ``Optimizer.load_state_dict``.
     """
-    known, elementwise = set(), set()
+    known, own_tensor = set(), set()
     for name, own in entries.items():
         for key, value in own.items():
             if params[name].dim() and isinstance(value, torch.Tensor):
                 known.add(key)
-                if value.shape == params[name].shape:
-                    elementwise.add(key)
-    return elementwise | {key for own in entries.values() for key in own if key not in known and key != "step"}
+                if value.dim():
+                    own_tensor.add(key)
+    return own_tensor | {key for own in entries.values() for key in own if key not in known and key != "step"}
 
 
-def _form(name: str, key: str, value: Any, shape: torch.Size, elementwise: bool) -> StateForm:
+def _form(name: str, key: str, value: Any, shape: torch.Size, is_own: bool) -> StateForm:
     if isinstance(value, torch.Tensor):
-        if elementwise and value.shape == shape:
+        if is_own and value.shape == shape:
             return StateForm(True, value.dtype)
-        if not value.dim():
-            return StateForm(False, value.dtype, value.item())
-        what = f"has shape {tuple(value.shape)}, neither the parameter's {tuple(shape)} nor that of a single number"
-    elif value is None or isinstance(value, (int, float)):
+        if value.dim():
+            return StateForm(True, value.dtype, shape=tuple(value.shape))
+        return StateForm(False, value.dtype, value.item())
+    if value is None or isinstance(value, (int, float)):
         return StateForm(False, None, value)
-    else:
-        what = f"is a {type(value).__name__}, neither a tensor nor a number"
     raise StateError(
-        f"optimizer state {key!r} of {name!r} {what}, so it cannot be stored flat",
-        fix="use an optimizer whose state is elementwise, such as SGD, Adam, AdamW, Adagrad or RMSprop",
+        f"optimizer state {key!r} of {name!r} is a {type(value).__name__}, neither a tensor nor a number",
+        fix="use an optimizer that keeps tensors and numbers in its state",
     )
 
 

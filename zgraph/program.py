@@ -275,7 +275,7 @@ class Program:
             assert callable(node.target), node.target
             try:
                 with self.fake_mode, torch.no_grad(), _without_log():
-                    self._inferred[key] = node.target(*args, **kwargs)
+                    self._inferred[key] = getattr(node.target, "infer", node.target)(*args, **kwargs)
             except Exception as error:
                 reason = first_line(error) or type(error).__name__
                 what = f"{node.name} ({target_name(node.target)}) cannot take its arguments: {reason}"
@@ -369,6 +369,12 @@ class Guard:
     text: str
 
 
+def phase_of(node: fx.Node) -> Phase | None:
+    """The part of the step that a call belongs to; None for an input."""
+    origin: Origin | None = node.meta.get("origin")
+    return None if origin is None else origin.phase
+
+
 def update_nodes(program: Program) -> dict[str, list[fx.Node]]:
     """The optimizer update's nodes by the bucket (or, before bucketing, parameter) they serve, in order."""
     found: dict[str, list[fx.Node]] = {}
@@ -396,7 +402,7 @@ def operand(node: fx.Node, index: int = 0) -> fx.Node:
 
 def target_name(target: Any) -> str:
     """``aten.mm.default`` for operator overloads, ``operator.mul`` for Python functions, a kernel's own text."""
-    if hasattr(target, "body"):
+    if hasattr(target, "writes"):
         return str(target)
     if isinstance(target, torch._ops.OpOverload):
         return str(target)
@@ -509,6 +515,7 @@ __all__ = [
     "describe",
     "in_words",
     "operand",
+    "phase_of",
     "qualified_name",
     "show",
     "source_of",

@@ -29,7 +29,7 @@ from zgraph.layout import Layout
 from zgraph.lockstep import Value, Values, divide, join, part_of, run_ranks
 from zgraph.lower import Lowered, check_same_buckets, lower
 from zgraph.metrics import Metric, by_name, check_metrics
-from zgraph.optimizer_state import Forms, OptimizerState, check_agreement, stored_form
+from zgraph.optimizer_state import Forms, OptimizerState, check_agreement, forms_by_parameter, stored_form
 from zgraph.pipeline import Pass
 from zgraph.program import OF_PARAMETERS, Input, Mesh, Program, Role, describe
 from zgraph.skipping import NUM_SKIPPED, report
@@ -356,7 +356,7 @@ class SimulatedRanks:
             for what, value in self._values[0].items():
                 if what is not None and what.role is Role.OPT_STATE:
                     stored[what.name][what.key] = stored_form(value)
-            forms = {name: stored[self.layout.find(name)[0].name] for name in forms}
+            forms = forms_by_parameter(self.layout, stored)
         return {name: dict(sorted(entries.items())) for name, entries in forms.items()}
 
     def stored_forms(self) -> Forms:
@@ -369,13 +369,13 @@ class SimulatedRanks:
             return
         check_agreement(layout, forms)
         whole = self._values if self.layout is None else join(self.layout, self._values)
-        elementwise = {
+        flat = {
             Input(Role.OPT_STATE, name, key)
             for name, entries in forms.items()
             for key, form in entries.items()
-            if form.elementwise
+            if form.flat or layout.find(name)[0].keeps(key)
         }
-        self.layout, self._values = layout, divide(layout, whole, elementwise)
+        self.layout, self._values = layout, divide(layout, whole, flat)
 
     def _whole(self, role: Role) -> list[Values]:
         """Every rank's full values; those of ``role`` must be the same on all."""

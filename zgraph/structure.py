@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import Any, NoReturn
 
 import torch
@@ -17,6 +17,7 @@ from torch import fx
 
 from zgraph import ops
 from zgraph.changes import Look
+from zgraph.codegen.owned import OwnedUpdate
 from zgraph.errors import MISTAKE_IN_PASS, VerifyError
 from zgraph.layout import Layout
 from zgraph.liveness import owners, written
@@ -56,7 +57,7 @@ def broken(after: str, node: fx.Node, rule: str) -> VerifyError:
     """The error for a node that breaks a rule."""
     name = node.op
     if node.op == "call_function":
-        name = f"kernel {_called(node)}" if hasattr(node.target, "body") else target_name(node.target)
+        name = f"kernel {_called(node)}" if hasattr(node.target, "writes") else target_name(node.target)
     return VerifyError(
         f"{after} left a program that breaks a rule: {node.name} ({name}) {rule}",
         where=source_of(node),
@@ -128,6 +129,9 @@ def _check_value(program: Program, node: fx.Node, after: str) -> None:
     if hasattr(node.target, "body"):
         _check_kernel(program, node, node.target.body, after)
         return
+    if isinstance(node.target, OwnedUpdate):
+        _check_owned(program, node, node.target, after)
+        return
     val, recorded = program.infer(node, blame=after), node.meta["val"]
     if val is not recorded and _form(val) != _form(recorded):
         raise broken(after, node, f"is recorded as {_words(recorded)} but gives {_words(val)}")
@@ -157,6 +161,60 @@ def _check_kernel(program: Program, node: fx.Node, body: fx.Graph, after: str) -
     for inner, index in zip(results, writes, strict=True):
         if index is not None and _form(inner.meta["val"]) != given[index]:
             raise broken(after, node, f"writes {_words(inner.meta['val'])} over an input of another form")
+
+
+def _check_owned(program: Program, node: fx.Node, update: OwnedUpdate, after: str) -> None:
+    """Each part's owner has all that the part reads and writes, and it writes where no other part does."""
+    if program.stage >= Stage.SHARDED and update.world != program.mesh.size:
+        raise broken(after, node, f"is for {update.world} ranks of a mesh of {program.mesh.size}")
+    for body in dict.fromkeys(part.body for part in update.parts):
+        _check_owned_body(program, node, body, after)
+    inputs: list[Any] = [source.meta["val"] if isinstance(source, fx.Node) else source for source in node.args]
+    for part in update.parts:
+        for place in (*filter(None, part.takes), *part.gives):
+            size = place.numel // update.world
+            if not part.owner * size <= place.offset <= place.end <= (part.owner + 1) * size:
+                raise broken(after, node, f"has rank {part.owner} compute {part.name}, which lies elsewhere, too")
+        bound = [x.meta["val"] for x in part.body.find_nodes(op="placeholder")]
+        takes = [_form(x) if p is None else (p.shape, x.dtype) for x, p in zip(inputs, part.takes, strict=True)]
+        if takes != [_form(x) if p is None else _form(x)[::2] for x, p in zip(bound, part.takes, strict=True)]:
+            raise broken(after, node, f"is given other arguments than its body for {part.name} takes")
+        results: Any = part.body.output_node().args[0]
+        gives = [(place.shape, dtype) for place, dtype in zip(part.gives, update.dtypes, strict=True)]
+        if gives != [_form(inner.meta["val"])[::2] for inner in results]:
+            raise broken(after, node, f"gives other results for {part.name} than its body has")
+        for place, index in zip(part.gives, update.writes, strict=True):
+            if index is not None and part.takes[index] != place:
+                raise broken(after, node, f"writes what it has for {part.name} over something else")
+    over = [index for index in update.writes if index is not None]
+    if len(set(over)) < len(over):
+        raise broken(after, node, "writes two results over one input")
+    for places in zip(*(part.gives for part in update.parts), strict=True):
+        for one, two in pairwise(sorted(places, key=lambda place: (place.offset, place.end))):
+            if two.offset < one.end:
+                raise broken(after, node, f"writes two parts over element {two.offset} of one result")
+    if [_form(val) for val in program.infer(node, blame=after)] != [_form(val) for val in node.meta["val"]]:
+        raise broken(after, node, "is recorded with other results than it gives")
+    for val, index in zip(node.meta["val"], update.writes, strict=True):
+        if index is not None and _form(val) != _form(inputs[index]):
+            raise broken(after, node, f"writes {_words(val)} over an input of another form")
+
+
+def _check_owned_body(program: Program, node: fx.Node, body: fx.Graph, after: str) -> None:
+    """It depends on nothing but its inputs' values, and gives new tensors."""
+    for inner in body.nodes:
+        if inner.op != "call_function":
+            continue
+        if ops.is_random(inner.target) or ops.may_write(inner.target) or inner.target in ops.BY_PLACE:
+            raise broken(after, node, f"has {target_name(inner.target)} in a body, which may only compute new values")
+        _check_value(program, inner, after)
+    results: Any = body.output_node().args[0]
+    for inner in results:
+        source = inner
+        while (viewed := ops.view_of(source)) is not None:
+            source = viewed
+        if source.op != "call_function":
+            raise broken(after, node, "has a body that gives an input as a result, which may be written over")
 
 
 def _form(val: Any) -> Any:
@@ -194,7 +252,8 @@ def _check_layout(program: Program, layout: Layout, after: str) -> None:
             continue
         if what.name not in layout.by_name:
             raise VerifyError(f"{after}: the input {what} is not of a bucket of the layout")
-        is_param, bucket, val = what.role is Role.PARAM, layout.by_name[what.name], node.meta["val"]
+        is_param, val = what.role is Role.PARAM, node.meta["val"]
+        bucket = layout.of_state(what.key).by_name[what.name]
         numel = layout.param_numel(bucket) if is_param else layout.state_numel(bucket)
         if (is_param or (isinstance(val, torch.Tensor) and val.dim())) and tuple(val.shape) != (numel,):
             raise _misfit(after, node, f"{what} is {describe(val)}, but the layout gives each rank {numel} elements")
@@ -270,7 +329,7 @@ class _Memory:
 
     def written(self, node: fx.Node) -> list[fx.Node]:
         """The memory that a call writes over."""
-        lowered = node.target is ops.all_gather_into or hasattr(node.target, "body")
+        lowered = node.target is ops.all_gather_into or hasattr(node.target, "writes")
         if ops.may_write(node.target) and not lowered:
             self.refuse(node, "writes to its arguments; programs are functional, in place is a lowering")
         return [self.owner[source] for source in written(node)]
@@ -283,10 +342,10 @@ class _Memory:
             self.refuse(node, f"reads what {self.receiving[memory].name} is still writing")
 
     def check_aliases(self, node: fx.Node) -> None:
-        """A kernel reads and writes slice by slice: what it writes over it may be given once only."""
+        """A kernel reads and writes part by part: what it writes over it may be given once only."""
         for memory in self.written(node):
             given = [source for source in node.args if isinstance(source, fx.Node) and self.owner[source] is memory]
-            if hasattr(node.target, "body") and len(given) > 1:
+            if hasattr(node.target, "writes") and len(given) > 1:
                 self.refuse(node, f"is given {given[1].name}, which lies in what it writes over")
 
     def check_write(self, memory: fx.Node, node: fx.Node) -> None:
@@ -328,4 +387,4 @@ class _Memory:
 
 def _called(node: fx.Node) -> str:
     """A kernel's name, or that of a node."""
-    return node.target.__name__ if hasattr(node.target, "body") else node.name  # type: ignore[union-attr]
+    return node.target.__name__ if hasattr(node.target, "writes") else node.name  # type: ignore[union-attr]

@@ -7,12 +7,13 @@ double precision exactly as eager does. Conditions on such numbers (``if weight_
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 from unittest import mock
 
@@ -309,7 +310,7 @@ def _trace_once(
             plain = _plain(group, index, hypers, arguments, capturable=capturable)
             fake.param_groups.append({**plain, "params": members})
         before = _held(fake)
-        with _symbolic_math(), _as_if_compiling() if capturable else nullcontext():
+        with _symbolic_math(type(optimizer)), _as_if_compiling() if capturable else nullcontext():
             type(optimizer).step(fake)
         for what, value in _held(fake).items():
             if not is_same(value, before.get(what)):
@@ -384,6 +385,8 @@ def _trace_once(
     for node in graph.nodes:
         if "val" in node.meta:
             node.meta["val"] = pytree.tree_map(_sample, node.meta["val"])
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default  # what was reshaped was contiguous here; a gradient may not be
     return Update(graph, gradients, results, None, _guards(mode.shape_env, symbols), constants, new_state)
 
 
@@ -512,15 +515,31 @@ def _holds(expression: Any, free: list[sympy.Symbol]) -> Callable[..., bool]:
 
 
 @contextmanager
-def _symbolic_math() -> Iterator[None]:
-    """Let ``math.sqrt`` and its kin take symbolic numbers while an optimizer is traced."""
+def _symbolic_math(kind: type[torch.optim.Optimizer]) -> Iterator[None]:
+    """Let ``math.sqrt`` and its kin, ``min`` and ``max`` take symbolic numbers while an optimizer is traced.
 
-    def symbolic_or(name: str) -> Callable[..., Any]:
-        plain, symbolic = getattr(math, name), getattr(torch, f"_sym_{name}")
-        return lambda x: symbolic(x) if isinstance(x, (torch.SymFloat, torch.SymInt)) else plain(x)
+    Args:
+        kind: the optimizer's class; ``min`` and ``max`` do so in the modules in which its methods are defined.
+    """
+
+    def symbolic_or(plain: Callable[..., Any], symbolic: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            is_symbolic = any(isinstance(arg, (torch.SymFloat, torch.SymInt)) for arg in args)
+            return symbolic(*args, **kwargs) if is_symbolic else plain(*args, **kwargs)
+
+        return call
 
     names = [name for name in ("sqrt", "cos", "sin", "tanh") if hasattr(torch, f"_sym_{name}")]
-    patches: dict[str, Any] = {name: symbolic_or(name) for name in names}
-    patches["pow"] = lambda x, y: x**y
-    with mock.patch.multiple(math, **patches):
+    in_math: dict[str, Any] = {name: symbolic_or(getattr(math, name), getattr(torch, f"_sym_{name}")) for name in names}
+    in_math["pow"] = lambda x, y: x**y
+    built_in = {
+        "min": symbolic_or(min, lambda *args: reduce(torch.sym_min, args)),
+        "max": symbolic_or(max, lambda *args: reduce(torch.sym_max, args)),
+    }
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.multiple(math, **in_math))
+        methods = (inspect.unwrap(f) for base in kind.__mro__ for f in vars(base).values() if inspect.isfunction(f))
+        for own in {id(method.__globals__): method.__globals__ for method in methods}.values():
+            hidden = {name: function for name, function in built_in.items() if name not in own}
+            stack.enter_context(mock.patch.dict(own, hidden))
         yield

@@ -57,7 +57,7 @@ class Verifier:
         program = self._reference.clone()
         kernels: dict[Any, Any] = {}
         for node in program.graph.nodes:
-            if hasattr(node.target, "body"):  # which may be edited, too
+            if hasattr(node.target, "writes"):  # its body may be edited, too
                 node.target = kernels.setdefault(node.target, node.target.copy())
         self._look, self._twins = (
             Look(program),
@@ -239,8 +239,8 @@ class _Check:
                 raise VerifyError(
                     f"{self.after}: a result is {_new(what)}, which is not of a bucket", fix=MISTAKE_IN_PASS
                 )
-            bucket = layout.by_name[what.name]
             is_shard = layout.shard_params if what.role is Role.PARAM else layout.shard_state
+            bucket = layout.of_state(what.key).by_name[what.name]
             parts = self._parts(program, what, value, bucket, divided=is_shard and program.mesh.size > 1)
             outputs.update({name: (part, node) for name, part in parts.items()})
         return outputs

@@ -15,7 +15,7 @@ from tests.ranks import Ranks
 from tests.reference import slow, train_like_eager
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_groups", "lion"])
+@pytest.mark.parametrize("optimizer", ["adamw_groups", "lion", "muon_and_adam"])
 def test_update_equals_eager(ranks: Ranks, optimizer: str) -> None:
     ranks.run(train_like_eager, "awkward", optimizer=optimizer, zero=3)
 
@@ -24,7 +24,9 @@ def test_update_equals_eager(ranks: Ranks, optimizer: str) -> None:
 @pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "lion_warm_up"])
 @pytest.mark.parametrize(("world", "zero"), [(3, 3), (2, 1)])
 def test_every_update_equals_eager(ranks: Ranks, optimizer: str, world: int, zero: int) -> None:
-    ranks.run(train_like_eager, "awkward", optimizer=optimizer, zero=zero, world=world)
+    # Sums of rows and the like are not for tensors without elements.
+    case = "gpt_tied" if optimizer in ("adafactor", "lamb", "shampoo") else "awkward"
+    ranks.run(train_like_eager, case, optimizer=optimizer, zero=zero, world=world)
 
 
 @pytest.mark.slow

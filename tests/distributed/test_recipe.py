@@ -18,7 +18,7 @@ from tests.reference import slow, train_like_eager, world
 
 CHOICES: OrderedDict[str, list[Any]] = OrderedDict(
     case=["gpt_tied", "awkward", "partial"],
-    optimizer=["adamw", "sgd_momentum", "lion", "adamw_groups", "rmsprop_centered"],
+    optimizer=["adamw", "sgd_momentum", "lion", "adamw_groups", "rmsprop_centered", "muon_and_adam"],
     clip=[{}, {"clip_norm": 0.5}, {"clip_value": 0.01}],
     zero=[3, 2, 1, 0],
     accumulate=[1, 3],

@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import torch
 from torch import fx
 
 from zgraph import ops
 from zgraph.config import Config
-from zgraph.passes import default_passes
+from zgraph.passes import bucket, default_passes
 from zgraph.pipeline import Pass
 from zgraph.program import Mesh, Origin, Phase, Program, Role, Stage, describe, operand
 from zgraph.scaling import LOSS_SCALE
@@ -35,18 +36,23 @@ class Refusal(enum.Enum):
     MISSING = "is not returned"
     FACTS = "but not their step count|starts as None, but started as|which held at capture, is no longer checked"
     SHAPE = (
-        r"cannot take its arguments: Attempting to broadcast|the new value of \S+ is f64\[\d+\], but it is f64\[\d+\]"
+        r"cannot take its arguments: (Attempting to broadcast|Dimension out of range)"
+        r"|the new value of \S+ is f64\[\d+\], but it is f64\[\d+\]|but the layout gives each rank"
     )
     RECORD = r"is recorded as .* but gives"
     ORDER = r"reads \w+ before it is computed"
     MEMORY = r"has written over|does not return its new value|is still sending|but lies in|writes to its arguments"
     PADDING = "padding between gradients must stay zero"
+    OWNER = (
+        "which lies elsewhere, too|is given other arguments than its body|gives an input as a result|"
+        "over something else|writes two results over one input"
+    )
     RANKS = r"is on axis 'model' of|is for 3 ranks of"
 
 
 @dataclass(frozen=True)
 class Edit:
-    """One edit of the source of a module of passes.
+    """One edit of the source of a module of passes, or of one that ``FormBuckets`` is made with.
 
     Attributes:
         name: what goes wrong.
@@ -65,13 +71,20 @@ class Edit:
     def passes(self, config: Config, mesh: Mesh) -> Iterator[Sequence[Pass]]:
         """The default passes, with those of the edited module in place of the real ones."""
         edited = self._load()
+        mine = f"zgraph.passes.{self.module}"
+        helpers = {
+            name: getattr(edited, name)
+            for name, value in vars(bucket).items()
+            if getattr(value, "__module__", "") == mine
+        }
         try:
-            yield [
-                getattr(edited, p.name)(**{f.name: getattr(p, f.name) for f in fields(p)})
-                if type(p).__module__ == f"zgraph.passes.{self.module}"
-                else p
-                for p in default_passes(config, mesh)
-            ]
+            with mock.patch.dict(vars(bucket), {} if mine == bucket.__name__ else helpers):
+                yield [
+                    getattr(edited, p.name)(**{f.name: getattr(p, f.name) for f in fields(p)})
+                    if type(p).__module__ == mine
+                    else p
+                    for p in default_passes(config, mesh)
+                ]
         finally:
             del sys.modules[edited.__name__]
 
@@ -151,14 +164,14 @@ EDITS = [
     Edit(
         "parameters of different rules share a bucket",
         "bucket",
-        "group = (updates.expression.get(name), program.given.get(name), _read_as(node))",
-        "group = (trainable, program.given.get(name), None)",
+        "group = (updates.group.get(name), program.given.get(name), _read_as(node))",
+        "group = (name in updates.group, program.given.get(name), None)",
     ),
     Edit(
         "parameters with different step counts share a bucket",
         "bucket",
-        "group = (updates.expression.get(name), program.given.get(name), _read_as(node))",
-        "group = (updates.expression.get(name), None, None)",
+        "group = (updates.group.get(name), program.given.get(name), _read_as(node))",
+        "group = (updates.group.get(name), None, None)",
         Refusal.FACTS,
     ),
     Edit(
@@ -200,6 +213,67 @@ EDITS = [
         "bucket",
         'elif _is_tensor(new) and new.meta.get("input") != replace(what, name=bucket.name):',
         "elif False:",
+    ),
+    # Whole parameters
+    Edit(
+        "one rank computes all updates",
+        "own",
+        "for name, owner in zip(self.names, self.bucket.owners, strict=True):",
+        "for name, owner in zip(self.names, [0] * len(self.names), strict=True):",
+        Refusal.OWNER,
+    ),
+    Edit(
+        "the gradient is that of the parameter behind",
+        "own",
+        '        what: Input | None = node.meta.get("input")\n',
+        '        what: Input | None = node.meta.get("input")\n'
+        "        index = self.names.index(name)\n"
+        "        alike = [s.name for s in self.bucket.segments if s.shape == self.bucket.segments[index].shape]\n"
+        "        name = name if what is not None else alike[-1 - alike.index(name)]\n",
+    ),
+    Edit(
+        "two kinds of state of a whole parameter are exchanged",
+        "own",
+        "        made = [copied(result) for result in results]\n",
+        "        made = [copied(result) for result in results]\n"
+        "        one, two = ([w.key for w in self.whats].index(key) if key in [w.key for w in self.whats] else 0"
+        " for key in ('m0', 'm1'))\n"
+        "        made[one], made[two] = made[two], made[one]\n",
+    ),
+    Edit(
+        "an update is that of another shape",
+        "own",
+        "            key = (tuple(map(self.updates.term, results)), *(place and place.shape for place in takes))\n",
+        "            key = ()\n",
+        Refusal.OWNER,
+    ),
+    Edit(
+        "a new value is the old one's memory",
+        "own",
+        "            if _lies_in_an_input(result) or result in made[:index]:\n",
+        "            if False:\n",
+        Refusal.OWNER,
+    ),
+    Edit(
+        "an update that mixes elements runs on slices",
+        "updates",
+        "        if not mixing:\n            return\n",
+        "        return\n",
+        Refusal.SHAPE,
+    ),
+    Edit(
+        "all results are written over the first",
+        "inplace",
+        "writes = (home.get(donors[results[i]]) if",
+        "writes = (next(iter(home.values())) if",
+        Refusal.OWNER,
+    ),
+    Edit(
+        "state of its own shape is divided like parameters",
+        "shard",
+        "numel = program.layout.of_state(key).by_name[bucket.name].numel",
+        "numel = bucket.numel",
+        Refusal.SHAPE,
     ),
     # Norms
     Edit("a norm leaves out a bucket", "bucket", "node.args = (squares,)", "node.args = (squares[1:] or squares,)"),
@@ -357,7 +431,7 @@ EDITS = [
     Edit(
         "state stays whole",
         "shard",
-        'state.meta["val"] = program.empty([bucket.numel // world], val.dtype, val.device)',
+        'state.meta["val"] = program.empty([numel // world], val.dtype, val.device)',
         'state.meta["val"] = program.empty([bucket.numel], val.dtype, val.device)',
         Refusal.SHAPE,
     ),

@@ -30,6 +30,15 @@ def many_parameters(*, first: bool = False) -> Program:
     return build(Recipe(params, rules, backward=(6, 5, 4, 3, 2, 1, 0), first=first, random=True))
 
 
+def mixed_elements(*, first: bool = False) -> Program:
+    """Parameters whose updates mix elements, two of one shape among them; two kinds of state and a count."""
+    params = tuple(
+        Param(shape, "trained", group=0, low=False, shares=False) for shape in ((3, 5), (17,), (3, 5), (), (4, 4))
+    )
+    rule = Rule(("m0",), (("g",), ("p",)), count=True, keeps=True, mixes=True)
+    return build(Recipe(params, (rule,), backward=(4, 3, 2, 1, 0), first=first, random=False))
+
+
 def read_in_low_precision() -> Program:
     """Two weights that are read in float32 only, and two in one bucket of which one is read as it is, too."""
     b = Builder()
@@ -119,5 +128,9 @@ def steps() -> dict[str, Program]:
         "a scaled loss": scaled(two_layers()),
         "a clipped norm": clipped(two_layers(), 0.1),
         "a clipped norm of many parameters": clipped(many_parameters(), 0.1),
+        "updates that mix elements": mixed_elements(),
+        "the first of these": mixed_elements(first=True),
+        "updates that mix elements, clipped": clipped(mixed_elements(), 0.1),
+        "the last micro-batch of these": accumulated(mixed_elements(), 2, limit=0.1),
         "the last micro-batch, clipped": accumulated(two_layers(), 3, weighted=True, limit=0.1),
     }
