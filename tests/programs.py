@@ -220,6 +220,12 @@ def clipped(program: Program, limit: float) -> Program:
     return program
 
 
+def averaged(program: Program) -> Program:
+    """The same CAPTURED program, with averages of its weights."""
+    complete(Gradients(program, gradients_of(program)), Config(ema=0.9))
+    return program
+
+
 def scaled(program: Program, limit: float | None = None) -> Program:
     """The same CAPTURED program as one whose gradients are of a scaled loss."""
     first = next(node for node in program.graph.nodes if node.op != "placeholder")

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from zgraph import ops
 from zgraph.attributes import ModuleAttributes, is_plain, is_same
+from zgraph.averages import check_no_clash, without_averages
 from zgraph.config import Config
 from zgraph.errors import CaptureError, OptimizerError, ZgraphError, first_line, quoted
 from zgraph.functional import make_functional, own_memory_by_place
@@ -229,7 +230,9 @@ def capture(
                 f"forward replaces buffer {name}, {describe(before)}, by {describe(after)}",
                 fix="keep the shape and dtype of buffers, e.g. self.x = new.to(self.x.dtype)",
             )
-    update = trace_update(optimizer, params, found["grads"], state or {}, device)
+    update = trace_update(optimizer, params, found["grads"], without_averages(state or {}), device)
+    if config.ema is not None:
+        check_no_clash(key for entries in update.state.values() for key in entries)
     asked = [results[0], *grads.values(), *told]
     program, (_, *in_program) = _join(graph, asked, grads, written, constants, update, mode, state or {})
     gradients = Gradients(program, dict(zip(grads, in_program, strict=False)))

@@ -27,12 +27,13 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from zgraph.agreement import CheckedComm
+from zgraph.averages import WEIGHT_EMA
 from zgraph.batches import Call, micro_batches
 from zgraph.capture import capture, check_optimizer
 from zgraph.codegen.emit import emit
 from zgraph.collector import collect_garbage
 from zgraph.comm import Comm, default_backend, make_comm
-from zgraph.config import Config
+from zgraph.config import Config, check_numbers
 from zgraph.eager import GatherOnUse
 from zgraph.errors import CaptureError, OptimizerError, OptionError, StateError, ZgraphError
 from zgraph.execute import Executable
@@ -94,7 +95,7 @@ def compile(  # noqa: A001
     """
     config = Config.from_options(options)
     check_arguments(model, optimizer, loss, weight, passes)
-    for name in ("train_step", "stats", "program", "source"):
+    for name in ("train_step", "stats", "program", "source", "recipe", "ema_state_dict"):
         if hasattr(model, name):
             raise OptionError(
                 f"the model has an attribute {name!r}, which zgraph.compile would hide", fix="rename the attribute"
@@ -139,6 +140,11 @@ class CompiledModule(nn.Module):
         return self.__dict__["_zgraph"].stats()  # type: ignore[no-any-return]
 
     @property
+    def recipe(self) -> dict[str, float]:
+        """Numbers of the recipe by option (``ema``), read anew in each step; all ranks change them alike."""
+        return self.__dict__["_zgraph"].numbers  # type: ignore[no-any-return]
+
+    @property
     def program(self) -> Program:
         """The program of the last step, after all passes."""
         return self.__dict__["_zgraph"].last().executable.program  # type: ignore[no-any-return]
@@ -159,6 +165,16 @@ class CompiledModule(nn.Module):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load full parameters; each rank stores its part."""
         return self.__dict__["_zgraph"].state.load_state_dict(super().load_state_dict, *args, **kwargs)
+
+    def ema_state_dict(self) -> dict[str, Any]:
+        """What ``state_dict`` gives, with the averages of trained weights in their place.
+
+        All ranks call it together. What an average is saved in, and loaded from, is ``optimizer.state_dict()``.
+
+        Raises:
+            OptionError: the model was compiled without ``ema``.
+        """
+        return self.__dict__["_zgraph"].ema_state_dict()  # type: ignore[no-any-return]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise StateError(
@@ -222,6 +238,7 @@ class _Runtime:
 
     def __post_init__(self) -> None:
         self.state = TrainingState(self.model, self.optimizer, self.group)
+        self.numbers = self.config.numbers()
         self.agreement = self.state.agreement
         functions = functions_by_name(self.loss, self.weight, self.metrics)
         self.facts = Facts(self.model, self.optimizer, self.state, functions) if self.optimizer is not None else None
@@ -242,7 +259,8 @@ class _Runtime:
         error: Exception | None = None
         try:
             check_step(self.optimizer)
-            hypers = hyperparameters(self.optimizer)
+            check_numbers(self.numbers, self.config)
+            hypers = {**hyperparameters(self.optimizer), **self.numbers}
             calls = micro_batches(args, kwargs, self.config.accumulate)
             self.facts.begin()
             for call in calls:
@@ -433,6 +451,16 @@ class _Runtime:
         if self.state.divided:
             self.agreement.check("model()")
         return GatherOnUse(self.state)
+
+    def ema_state_dict(self) -> dict[str, Any]:
+        if self.config.ema is None:
+            raise OptionError("no average of the weights is kept", fix="zgraph.compile(model, ..., ema=0.999)")
+        found: dict[str, Any] = self.model.state_dict()
+        averages = self.state.optimizer_state(WEIGHT_EMA)
+        for name, param in self.model.named_parameters(remove_duplicate=False):
+            if id(param) in averages and name in found:
+                found[name] = averages[id(param)]
+        return found
 
     def last(self) -> _Compiled:
         if self._last is None:

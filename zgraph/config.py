@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -43,6 +43,35 @@ _TINY = 2.0**-100
 _RANGES = (("zero", 0, 3), ("prefetch", 0, 64), ("accumulate", 1, 2**20), ("loss_scale_interval", 1, 2**62))
 
 
+_NUMBERS = {"ema": 1.0}
+"""Options that are inputs of the step: how large each may be. None may be less than 0."""
+
+
+def check_numbers(numbers: Mapping[str, Any], config: Config) -> None:
+    """Refuse numbers that a step cannot be given.
+
+    Args:
+        numbers: of a step, by option.
+        config: what the step was compiled with.
+
+    Raises:
+        OptionError: one is out of range, missing, or for what the step does not do.
+    """
+    if numbers.keys() != config.numbers().keys():
+        odd = sorted(numbers.keys() ^ config.numbers().keys())[0]
+        known = odd in config.numbers()
+        raise OptionError(
+            f"the recipe has {'no ' if known else ''}{odd!r}",
+            fix=f"set it to a number; its keys are {sorted(config.numbers()) or 'none'}"
+            if known
+            else f"give the option {odd} to zgraph.compile, or leave it out",
+        )
+    for name, value in numbers.items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not 0 <= value <= _NUMBERS[name]:
+            raise OptionError(f"{name}={value!r} is out of range", fix=f"give a number from 0 to {_NUMBERS[name]}")
+
+
 def _names(value: Any) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, Iterable) or not all(isinstance(v, str) for v in value):
         raise OptionError(f"keep_float32={value!r} is not a list of names", fix="give keep_float32=['head', 'norm']")
@@ -73,6 +102,9 @@ class Config:
             on any rank, and is counted.
         clip_value: move each element of a gradient to the nearest number between ``-clip_value`` and ``clip_value``
             (``torch.nn.utils.clip_grad_value_``); None does not.
+        ema: keep an average of the trained weights, of which a step keeps this much: between 0 and 1. It starts as the
+            weights are; a step that is skipped leaves it. See ``CompiledModule.ema_state_dict``; ``recipe["ema"]`` of
+            a compiled model may change from step to step.
         check_collectives: before each collective of a step all ranks compare which one they are about to start, and
             stop with both names if they differ. For finding out why ranks part: it makes steps slower.
     """
@@ -87,6 +119,7 @@ class Config:
     accumulate: int = 1
     clip_norm: float | None = None
     clip_value: float | None = None
+    ema: float | None = None
     check_collectives: bool = False
 
     @classmethod
@@ -137,9 +170,14 @@ class Config:
             raise OptionError(
                 "clip_norm and clip_value are both given", fix="choose one: clipping twice is not what either says"
             )
+        check_numbers(config.numbers(), config)
         if not isinstance(config.check_collectives, bool):
             raise OptionError(f"check_collectives={config.check_collectives!r} is not a bool", fix="give True or False")
         return config
+
+    def numbers(self) -> dict[str, float]:
+        """Options that are given and may change from step to step, by name."""
+        return {name: getattr(self, name) for name in _NUMBERS if getattr(self, name) is not None}
 
     @property
     def scales_loss(self) -> bool:

@@ -7,7 +7,7 @@ the optimizer. The user's ``optimizer.state`` is empty meanwhile: hooks fill it 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import nn
 from zgraph.agreement import Agreement
 from zgraph.errors import StateError
 from zgraph.flat import FlatTensors, place, without_memory
-from zgraph.layout import Layout
+from zgraph.layout import Bucket, Layout
 
 Value = torch.Tensor | int | float | None
 """One entry of a parameter's optimizer state."""
@@ -209,18 +209,29 @@ class OptimizerState:
             self._agreement.check("optimizer.state_dict()")
         full: dict[int, dict[str, Value]] = {}
         for bucket in self._layout.buckets:
-            params = [self._params[segment.name] for segment in bucket.segments]
-            for key, value in self.stored[bucket.name].items():
-                if _is_flat(value):
-                    for name, copy in self._flat(key, {bucket.name: value}).copies():
-                        full.setdefault(id(self._params[name]), {})[key] = copy
-                else:
-                    for param in params:
-                        full.setdefault(id(param), {})[key] = _copy(value)
+            for key in self.stored[bucket.name]:
+                for name, value in self._full(bucket, key):
+                    full.setdefault(id(self._params[name]), {})[key] = value
         for group in optimizer.param_groups:
             for param in group["params"]:
                 if id(param) in full:
                     optimizer.state[param] = full[id(param)]
+
+    @torch.no_grad()
+    def full(self, key: str) -> dict[int, Value]:
+        """Full values of one kind of state, by the ``id`` of the parameter; all ranks ask together."""
+        if self._layout.shard_state and self._layout.world > 1:
+            self._agreement.check(f"reading the optimizer state {key!r}")
+        buckets = [bucket for bucket in self._layout.buckets if key in self.stored[bucket.name]]
+        return {id(self._params[name]): value for bucket in buckets for name, value in self._full(bucket, key)}
+
+    def _full(self, bucket: Bucket, key: str) -> Iterator[tuple[str, Value]]:
+        """By parameter, the full value of an entry of a bucket."""
+        value = self.stored[bucket.name][key]
+        if _is_flat(value):
+            yield from self._flat(key, {bucket.name: value}).copies()
+        else:
+            yield from ((segment.name, _copy(value)) for segment in bucket.segments)
 
     def _after_save(self, optimizer: torch.optim.Optimizer, _: dict[str, Any]) -> None:
         optimizer.state.clear()

@@ -3,6 +3,7 @@
     micro-batches add up, weighted    accumulation
     the loss scale is taken out       scaling
     gradients are clipped             clipping
+    averages of the weights move      averages
     a step that failed is skipped     skipping
     the loss scale moves              scaling
 
@@ -16,6 +17,7 @@ from collections.abc import Mapping
 from torch import fx
 
 from zgraph.accumulation import accumulate
+from zgraph.averages import average_weights
 from zgraph.clipping import check_clipping, clip_norm, clip_value, norm_of
 from zgraph.config import Config
 from zgraph.gradients import Gradients
@@ -45,15 +47,17 @@ def complete(
     gradients = accumulate(gradients, config.accumulate, weight, metrics)
     if config.scales_loss:
         gradients = unscale(gradients, config.loss_scale)
-    if config.clip_norm is None and not config.scales_loss:
-        if config.clip_value is not None:
-            clip_value(gradients, config.clip_value)
-        return
-    norm, finite = norm_of(gradients)
+    may_skip = config.clip_norm is not None or config.scales_loss
+    norm, finite = norm_of(gradients) if may_skip else (None, None)
     if config.clip_norm is not None:
+        assert norm is not None
         gradients = clip_norm(gradients, norm, config.clip_norm)
     if config.clip_value is not None:
         gradients = clip_value(gradients, config.clip_value)
-    skip_unless(gradients.program, finite, norm)
+    if config.ema is not None:
+        average_weights(gradients)
+    if norm is not None and finite is not None:
+        skip_unless(gradients.program, finite, norm)
     if config.scales_loss:
+        assert finite is not None
         update_scale(gradients, finite, config.loss_scale_interval)

@@ -20,7 +20,7 @@ from zgraph.agreement import Agreement
 from zgraph.batches import Call, MicroBatches, call_of, micro_batches, name_of
 from zgraph.capture import capture
 from zgraph.compiler import check_arguments, functions_by_name
-from zgraph.config import Config
+from zgraph.config import Config, check_numbers
 from zgraph.errors import OptimizerError, OptionError, RankError, StateError, ZgraphError
 from zgraph.execute import initial_state, initial_value, without_unmade
 from zgraph.facts import Facts, fact_of, hold, state_spec
@@ -93,6 +93,7 @@ class SimulatedRanks:
 
     Attributes:
         layout: the buckets; None before the first step.
+        recipe: numbers of the recipe by option (``ema``), read anew in each step.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class SimulatedRanks:
         self._given = OptimizerState(optimizer, None, Agreement(None)).forms(dict(model.named_parameters()))
         self._constants: dict[Hashable, tuple[torch.Tensor, list[torch.Tensor]]] = {}
         self.layout: Layout | None = None
+        self.recipe = config.numbers()
         self._shapes = _shapes(model)
         self._programs: dict[str, list[Lowered]] = {}
         self._program: Program | None = None
@@ -152,7 +154,8 @@ class SimulatedRanks:
         """
         calls = self._calls(batches)
         self._check_model()
-        hypers = hyperparameters(self._optimizer)
+        check_numbers(self.recipe, self._config)
+        hypers = {**hyperparameters(self._optimizer), **self.recipe}
         check_step(self._optimizer)
         forms = self.state_forms()
         made: list[tuple[Call, Lowered]] = []

@@ -173,6 +173,10 @@ class TrainingState:
         """Every parameter's full value, in memory of its own, gathered bucket by bucket."""
         return self._stored_params().copies()
 
+    def optimizer_state(self, key: str) -> dict[int, Value]:
+        """Full values of one kind of optimizer state, by the ``id`` of the parameter; a collective if it is divided."""
+        return self._optimizer_state.full(key)
+
     def state_forms(self) -> Forms:
         """The optimizer state that exists, by parameter name and key. Involves no other rank.
 

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from zgraph import ops
+from zgraph.averages import WEIGHT_EMA
 from zgraph.config import Config
 from zgraph.passes import bucket, default_passes
 from zgraph.pipeline import Pass
@@ -650,6 +651,19 @@ class MoveStateOfSkippedSteps(Pass):
 
 
 @dataclass(frozen=True)
+class AverageOldWeights(Pass):
+    """Let averages move towards the weights from before the update."""
+
+    takes = gives = Stage.CAPTURED
+
+    def rewrite(self, program: Program) -> None:
+        params = program.inputs(Role.PARAM)
+        for what, result in zip(program.outputs, program.results(), strict=True):
+            if what is not None and what.key == WEIGHT_EMA:
+                result.replace_input_with(operand(result, 1), params[what.name, ""])
+
+
+@dataclass(frozen=True)
 class KeepLossScale(Pass):
     """Do not lower the scale of the loss where gradients were not finite."""
 
@@ -966,6 +980,7 @@ EXTRAS = [
     Extra("a micro-batch adds its gradient twice", AddGradientsTwice()),
     Extra("gradients go on adding up behind the update", GoOnAddingUp()),
     Extra("a skipped step moves optimizer state", MoveStateOfSkippedSteps()),
+    Extra("the average is of the weights before the update", AverageOldWeights()),
     Extra("a loss scale is never lowered", KeepLossScale()),
     Extra("a gradient is unscaled twice", UnscaleTwice()),
     Extra("a norm that all ranks have is added up over them", AddUpWhatAllHave()),
