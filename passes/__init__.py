@@ -8,7 +8,7 @@ from zgraph.config import Config
 from zgraph.layout import Layout
 from zgraph.passes.bucket import FormBuckets
 from zgraph.passes.inplace import UpdateInPlace
-from zgraph.passes.precision import CastBeforeGather
+from zgraph.passes.precision import CastBeforeGather, ReduceInLowPrecision
 from zgraph.passes.schedule import Overlap
 from zgraph.passes.shard import AverageGradients, ReadParamsEarly, ShardGradients, ShardOptimizer, ShardParams
 from zgraph.passes.tidy import Tidy
@@ -37,6 +37,7 @@ def default_passes(
         Tidy(),
         FormBuckets(mesh.size, config.bucket_bytes, layout),
         *(p for stage in zero[: config.zero + 1] for p in stage),
+        *((ReduceInLowPrecision(),) if config.reduce_precision == "bf16" else ()),
         Overlap(config.prefetch, config.bucket_bytes),
         UpdateInPlace(),
     )
@@ -50,6 +51,7 @@ __all__ = [
     "FormBuckets",
     "Overlap",
     "ReadParamsEarly",
+    "ReduceInLowPrecision",
     "ShardGradients",
     "ShardOptimizer",
     "ShardParams",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import SGD
 
 import zgraph
 from tests.models import CASES, GPT
@@ -191,3 +193,26 @@ def test_the_same_script_runs_alone_and_under_torchrun(tmp_path: Path) -> None:
     (alone, losses), (together, same) = results
     assert (alone, together) == (1, 2)
     assert same == pytest.approx(losses, rel=1e-10)
+
+
+def reduce_in_bf16(zero: int) -> dict[str, torch.Tensor]:
+    """Weights after some steps on all ranks; they are those of simulated ranks."""
+    rank, num_ranks = world()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    simulated = copy.deepcopy(model)
+    options: dict[str, Any] = {"loss": lambda y, _: y.square().mean(), "zero": zero, "reduce_precision": "bf16"}
+    compiled = zgraph.compile(model, optimizer=SGD(model.parameters(), lr=0.5), **options)
+    ranks = zgraph.simulate_ranks(simulated, SGD(simulated.parameters(), lr=0.5), world_size=num_ranks, **options)
+    for _ in range(3):
+        parts = torch.randn(4 * num_ranks, 5).chunk(num_ranks)
+        compiled.train_step(parts[rank])
+        ranks.train_step([(part,) for part in parts])
+    state = compiled.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in ranks.state_dict().items())
+    return state
+
+
+@pytest.mark.parametrize("zero", [3, *slow(0, 1, 2)])
+def test_gradients_are_reduced_in_bf16_on_request(ranks: Ranks, zero: int) -> None:
+    ranks.run(reduce_in_bf16, zero=zero)

@@ -1,0 +1,135 @@
+"""Gradients may be rounded before they are averaged: where the user says so, by so much, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+
+import zgraph
+from tests.programs import accumulated, one_layer
+from tests.reference import assert_equal
+from zgraph import ops
+from zgraph.config import Config
+from zgraph.errors import VerifyError
+from zgraph.passes import default_passes
+from zgraph.pipeline import Pass, run
+from zgraph.program import Mesh, Stage, operand
+
+LOW = Config(reduce_precision="bf16")
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out, self.scale = nn.Linear(6, 9), nn.Linear(9, 2), nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.out(torch.tanh(self.inner(x)) * self.scale)
+        return y.square().mean()
+
+
+def rounded_mean(gradients: list[Tensor]) -> Tensor:
+    """As ranks add bfloat16 up: in rank order."""
+    total = gradients[0].bfloat16()
+    for gradient in gradients[1:]:
+        total = total + gradient.bfloat16()
+    return (total / len(gradients)).float()
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_mean_is_that_of_rounded_gradients_and_within_its_bound(world: int, zero: int) -> None:
+    torch.manual_seed(0)
+    model = Net()
+    reference = copy.deepcopy(model)
+    ranks = zgraph.simulate_ranks(
+        model, SGD(model.parameters(), lr=0.5), world_size=world, zero=zero, reduce_precision="bf16"
+    )
+    optimizer = SGD(reference.parameters(), lr=0.5)
+    for step in range(3):
+        parts = torch.randn(6 * world, 6).chunk(world)
+        ranks.train_step([(part,) for part in parts])
+        params = list(reference.parameters())
+        each = [torch.autograd.grad(reference(part), params) for part in parts]
+        for param, *gradients in zip(params, *each, strict=True):
+            param.grad = rounded_mean(gradients)
+            exact = sum(g.double() for g in gradients) / world
+            size = sum(g.double().abs() for g in gradients) / world
+            assert ((param.grad - exact).abs() <= (world + 1.1) / 256 * size).all()
+        optimizer.step()
+        assert_equal(ranks.state_dict(), reference.state_dict(), f"step {step}")
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_half_the_bytes_of_gradients_travel(zero: int) -> None:
+    sent = {}
+    for precision in (None, "bf16"):
+        program = run(
+            default_passes(Config(zero, reduce_precision=precision), Mesh(2)), accumulated(one_layer(), 2)
+        ).program
+        starts = [n for n in program.graph.nodes if n.target in (ops.all_reduce, ops.reduce_scatter)]
+        sent[precision] = [operand(start).meta["val"] for start in starts if operand(start).meta["val"].dim()]
+    assert [(low.shape, low.dtype) for low in sent["bf16"]] == [(high.shape, torch.bfloat16) for high in sent[None]]
+
+
+def test_one_rank_rounds_nothing() -> None:
+    program = run(default_passes(LOW, Mesh(1)), one_layer()).program
+    assert program.text() == run(default_passes(Config(), Mesh(1)), one_layer()).program.text()
+
+
+def test_the_proof_says_what_it_takes_on_trust() -> None:
+    records = run(default_passes(LOW, Mesh(2)), one_layer()).records
+    assert {record.name: record.assumes for record in records if record.assumes} == {
+        "ReduceInLowPrecision": ("to(mean(to(g, bf16)), dtype of g) = mean(g)",)
+    }
+
+
+@dataclass(frozen=True)
+class RoundWithoutReducing(Pass):
+    """Let the update read this rank's gradient, rounded."""
+
+    takes = gives = Stage.SHARDED
+
+    def rewrite(self, program: Any) -> None:
+        for wait in program.graph.find_nodes(op="call_function", target=ops.wait):
+            start = operand(wait)
+            for user in list(wait.users):
+                if start.target is ops.all_reduce and user.op == "call_function" and wait.meta["val"].dim():
+                    user.replace_input_with(wait, operand(start))
+
+
+@dataclass(frozen=True)
+class RoundTheParameter(Pass):
+    """Round what the update makes of a parameter, too."""
+
+    takes = gives = Stage.SHARDED
+
+    def rewrite(self, program: Any) -> None:
+        aten = torch.ops.aten
+        results = program.results()
+        for i, what in enumerate(program.outputs):
+            if what is not None and results[i].meta["val"].dtype is torch.float64:
+                origin = results[i].meta["origin"]
+                for dtype in (torch.bfloat16, torch.float64):
+                    results[i] = program.call(
+                        aten._to_copy.default, results[i], dtype=dtype, origin=origin, before=program.output_node
+                    )
+        program.set_results(results, program.outputs)
+
+
+@pytest.mark.parametrize("mistake", [RoundWithoutReducing(), RoundTheParameter()])
+def test_a_mistake_beside_it_is_refused(mistake: Pass) -> None:
+    config = Config(0, reduce_precision="bf16")
+    with pytest.raises(VerifyError, match=f"{mistake.name} changed what the step computes"):
+        run(default_passes(config, Mesh(2), own=[mistake]), one_layer())
+
+
+def test_other_precisions_are_refused() -> None:
+    with pytest.raises(zgraph.OptionError, match="reduce_precision='fp8' is not known"):
+        zgraph.compile(nn.Linear(2, 2), reduce_precision="fp8")
