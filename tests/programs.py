@@ -226,6 +226,12 @@ def averaged(program: Program) -> Program:
     return program
 
 
+def noisy(program: Program) -> Program:
+    """The same CAPTURED program, with noise in its gradients."""
+    complete(Gradients(program, gradients_of(program)), Config(gradient_noise=0.1, clip_norm=0.1))
+    return program
+
+
 def scaled(program: Program, limit: float | None = None) -> Program:
     """The same CAPTURED program as one whose gradients are of a scaled loss."""
     first = next(node for node in program.graph.nodes if node.op != "placeholder")

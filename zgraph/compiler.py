@@ -94,7 +94,7 @@ def compile(  # noqa: A001
         CaptureError: there is nothing to train, or a lazy module has not been called yet.
     """
     config = Config.from_options(options)
-    check_arguments(model, optimizer, loss, weight, passes)
+    check_arguments(model, optimizer, loss, weight, passes, config)
     for name in ("train_step", "stats", "program", "source", "recipe", "ema_state_dict"):
         if hasattr(model, name):
             raise OptionError(
@@ -260,7 +260,7 @@ class _Runtime:
         try:
             check_step(self.optimizer)
             check_numbers(self.numbers, self.config)
-            hypers = {**hyperparameters(self.optimizer), **self.numbers}
+            hypers = {**hyperparameters(self.optimizer), **self.config.inputs(self.numbers, self.agreement.world)}
             calls = micro_batches(args, kwargs, self.config.accumulate)
             self.facts.begin()
             for call in calls:
@@ -497,7 +497,7 @@ def functions_by_name(
     return {name: function for name, function in given.items() if function is not None}
 
 
-def check_arguments(model: Any, optimizer: Any, loss: Any, weight: Any, passes: Sequence[Any]) -> None:
+def check_arguments(model: Any, optimizer: Any, loss: Any, weight: Any, passes: Sequence[Any], config: Config) -> None:
     """Refuse what cannot be trained.
 
     Raises:
@@ -509,6 +509,8 @@ def check_arguments(model: Any, optimizer: Any, loss: Any, weight: Any, passes: 
         raise OptionError(f"loss is a {type(loss).__name__}", fix="pass a function loss(output, *args, **kwargs)")
     if weight is not None and not callable(weight):
         raise OptionError(f"weight is a {type(weight).__name__}", fix="pass a function weight(*args, **kwargs)")
+    if weight is not None and config.gradient_noise is not None:
+        raise OptionError("gradient_noise with a weight, which would weigh it, too", fix="leave one of them out")
     params: Iterable[tuple[str, Any]] = model.named_parameters()
     lazy = [name for name, p in params if is_lazy(p)]
     if lazy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -43,7 +44,7 @@ _TINY = 2.0**-100
 _RANGES = (("zero", 0, 3), ("prefetch", 0, 64), ("accumulate", 1, 2**20), ("loss_scale_interval", 1, 2**62))
 
 
-_NUMBERS = {"ema": 1.0}
+_NUMBERS = {"ema": 1.0, "gradient_noise": sys.float_info.max}
 """Options that are inputs of the step: how large each may be. None may be less than 0."""
 
 
@@ -105,6 +106,9 @@ class Config:
             on any rank, and is counted.
         clip_value: move each element of a gradient to the nearest number between ``-clip_value`` and ``clip_value``
             (``torch.nn.utils.clip_grad_value_``); None does not.
+        gradient_noise: the standard deviation of normal noise in the gradients that are clipped and updated with, all
+            ranks and micro-batches together; ``recipe["gradient_noise"]`` may change from step to step. Not for
+            float16, whose gradients are scaled, nor with a ``weight`` of batches.
         ema: keep an average of the trained weights, of which a step keeps this much: between 0 and 1. It starts as the
             weights are; a step that is skipped leaves it. See ``CompiledModule.ema_state_dict``; ``recipe["ema"]`` of
             a compiled model may change from step to step.
@@ -123,6 +127,7 @@ class Config:
     accumulate: int = 1
     clip_norm: float | None = None
     clip_value: float | None = None
+    gradient_noise: float | None = None
     ema: float | None = None
     check_collectives: bool = False
 
@@ -154,6 +159,10 @@ class Config:
         if config.precision is not None and config.precision not in tuple(PRECISIONS):
             known_ones = " or ".join(map(repr, PRECISIONS))
             raise OptionError(f"precision={config.precision!r} is not known", fix=f"give {known_ones}, or None")
+        if config.gradient_noise is not None and config.precision == "fp16":
+            raise OptionError(
+                "gradient_noise with precision='fp16', whose gradients are scaled", fix="use bf16, or leave it out"
+            )
         if config.reduce_precision not in (None, "bf16"):
             raise OptionError(f"reduce_precision={config.reduce_precision!r} is not known", fix="give 'bf16', or None")
         for name in ("loss_scale", "loss_scale_interval"):
@@ -180,6 +189,16 @@ class Config:
         if not isinstance(config.check_collectives, bool):
             raise OptionError(f"check_collectives={config.check_collectives!r} is not a bool", fix="give True or False")
         return config
+
+    def inputs(self, numbers: Mapping[str, float], world: int) -> dict[str, float]:
+        """What a step on ``world`` ranks is given for the ``numbers`` of its recipe.
+
+        The mean of n independent noises has a standard deviation of theirs by the root of n.
+        """
+        inputs = dict(numbers)
+        if "gradient_noise" in inputs:
+            inputs["gradient_noise"] *= math.sqrt(world * self.accumulate)
+        return inputs
 
     def numbers(self) -> dict[str, float]:
         """Options that are given and may change from step to step, by name."""

@@ -1,5 +1,6 @@
 """What lies between backward and the optimizer's own update, in order.
 
+    gradients get noise               noise
     micro-batches add up, weighted    accumulation
     the loss scale is taken out       scaling
     gradients are clipped             clipping
@@ -22,6 +23,7 @@ from zgraph.clipping import check_clipping, clip_norm, clip_value, norm_of
 from zgraph.config import Config
 from zgraph.gradients import Gradients
 from zgraph.metrics import Reduced
+from zgraph.noise import add_noise
 from zgraph.scaling import unscale, update_scale
 from zgraph.skipping import skip_unless
 
@@ -44,6 +46,8 @@ def complete(
         CaptureError: see ``check_clipping``.
     """
     check_clipping(gradients, config)
+    if config.gradient_noise is not None:
+        gradients = add_noise(gradients)
     gradients = accumulate(gradients, config.accumulate, weight, metrics)
     if config.scales_loss:
         gradients = unscale(gradients, config.loss_scale)

@@ -74,7 +74,7 @@ def simulate_ranks(
         StateError: the model is on meta, or the optimizer's state cannot be stored.
     """
     config = Config.from_options(options)
-    check_arguments(model, optimizer, loss, weight, passes)
+    check_arguments(model, optimizer, loss, weight, passes, config)
     if optimizer is None:
         raise OptimizerError("ranks need an optimizer to train with", fix="pass optimizer=torch.optim.AdamW(...)")
     if not _is_whole(world_size) or world_size < 1:
@@ -155,7 +155,7 @@ class SimulatedRanks:
         calls = self._calls(batches)
         self._check_model()
         check_numbers(self.recipe, self._config)
-        hypers = {**hyperparameters(self._optimizer), **self.recipe}
+        hypers = {**hyperparameters(self._optimizer), **self._config.inputs(self.recipe, self.world_size)}
         check_step(self._optimizer)
         forms = self.state_forms()
         made: list[tuple[Call, Lowered]] = []

@@ -664,6 +664,20 @@ class AverageOldWeights(Pass):
 
 
 @dataclass(frozen=True)
+class DropNoise(Pass):
+    """Leave the noise of one gradient out."""
+
+    takes = gives = Stage.BUCKETED
+
+    def rewrite(self, program: Program) -> None:
+        drawn = _first(program, lambda n: n.target is aten.randn.default)
+        if drawn is not None:
+            (scaled,) = drawn.users
+            (noisy,) = scaled.users
+            noisy.replace_all_uses_with(operand(noisy))
+
+
+@dataclass(frozen=True)
 class KeepLossScale(Pass):
     """Do not lower the scale of the loss where gradients were not finite."""
 
@@ -981,6 +995,7 @@ EXTRAS = [
     Extra("gradients go on adding up behind the update", GoOnAddingUp()),
     Extra("a skipped step moves optimizer state", MoveStateOfSkippedSteps()),
     Extra("the average is of the weights before the update", AverageOldWeights()),
+    Extra("a gradient gets no noise", DropNoise()),
     Extra("a loss scale is never lowered", KeepLossScale()),
     Extra("a gradient is unscaled twice", UnscaleTwice()),
     Extra("a norm that all ranks have is added up over them", AddUpWhatAllHave()),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tests.programs import Builder, accumulated, averaged, clipped, param, scaled, two_layers
+from tests.programs import Builder, accumulated, averaged, clipped, noisy, param, scaled, two_layers
 from tests.recipes import Param, Recipe, Rule, build
 from zgraph.accumulation import micro_step
 from zgraph.program import Guard, Input, Phase, Program, Role, StateInit
@@ -126,6 +126,7 @@ def steps() -> dict[str, Program]:
         "one of many micro-batches": micro_step(accumulated(many_parameters(), 2)),
         "read in low precision": read_in_low_precision(),
         "averages of weights": averaged(mixed_elements()),
+        "noisy gradients": noisy(two_layers()),
         "a scaled loss": scaled(two_layers()),
         "a clipped norm": clipped(two_layers(), 0.1),
         "a clipped norm of many parameters": clipped(many_parameters(), 0.1),
