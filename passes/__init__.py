@@ -9,6 +9,7 @@ from zgraph.layout import Layout
 from zgraph.passes.bucket import FormBuckets
 from zgraph.passes.inplace import UpdateInPlace
 from zgraph.passes.precision import CastBeforeGather, ReduceInLowPrecision
+from zgraph.passes.quantize import QuantizeState
 from zgraph.passes.schedule import Overlap
 from zgraph.passes.shard import AverageGradients, ReadParamsEarly, ShardGradients, ShardOptimizer, ShardParams
 from zgraph.passes.tidy import Tidy
@@ -35,9 +36,10 @@ def default_passes(
     )
     passes = (
         Tidy(),
-        FormBuckets(mesh.size, config.bucket_bytes, layout),
+        FormBuckets(mesh.size, config.bucket_bytes, layout, packed=config.state_precision == "int8"),
         *(p for stage in zero[: config.zero + 1] for p in stage),
         *((ReduceInLowPrecision(),) if config.reduce_precision == "bf16" else ()),
+        *((QuantizeState(),) if config.state_precision == "int8" else ()),
         Overlap(config.prefetch, config.bucket_bytes),
         UpdateInPlace(),
     )
@@ -50,6 +52,7 @@ __all__ = [
     "CastBeforeGather",
     "FormBuckets",
     "Overlap",
+    "QuantizeState",
     "ReadParamsEarly",
     "ReduceInLowPrecision",
     "ShardGradients",

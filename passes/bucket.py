@@ -7,7 +7,7 @@ ranks, and each computes the update of those that it owns.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,9 @@ import torch
 from torch import fx
 
 from zgraph import ops
-from zgraph.layout import Bucket, Layout, ParamSpec, make_buckets
+from zgraph.averages import WEIGHT_EMA
+from zgraph.layout import ALIGN, Bucket, Layout, ParamSpec, make_buckets
+from zgraph.packed import BLOCK
 from zgraph.passes.own import owned_update
 from zgraph.passes.tidy import remove_dead
 from zgraph.passes.updates import Updates
@@ -51,11 +53,13 @@ class FormBuckets(Pass):
         world: the number of ranks that every bucket must divide into.
         bucket_bytes: target size of a bucket.
         layout: use these buckets instead of forming new ones, if the update allows it.
+        packed: optimizer state is to lie in 8 bits an element, where it is float32 and not an average of weights.
     """
 
     world: int
     bucket_bytes: int
     layout: Layout | None = None
+    packed: bool = False
 
     takes, gives = Stage.CAPTURED, Stage.BUCKETED
 
@@ -65,9 +69,20 @@ class FormBuckets(Pass):
         if self.layout is not None and _fits(self.layout, specs):
             layout = self.layout
         else:
-            layout = Layout(make_buckets(specs, self.world, self.bucket_bytes), self.world)
+            granule = BLOCK if self.packed else ALIGN
+            buckets = make_buckets(specs, self.world, self.bucket_bytes, granule)
+            layout = Layout(buckets, self.world, packed=tuple(_packed(buckets, updates)) if self.packed else ())
         _Flattener(program, updates, layout).run()
         program.layout = replace(layout, shard_params=False, shard_state=False)
+
+
+def _packed(buckets: Iterable[Bucket], updates: Updates) -> Iterator[tuple[str, str]]:
+    """Bucket and key of state that may be packed: float32 tensors, where the update treats every element alike."""
+    for bucket in buckets:
+        for what, result in updates.results.get(bucket.segments[0].name, {}).items():
+            is_state = what.role is Role.OPT_STATE and what.key != WEIGHT_EMA and not bucket.owners
+            if is_state and updates.is_vector(what) and result.meta["val"].dtype is torch.float32:
+                yield bucket.name, what.key
 
 
 def _fits(layout: Layout, specs: list[ParamSpec]) -> bool:

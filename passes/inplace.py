@@ -21,7 +21,7 @@ from zgraph.pipeline import Pass
 from zgraph.program import OF_PARAMETERS, Origin, Phase, Program, Role, Stage, operand, update_nodes
 
 aten = torch.ops.aten
-_APART = frozenset({*ops.STARTS, ops.wait, ops.shard, operator.getitem})
+_APART = frozenset({*ops.STARTS, ops.wait, ops.shard, ops.pack_state, ops.unpack_state, operator.getitem})
 """Operators whose vectors are no part of an elementwise update."""
 
 
@@ -41,6 +41,11 @@ class UpdateInPlace(Pass):
     def rewrite(self, program: Program) -> None:
         _own_results(program)
         donors = _donors(program)
+        packs = {node: donors[node] for node in donors if node.target is ops.pack_state}
+        for node, state in packs.items():
+            unpacked = next((user for user in state.users if user.target is ops.unpack_state), None)
+            if unpacked is not None:  # a kernel may write what is to be packed over what it was
+                donors.setdefault(operand(node), unpacked)
         summed = _summed(program)
         for name, update in update_nodes(program).items():
             nodes = [n for n in update if _is_flat(n) and n.target not in _APART]
@@ -52,6 +57,8 @@ class UpdateInPlace(Pass):
             for node in update:
                 if isinstance(node.target, OwnedUpdate):
                     _write_over(node, node.target, donors)
+        for node, state in packs.items():
+            node.target, node.kwargs = ops.pack_state_into, {"out": state}
         params = program.inputs(Role.PARAM)
         for what, result in zip(program.outputs, program.results(), strict=True):
             if what is not None and what.role is Role.PARAM and result.target is ops.wait:

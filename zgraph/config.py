@@ -100,6 +100,9 @@ class Config:
         reduce_precision: ``"bf16"`` averages gradients over the ranks in bfloat16: half the bytes travel, and the mean
             is off by at most ``(ranks + 1) / 256`` of the mean magnitude of an element, to first order. By default they
             travel as they are: in float32 for parameters in float32.
+        state_precision: ``"int8"`` keeps float32 optimizer state in 8 bits an element and a scale for each 256 of them,
+            where the update treats every element alike; ``optimizer.state_dict()`` has it in float32.
+            ``zgraph.packed`` bounds the error. By default state is as the optimizer makes it.
         accumulate: how many micro-batches a step has. Their gradients add up, and the update reads the mean.
         clip_norm: scale all gradients down by one factor where the norm of all of them together is larger than this
             (``torch.nn.utils.clip_grad_norm_``); None does not. A step whose norm is infinite or NaN changes nothing
@@ -124,6 +127,7 @@ class Config:
     loss_scale_interval: int = 2000
     keep_float32: tuple[str, ...] = ()
     reduce_precision: str | None = None
+    state_precision: str | None = None
     accumulate: int = 1
     clip_norm: float | None = None
     clip_value: float | None = None
@@ -165,6 +169,8 @@ class Config:
             )
         if config.reduce_precision not in (None, "bf16"):
             raise OptionError(f"reduce_precision={config.reduce_precision!r} is not known", fix="give 'bf16', or None")
+        if config.state_precision not in (None, "int8"):
+            raise OptionError(f"state_precision={config.state_precision!r} is not known", fix="give 'int8', or None")
         for name in ("loss_scale", "loss_scale_interval"):
             if name in options and config.precision != "fp16":
                 raise OptionError(f"{name} is for precision='fp16'", fix="leave it out")

@@ -9,6 +9,7 @@ import torch
 
 from zgraph.codegen.emit import Step
 from zgraph.comm import Comm
+from zgraph.packed import pack, unpacked_numel
 from zgraph.program import Input, Program, Role, StateInit
 from zgraph.skipping import NUM_SKIPPED
 from zgraph.state import TrainingState
@@ -100,11 +101,16 @@ def initial_state(
         param: what the rank stores of the bucket's parameters.
         shard: gives the rank's part of a whole bucket.
     """
-    if start.fill is None:
-        return (param if param.shape == val.shape else shard(param)).to(val.dtype, copy=True)
     if start.dtype is None:
+        assert start.fill is not None
         return start.fill
-    return torch.full(val.shape, start.fill, dtype=val.dtype, device=val.device)
+    is_packed = val.dtype is torch.uint8 and start.dtype is torch.float32
+    shape = (unpacked_numel(len(val)),) if is_packed else val.shape
+    if start.fill is None:
+        state = (param if param.shape == shape else shard(param)).to(start.dtype, copy=True)
+    else:
+        state = torch.full(shape, start.fill, dtype=start.dtype, device=val.device)
+    return pack(state) if is_packed else state
 
 
 def without_unmade(

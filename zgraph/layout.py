@@ -77,12 +77,14 @@ class Layout:
         world: number of ranks the state is divided over.
         shard_params: each rank stores 1/world of every bucket's parameters (ZeRO-3).
         shard_state: each rank stores 1/world of every bucket's optimizer state (ZeRO-1, 2, 3).
+        packed: bucket and key of optimizer state that lies in 8 bits an element (``zgraph.packed``).
     """
 
     buckets: tuple[Bucket, ...]
     world: int
     shard_params: bool = False
     shard_state: bool = False
+    packed: tuple[tuple[str, str], ...] = ()
     _index: dict[str, tuple[Bucket, Segment]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _of_state: dict[str, Layout] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -107,6 +109,10 @@ class Layout:
             alike = buckets == self.buckets
             self._of_state[key] = self if alike else Layout(buckets, self.world, self.shard_params, self.shard_state)
         return self._of_state[key]
+
+    def packs(self, bucket: str, key: str) -> bool:
+        """Whether the optimizer state of a bucket called ``key`` lies packed."""
+        return (bucket, key) in self.packed
 
     def param_numel(self, bucket: Bucket) -> int:
         """Elements of the bucket's parameters that one rank stores."""
@@ -153,12 +159,17 @@ def aligned(numel: int) -> int:
     return _round_up(numel, ALIGN)
 
 
-def make_buckets(params: Iterable[ParamSpec], world: int, bucket_bytes: int) -> tuple[Bucket, ...]:
+def make_buckets(
+    params: Iterable[ParamSpec], world: int, bucket_bytes: int, granule: int = ALIGN
+) -> tuple[Bucket, ...]:
     """Divide parameters, given in order of first use, into buckets of about ``bucket_bytes``.
 
     Parameters of one bucket agree in dtype, device, trainability and ``group``. A bucket closes when the
     next parameter would take it over ``bucket_bytes``; one of whole parameters, see ``zgraph.ownership.fill``. Buckets
     are ordered by their first parameter.
+
+    Args:
+        granule: each rank's part has a multiple of so many elements, itself a multiple of ``ALIGN``.
     """
     alike: dict[Hashable, list[ParamSpec]] = {}
     position: dict[str, int] = {}
@@ -173,38 +184,39 @@ def make_buckets(params: Iterable[ParamSpec], world: int, bucket_bytes: int) -> 
         filled += [members[start:end] for start, end in zip([0, *ends], ends, strict=False)]
     loads = [0] * world  # of each rank, over all buckets
     return tuple(
-        _bucket(f"bucket{index}", members, world, loads)
+        _bucket(f"bucket{index}", members, world, granule, loads)
         for index, members in enumerate(sorted(filled, key=lambda members: position[members[0].name]))
     )
 
 
-def _bucket(name: str, members: Sequence[ParamSpec], world: int, loads: list[int]) -> Bucket:
+def _bucket(name: str, members: Sequence[ParamSpec], world: int, granule: int, loads: list[int]) -> Bucket:
     """A bucket of these parameters; where they are to be whole, ``loads`` is what each rank has to do already."""
     first = members[0]
     parts: list[list[ParamSpec]] = [list(members)]
     if first.work is not None:
         owners = deal([param.numel for param in members], [param.work or 0 for param in members], loads)
         parts = [[p for p, owner in zip(members, owners, strict=True) if owner == rank] for rank in range(world)]
-    segments, numel = _place([[(p.name, p.shape) for p in part] for part in parts], world)
+    segments, numel = _place([[(p.name, p.shape) for p in part] for part in parts], granule * world)
     bucket = Bucket(name, first.dtype, first.device, segments, numel, first.trainable)
     if first.work is None:
         return bucket
     states = []
     for key in sorted({key for param in members for key, _ in param.states}):
         shapes = [[(p.name, dict(p.states).get(key, p.shape)) for p in part] for part in parts]
-        of_state, size = _place(shapes, world)
+        of_state, size = _place(shapes, granule * world)
         states.append((key, replace(bucket, segments=of_state, numel=size)))
     return replace(bucket, owners=tuple(rank for rank, part in enumerate(parts) for _ in part), states=tuple(states))
 
 
-def _place(parts: Sequence[Sequence[tuple[str, tuple[int, ...]]]], world: int) -> tuple[tuple[Segment, ...], int]:
+def _place(parts: Sequence[Sequence[tuple[str, tuple[int, ...]]]], multiple: int) -> tuple[tuple[Segment, ...], int]:
     """Tensors one after the other in equal parts of a bucket, and its number of elements.
 
     Args:
         parts: name and shape of each tensor; one part is the whole bucket, else there is one for each rank.
+        multiple: of which the bucket has to be.
     """
     size = max(sum(aligned(math.prod(shape)) for _, shape in part) for part in parts)
-    size = _round_up(max(size, 1), ALIGN * world // len(parts))
+    size = _round_up(max(size, 1), multiple // len(parts))
     segments = []
     for index, part in enumerate(parts):
         offset = index * size

@@ -40,6 +40,9 @@ def _lies_in(node: fx.Node) -> fx.Node | None:
         return None
     if ops.view_of(node) is not None or (node.target in _VIEWS_IF_CONTIGUOUS and source.meta["val"].is_contiguous()):
         return source
+    if node.target is ops.pack_state_into:
+        out = node.kwargs["out"]
+        return out if isinstance(out, fx.Node) else None
     if node.target is ops.wait:
         out = source.kwargs.get("out")
         return out if isinstance(out, fx.Node) else source
@@ -52,7 +55,7 @@ def _lies_in(node: fx.Node) -> fx.Node | None:
 
 def written(node: fx.Node) -> list[fx.Node]:
     """The arguments that a call writes over."""
-    if node.target is ops.all_gather_into:
+    if node.target in ops.INTO:
         out = node.kwargs["out"]
         assert isinstance(out, fx.Node)
         return [out]
@@ -103,7 +106,7 @@ def last_uses(program: Program) -> dict[fx.Node, list[fx.Node]]:
 
 def _allocated(program: Program, node: fx.Node) -> int:
     """Bytes that running ``node`` allocates for its results."""
-    if node.target in (ops.wait, ops.all_gather_into) or _has_getitems(node):
+    if node.target is ops.wait or node.target in ops.INTO or _has_getitems(node):
         return 0
     if node.target is ops.reduce_scatter:
         # the parts of this rank's slice that the other ranks send

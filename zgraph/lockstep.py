@@ -20,6 +20,7 @@ from zgraph.errors import RankError, first_line, quoted
 from zgraph.generators import RandomStream
 from zgraph.layout import Layout
 from zgraph.liveness import last_uses
+from zgraph.packed import pack, unpack
 from zgraph.program import OF_PARAMETERS, Input, Program, Role, target_name
 
 Value = torch.Tensor | float | int
@@ -163,7 +164,8 @@ def _evaluate(node: fx.Node, env: Mapping[fx.Node, Any], rank: int, world: int, 
 def divide(layout: Layout, whole: Sequence[Values], flat: Collection[Input]) -> list[Values]:
     """Each rank's values as a layout stores them, from those of whole parameters and of their optimizer state.
 
-    Padding is NaN, so that a leak shows; but zero between gradients that add up, where it has to be.
+    Padding is NaN, so that a leak shows; but zero between gradients that add up, where it has to be, and where state is
+    packed in blocks, which it would spoil.
 
     Args:
         layout: the buckets.
@@ -189,12 +191,15 @@ def _divided(layout: Layout, whole: Values, flat: Collection[Input], rank: int) 
         assert isinstance(value, torch.Tensor), what
         if there not in flats:
             padding = torch.nan if value.is_floating_point() or value.is_complex() else 0
-            padding = 0 if what.role is Role.GRADIENT else padding
+            is_zero = what.role is Role.GRADIENT or layout.packs(bucket.name, what.key)
+            padding = 0 if is_zero else padding
             flats[there] = torch.full([bucket.numel], padding, dtype=value.dtype, device=bucket.device)
         flats[there][segment.offset : segment.offset + segment.numel] = value.flatten()
     for there, whole_flat in flats.items():
         sharded = layout.shard_params if there.role is Role.PARAM else layout.shard_state
-        mine[there] = part_of(whole_flat, rank, layout.world).clone() if sharded else whole_flat
+        part = part_of(whole_flat, rank, layout.world).clone() if sharded else whole_flat
+        packed = there.role is Role.OPT_STATE and layout.packs(there.name, there.key)
+        mine[there] = pack(part) if packed else part
     return mine
 
 
@@ -211,6 +216,8 @@ def join(layout: Layout, divided: Sequence[Values]) -> list[Values]:
                 values[what] = value
             continue
         bucket = layout.of_state(what.key).by_name[what.name]
+        if what.role is Role.OPT_STATE and layout.packs(what.name, what.key):
+            each = [unpack(value) if isinstance(value, torch.Tensor) else value for value in each]
         flats = [value for value in each if isinstance(value, torch.Tensor) and value.dim() == 1]
         if flats and len(flats[0]) < bucket.numel:
             each = [torch.cat(flats)] * len(flats)

@@ -18,6 +18,7 @@ from zgraph import ops
 from zgraph.changes import Look
 from zgraph.layout import Bucket, Layout
 from zgraph.movement import RULES, Call, Value, without_defaults
+from zgraph.packed import unpacked_numel
 from zgraph.program import OF_PARAMETERS, Input, Phase, Program, Role, Stage, phase_of
 from zgraph.terms import REPEATED, Piece, Term, Terms, form, literal
 
@@ -149,34 +150,42 @@ class _Interpreter:
         shape, dtype = form(node.meta.get("val"))
         bucket = self.buckets.get(what.name)
         if what.role in (Role.PARAM, Role.GRADIENT) and bucket is not None:
-            return self.flat_input(what, bucket, node)
+            return self.flat_input(what, bucket, tuple(node.meta["val"].shape), node.meta["val"].dtype)
         if what.role is Role.OPT_STATE:
             if bucket is not None and self.program.layout is not None and shape:
-                return self.flat_input(what, self.program.layout.of_state(what.key).by_name[what.name], node)
+                return self.state_input(what, self.program.layout, node)
             name = what.name if bucket is None else bucket.segments[0].name
             what = Input(what.role, self.numbers.get((name, what.key), name), what.key)
         if what.role is Role.CONSTANT:
             return self.constant(node, what)
         return self.terms.input(what, shape, dtype, varies=what.role in (Role.BATCH, Role.BUFFER))
 
-    def flat_input(self, what: Input, bucket: Bucket, node: fx.Node) -> Term:
+    def state_input(self, what: Input, layout: Layout, node: fx.Node) -> Term:
+        """Flat optimizer state, which may lie packed."""
+        val, bucket = node.meta["val"], layout.of_state(what.key).by_name[what.name]
+        if val.dtype is not torch.uint8 or not layout.packs(what.name, what.key):
+            return self.flat_input(what, bucket, tuple(val.shape), val.dtype)
+        flat = self.flat_input(what, bucket, (unpacked_numel(len(val)),), torch.float32)
+        return self.terms.make(ops.pack_state, (flat,), tuple(val.shape), val.dtype)
+
+    def flat_input(self, what: Input, bucket: Bucket, shape: tuple[int, ...], dtype: torch.dtype) -> Term:
         """The parameters of a bucket, or one kind of their state, with padding between them.
 
         Between gradients there are zeros, and the verifier sees to it that they stay zeros.
         """
-        layout, val = self.program.layout, node.meta["val"]
+        layout = self.program.layout
         assert layout is not None
-        zero = self.terms.fill(literal(0.0), (), val.dtype)
+        zero = self.terms.fill(literal(0.0), (), dtype)
         padding = zero if what.role is Role.GRADIENT else self.terms.padding
         pieces: list[Piece] = []
         end = 0
         for segment in bucket.segments:
-            base = self.terms.input(Input(what.role, segment.name, what.key), segment.shape, val.dtype, varies=False)
+            base = self.terms.input(Input(what.role, segment.name, what.key), segment.shape, dtype, varies=False)
             pieces += [(padding, REPEATED, segment.offset - end), (base, 0, segment.numel)]
             end = segment.offset + segment.numel
-        flat = self.terms.flat([*pieces, (padding, REPEATED, bucket.numel - end)], val.dtype)
+        flat = self.terms.flat([*pieces, (padding, REPEATED, bucket.numel - end)], dtype)
         is_shard = layout.shard_params if what.role is Role.PARAM else layout.shard_state
-        return self.terms.shard(flat, tuple(val.shape)) if is_shard and self.world > 1 else flat
+        return self.terms.shard(flat, shape) if is_shard and self.world > 1 else flat
 
     def constant(self, node: fx.Node, what: Input) -> Term:
         """A tensor that the step holds: known by its values if only the update reads it, else by itself."""

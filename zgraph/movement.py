@@ -175,6 +175,10 @@ def _add_up(call: Call) -> Value | None:
     return call.terms.add_squares(call.args[0], call.world)
 
 
+def _pack_state(call: Call) -> Value:
+    return call.terms.make(ops.pack_state, (call.args[0],), call.shape, call.dtype)
+
+
 def _wait(call: Call) -> Value:
     return call.args[0].arrives
 
@@ -256,5 +260,7 @@ RULES: dict[Any, Rule] = {
     ops.reduce_scatter: _reduce_scatter,
     ops.square_sum: _square_sum,
     ops.add_up: _add_up,
+    ops.pack_state: _pack_state,
+    ops.pack_state_into: _pack_state,
     ops.wait: _wait,
 }  # fmt: skip

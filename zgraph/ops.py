@@ -3,7 +3,8 @@
 Collectives are torch's functional ones (``_c10d_functional``): a start returns a value that may not be read until its
 ``wait_tensor``. Groups are named by mesh axis; the runtime binds the name to a process group. ``zgraph::shard`` is the
 slice of a flat buffer that this rank owns: the one operator whose meaning depends on the rank, so that the program
-text is the same on all. ``zgraph::square_sum`` and ``zgraph::add_up`` make a norm of tensors that lie in parts.
+text is the same on all. ``zgraph::square_sum`` and ``zgraph::add_up`` make a norm of tensors that lie in parts;
+``zgraph::pack_state`` and ``zgraph::unpack_state`` are for tensors in 8 bits an element.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch
 import torch.distributed._functional_collectives  # registers torch.ops._c10d_functional
 from torch import fx
 
+from zgraph import packed
+
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
 
@@ -24,6 +27,9 @@ _library = torch.library.Library("zgraph", "DEF")  # type: ignore[no-untyped-cal
 _library.define("shard(Tensor(a) x, int world, str axis) -> Tensor(a)")  # type: ignore[no-untyped-call]
 _library.define("square_sum(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("add_up(Tensor[] xs) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("pack_state(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("pack_state.out(Tensor x, *, Tensor(a!) out) -> Tensor(a!)")  # type: ignore[no-untyped-call]
+_library.define("unpack_state(Tensor packed) -> Tensor")  # type: ignore[no-untyped-call]
 
 
 def _shard_shape(x: torch.Tensor, world: int, axis: str) -> torch.Tensor:  # noqa: ARG001 -- the operator's schema
@@ -46,15 +52,36 @@ def _add_up(xs: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack(xs).sum()
 
 
+def _packed_shape(x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(packed.packed_numel(len(x)), dtype=torch.uint8)
+
+
+def _unpacked_shape(x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(packed.unpacked_numel(len(x)), dtype=torch.float32)
+
+
 _library.impl("shard", _shard_shape, "Meta")  # type: ignore[no-untyped-call]
 _library.impl("square_sum", _square_sum, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _library.impl("add_up", _add_up, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+for _key in ("CPU", "CUDA"):
+    _library.impl("pack_state", packed.pack, _key)  # type: ignore[no-untyped-call]
+    _library.impl("pack_state.out", packed.pack_into, _key)  # type: ignore[no-untyped-call]
+    _library.impl("unpack_state", packed.unpack, _key)  # type: ignore[no-untyped-call]
+_library.impl("pack_state", _packed_shape, "Meta")  # type: ignore[no-untyped-call]
+_library.impl("pack_state.out", lambda x, out: out, "Meta")  # type: ignore[no-untyped-call]  # noqa: ARG005
+_library.impl("unpack_state", _unpacked_shape, "Meta")  # type: ignore[no-untyped-call]
 
 shard = torch.ops.zgraph.shard.default
 square_sum = torch.ops.zgraph.square_sum.default
 """The sum of the squares of all elements of a tensor: a 0-dim float64."""
 add_up = torch.ops.zgraph.add_up.default
 """The sum of 0-dim tensors of one dtype."""
+pack_state = torch.ops.zgraph.pack_state.default
+"""A float32 vector in 8 bits an element: see ``zgraph.packed``."""
+pack_state_into = torch.ops.zgraph.pack_state.out
+"""The same, over what lies in ``out``."""
+unpack_state = torch.ops.zgraph.unpack_state.default
+"""The vector that was packed."""
 all_gather = c10d.all_gather_into_tensor.default
 all_reduce = c10d.all_reduce.default
 all_gather_into = c10d.all_gather_into_tensor_out.default
@@ -63,6 +90,9 @@ wait = c10d.wait_tensor.default
 
 STARTS = frozenset({all_gather, all_gather_into, all_reduce, reduce_scatter})
 """Operators that start a collective; each value is waited for exactly once before it is read."""
+
+INTO = frozenset({all_gather_into, pack_state_into})
+"""Operators that write over their argument ``out``, and so come with the last lowering only."""
 
 BY_PLACE = frozenset({aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default})
 """Operators that read memory by its place, whatever tensor they are given a part of."""

@@ -19,6 +19,7 @@ from zgraph.agreement import Agreement
 from zgraph.errors import StateError
 from zgraph.flat import FlatTensors, place, without_memory
 from zgraph.layout import Bucket, Layout
+from zgraph.packed import pack, unpack
 
 Value = torch.Tensor | int | float | None
 """One entry of a parameter's optimizer state."""
@@ -90,7 +91,7 @@ class OptimizerState:
     def stored_forms(self) -> Forms:
         """The state that is stored, by bucket name."""
         return {
-            bucket: {key: stored_form(value) for key, value in entries.items()}
+            bucket: {key: stored_form(value, packed=self._layout.packs(bucket, key)) for key, value in entries.items()}
             for bucket, entries in self.stored.items()
         }
 
@@ -116,6 +117,8 @@ class OptimizerState:
                         value = self._value(name, params[name], key, readers)
                         assert isinstance(value, torch.Tensor)
                         flat.write(name, value)
+                    if layout.packs(bucket.name, key):
+                        entries[key] = pack(flat.tensors[bucket.name])
                 else:
                     entries[key] = _copy(self._value(names[0], params[names[0]], key, readers))
             if self._optimizer is not None:
@@ -162,8 +165,12 @@ class OptimizerState:
             return value
         if key not in readers:
             flats = {name: v for name, entries in self.stored.items() if _is_flat(v := entries.get(key))}
-            readers[key] = self._flat(key, flats)
+            readers[key] = self._flat(key, {name: self._unpacked(name, key, v) for name, v in flats.items()})
         return readers[key].read(name)
+
+    def _unpacked(self, bucket: str, key: str, value: Any) -> torch.Tensor:
+        flat: torch.Tensor = unpack(value) if self._layout.packs(bucket, key) else value
+        return flat
 
     def _flat(self, key: str, tensors: dict[str, Any]) -> FlatTensors:
         layout = self._layout.of_state(key)
@@ -229,7 +236,7 @@ class OptimizerState:
         """By parameter, the full value of an entry of a bucket."""
         value = self.stored[bucket.name][key]
         if _is_flat(value):
-            yield from self._flat(key, {bucket.name: value}).copies()
+            yield from self._flat(key, {bucket.name: self._unpacked(bucket.name, key, value)}).copies()
         else:
             yield from ((segment.name, _copy(value)) for segment in bucket.segments)
 
@@ -354,8 +361,10 @@ def _form(name: str, key: str, value: Any, shape: torch.Size, is_own: bool) -> S
     )
 
 
-def stored_form(value: Value) -> StateForm:
+def stored_form(value: Value, *, packed: bool) -> StateForm:
     """The form of an entry as a rank stores it."""
+    if packed:
+        return StateForm(True, torch.float32)
     if isinstance(value, torch.Tensor):
         return StateForm(True, value.dtype) if value.dim() else StateForm(False, value.dtype, value.item())
     return StateForm(False, None, value)

@@ -358,7 +358,8 @@ class SimulatedRanks:
             stored: dict[str, dict[str, Any]] = {bucket.name: {} for bucket in self.layout.buckets}
             for what, value in self._values[0].items():
                 if what is not None and what.role is Role.OPT_STATE:
-                    stored[what.name][what.key] = stored_form(value)
+                    packed = self.layout.packs(what.name, what.key)
+                    stored[what.name][what.key] = stored_form(value, packed=packed)
             forms = forms_by_parameter(self.layout, stored)
         return {name: dict(sorted(entries.items())) for name, entries in forms.items()}
 

@@ -21,6 +21,7 @@ from zgraph.codegen.owned import OwnedUpdate
 from zgraph.errors import MISTAKE_IN_PASS, VerifyError
 from zgraph.layout import Layout
 from zgraph.liveness import owners, written
+from zgraph.packed import packed_numel
 from zgraph.program import OF_PARAMETERS, Input, Program, Role, Stage, describe, operand, source_of, target_name
 
 
@@ -255,6 +256,8 @@ def _check_layout(program: Program, layout: Layout, after: str) -> None:
         is_param, val = what.role is Role.PARAM, node.meta["val"]
         bucket = layout.of_state(what.key).by_name[what.name]
         numel = layout.param_numel(bucket) if is_param else layout.state_numel(bucket)
+        if isinstance(val, torch.Tensor) and val.dtype is torch.uint8 and layout.packs(what.name, what.key):
+            numel = packed_numel(numel)
         if (is_param or (isinstance(val, torch.Tensor) and val.dim())) and tuple(val.shape) != (numel,):
             raise _misfit(after, node, f"{what} is {describe(val)}, but the layout gives each rank {numel} elements")
 
@@ -329,7 +332,7 @@ class _Memory:
 
     def written(self, node: fx.Node) -> list[fx.Node]:
         """The memory that a call writes over."""
-        lowered = node.target is ops.all_gather_into or hasattr(node.target, "writes")
+        lowered = node.target in ops.INTO or hasattr(node.target, "writes")
         if ops.may_write(node.target) and not lowered:
             self.refuse(node, "writes to its arguments; programs are functional, in place is a lowering")
         return [self.owner[source] for source in written(node)]

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import fx
 
+from zgraph import ops
 from zgraph.changes import Look
 from zgraph.collector import collector_paused
 from zgraph.difference import MISSING, changed
@@ -241,6 +242,9 @@ class _Check:
                 )
             is_shard = layout.shard_params if what.role is Role.PARAM else layout.shard_state
             bucket = layout.of_state(what.key).by_name[what.name]
+            is_packed = isinstance(value, Term) and value.target is ops.pack_state
+            if is_packed and what.role is Role.OPT_STATE and layout.packs(what.name, what.key):
+                value = value.args[0]
             parts = self._parts(program, what, value, bucket, divided=is_shard and program.mesh.size > 1)
             outputs.update({name: (part, node) for name, part in parts.items()})
         return outputs

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import SGD
+from torch.optim import AdamW
 
 import zgraph
 from tests.models import CASES, GPT
@@ -195,24 +195,33 @@ def test_the_same_script_runs_alone_and_under_torchrun(tmp_path: Path) -> None:
     assert same == pytest.approx(losses, rel=1e-10)
 
 
-def reduce_in_bf16(zero: int) -> dict[str, torch.Tensor]:
-    """Weights after some steps on all ranks; they are those of simulated ranks."""
+INEXACT: list[dict[str, Any]] = [{"reduce_precision": "bf16"}, {"state_precision": "int8"}]
+
+
+def train_like_simulated_ranks(zero: int, **options: Any) -> None:
+    """Train on all ranks; weights and state are, bit for bit, those of simulated ranks."""
     rank, num_ranks = world()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
     simulated = copy.deepcopy(model)
-    options: dict[str, Any] = {"loss": lambda y, _: y.square().mean(), "zero": zero, "reduce_precision": "bf16"}
-    compiled = zgraph.compile(model, optimizer=SGD(model.parameters(), lr=0.5), **options)
-    ranks = zgraph.simulate_ranks(simulated, SGD(simulated.parameters(), lr=0.5), world_size=num_ranks, **options)
+    options.update(loss=lambda y, _: y.square().mean(), zero=zero, ema=0.5)
+    optimizer = AdamW(model.parameters(), lr=0.1)
+    compiled = zgraph.compile(model, optimizer=optimizer, **options)
+    ranks = zgraph.simulate_ranks(simulated, AdamW(simulated.parameters(), lr=0.1), world_size=num_ranks, **options)
     for _ in range(3):
         parts = torch.randn(4 * num_ranks, 5).chunk(num_ranks)
         compiled.train_step(parts[rank])
         ranks.train_step([(part,) for part in parts])
-    state = compiled.state_dict()
+    state, moments, average = compiled.state_dict(), optimizer.state_dict()["state"], compiled.ema_state_dict()
     assert all(torch.equal(state[name], value) for name, value in ranks.state_dict().items())
-    return state
+    for index, (name, entries) in enumerate(ranks.optimizer_state().items()):
+        assert all(torch.equal(moments[index][key], torch.as_tensor(value)) for key, value in entries.items())
+        assert torch.equal(average[name], entries["weight_ema"])
 
 
 @pytest.mark.parametrize("zero", [3, *slow(0, 1, 2)])
-def test_gradients_are_reduced_in_bf16_on_request(ranks: Ranks, zero: int) -> None:
-    ranks.run(reduce_in_bf16, zero=zero)
+@pytest.mark.parametrize("options", INEXACT)
+def test_what_is_not_exact_is_the_same_on_real_ranks_as_on_simulated_ones(
+    ranks: Ranks, options: dict[str, Any], zero: int
+) -> None:
+    ranks.run(train_like_simulated_ranks, zero=zero, **options)
