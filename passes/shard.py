@@ -25,6 +25,8 @@ class AverageGradients(Pass):
     """Replace every bucket's local gradient, and the loss, by the mean over the ranks.
 
     flat' = update(flat, g)    ->    flat' = update(flat, wait(all_reduce(g, "avg")))
+
+    Where the maximum is asked for, it is that.
     """
 
     mesh: Mesh
@@ -36,24 +38,31 @@ class AverageGradients(Pass):
             return
         readers: dict[fx.Node, list[fx.Node]] = {}  # what the update reads of forward and backward, and where
         for node in program.graph.nodes:
+            if node.target is ops.max_over_ranks:
+                continue
             if node.op == "call_function" and node.meta["origin"].phase is Phase.UPDATE and node.target is not ops.wait:
                 for value in node.all_input_nodes:
                     if value.op == "call_function" and value.meta["origin"].phase is not Phase.UPDATE:
                         readers.setdefault(value, []).append(node)
         for value, mine in readers.items():
             is_gradient = isinstance(value.meta.get("holds"), FlatGradient)
-            mean = self._average(program, value, value.next, value.next if is_gradient else mine[0])
+            mean = self._reduce(program, value, "avg", value.next, value.next if is_gradient else mine[0])
             for reader in mine:
                 reader.replace_input_with(value, mean)
+        for node in program.graph.find_nodes(op="call_function", target=ops.max_over_ranks):
+            node.replace_all_uses_with(self._reduce(program, operand(node), "max", node, node))
+            program.graph.erase_node(node)
         results = program.results()
         if results[0].meta["origin"].phase is not Phase.UPDATE:
-            results[0] = self._average(program, results[0], program.output_node, program.output_node)
+            results[0] = self._reduce(program, results[0], "avg", program.output_node, program.output_node)
         program.set_results(results, program.outputs)
 
-    def _average(self, program: Program, value: fx.Node, start_before: fx.Node, wait_before: fx.Node) -> fx.Node:
-        """The mean of a value over the ranks, on its way from ``start_before`` on."""
+    def _reduce(
+        self, program: Program, value: fx.Node, operation: str, start_before: fx.Node, wait_before: fx.Node
+    ) -> fx.Node:
+        """The mean, or the like, of a value over the ranks, on its way from ``start_before`` on."""
         origin: Origin = value.meta["origin"]
-        start = program.call(ops.all_reduce, value, "avg", self.mesh.axis, origin=origin, before=start_before)
+        start = program.call(ops.all_reduce, value, operation, self.mesh.axis, origin=origin, before=start_before)
         return program.call(ops.wait, start, origin=origin, before=wait_before)
 
 

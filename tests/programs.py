@@ -19,6 +19,7 @@ from zgraph import lockstep, ops
 from zgraph.config import Config
 from zgraph.gradients import Gradients
 from zgraph.lockstep import Value, Values, run_ranks
+from zgraph.metrics import MAXIMA
 from zgraph.passes import default_passes
 from zgraph.pipeline import run
 from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage
@@ -229,6 +230,15 @@ def averaged(program: Program) -> Program:
 def noisy(program: Program) -> Program:
     """The same CAPTURED program, with noise in its gradients."""
     complete(Gradients(program, gradients_of(program)), Config(gradient_noise=0.1, clip_norm=0.1))
+    return program
+
+
+def with_maximum(program: Program, num_steps: int = 1) -> Program:
+    """The same CAPTURED program, which tells the largest loss of its micro-batches and ranks."""
+    loss = program.results()[0]
+    vector = program.call(aten.reshape.default, loss, [1], origin=loss.meta["origin"], before=loss.next)
+    gradients = Gradients(program, gradients_of(program))
+    complete(gradients, Config(accumulate=num_steps), None, {MAXIMA: vector})
     return program
 
 

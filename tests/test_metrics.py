@@ -32,7 +32,21 @@ def class_loss(output: Tensor, _: Tensor, y: Tensor) -> Tensor:
     return nn.functional.cross_entropy(output, y)
 
 
-METRICS: dict[str, Any] = {"accuracy": accuracy, "right": (num_right, "sum"), "size": (size, "mean")}
+def largest(output: Tensor, _: Tensor, y: Tensor) -> Tensor:  # noqa: ARG001
+    return output.max()
+
+
+def smallest(output: Tensor, _: Tensor, y: Tensor) -> Tensor:  # noqa: ARG001
+    return output.min()
+
+
+METRICS: dict[str, Any] = {
+    "accuracy": accuracy,
+    "smallest": (smallest, "min"),
+    "right": (num_right, "sum"),
+    "size": (size, "mean"),
+    "largest": (largest, "max"),
+}
 
 
 class Classifier(nn.Linear):
@@ -55,7 +69,7 @@ def expected(x: Tensor, y: Tensor) -> dict[str, Tensor]:
 
 
 def of_output(output: Tensor, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    return {"accuracy": accuracy(output, x, y), "right": num_right(output, x, y).double(), "size": size(output, x, y)}
+    return {name: (m[0] if isinstance(m, tuple) else m)(output, x, y).double() for name, m in METRICS.items()}
 
 
 @pytest.mark.parametrize("zero", [0, 3])
@@ -81,9 +95,11 @@ def test_metrics_are_those_of_the_whole_batch(accumulate: int, num_ranks: int, z
         torch.testing.assert_close(found, of_output(output, x, y))
         assert list(found) == list(METRICS)
     vectors = [
-        n for n in ranks.program.graph.nodes if n.target is ops.all_reduce and n.meta["val"].shape in ((1,), (2,))
+        n.args[1]
+        for n in ranks.program.graph.nodes
+        if n.target is ops.all_reduce and n.meta["val"].shape in ((1,), (2,))
     ]
-    assert len(vectors) == (2 if num_ranks > 1 else 0), "one vector of means and one of sums"
+    assert sorted(vectors) == (["avg", "avg", "max"] if num_ranks > 1 else []), "one vector for each reduction"
 
 
 def test_a_mean_is_weighted_as_the_loss_is_and_a_sum_is_not() -> None:

@@ -15,16 +15,18 @@ number of its tokens say:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
+from zgraph import ops
 from zgraph.gradients import Gradients
-from zgraph.metrics import MEANS, SUMS, Reduced
+from zgraph.metrics import ALL, MAXIMA, Reduced
 from zgraph.passes.tidy import remove_dead
-from zgraph.program import Input, Origin, Program, Role
+from zgraph.program import Input, Origin, Program, Role, StateInit
 
 aten = torch.ops.aten
 
@@ -34,8 +36,8 @@ LOSS = Input(Role.RECIPE, "earlier losses")
 WEIGHT = Input(Role.RECIPE, "earlier weights")
 """What the weights of earlier micro-batches add up to, in the mean over the ranks: a 0-dim tensor."""
 
-ADD_UP = (LOSS, WEIGHT, MEANS.earlier, SUMS.earlier)
-"""State of the step that micro-batches add up."""
+ADD_UP = (LOSS, WEIGHT, *(reduced.earlier for reduced in ALL))
+"""State of the step that micro-batches add up, or keep the largest of."""
 
 
 def accumulate(
@@ -86,6 +88,9 @@ class _Accumulation:
 
     def tell(self, reduced: Reduced, vector: fx.Node) -> None:
         """Return metrics."""
+        if reduced is MAXIMA:
+            self._tell_maxima(vector)
+            return
         if self.num_steps > 1:
             vector = self._total(reduced.earlier, vector, self._origin)
             self._begin_anew(reduced.earlier, vector, self._origin)
@@ -95,6 +100,19 @@ class _Accumulation:
             value = self.gradients.call(aten.clone.default, vector, origin=self._origin)
         self._outputs.append(reduced.result)
         self._results.append(value)
+        self.program.set_results(self._results, self._outputs)
+
+    def _tell_maxima(self, vector: fx.Node) -> None:
+        largest = self.gradients.call(ops.max_over_ranks, vector, origin=self._origin)
+        if self.num_steps > 1:
+            earlier = self.program.placeholder(MAXIMA.earlier, vector.meta["val"], before=self._behind_inputs)
+            self.program.init[MAXIMA.earlier] = StateInit(-math.inf, vector.meta["val"].dtype)
+            largest = self.gradients.call(aten.maximum.default, earlier, largest, origin=self._origin)
+            self._outputs.append(MAXIMA.earlier)
+            self._results.append(self.gradients.call(aten.full_like.default, largest, -math.inf, origin=self._origin))
+            largest = self.gradients.call(aten.clone.default, largest, origin=self._origin)
+        self._outputs.append(MAXIMA.result)
+        self._results.append(largest)
         self.program.set_results(self._results, self._outputs)
 
     def _mean(self, what: Input, new: fx.Node, origin: Origin) -> fx.Node:

@@ -80,7 +80,8 @@ def compile(  # noqa: A001
             micro-batches and ranks, which is the mean over all tokens where each loss is the mean over its own. By
             default all count alike.
         metrics: what ``train_step`` returns besides the loss: by name, a ``function(output, *args, **kwargs)`` of one
-            number, whose mean over micro-batches and ranks is taken; or a pair of such a function and ``"sum"``.
+            number, whose mean over micro-batches and ranks is taken; or a pair of such a function and ``"sum"``,
+            ``"max"`` or ``"min"``.
         passes: of your own. Each runs after the last of zgraph's that gives the stage it takes, under the same
             verifier; it must leave the stage as it was.
         options: see ``zgraph.config.Config``.

@@ -199,7 +199,8 @@ class _Interpreter:
 
     def call(self, node: fx.Node) -> Value:
         target: Any = node.target
-        look = self.look_averaged if self.implied and phase_of(node) is Phase.UPDATE else self.look
+        is_mean = self.implied and phase_of(node) is Phase.UPDATE and target is not ops.max_over_ranks
+        look = self.look_averaged if is_mean else self.look
         args, kwargs = without_defaults(
             target, tuple(map(look, node.args)), {key: look(value) for key, value in node.kwargs.items()}
         )

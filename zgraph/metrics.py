@@ -1,6 +1,7 @@
 """What a step tells besides its loss: numbers computed from the model's output, reduced over micro-batches and ranks.
 
-They are results of the graph like the loss, and travel as one vector for means and one for sums.
+They are results of the graph like the loss, and travel as one vector for means, one for sums, and one for maxima, among
+which a minimum is that of its opposite.
 """
 
 from __future__ import annotations
@@ -35,27 +36,34 @@ class Reduced:
     """All metrics of one reduction, in a vector.
 
     Attributes:
-        reduction: ``"mean"`` or ``"sum"``.
+        reductions: of metrics whose values are in it: ``"mean"``, ``"sum"``, or ``"max"`` and ``"min"``.
         result: what the step returns.
         earlier: what earlier micro-batches have added up.
     """
 
-    reduction: str
+    reductions: tuple[str, ...]
     result: Input
     earlier: Input
 
     @property
     def is_mean(self) -> bool:
-        """Or else a sum."""
-        return self.reduction == "mean"
+        """Whether values are weighted as the loss is."""
+        return self is MEANS
 
 
-MEANS = Reduced("mean", Input(Role.RECIPE, "means of metrics"), Input(Role.RECIPE, "earlier means of metrics"))
-SUMS = Reduced("sum", Input(Role.RECIPE, "sums of metrics"), Input(Role.RECIPE, "earlier sums of metrics"))
+def _reduced(name: str, *reductions: str) -> Reduced:
+    return Reduced(
+        reductions, Input(Role.RECIPE, f"{name} of metrics"), Input(Role.RECIPE, f"earlier {name} of metrics")
+    )
+
+
+MEANS, SUMS, MAXIMA = _reduced("means", "mean"), _reduced("sums", "sum"), _reduced("maxima", "max", "min")
+ALL = (MEANS, SUMS, MAXIMA)
+_REDUCTIONS = tuple(reduction for reduced in ALL for reduction in reduced.reductions)
 
 
 def check_metrics(metrics: Any) -> dict[str, Metric]:
-    """Metrics by name, from what the user gives: functions, or pairs of a function and ``"mean"`` or ``"sum"``.
+    """Metrics by name, from what the user gives: functions, or pairs of a function and how it is reduced.
 
     Raises:
         OptionError: it is something else.
@@ -65,10 +73,10 @@ def check_metrics(metrics: Any) -> dict[str, Metric]:
     found = {}
     for name, given in metrics.items():
         function, reduction = given if isinstance(given, tuple) and len(given) == 2 else (given, "mean")
-        if not isinstance(name, str) or not callable(function) or reduction not in (MEANS.reduction, SUMS.reduction):
+        if not isinstance(name, str) or not callable(function) or reduction not in _REDUCTIONS:
             raise OptionError(
                 f"metrics[{name!r}] is {given!r}",
-                fix="give a function(output, *args, **kwargs), or a pair of one and 'mean' or 'sum'",
+                fix=f"give a function(output, *args, **kwargs), or a pair of one and one of {_REDUCTIONS}",
             )
         found[name] = Metric(function, reduction)
     return found
@@ -86,11 +94,11 @@ def evaluate(
         CaptureError: one is not one number.
     """
     vectors = []
-    for reduced in (MEANS, SUMS):
+    for reduced in ALL:
         values = [
-            _number(name, metric.function(output, *args, **kwargs), like)
+            _number(name, metric.function(output, *args, **kwargs), like) * _sign(metric)
             for name, metric in metrics.items()
-            if metric.reduction == reduced.reduction
+            if metric.reduction in reduced.reductions
         ]
         if values:
             vectors.append((reduced, torch.stack(values)))
@@ -106,6 +114,10 @@ def _number(name: str, value: Any, like: torch.Tensor) -> torch.Tensor:
     return value.detach().reshape(()).to(like.device, torch.float64)
 
 
+def _sign(metric: Metric) -> int:
+    return -1 if metric.reduction == "min" else 1
+
+
 def by_name(metrics: Mapping[str, Metric], recipe: Mapping[str, Any], world: int) -> dict[str, torch.Tensor]:
     """Each metric as a 0-dim float64 tensor.
 
@@ -114,9 +126,9 @@ def by_name(metrics: Mapping[str, Metric], recipe: Mapping[str, Any], world: int
         world: how many ranks there are.
     """
     found: dict[str, torch.Tensor] = {}
-    for reduced in (MEANS, SUMS):
-        names = [name for name, metric in metrics.items() if metric.reduction == reduced.reduction]
+    for reduced in ALL:
+        names = [name for name, metric in metrics.items() if metric.reduction in reduced.reductions]
         if names:
             vector = recipe[reduced.result.name]
-            found.update(zip(names, (vector if reduced.is_mean else vector * world).unbind(), strict=True))
-    return {name: found[name] for name in metrics}
+            found.update(zip(names, (vector * world if reduced is SUMS else vector).unbind(), strict=True))
+    return {name: found[name] * _sign(metrics[name]) for name in metrics}

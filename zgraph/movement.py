@@ -164,7 +164,13 @@ def _reduce_scatter(call: Call) -> Value:
 
 def _over_ranks(call: Call) -> Term:
     x, operation = call.args[:2]
+    if operation == "max":
+        return call.terms.max(x)
     return call.terms.mean(x) if operation == "avg" else call.terms.sum(x, call.world)
+
+
+def _max_over_ranks(call: Call) -> Value:
+    return call.terms.max(call.args[0])
 
 
 def _square_sum(call: Call) -> Value:
@@ -260,6 +266,7 @@ RULES: dict[Any, Rule] = {
     ops.reduce_scatter: _reduce_scatter,
     ops.square_sum: _square_sum,
     ops.add_up: _add_up,
+    ops.max_over_ranks: _max_over_ranks,
     ops.pack_state: _pack_state,
     ops.pack_state_into: _pack_state,
     ops.wait: _wait,

@@ -27,6 +27,7 @@ _library = torch.library.Library("zgraph", "DEF")  # type: ignore[no-untyped-cal
 _library.define("shard(Tensor(a) x, int world, str axis) -> Tensor(a)")  # type: ignore[no-untyped-call]
 _library.define("square_sum(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("add_up(Tensor[] xs) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("max_over_ranks(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("pack_state(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("pack_state.out(Tensor x, *, Tensor(a!) out) -> Tensor(a!)")  # type: ignore[no-untyped-call]
 _library.define("unpack_state(Tensor packed) -> Tensor")  # type: ignore[no-untyped-call]
@@ -61,6 +62,7 @@ def _unpacked_shape(x: torch.Tensor) -> torch.Tensor:
 
 
 _library.impl("shard", _shard_shape, "Meta")  # type: ignore[no-untyped-call]
+_library.impl("max_over_ranks", torch.clone, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _library.impl("square_sum", _square_sum, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _library.impl("add_up", _add_up, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 for _key in ("CPU", "CUDA"):
@@ -76,6 +78,8 @@ square_sum = torch.ops.zgraph.square_sum.default
 """The sum of the squares of all elements of a tensor: a 0-dim float64."""
 add_up = torch.ops.zgraph.add_up.default
 """The sum of 0-dim tensors of one dtype."""
+max_over_ranks = torch.ops.zgraph.max_over_ranks.default
+"""Each element's largest value on any rank, where it is not implied that the mean is meant; on one rank, a copy."""
 pack_state = torch.ops.zgraph.pack_state.default
 """A float32 vector in 8 bits an element: see ``zgraph.packed``."""
 pack_state_into = torch.ops.zgraph.pack_state.out

@@ -10,6 +10,7 @@ collective and back:
     Permute     other order of dimensions                     t, transpose
     Shard       this rank's 1/N of a vector                   zgraph::shard, reduce_scatter
     Mean, Sum   over the ranks                                all_reduce, reduce_scatter
+    Max         over the ranks                                all_reduce, zgraph::max_over_ranks
     Squares     the sum of the squares of all elements        zgraph::square_sum, add_up
 
 An elementwise operator on such a vector is the vector of the operator on its pieces. Padding stays padding under
@@ -54,6 +55,7 @@ class Form(enum.Enum):
     SHARD = "shard"
     MEAN = "mean"
     SUM = "sum"
+    MAX = "max"
     SQUARES = "squares"
     SHARE = "share"
     GATHER = "gather"
@@ -337,6 +339,10 @@ class Terms:
     def mean(self, x: Term) -> Term:
         """Elementwise mean over all ranks."""
         return self._over_ranks(Form.MEAN, x, None)
+
+    def max(self, x: Term) -> Term:
+        """Elementwise maximum over all ranks."""
+        return self.make(Form.MAX, (x,), x.shape, x.dtype, varies=x.target is Form.SHARD)
 
     def sum(self, x: Term, world: int) -> Term:
         """Elementwise sum over all ``world`` ranks; divided by their number it is the mean."""

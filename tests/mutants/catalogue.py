@@ -364,13 +364,19 @@ EDITS = [
     Edit(
         "the 1/N is forgotten",
         "shard",
-        'start = program.call(ops.all_reduce, value, "avg", self.mesh.axis, origin=origin, before=start_before)',
+        "start = program.call(ops.all_reduce, value, operation, self.mesh.axis, origin=origin, before=start_before)",
         'start = program.call(ops.all_reduce, value, "sum", self.mesh.axis, origin=origin, before=start_before)',
+    ),
+    Edit(
+        "a maximum over the ranks is a mean",
+        "shard",
+        'self._reduce(program, operand(node), "max", node, node)',
+        'self._reduce(program, operand(node), "avg", node, node)',
     ),
     Edit(
         "the loss is that of one rank",
         "shard",
-        "            results[0] = self._average(program, results[0], program.output_node, program.output_node)\n",
+        '            results[0] = self._reduce(program, results[0], "avg", program.output_node, program.output_node)\n',
         "            pass\n",
     ),
     Edit(
@@ -388,11 +394,11 @@ EDITS = [
     Edit(
         "a gradient travels in half precision",
         "shard",
-        'start = program.call(ops.all_reduce, value, "avg", self.mesh.axis, origin=origin, before=start_before)\n'
+        "start = program.call(ops.all_reduce, value, operation, self.mesh.axis, origin=origin, before=start_before)\n"
         "        return program.call(ops.wait, start, origin=origin, before=wait_before)",
         "half = program.call(aten._to_copy.default, value, dtype=torch.bfloat16, origin=origin, before=start_before)\n"
         "        start = program.call("
-        'ops.all_reduce, half, "avg", self.mesh.axis, origin=origin, before=start_before)\n'
+        "ops.all_reduce, half, operation, self.mesh.axis, origin=origin, before=start_before)\n"
         "        half = program.call(ops.wait, start, origin=origin, before=wait_before)\n"
         '        return program.call(aten._to_copy.default, half, dtype=value.meta["val"].dtype, '
         "origin=origin, before=wait_before)",

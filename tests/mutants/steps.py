@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tests.programs import Builder, accumulated, averaged, clipped, noisy, param, scaled, two_layers
+from tests.programs import Builder, accumulated, averaged, clipped, noisy, param, scaled, two_layers, with_maximum
 from tests.recipes import Param, Recipe, Rule, build
 from zgraph.accumulation import micro_step
 from zgraph.program import Guard, Input, Phase, Program, Role, StateInit
@@ -127,6 +127,8 @@ def steps() -> dict[str, Program]:
         "read in low precision": read_in_low_precision(),
         "averages of weights": averaged(mixed_elements()),
         "noisy gradients": noisy(two_layers()),
+        "the largest loss": with_maximum(two_layers()),
+        "the largest loss of many": with_maximum(two_layers(), 2),
         "a scaled loss": scaled(two_layers()),
         "a clipped norm": clipped(two_layers(), 0.1),
         "a clipped norm of many parameters": clipped(many_parameters(), 0.1),
