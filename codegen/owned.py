@@ -95,7 +95,7 @@ class OwnedUpdate:
 
     def copy(self) -> OwnedUpdate:
         """One with bodies of its own."""
-        bodies = {part.body: copy_graph(part.body) for part in self.parts}
+        bodies = {body: copy_graph(body) for body in dict.fromkeys(part.body for part in self.parts)}
         return replace(self, parts=tuple(replace(part, body=bodies[part.body]) for part in self.parts))
 
     def is_divided(self, inputs: tuple[Any, ...]) -> bool:

@@ -99,9 +99,9 @@ def _fits(layout: Layout, specs: list[ParamSpec]) -> bool:
         shapes = [(segment.name, segment.shape) for segment in bucket.segments]
         if shapes != [(spec.name, spec.shape) for spec in here]:
             return False
-        if here[0].work is None:
+        if here[0].work is None and bucket.owners:
             continue  # as of a micro-batch that updates nothing
-        if not bucket.owners:
+        if (here[0].work is None) != (not bucket.owners):
             return False
         stored = {(key, s.name, s.shape) for key, state in bucket.states for s in state.segments}
         if stored != {(key, s.name, dict(s.states).get(key, s.shape)) for s in here for key, _ in bucket.states}:
@@ -118,7 +118,7 @@ def _specs(program: Program, updates: Updates) -> list[ParamSpec]:
     for (name, _), node in program.inputs(Role.PARAM).items():
         reads = [position[u] for u in node.users if u.op == "call_function" and phase_of(u) is not Phase.UPDATE]
         val = node.meta["val"]
-        group = (updates.group.get(name), program.given.get(name), _read_as(node))
+        group = (updates.group.get(name), updates.given(name), _read_as(node))
         spec = ParamSpec(
             name=name,
             shape=tuple(val.shape),
@@ -127,7 +127,7 @@ def _specs(program: Program, updates: Updates) -> list[ParamSpec]:
             trainable=name in updates.group,
             group=group,
             work=updates.work.get(name),
-            states=tuple(updates.shapes_of_state(name).items()),
+            states=tuple((updates.shapes_of_state(name) or program.given_shapes.get(name, {})).items()),
         )
         found.append((min(reads, default=len(position)), spec))
     return [spec for _, spec in sorted(found, key=lambda item: item[0])]
@@ -316,7 +316,7 @@ class _Flattener:
             val = node.meta["val"]
             if self.updates.is_vector(what):
                 numel = self.layout.of_state(what.key).by_name[bucket.name].numel
-                val = program.empty([numel], val.dtype, val.device)
+                val = program.empty([numel], val.dtype, bucket.device)
             copies[node] = program.placeholder(replace(what, name=bucket.name), val, before=anchor)
 
         def copied(arg: Any) -> Any:

@@ -57,6 +57,7 @@ class _Builder:
             for what in updates.results[self.names[0]]
             if what.role is not Role.GRADIENT and updates.is_vector(what)
         ]
+        self.shared: dict[Hashable, fx.Node] = {}  # what all parameters read alike, once
         inputs: dict[fx.Node, None] = {}
         for name in self.names:
             inside = set(self.nodes[name])
@@ -74,7 +75,8 @@ class _Builder:
 
     def input_for(self, source: fx.Node) -> fx.Node:
         """What the call is given for what a parameter's update reads."""
-        return self.stored.get(self.updates.term(source), source)
+        term = self.updates.term(source)
+        return self.stored[term] if term in self.stored else self.shared.setdefault(term, source)
 
     def call(self, before: fx.Node) -> dict[Input, fx.Node]:
         """The call, and what it gives."""
@@ -130,18 +132,12 @@ class _Builder:
             copies[node].meta["val"] = self.program.infer(copies[node])
         made = [copied(result) for result in results]
         for index, result in enumerate(made):
-            if _lies_in_an_input(result) or result in made[:index]:
+            if ops.root_of(result).op == "placeholder" or result in made[:index]:
                 made[index] = body.call_function(aten.clone.default, (result,))
                 made[index].meta.update(origin=nodes[-1].meta["origin"])
                 made[index].meta["val"] = self.program.infer(made[index])
         body.output(made)
         return body
-
-
-def _lies_in_an_input(node: fx.Node) -> bool:
-    while (source := ops.view_of(node)) is not None:
-        node = source
-    return node.op == "placeholder"
 
 
 def _is_flat(node: Any) -> bool:

@@ -52,23 +52,32 @@ class Updates:
         self._term: dict[fx.Node, int] = {}
         self._owner: dict[fx.Node, str | None] = {}
         self._vector: set[fx.Node] = set()
-        self._is_vector: dict[str, bool] = {}  # by state key, as parameters that are not 0-dim show
+        self._is_vector: dict[tuple[bool, str], bool] = {}  # by kind of update and key, as others than 0-dim ones show
         for what, result in zip(program.outputs, program.results(), strict=True):
             if what is not None and what.role in OF_PARAMETERS:
                 self.results.setdefault(what.name, {})[what] = result
         inputs = {what: node for node, what in program.placeholders()}
         position = {node: i for i, node in enumerate(program.graph.nodes)}
+        self._shapes = {name: inputs[Input(Role.PARAM, name)].meta["val"].shape for name in self.results}
+        for name, shape in self._shapes.items():
+            self._choose(name, shape)
         for results in self.results.values():
             for what, result in results.items():
-                if what.role is Role.OPT_STATE and _num_dims(inputs[Input(Role.PARAM, what.name)]):
-                    self._is_vector[what.key] = isinstance(result, fx.Node) and _num_dims(result) > 0
+                if what.role is Role.OPT_STATE and self._shapes[what.name]:
+                    self._is_vector[what.name in self.work, what.key] = _num_dims(result) > 0
         for name, results in self.results.items():
             self.nodes[name] = []
-            shape = inputs[Input(Role.PARAM, name)].meta["val"].shape
-            self._choose(name, shape)
+            shape = self._shapes[name]
             keys: list[Hashable] = []
             for what, result in sorted(results.items(), key=lambda item: str(item[0])):
                 term = self._visit(result, name, shape)
+                is_number = isinstance(result, fx.Node) and not isinstance(result.meta["val"], torch.Tensor)
+                if name in self.work and is_number and result in self._vector:
+                    raise OptimizerError(
+                        f"{what.key} in the state of {name} is a number that is computed from its elements",
+                        where=quoted(result.meta["origin"].source),
+                        fix="keep it as a 0-dim tensor, without item()",
+                    )
                 if name in self.work and what.role is not Role.GRADIENT and self.is_vector(what):
                     term = ("tensor", result.meta["val"].dtype)
                 keys.append((what.role, what.key, term, program.init.get(what)))
@@ -121,8 +130,10 @@ class Updates:
         """Shapes of a parameter's optimizer-state tensors by key, where they are not the parameter's own."""
         results = self.results.get(name, {})
         vals = {w.key: r.meta["val"] for w, r in results.items() if w.role is Role.OPT_STATE and self.is_vector(w)}
-        shape = next((r.meta["val"].shape for w, r in results.items() if w.role is Role.PARAM), None)
-        return {key: tuple(val.shape) for key, val in vals.items() if name in self.work and val.shape != shape}
+        shape = self._shapes.get(name)
+        # Of a 0-dim parameter all are told: a number of its own is not one of the bucket's.
+        is_told = {key: not shape or val.shape != shape for key, val in vals.items()}
+        return {key: tuple(val.shape) for key, val in vals.items() if name in self.work and is_told[key]}
 
     def term(self, node: fx.Node) -> Hashable:
         """Equal for what is the same operators on the same things; parameters, gradients and state go by their kind.
@@ -244,14 +255,19 @@ class Updates:
         """
         if what.role is not Role.OPT_STATE:
             return True
-        if what.name in self.work:
-            result = self.results[what.name][what]
-            is_own = isinstance(result, fx.Node) and (_num_dims(result) > 0 or result in self._vector)
-            return is_own or self._is_vector.get(what.key, False)
-        if what.key in self._is_vector:
-            return self._is_vector[what.key]
-        result = self.results[what.name][what]
-        return isinstance(result, fx.Node) and result in self._vector
+        result, is_mixed = self.results[what.name][what], what.name in self.work
+        if is_mixed and result in self._vector:
+            return True
+        if self._shapes[what.name]:
+            return _num_dims(result) > 0
+        return self._is_vector.get((is_mixed, what.key), isinstance(result, fx.Node) and result in self._vector)
+
+    def given(self, name: str) -> Hashable:
+        """The optimizer state given at capture, but for the values of numbers that are the parameter's own."""
+        given: Any = self._program.given.get(name)
+        whats = {what.key: what for what in self.results.get(name, {}) if what.role is Role.OPT_STATE}
+        own = {key for key, what in whats.items() if self.is_vector(what)}
+        return given and tuple((key, dtype, None if key in own else value) for key, dtype, value in given)
 
     def _coupled(self, node: fx.Node, name: str) -> OptimizerError:
         origin = node.meta.get("origin")
@@ -283,8 +299,8 @@ def _num_operations(node: fx.Node) -> int:
     return sum(tensor.numel() for tensor in tensors) * each
 
 
-def _num_dims(node: fx.Node) -> int:
-    val = node.meta["val"]
+def _num_dims(node: Any) -> int:
+    val = node.meta["val"] if isinstance(node, fx.Node) else node
     return val.dim() if isinstance(val, torch.Tensor) else 0
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, AdamW, Optimizer, RMSprop
 
+import zgraph
 from tests.optimizers import Lion
 from tests.updates import TRAINED, ByParameter, Params, assert_follows, state_of, traced
 from zgraph.program import Input, Role, StateInit
@@ -97,3 +98,24 @@ def test_state_that_is_never_read_may_start_as_anything() -> None:
     update = traced(Diary(params.parameters()), params)
     assert update.init is not None
     assert update.init[Input(Role.OPT_STATE, "vector", "last")] == StateInit(0, torch.float64)
+
+
+class Halving(ByParameter):
+    """Its state is a Python number that the first step makes of nothing but numbers."""
+
+    def __init__(self, params: Iterable[Any]) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    def update(self, group: dict[str, Any], p: Tensor) -> None:
+        state = self.state[p]
+        state["decay"] = state.get("decay", 1.0) * 0.5
+        p.sub_(p.grad, alpha=group["lr"] * state["decay"])
+
+
+def test_state_may_be_a_number_that_is_known_while_tracing() -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = Halving(model.parameters())
+    compiled: Any = zgraph.compile(model, optimizer=optimizer, loss=lambda y, _: y.square().mean())
+    for _ in range(3):
+        compiled.train_step(torch.ones(2, 3))
+    assert {entries["decay"] for entries in optimizer.state_dict()["state"].values()} == {0.125}

@@ -14,9 +14,10 @@ from torch.optim import Muon, Optimizer
 
 import zgraph
 from tests.models import CASES
-from tests.optimizers import OPTIMIZERS, Lamb, tensors_of
+from tests.optimizers import OPTIMIZERS, Lamb, Shampoo, tensors_of
 from tests.programs import Builder, accumulated, assert_same_step, clipped, param, rewritten
 from tests.reference import assert_equal
+from zgraph import ops
 from zgraph.codegen.emit import emit
 from zgraph.codegen.owned import OwnedUpdate
 from zgraph.errors import OptimizerError, VerifyError
@@ -100,6 +101,17 @@ def test_ranks_compute_the_captured_step(world: int, zero: int) -> None:
             assert_same_step(rewritten(captured, zero, world, 10**6), captured, late=late)
 
 
+def test_what_a_call_is_given_does_not_grow_with_the_number_of_parameters() -> None:
+    """A constant that each parameter's update makes anew is one input."""
+
+    def scaled(b: Builder, name: str, p: fx.Node, g: fx.Node) -> fx.Node:
+        one = b.call(Phase.UPDATE, aten.scalar_tensor.default, 1.0, dtype=torch.float64, module=name)
+        step = b.call(Phase.UPDATE, aten.mul.Tensor, normalised(b, name, p, g), one, module=name)
+        return b.call(Phase.UPDATE, aten.sub.Tensor, p, step, module=name)
+
+    assert len(call_of(FormBuckets(2, 10**6)(two_matrices(scaled))).args) == 3
+
+
 def test_parameters_of_one_shape_have_one_body() -> None:
     call = call_of(FormBuckets(2, 10**6)(two_matrices(alike=True)))
     assert len({part.body for part in call.target.parts}) == 1
@@ -162,6 +174,56 @@ def for_more_ranks(update: OwnedUpdate) -> OwnedUpdate:
     return replace(update, world=4)
 
 
+def of_another_size(update: OwnedUpdate) -> OwnedUpdate:
+    """The rank's part would begin one element early, where the proof reads what lies at the offset."""
+    first, second = update.parts
+    places = [tuple(place and replace(place, numel=30) for place in second.takes)]
+    places.append(tuple(replace(place, numel=30) for place in second.gives))
+    return replace(update, parts=(first, replace(second, takes=places[0], gives=places[1])))
+
+
+def with_fewer_inputs(update: OwnedUpdate) -> OwnedUpdate:
+    return part(update, takes=update.parts[0].takes[:1])
+
+
+def over_no_input(update: OwnedUpdate) -> OwnedUpdate:
+    return replace(update, writes=(7,))
+
+
+def with_a_method(update: OwnedUpdate) -> OwnedUpdate:
+    copy = update.copy()
+    body = copy.parts[0].body
+    with body.inserting_before(body.output_node()):
+        body.call_method("numpy", (body.find_nodes(op="placeholder")[0],))
+    return copy
+
+
+def giving_a_number(update: OwnedUpdate) -> OwnedUpdate:
+    copy = update.copy()
+    copy.parts[0].body.output_node().args = ([1.0],)
+    return copy
+
+
+def reading_transposed(update: OwnedUpdate) -> OwnedUpdate:
+    copy = update.copy()
+    given = copy.parts[0].body.find_nodes(op="placeholder")[0]
+    val = given.meta["val"]
+    with val.fake_mode:
+        given.meta["val"] = torch.empty(val.shape[::-1], dtype=val.dtype).t()
+    return copy
+
+
+def communicating(update: OwnedUpdate) -> OwnedUpdate:
+    copy = update.copy()
+    body = copy.parts[0].body
+    given = body.find_nodes(op="placeholder")[0]
+    with body.inserting_after(given):
+        shared = body.call_function(ops.max_over_ranks, (given,))
+    shared.meta.update(given.meta)
+    given.replace_all_uses_with(shared, delete_user_cb=lambda user: user is not shared)
+    return copy
+
+
 def giving_an_input(update: OwnedUpdate) -> OwnedUpdate:
     copy = update.copy()
     body = copy.parts[0].body
@@ -188,6 +250,13 @@ def with_other_shapes(update: OwnedUpdate) -> OwnedUpdate:
         (twice, "writes two parts over element 0"),
         (for_more_ranks, "is for 4 ranks of a mesh of 2"),
         (giving_an_input, "gives an input as a result"),
+        (giving_a_number, "has a body with a result that is no tensor"),
+        (of_another_size, "has w2 lie in tensors of another size"),
+        (with_fewer_inputs, "is given 2 inputs for 1 results, but its parts have others"),
+        (over_no_input, "writes two results over one input, or one over none"),
+        (with_a_method, "has call_method in a body"),
+        (reading_transposed, "is recorded as|is given other arguments than its body for w1 takes"),
+        (communicating, "zgraph.max_over_ranks.default in a body"),
         (writing_in_its_body, "aten.sub_.Tensor in a body"),
         (with_other_shapes, "is given other arguments than its body for w1 takes"),
     ],
@@ -292,3 +361,181 @@ def test_a_number_of_each_parameters_own_is_its_state() -> None:
     assert len(ratios) == 3
     (stored,) = compiled.program.layout.buckets
     assert [key for key, _ in stored.states] == ["ratio"]
+
+
+# Optimizers that people write
+
+
+class ByParameter(Optimizer):
+    """Calls ``update`` with each parameter that has a gradient, and its state."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.update(p, self.state[p], group["lr"])
+
+    def update(self, p: Tensor, state: dict[str, Any], lr: float) -> None:
+        raise NotImplementedError
+
+
+class OneMomentForMatrices(ByParameter):
+    """Adam-mini's idea: one second moment for a matrix, one for each element of the rest, under the same key."""
+
+    def update(self, p: Tensor, state: dict[str, Any], lr: float) -> None:
+        is_matrix = p.dim() == 2
+        if not state:
+            state["v"] = torch.zeros((), dtype=p.dtype) if is_matrix else torch.zeros_like(p)
+        state["v"].lerp_(p.grad.square().mean() if is_matrix else p.grad.square(), 0.1)
+        p.sub_(p.grad / (state["v"].sqrt() + 0.1), alpha=lr)
+
+
+class SlowNorm(ByParameter):
+    """Divides by a norm that moves slowly, which is as good a shape as any: it is read through a reshape."""
+
+    def update(self, p: Tensor, state: dict[str, Any], lr: float) -> None:
+        if not state:
+            state["norm"] = torch.zeros((), dtype=p.dtype)
+        state["norm"].lerp_(p.grad.norm(), 0.1)
+        p.sub_(p.grad / (1 + state["norm"].reshape(-1).sum()), alpha=lr)
+
+
+class Largest(ByParameter):
+    """``max`` of a number and a 0-dim tensor, as in the Adafactor of transformers."""
+
+    def update(self, p: Tensor, state: dict[str, Any], lr: float) -> None:
+        state["rms"] = p.norm() / p.numel() ** 0.5
+        p.sub_(p.grad * (max(lr, state["rms"]) * min(0.5, lr) / (1 + p.grad.norm())))
+
+
+class Scaled(nn.Module):
+    """Two matrices, a vector, and a 0-dim parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 4, bias=False)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(torch.tanh(self.first(x)) * self.scale)
+        return y.square().mean()
+
+
+KINDS: list[Callable[[Any], Optimizer]] = [
+    Lamb, Shampoo, torch.optim.Adafactor, OneMomentForMatrices, SlowNorm, Largest,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_eager", [0, 2])
+def test_state_of_any_shape_survives_another_batch_and_a_start_from_eager(
+    kind: Callable[[Any], Optimizer], num_eager: int
+) -> None:
+    """The step is captured again for batches of another size, and state then is as a step has left it."""
+    torch.manual_seed(0)
+    model, reference = Scaled().double(), Scaled().double()
+    reference.load_state_dict(model.state_dict())
+    optimizer, eager = kind(model.parameters()), kind(reference.parameters())
+    compiled: Any = None
+    for step, num in enumerate((4, 4, 6, 4, 6)):
+        x = torch.randn(num, 6, dtype=torch.float64)
+        eager.zero_grad()
+        reference(x).backward()
+        eager.step()
+        if step < num_eager:
+            optimizer.zero_grad()
+            model(x).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            continue
+        compiled = compiled or zgraph.compile(model, optimizer=optimizer)
+        compiled.train_step(x)
+        assert_equal(compiled.state_dict(), reference.state_dict(), f"step {step}")
+        assert_equal(tensors_of(optimizer), tensors_of(eager), f"state, step {step}")
+    assert len(compiled.program.layout.buckets) <= 3, "numbers of each parameter's own do not part buckets"
+
+
+def test_a_parameter_with_state_of_its_own_shape_can_be_frozen_and_thawed() -> None:
+    torch.manual_seed(0)
+    model, reference = Scaled().double(), Scaled().double()
+    reference.load_state_dict(model.state_dict())
+    optimizer, eager = torch.optim.Adafactor(model.parameters()), torch.optim.Adafactor(reference.parameters())
+    compiled: Any = zgraph.compile(model, optimizer=optimizer)
+    for step in range(6):
+        for each in (model, reference):
+            each.first.requires_grad_(step not in (2, 3))
+        x = torch.randn(4, 6, dtype=torch.float64)
+        eager.zero_grad()
+        reference(x).backward()
+        eager.step()
+        compiled.train_step(x)
+        assert_equal(compiled.state_dict(), reference.state_dict(), f"step {step}")
+        assert_equal(tensors_of(optimizer), tensors_of(eager), f"state, step {step}")
+
+
+@pytest.mark.parametrize("options", [{"precision": "fp16"}, {"clip_norm": 1.0}])
+@pytest.mark.parametrize("zero", [0, 3])
+def test_a_skipped_step_asks_no_matrix_for_its_eigenvalues_that_has_none(options: dict[str, Any], zero: int) -> None:
+    """What is not finite would make ``eigh`` fail on the one rank that owns the parameter."""
+    torch.manual_seed(0)
+    model = Matrices()
+    ranks = zgraph.simulate_ranks(model, Shampoo(model.parameters()), world_size=2, zero=zero, **options)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    ranks.train_step([(torch.full((2, 6), 1e30),), (torch.ones(2, 6),)])
+    assert ranks.stats()["num_skipped_steps"] == 1
+    assert_equal(ranks.state_dict(), before, "weights")
+    ranks.train_step([(torch.ones(2, 6),)] * 2)
+    assert not torch.equal(ranks.state_dict()["layers.0.weight"], before["layers.0.weight"])
+
+
+class Flagged(ByParameter):
+    def update(self, p: Tensor, state: dict[str, Any], lr: float) -> None:
+        state["known"] = True
+        p.sub_(p.grad, alpha=lr)
+
+
+class Assigning(ByParameter):
+    def update(self, p: Tensor, state: dict[str, Any], lr: float) -> None:
+        p.data = p.data - lr * p.grad
+
+
+class Counting(ByParameter):
+    def update(self, p: Tensor, state: dict[str, Any], lr: float) -> None:
+        of_all: Any = self.state
+        of_all["all"]["count"] = of_all["all"].get("count", 0) + 1
+        p.sub_(p.grad, alpha=lr / of_all["all"]["count"])
+
+
+class Numbered(ByParameter):
+    def update(self, p: Tensor, state: dict[str, Any], lr: float) -> None:
+        state["norm"] = p.grad.norm().item()
+        p.sub_(p.grad, alpha=lr / (1 + state["norm"]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Flagged, "keeps a bool in its state, 'known' of layers.0.weight"),
+        (Assigning, "assigns to the data of layers.0.weight"),
+        (Counting, "keeps state for 'all', which is no parameter"),
+        (Numbered, "norm in the state of layers.0.weight is a number that is computed from its elements"),
+    ],
+)
+def test_what_a_graph_cannot_keep_is_refused(kind: type[ByParameter], message: str) -> None:
+    model = Matrices()
+    compiled: Any = zgraph.compile(model, optimizer=kind(model.parameters()))
+    with pytest.raises(OptimizerError, match=message):
+        compiled.train_step(torch.ones(2, 6))
+
+
+def test_tracing_leaves_the_optimizers_module_as_it_was() -> None:
+    before = dict(Largest.update.__globals__)
+    model = Matrices()
+    compiled: Any = zgraph.compile(model, optimizer=Largest(model.parameters()))
+    compiled.train_step(torch.ones(2, 6))
+    assert Largest.update.__globals__ == before

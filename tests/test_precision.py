@@ -248,3 +248,29 @@ def test_a_name_that_would_do_nothing_or_everything_is_refused(name: str, reason
     compiled = zgraph.compile(model, optimizer=SGD(model.parameters(), lr=0.1), precision="bf16", keep_float32=[name])
     with pytest.raises(OptionError, match=reason):
         compiled.train_step(torch.ones(4, 8))
+
+
+class BothWays(nn.Module):
+    """Reads one weight as it is and transposed, as a tied output layer that is written ``x @ w.T`` does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.tanh(self.inner(x)) @ self.inner.weight.T
+        return y.square().mean()
+
+
+def test_a_cast_of_a_transposed_weight_is_the_transpose_of_its_cast() -> None:
+    torch.manual_seed(0)
+    states = []
+    for world in (1, 2):
+        torch.manual_seed(0)
+        model = BothWays()
+        ranks = zgraph.simulate_ranks(
+            model, torch.optim.SGD(model.parameters(), lr=0.1), world_size=world, precision="bf16"
+        )
+        ranks.train_step([(torch.ones(2, 6),)] * world)
+        states.append(ranks.state_dict()["inner.weight"])
+    torch.testing.assert_close(*states)

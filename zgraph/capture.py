@@ -528,7 +528,12 @@ def _join(
         name: tuple(sorted((key, str(entry.dtype), entry.sample) for key, entry in entries.items()))
         for name, entries in state.items()
     }
-    program = Program(joined, Stage.CAPTURED, Mesh(1), outputs, mode, all_constants, init, given, update.guards)
+    params = {what.name: tuple(node.meta["val"].shape) for what, node in by_input.items() if what.role is Role.PARAM}
+    shapes = {
+        name: {key: entry.shape for key, entry in entries.items() if entry.shape and entry.shape != params[name]}
+        for name, entries in state.items()
+    }
+    program = Program(joined, Stage.CAPTURED, Mesh(1), outputs, mode, all_constants, init, given, shapes, update.guards)
     for node in joined.nodes:  # the update was traced on contiguous gradients, and not all are
         if node.op == "call_function" and node.meta["origin"].phase is Phase.UPDATE and _is_tensor(node):
             node.meta["val"] = program.infer(node)

@@ -238,11 +238,11 @@ def fact_of(leaf: Any) -> str:
 
 def state_spec(model: nn.Module, state: Forms) -> StateSpec:
     """Optimizer state that exists now, for capture."""
-    params = dict(model.named_parameters())
+    params = {name: tuple(param.shape) for name, param in model.named_parameters()}
     spec: StateSpec = {}
     for name, forms in state.items():
         entries = {
-            key: StateEntry((form.shape or tuple(params[name].shape)) if form.flat else (), form.dtype, form.value)
+            key: StateEntry(form.shape_beside(params[name]) if form.flat else (), form.dtype, form.value, form.flat)
             for key, form in forms.items()
         }
         if entries:

@@ -91,9 +91,7 @@ def own_memory_by_place(graph: fx.Graph, mode: FakeTensorMode) -> None:
         if node.target not in ops.BY_PLACE:
             continue
         source: fx.Node = node.args[0]
-        root = source
-        while (viewed := ops.view_of(root)) is not None:
-            root = viewed
+        root = ops.root_of(source)
         if _lies_alike(root, source):
             source = root
             node.args = (root, *node.args[1:])

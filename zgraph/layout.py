@@ -194,18 +194,17 @@ def _bucket(name: str, members: Sequence[ParamSpec], world: int, granule: int, l
     first = members[0]
     parts: list[list[ParamSpec]] = [list(members)]
     if first.work is not None:
-        owners = deal([param.numel for param in members], [param.work or 0 for param in members], loads)
-        parts = [[p for p, owner in zip(members, owners, strict=True) if owner == rank] for rank in range(world)]
+        dealt = deal([param.numel for param in members], [param.work or 0 for param in members], loads)
+        parts = [[p for p, owner in zip(members, dealt, strict=True) if owner == rank] for rank in range(world)]
     segments, numel = _place([[(p.name, p.shape) for p in part] for part in parts], granule * world)
     bucket = Bucket(name, first.dtype, first.device, segments, numel, first.trainable)
-    if first.work is None:
-        return bucket
     states = []
     for key in sorted({key for param in members for key, _ in param.states}):
         shapes = [[(p.name, dict(p.states).get(key, p.shape)) for p in part] for part in parts]
         of_state, size = _place(shapes, granule * world)
         states.append((key, replace(bucket, segments=of_state, numel=size)))
-    return replace(bucket, owners=tuple(rank for rank, part in enumerate(parts) for _ in part), states=tuple(states))
+    owners = tuple(rank for rank, part in enumerate(parts) for _ in part) if first.work is not None else ()
+    return replace(bucket, owners=owners, states=tuple(states))
 
 
 def _place(parts: Sequence[Sequence[tuple[str, tuple[int, ...]]]], multiple: int) -> tuple[tuple[Segment, ...], int]:

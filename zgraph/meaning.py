@@ -23,7 +23,7 @@ from zgraph.program import OF_PARAMETERS, Input, Phase, Program, Role, Stage, ph
 from zgraph.terms import REPEATED, Piece, Term, Terms, form, literal
 
 if TYPE_CHECKING:
-    from zgraph.codegen.owned import OwnedUpdate
+    from zgraph.codegen.owned import OwnedUpdate, Place
 
 aten = torch.ops.aten
 
@@ -243,20 +243,23 @@ class _Interpreter:
         ]
         if any(x is None for x in wholes):
             return tuple(self.terms.make(update, (args, index), *form(val)) for index, val in enumerate(vals))
-        pieces: list[list[Piece]] = [[] for _ in vals]
-        ends = [0] * len(vals)
-        for part in sorted(update.parts, key=lambda part: part.gives[0].offset):
+        made: list[list[tuple[Place, Term]]] = [[] for _ in vals]
+        for part in update.parts:
             given = tuple(
                 x if p is None else self.terms.reshape(self.terms.slice(x, p.offset, p.end), p.shape)
                 for x, p in zip(wholes, part.takes, strict=True)
             )
-            for index, (value, place) in enumerate(zip(self.body(part.body, given), part.gives, strict=True)):
-                pieces[index].append((self.terms.padding, REPEATED, place.offset - ends[index]))
-                pieces[index] += self.terms.pieces(self.terms.reshape(value, (place.end - place.offset,)))
-                ends[index] = place.end
+            for mine, value, place in zip(made, self.body(part.body, given), part.gives, strict=True):
+                mine.append((place, value))
         results = []
-        for mine, end, place, val in zip(pieces, ends, first.gives, vals, strict=True):
-            flat = self.terms.flat([*mine, (self.terms.padding, REPEATED, place.numel - end)], val.dtype)
+        for mine, whole, val in zip(made, first.gives, vals, strict=True):
+            pieces: list[Piece] = []
+            end = 0
+            for place, value in sorted(mine, key=lambda item: (item[0].offset, item[0].end)):
+                pieces.append((self.terms.padding, REPEATED, place.offset - end))
+                pieces += self.terms.pieces(self.terms.reshape(value, (place.end - place.offset,)))
+                end = place.end
+            flat = self.terms.flat([*pieces, (self.terms.padding, REPEATED, whole.numel - end)], val.dtype)
             results.append(self.terms.shard(flat, tuple(val.shape)) if divided else flat)
         return tuple(results)
 

@@ -183,6 +183,13 @@ def view_of(node: fx.Node) -> fx.Node | None:
     return source if unpacked or is_view(node.target) else None
 
 
+def root_of(node: fx.Node) -> fx.Node:
+    """The node whose memory a value shares through views, or itself."""
+    while (source := view_of(node)) is not None:
+        node = source
+    return node
+
+
 @_of_operators
 def is_view(target: torch._ops.OpOverload) -> bool:
     """Whether the result, or each of several, shares memory with the first argument."""

@@ -45,8 +45,13 @@ class StateForm:
 
     def __str__(self) -> str:
         if self.flat:
-            return f"a {self.dtype} tensor " + (f"of shape {self.shape}" if self.shape else "shaped like the parameter")
+            shaped = "shaped like the parameter" if self.shape is None else f"of shape {self.shape}"
+            return f"a {self.dtype} tensor {shaped}"
         return str(self.value) if self.dtype is None else f"{self.value} ({self.dtype})"
+
+    def shape_beside(self, param: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the tensor of a parameter of this shape."""
+        return param if self.shape is None else self.shape
 
 
 Forms = dict[str, dict[str, StateForm]]
@@ -78,7 +83,7 @@ class OptimizerState:
         """The state that exists, in the user's optimizer or stored. Involves no other rank.
 
         Raises:
-            StateError: an entry is neither elementwise nor a number, or belongs to no parameter.
+            StateError: an entry is neither a tensor nor a number, or belongs to no parameter.
         """
         given = self._given(params)
         forms = _forms_of(given, params)
@@ -287,9 +292,9 @@ def check_agreement(layout: Layout, forms: Forms) -> None:
             for key in forms[first].keys() | forms[name].keys():
                 one, other = forms[first].get(key), forms[name].get(key)
                 place = layout.of_state(key).find(name)[1].shape
-                if other is not None and other.flat and (other.shape or shape) != place:
+                if other is not None and other.flat and other.shape_beside(shape) != place:
                     raise StateError(
-                        f"optimizer state {key!r} of {name!r} has shape {other.shape or shape}, not {place}",
+                        f"optimizer state {key!r} of {name!r} has shape {other.shape_beside(shape)}, not {place}",
                         fix="load the state of an optimizer of the same kind, for a model of the same shapes",
                     )
                 if bucket.keeps(key) and one is not None and other is not None and one.dtype == other.dtype:
@@ -353,7 +358,7 @@ def _form(name: str, key: str, value: Any, shape: torch.Size, is_own: bool) -> S
         if value.dim():
             return StateForm(True, value.dtype, shape=tuple(value.shape))
         return StateForm(False, value.dtype, value.item())
-    if value is None or isinstance(value, (int, float)):
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
         return StateForm(False, None, value)
     raise StateError(
         f"optimizer state {key!r} of {name!r} is a {type(value).__name__}, neither a tensor nor a number",

@@ -146,6 +146,7 @@ class Program:
             whole where not with zero.
         given: each parameter's optimizer state at capture, keys, dtypes and step counts; parameters share a bucket only
             if theirs is equal.
+        given_shapes: shapes of that state's tensors, by parameter and key, where they are not the parameter's.
         guards: expressions over HYPER and numeric OPT_STATE inputs that held at capture and must hold to run.
         layout: buckets; None before bucketing.
     """
@@ -158,6 +159,7 @@ class Program:
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     init: dict[Input, StateInit] = field(default_factory=dict)
     given: dict[str, Hashable] = field(default_factory=dict)
+    given_shapes: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
     guards: tuple[Guard, ...] = ()
     layout: Layout | None = None
     _made_by: str = "capture"

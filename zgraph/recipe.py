@@ -25,7 +25,7 @@ from zgraph.gradients import Gradients
 from zgraph.metrics import Reduced
 from zgraph.noise import add_noise
 from zgraph.scaling import unscale, update_scale
-from zgraph.skipping import skip_unless
+from zgraph.skipping import skip_unless, spare_skipped
 
 
 def complete(
@@ -58,6 +58,8 @@ def complete(
         gradients = clip_norm(gradients, norm, config.clip_norm)
     if config.clip_value is not None:
         gradients = clip_value(gradients, config.clip_value)
+    if finite is not None:
+        gradients = spare_skipped(gradients, finite)
     if config.ema is not None:
         average_weights(gradients)
     if norm is not None and finite is not None:

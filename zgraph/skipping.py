@@ -1,6 +1,9 @@
 """Leave all state as it was where the norm of the gradients is not finite, and count how often that was so.
 
 w' = update(w, g)    ->    w' = where(norm < inf, update(w, g), w)
+
+An update that mixes elements may fail on what is not finite, as a decomposition of a matrix does, on the one rank that
+computes it. So it is given zeros in a step that is skipped.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ import torch
 from torch import fx
 
 from zgraph import ops
-from zgraph.program import Input, Program, Role
+from zgraph.gradients import Gradients
+from zgraph.program import Input, Program, Role, update_nodes
 from zgraph.scaling import LOSS_SCALE
 
 aten = torch.ops.aten
@@ -29,6 +33,19 @@ def report(recipe: Mapping[str, Any]) -> dict[str, float | int]:
     """Norm, number of skipped steps and loss scale, those that there are, as numbers."""
     told = (GRADIENT_NORM, NUM_SKIPPED, LOSS_SCALE)
     return {what.name: recipe[what.name].item() for what in told if what.name in recipe}
+
+
+def spare_skipped(gradients: Gradients, finite: fx.Node) -> Gradients:
+    """Zeros for the gradients of a step that is skipped, where an operator of the update is not elementwise."""
+    mixed = {name for name, nodes in update_nodes(gradients.program).items() if not all(map(_is_elementwise, nodes))}
+    safe = dict(gradients.nodes)
+    for name in mixed & safe.keys():
+        safe[name] = gradients.call(aten.where.ScalarOther, finite, safe[name], 0, origin=gradients.origin(name))
+    return gradients.replace(safe)
+
+
+def _is_elementwise(node: fx.Node) -> bool:
+    return ops.is_elementwise(node.target)
 
 
 def skip_unless(program: Program, finite: fx.Node, norm: fx.Node) -> None:

@@ -17,9 +17,9 @@ from torch import fx
 
 from zgraph import ops
 from zgraph.changes import Look
-from zgraph.codegen.owned import OwnedUpdate
+from zgraph.codegen.owned import OwnedUpdate, Place
 from zgraph.errors import MISTAKE_IN_PASS, VerifyError
-from zgraph.layout import Layout
+from zgraph.layout import Bucket, Layout
 from zgraph.liveness import owners, written
 from zgraph.packed import packed_numel
 from zgraph.program import OF_PARAMETERS, Input, Program, Role, Stage, describe, operand, source_of, target_name
@@ -169,28 +169,46 @@ def _check_owned(program: Program, node: fx.Node, update: OwnedUpdate, after: st
     """Each part's owner has all that the part reads and writes, and it writes where no other part does."""
     if program.stage >= Stage.SHARDED and update.world != program.mesh.size:
         raise broken(after, node, f"is for {update.world} ranks of a mesh of {program.mesh.size}")
+    num_inputs, num_results = len(node.args), len(update.dtypes)
+    counts = {(len(part.takes), len(part.gives)) for part in update.parts}
+    if counts != {(num_inputs, num_results)} or len(update.writes) != num_results or node.kwargs:
+        raise broken(after, node, f"is given {num_inputs} inputs for {num_results} results, but its parts have others")
     for body in dict.fromkeys(part.body for part in update.parts):
         _check_owned_body(program, node, body, after)
     inputs: list[Any] = [source.meta["val"] if isinstance(source, fx.Node) else source for source in node.args]
+    divisor = update.world if update.is_divided(tuple(inputs)) else 1
+    sizes: list[int | None] = []
+    for x, place in zip(inputs, update.parts[0].takes, strict=True):
+        sizes.append(None if place is None else place.numel)
+        if place is not None and (not isinstance(x, torch.Tensor) or tuple(x.shape) != (place.numel // divisor,)):
+            raise broken(after, node, f"takes parts of {place.numel} elements from {_words(x)}")
+    over = [index for index in update.writes if index is not None]
+    if len(set(over)) < len(over) or not set(over) <= set(range(num_inputs)):
+        raise broken(after, node, "writes two results over one input, or one over none")
+    forms = [_form(x) for x in inputs]
     for part in update.parts:
+        if [None if place is None else place.numel for place in part.takes] != sizes or [
+            place.numel for place in part.gives
+        ] != [place.numel for place in update.parts[0].gives]:
+            raise broken(after, node, f"has {part.name} lie in tensors of another size than the rest")
         for place in (*filter(None, part.takes), *part.gives):
             size = place.numel // update.world
             if not part.owner * size <= place.offset <= place.end <= (part.owner + 1) * size:
                 raise broken(after, node, f"has rank {part.owner} compute {part.name}, which lies elsewhere, too")
-        bound = [x.meta["val"] for x in part.body.find_nodes(op="placeholder")]
-        takes = [_form(x) if p is None else (p.shape, x.dtype) for x, p in zip(inputs, part.takes, strict=True)]
-        if takes != [_form(x) if p is None else _form(x)[::2] for x, p in zip(bound, part.takes, strict=True)]:
+        bound = [_form(x.meta["val"]) for x in part.body.find_nodes(op="placeholder")]
+        takes = [
+            form if place is None else _form_at(place, x)
+            for form, place, x in zip(forms, part.takes, inputs, strict=True)
+        ]
+        if takes != bound:
             raise broken(after, node, f"is given other arguments than its body for {part.name} takes")
         results: Any = part.body.output_node().args[0]
         gives = [(place.shape, dtype) for place, dtype in zip(part.gives, update.dtypes, strict=True)]
-        if gives != [_form(inner.meta["val"])[::2] for inner in results]:
+        if gives != [(tuple(inner.meta["val"].shape), inner.meta["val"].dtype) for inner in results]:
             raise broken(after, node, f"gives other results for {part.name} than its body has")
         for place, index in zip(part.gives, update.writes, strict=True):
             if index is not None and part.takes[index] != place:
                 raise broken(after, node, f"writes what it has for {part.name} over something else")
-    over = [index for index in update.writes if index is not None]
-    if len(set(over)) < len(over):
-        raise broken(after, node, "writes two results over one input")
     for places in zip(*(part.gives for part in update.parts), strict=True):
         for one, two in pairwise(sorted(places, key=lambda place: (place.offset, place.end))):
             if two.offset < one.end:
@@ -198,25 +216,40 @@ def _check_owned(program: Program, node: fx.Node, update: OwnedUpdate, after: st
     if [_form(val) for val in program.infer(node, blame=after)] != [_form(val) for val in node.meta["val"]]:
         raise broken(after, node, "is recorded with other results than it gives")
     for val, index in zip(node.meta["val"], update.writes, strict=True):
-        if index is not None and _form(val) != _form(inputs[index]):
+        if index is not None and _form(val) != forms[index]:
             raise broken(after, node, f"writes {_words(val)} over an input of another form")
 
 
+_NOT_IN_BODIES = frozenset({*ops.STARTS, ops.wait, ops.shard, ops.max_over_ranks, *ops.BY_PLACE})
+
+
 def _check_owned_body(program: Program, node: fx.Node, body: fx.Graph, after: str) -> None:
-    """It depends on nothing but its inputs' values, and gives new tensors."""
+    """It depends on nothing but its inputs' values, on one rank alone, and gives new tensors."""
     for inner in body.nodes:
+        if inner.op not in ("placeholder", "call_function", "output") or (inner.op != "output" and not _has_val(inner)):
+            raise broken(after, node, f"has {inner.op} in a body, where only calls with recorded values are allowed")
         if inner.op != "call_function":
             continue
-        if ops.is_random(inner.target) or ops.may_write(inner.target) or inner.target in ops.BY_PLACE:
+        alone = not ops.is_random(inner.target) and inner.target not in _NOT_IN_BODIES
+        if not alone or ops.may_write(inner.target):
             raise broken(after, node, f"has {target_name(inner.target)} in a body, which may only compute new values")
         _check_value(program, inner, after)
     results: Any = body.output_node().args[0]
     for inner in results:
-        source = inner
-        while (viewed := ops.view_of(source)) is not None:
-            source = viewed
-        if source.op != "call_function":
+        if not isinstance(inner, fx.Node) or not isinstance(inner.meta["val"], torch.Tensor):
+            raise broken(after, node, "has a body with a result that is no tensor")
+        if ops.root_of(inner).op != "call_function":
             raise broken(after, node, "has a body that gives an input as a result, which may be written over")
+
+
+def _has_val(node: fx.Node) -> bool:
+    return "val" in node.meta
+
+
+def _form_at(place: Place, flat: torch.Tensor) -> Any:
+    """The form of what lies in a flat tensor."""
+    strides = torch.empty(place.shape, device="meta").stride() if 0 not in place.shape else ()
+    return (place.shape, strides, flat.dtype, flat.device)
 
 
 def _form(val: Any) -> Any:
@@ -237,18 +270,11 @@ def _check_layout(program: Program, layout: Layout, after: str) -> None:
             f"{after}: the layout is for {layout.world} ranks of a mesh of {program.mesh.size}", fix=MISTAKE_IN_PASS
         )
     for bucket in layout.buckets:
-        end = 0
-        for segment in bucket.segments:
-            if segment.offset < end:
-                raise VerifyError(
-                    f"{after}: {segment.name} overlaps what lies before it in {bucket.name}", fix=MISTAKE_IN_PASS
-                )
-            end = segment.offset + segment.numel
-        if end > bucket.numel or bucket.numel % layout.world:
-            raise VerifyError(
-                f"{after}: {bucket.name} has {bucket.numel} elements for {end}, in {layout.world} equal parts",
-                fix=MISTAKE_IN_PASS,
-            )
+        names = [segment.name for segment in bucket.segments]
+        for flat in (bucket, *(state for _, state in bucket.states)):
+            if [segment.name for segment in flat.segments] != names:
+                raise VerifyError(f"{after}: state in {bucket.name} is of other parameters", fix=MISTAKE_IN_PASS)
+            _check_segments(flat, layout.world, after)
     for node, what in program.placeholders():
         if what.role not in OF_PARAMETERS:
             continue
@@ -261,6 +287,21 @@ def _check_layout(program: Program, layout: Layout, after: str) -> None:
             numel = packed_numel(numel)
         if (is_param or (isinstance(val, torch.Tensor) and val.dim())) and tuple(val.shape) != (numel,):
             raise _misfit(after, node, f"{what} is {describe(val)}, but the layout gives each rank {numel} elements")
+
+
+def _check_segments(bucket: Bucket, world: int, after: str) -> None:
+    end = 0
+    for segment in bucket.segments:
+        if segment.offset < end:
+            raise VerifyError(
+                f"{after}: {segment.name} overlaps what lies before it in {bucket.name}", fix=MISTAKE_IN_PASS
+            )
+        end = segment.offset + segment.numel
+    if end > bucket.numel or bucket.numel % world:
+        raise VerifyError(
+            f"{after}: {bucket.name} has {bucket.numel} elements for {end}, in {world} equal parts",
+            fix=MISTAKE_IN_PASS,
+        )
 
 
 def _check_results(program: Program, after: str) -> None:

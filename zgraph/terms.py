@@ -25,9 +25,11 @@ from __future__ import annotations
 
 import enum
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, reduce
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -122,6 +124,7 @@ class Terms:
     def __init__(self, axioms: Iterable[Axiom] = ()) -> None:
         self._table: dict[Any, Term] = {}
         self._lifted_before: dict[Any, Term] = {}
+        self._starts: dict[Term, list[int]] = {}  # of vectors that were sliced, where each piece begins
         self._numbers: dict[Term, int] = {}  # of bases in sums of squares, in the order in which they were met
         self._axioms: dict[Any, list[EqualTo]] = {}
         for axiom in axioms:
@@ -228,12 +231,17 @@ class Terms:
 
     def slice(self, x: Term, start: int, stop: int) -> Term:
         """Elements [start, stop) of a vector."""
-        found, position = [], 0
-        for base, offset, length in self.pieces(x):
+        pieces = self.pieces(x)
+        if x not in self._starts:
+            self._starts[x] = list(accumulate((length for _, _, length in pieces), initial=0))
+        starts, found = self._starts[x], []
+        for index in range(max(bisect_right(starts, start) - 1, 0), len(pieces)):
+            (base, offset, length), position = pieces[index], starts[index]
             low, high = max(start, position), min(stop, position + length)
+            if position >= stop:
+                break
             if low < high:
                 found.append((base, offset if offset == REPEATED else offset + low - position, high - low))
-            position += length
         return self.flat(found, x.dtype)
 
     def cat(self, xs: Iterable[Term]) -> Term:
@@ -301,7 +309,8 @@ class Terms:
             elif len(places) == 1:
                 ((offset, numel),) = places
                 inner = {t: self.splat(b, (numel,)) if now[t][1] == REPEATED else b for t, b in bases.items()}
-                yield self._apply(target, _replace(args, inner), (numel,), dtype), offset, length
+                applied = self._apply(target, _replace(args, inner), (numel,), dtype)
+                yield applied.args[0] if applied.target is Form.RESHAPE else applied, offset, length
             else:  # unlike parts of unlike tensors: no captured operator does this
                 cut = {t: self.slice(t, *_span(pieces[t], at[t], used[t], length)) for t in pieces}
                 yield self.make(target, _replace(args, cut), (length,), dtype), 0, length
@@ -315,6 +324,9 @@ class Terms:
             total, world = args[0].args
             if args[1] in (world, literal(float(world))) and dtype == total.dtype:
                 return self.mean(total)
+        if target is Form.CAST and args[0].target is Form.PERMUTE and shape is not None and dtype is not None:
+            inner, order = args[0].args
+            return self.reshape(self.permute(self.cast(inner, dtype), order), shape)
         return self.make(target, args, shape, dtype)
 
     # -- ranks ----------------------------------------------------------------------------------------------

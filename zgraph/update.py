@@ -11,9 +11,10 @@ import inspect
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial, reduce
+from textwrap import shorten
 from typing import Any
 from unittest import mock
 
@@ -40,12 +41,14 @@ class StateEntry:
     """One value of ``optimizer.state[param]``: a tensor of ``shape`` and ``dtype``, or a number (dtype None).
 
     ``sample`` is the current value of a single number, by which conditions on it are decided; None for a tensor with
-    one element per element of the parameter.
+    one element per element of the parameter. A tensor is where the parameter is if it is ``beside`` it or has
+    dimensions, else on the CPU.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
     sample: Number | None = None
+    beside: bool = False
 
 
 StateSpec = dict[str, dict[str, StateEntry]]
@@ -274,7 +277,7 @@ def _trace_once(
                     assert entry.sample is not None
                     at_state[key] = add(what, symbolic(what, entry.sample))
                 else:
-                    place = torch.device("cpu") if entry.shape == () else target
+                    place = target if entry.shape or entry.beside else torch.device("cpu")
                     at_state[key] = add(what, torch.empty(entry.shape, dtype=entry.dtype, device=place))
             where[name] = (at_param, at_grad, at_state)
     hypers = {
@@ -310,6 +313,7 @@ def _trace_once(
             plain = _plain(group, index, hypers, arguments, capturable=capturable)
             fake.param_groups.append({**plain, "params": members})
         before = _held(fake)
+        memory = {name: leaf.untyped_storage()._cdata for name, leaf in leaves.items()}
         with _symbolic_math(type(optimizer)), _as_if_compiling() if capturable else nullcontext():
             type(optimizer).step(fake)
         for what, value in _held(fake).items():
@@ -318,6 +322,19 @@ def _trace_once(
                     f"{type(optimizer).__name__}.step() changes {what}, which a captured step would not",
                     fix="keep what changes from step to step in optimizer.state[param]",
                 )
+        for name, leaf in leaves.items():
+            if leaf.untyped_storage()._cdata != memory[name]:
+                raise OptimizerError(
+                    f"{type(optimizer).__name__}.step() assigns to the data of {name}, which a graph cannot see",
+                    fix="write to the parameter in place, as in p.sub_(...) or p.copy_(...)",
+                )
+        of_others = [key for key in fake.state if not any(key is leaf for leaf in leaves.values())]
+        if of_others:
+            raise OptimizerError(
+                f"{type(optimizer).__name__}.step() keeps state for {shorten(repr(of_others[0]), 60)}, "
+                "which is no parameter that is trained",
+                fix="keep what changes from step to step in optimizer.state[param]",
+            )
         made = _count_keys({name: fake.state.get(leaf, {}) for name, leaf in leaves.items()}, leaves)
         results: list[Any] = []
         for name in trained:
@@ -328,9 +345,7 @@ def _trace_once(
             for key, value in fake.state.get(leaf, {}).items():
                 if capturable and key in made:
                     value = _narrowed(value, state.get(name, {}).get(key))
-                entry = _entry(value)
-                if entry is None:
-                    continue
+                entry = _entry(f"{key!r} of {name}", value, leaf.device)
                 new_state[name][key] = entry
                 produced.append(Input(Role.OPT_STATE, name, key))
                 results.append(value)
@@ -461,17 +476,15 @@ def _held(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {what: contents(value) for what, value in held.items()}
 
 
-def _entry(value: Any) -> StateEntry | None:
+def _entry(what: str, value: Any, device: torch.device) -> StateEntry:
     if isinstance(value, torch.Tensor):
-        return StateEntry(tuple(value.shape), value.dtype)
-    if isinstance(value, bool) or value is None:
-        return None
-    if isinstance(value, (int, torch.SymInt)):
+        return StateEntry(tuple(value.shape), value.dtype, beside=value.device == device and device.type != "cpu")
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return StateEntry((), None, 2)
     if isinstance(value, (float, torch.SymFloat)):
         return StateEntry((), None, 2.0)
     raise OptimizerError(
-        f"the optimizer keeps a {type(value).__name__} in its state, which cannot be an input of a graph",
+        f"the optimizer keeps a {type(value).__name__} in its state, {what}, which cannot be an input of a graph",
         fix="keep tensors and numbers in optimizer.state",
     )
 
@@ -522,10 +535,19 @@ def _symbolic_math(kind: type[torch.optim.Optimizer]) -> Iterator[None]:
         kind: the optimizer's class; ``min`` and ``max`` do so in the modules in which its methods are defined.
     """
 
+    def extreme(symbolic: Callable[..., Any], bound: str) -> Callable[..., Any]:
+        def of_two(one: Any, other: Any) -> Any:
+            if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
+                tensor, number = (one, other) if isinstance(one, torch.Tensor) else (other, one)
+                return torch.clamp(tensor, **{bound: number})
+            return symbolic(one, other)
+
+        return lambda *args: reduce(of_two, args)
+
     def symbolic_or(plain: Callable[..., Any], symbolic: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             is_symbolic = any(isinstance(arg, (torch.SymFloat, torch.SymInt)) for arg in args)
-            return symbolic(*args, **kwargs) if is_symbolic else plain(*args, **kwargs)
+            return symbolic(*args) if is_symbolic and not kwargs else plain(*args, **kwargs)
 
         return call
 
@@ -533,13 +555,18 @@ def _symbolic_math(kind: type[torch.optim.Optimizer]) -> Iterator[None]:
     in_math: dict[str, Any] = {name: symbolic_or(getattr(math, name), getattr(torch, f"_sym_{name}")) for name in names}
     in_math["pow"] = lambda x, y: x**y
     built_in = {
-        "min": symbolic_or(min, lambda *args: reduce(torch.sym_min, args)),
-        "max": symbolic_or(max, lambda *args: reduce(torch.sym_max, args)),
+        "min": symbolic_or(min, extreme(torch.sym_min, "max")),
+        "max": symbolic_or(max, extreme(torch.sym_max, "min")),
     }
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.multiple(math, **in_math))
-        methods = (inspect.unwrap(f) for base in kind.__mro__ for f in vars(base).values() if inspect.isfunction(f))
-        for own in {id(method.__globals__): method.__globals__ for method in methods}.values():
-            hidden = {name: function for name, function in built_in.items() if name not in own}
-            stack.enter_context(mock.patch.dict(own, hidden))
-        yield
+    methods = (inspect.unwrap(f) for base in kind.__mro__ for f in vars(base).values() if inspect.isfunction(f))
+    hiding: list[tuple[dict[str, Any], str]] = []  # names of built-in functions, where nothing had them
+    with mock.patch.multiple(math, **in_math):
+        try:
+            for own in {id(method.__globals__): method.__globals__ for method in methods}.values():
+                hiding += [(own, name) for name in built_in if name not in own]
+            for own, name in hiding:
+                own[name] = built_in[name]
+            yield
+        finally:
+            for own, name in hiding:
+                own.pop(name, None)

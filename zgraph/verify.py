@@ -186,8 +186,13 @@ class _Check:
         for bucket in layout.buckets:
             first, *others = [segment.name for segment in bucket.segments]
             for name in others:
-                if self.reference.given.get(name) != self.reference.given.get(first):
+                if self._numbers(bucket, name) != self._numbers(bucket, first):
                     raise self._error(f"{name} and {first} share {bucket.name}, but not their step count", name)
+
+    def _numbers(self, bucket: Bucket, name: str) -> Any:
+        """What a parameter's state was at capture, but for what is its own in the bucket."""
+        given: Any = self.reference.given.get(name)
+        return given and [(key, dtype, None if bucket.keeps(key) else value) for key, dtype, value in given]
 
     def _error(self, what: str, name: str) -> VerifyError:
         """An error about the parameter or other input called ``name``, at the line that reads it."""
@@ -212,10 +217,10 @@ class _Check:
             before, source = wanted.get(what, (MISSING, None))
             if before is MISSING and what is not None:
                 before = self._unchanged(what)
-            if before is not value:
+            if _differ(before, value):
                 raise changed(self.program, self.after, _new(what), (before, source), (value, node), expected, found)
         for what, (value, node) in wanted.items():
-            if what not in got and value is not self._unchanged(what):
+            if what not in got and _differ(value, self._unchanged(what)):
                 raise VerifyError(
                     f"{self.after}: {_new(what)} is not returned", where=source_of(node), fix=MISTAKE_IN_PASS
                 )
@@ -286,6 +291,11 @@ class _Check:
             where=source_of(result),
             fix=MISTAKE_IN_PASS,
         )
+
+
+def _differ(one: Value, other: Value) -> bool:
+    """Whether values are not the same: terms are made once, numbers are not."""
+    return one is not other if isinstance(one, Term) or isinstance(other, Term) else bool(one != other)
 
 
 def _by_parameter(program: Program, inputs: dict[Input, None]) -> dict[Input, None]:

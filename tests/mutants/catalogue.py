@@ -165,13 +165,13 @@ EDITS = [
     Edit(
         "parameters of different rules share a bucket",
         "bucket",
-        "group = (updates.group.get(name), program.given.get(name), _read_as(node))",
-        "group = (name in updates.group, program.given.get(name), None)",
+        "group = (updates.group.get(name), updates.given(name), _read_as(node))",
+        "group = (name in updates.group, updates.given(name), None)",
     ),
     Edit(
         "parameters with different step counts share a bucket",
         "bucket",
-        "group = (updates.group.get(name), program.given.get(name), _read_as(node))",
+        "group = (updates.group.get(name), updates.given(name), _read_as(node))",
         "group = (updates.group.get(name), None, None)",
         Refusal.FACTS,
     ),
