@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zgraph.layout import ALIGN, Bucket, ParamSpec, make_buckets
-from zgraph.ownership import MAX_PADDING, deal, fill, padding
+from zgraph.ownership import MAX_PADDING, deal, fill, fill_with_whole, padding
 
 CPU = torch.device("cpu")
 
@@ -52,6 +52,19 @@ def test_a_bucket_that_would_be_half_empty_takes_in_the_next_parameters() -> Non
     assert [len(bucket.segments) for bucket in make_buckets(specs, 1, 1)] == [1, 1, 1, 1]
 
 
+def test_large_parameters_of_one_size_go_together_as_many_as_there_are_ranks() -> None:
+    """Of four layers with two sizes, none of which fit a bucket for each rank, nothing is padding."""
+    specs = [
+        whole(f"{layer}.{kind}", 64, 64 * size) for layer in range(4) for kind, size in (("small", 1), ("large", 3))
+    ]
+    buckets = make_buckets(specs, 4, 2 * 64 * 64 * 4)
+    assert [[segment.name for segment in bucket.segments] for bucket in buckets] == [
+        [f"{layer}.small" for layer in range(4)],
+        [f"{layer}.large" for layer in range(4)],
+    ]
+    assert sum(bucket.numel for bucket in buckets) == sum(spec.room for spec in specs)
+
+
 def test_state_of_other_shapes_lies_with_its_owner() -> None:
     specs = [whole("a", 4, 8, states={"rows": (4, 1)}), whole("b", 40, 2, states={"rows": (40, 1)})]
     (bucket,) = make_buckets(specs, 2, 10**6)
@@ -84,6 +97,14 @@ def test_of_parameters_of_one_size_no_rank_works_more_than_its_share_and_one_upd
     owners = deal([ALIGN] * len(work), work, loads)
     assert max(owners.count(rank) for rank in range(world)) == math.ceil(len(work) / world)
     assert max(loads) <= sum(work) / world + max(work) * (2 if len(work) % world else 1)
+
+
+@given(sizes, st.integers(1, 4000), worlds)
+def test_each_parameter_is_in_one_bucket(sizes: list[int], limit: int, world: int) -> None:
+    buckets = fill_with_whole(sizes, limit, world)
+    assert sorted(index for bucket in buckets for index in bucket) == list(range(len(sizes)))
+    assert [bucket[0] for bucket in buckets] == sorted(bucket[0] for bucket in buckets)
+    assert all(bucket == sorted(bucket) for bucket in buckets)
 
 
 @given(sizes, st.integers(1, 4000), worlds)

@@ -18,7 +18,7 @@ from functools import cached_property
 
 import torch
 
-from zgraph.ownership import deal, fill
+from zgraph.ownership import deal, fill_with_whole
 
 ALIGN = 16
 """Elements. Padding every segment and shard to 16 lets compiled kernels use full vector loads."""
@@ -145,7 +145,7 @@ class ParamSpec:
     states: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     @property
-    def numel(self) -> int:
+    def room(self) -> int:
         """Elements it takes up in a bucket."""
         return aligned(math.prod(self.shape))
 
@@ -165,7 +165,7 @@ def make_buckets(
     """Divide parameters, given in order of first use, into buckets of about ``bucket_bytes``.
 
     Parameters of one bucket agree in dtype, device, trainability and ``group``. A bucket closes when the
-    next parameter would take it over ``bucket_bytes``; one of whole parameters, see ``zgraph.ownership.fill``. Buckets
+    next parameter would take it over ``bucket_bytes``; one of whole parameters, see ``zgraph.ownership``. Buckets
     are ordered by their first parameter.
 
     Args:
@@ -180,8 +180,8 @@ def make_buckets(
     for members in alike.values():
         limit = bucket_bytes // members[0].dtype.itemsize
         dealt_to = world if members[0].work is not None else 1
-        ends = fill([param.numel for param in members], limit, dealt_to)
-        filled += [members[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        together = fill_with_whole([param.room for param in members], limit, dealt_to)
+        filled += [[members[index] for index in indices] for indices in together]
     loads = [0] * world  # of each rank, over all buckets
     return tuple(
         _bucket(f"bucket{index}", members, world, granule, loads)
@@ -194,7 +194,7 @@ def _bucket(name: str, members: Sequence[ParamSpec], world: int, granule: int, l
     first = members[0]
     parts: list[list[ParamSpec]] = [list(members)]
     if first.work is not None:
-        dealt = deal([param.numel for param in members], [param.work or 0 for param in members], loads)
+        dealt = deal([param.room for param in members], [param.work or 0 for param in members], loads)
         parts = [[p for p, owner in zip(members, dealt, strict=True) if owner == rank] for rank in range(world)]
     segments, numel = _place([[(p.name, p.shape) for p in part] for part in parts], granule * world)
     bucket = Bucket(name, first.dtype, first.device, segments, numel, first.trainable)

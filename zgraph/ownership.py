@@ -16,6 +16,23 @@ MAX_PADDING = 1 / 8
 """Part of a bucket that may be padding before it takes in more parameters than it has to."""
 
 
+def fill_with_whole(sizes: Sequence[int], limit: int, world: int) -> list[list[int]]:
+    """Which parameters go into one bucket, by their numbers; ordered by the first of them.
+
+    Of large ones, of which a bucket cannot hold one for each rank within the limit, as many as there are ranks go
+    together if they are of one size: nothing of such a bucket is padding. For the others, see ``fill``.
+    """
+    large: dict[int, list[int]] = {}
+    for index, size in enumerate(sizes):
+        if world > 1 and size * world > limit:
+            large.setdefault(size, []).append(index)
+    buckets = [alike[i : i + world] for alike in large.values() for i in range(0, len(alike) - world + 1, world)]
+    placed = {index for bucket in buckets for index in bucket}
+    rest = [index for index in range(len(sizes)) if index not in placed]
+    ends = fill([sizes[index] for index in rest], limit, world)
+    return sorted(buckets + [rest[start:end] for start, end in zip([0, *ends], ends, strict=False)])
+
+
 def fill(sizes: Sequence[int], limit: int, world: int) -> list[int]:
     """Where buckets end.
 
