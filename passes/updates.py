@@ -99,13 +99,12 @@ class Updates:
         if not mixing:
             return
         for node in own:
-            if ops.is_random(node.target) or node.target in ops.BY_PLACE:
-                what = "draws random numbers" if ops.is_random(node.target) else "reads memory by its place"
+            if ops.is_random(node.target):
                 raise OptimizerError(
-                    f"the update of {name} {what} in {target_name(node.target)}, and runs on one rank only, on a "
-                    f"parameter that lies in a bucket, since {target_name(mixing[0].target)} mixes its elements",
+                    f"the update of {name} draws random numbers in {target_name(node.target)}, which each rank would "
+                    "draw others of",
                     where=quoted(node.meta["origin"].source),
-                    fix="compute it from the parameter, its gradient and its state",
+                    fix="draw them outside of step(); noise in gradients is the option gradient_noise",
                 )
         self.work[name] = sum(map(_num_operations, own))
 

@@ -163,7 +163,11 @@ def _averaged(captured: Program) -> Program:
     for node in list(program.graph.nodes):
         if node.op != "call_function" or node.meta["origin"].phase is Phase.UPDATE:
             continue
-        updates = [u for u in node.users if u.op == "call_function" and u.meta["origin"].phase is Phase.UPDATE]
+        updates = [
+            u
+            for u in node.users
+            if u.op == "call_function" and u.meta["origin"].phase is Phase.UPDATE and u.target is not ops.max_over_ranks
+        ]
         returned = [
             i
             for i, (what, result) in enumerate(zip(program.outputs, results, strict=True))
@@ -178,6 +182,11 @@ def _averaged(captured: Program) -> Program:
             for i in returned:
                 results[i] = mean
     program.set_results(results, program.outputs)
+    for node in program.graph.find_nodes(op="call_function", target=ops.max_over_ranks):
+        origin, source = node.meta["origin"], node.args[0]
+        start = program.call(ops.all_reduce, source, "max", program.mesh.axis, origin=origin, before=node)
+        node.replace_all_uses_with(program.call(ops.wait, start, origin=origin, before=node))
+        program.graph.erase_node(node)
     return program
 
 

@@ -112,6 +112,14 @@ def test_what_a_call_is_given_does_not_grow_with_the_number_of_parameters() -> N
     assert len(call_of(FormBuckets(2, 10**6)(two_matrices(scaled))).args) == 3
 
 
+@pytest.mark.parametrize("options", [{"clip_norm": 1.0}, {"precision": "fp16"}])
+def test_an_elementwise_update_is_not_mixed_by_what_comes_before_it(options: dict[str, Any]) -> None:
+    model = Matrices()
+    compiled: Any = zgraph.compile(model, optimizer=torch.optim.AdamW(model.parameters()), **options)
+    compiled.train_step(torch.ones(2, 6))
+    assert not any(bucket.owners for bucket in compiled.program.layout.buckets)
+
+
 def test_parameters_of_one_shape_have_one_body() -> None:
     call = call_of(FormBuckets(2, 10**6)(two_matrices(alike=True)))
     assert len({part.body for part in call.target.parts}) == 1
@@ -126,13 +134,6 @@ def draw(b: Builder, name: str, p: fx.Node, g: fx.Node) -> fx.Node:
     return b.call(Phase.UPDATE, aten.sub.Tensor, p, length, module=name)
 
 
-def read_by_place(b: Builder, name: str, p: fx.Node, g: fx.Node) -> fx.Node:
-    first = b.call(Phase.UPDATE, aten.as_strided.default, p, [1], [1], 0, module=name)
-    return b.call(
-        Phase.UPDATE, aten.sub.Tensor, p, b.call(Phase.UPDATE, aten.mul.Tensor, g, first, module=name), module=name
-    )
-
-
 def read_others(b: Builder, name: str, p: fx.Node, g: fx.Node) -> fx.Node:
     other = b.program.inputs(Role.PARAM)["w1", ""]
     length = b.call(Phase.UPDATE, aten.linalg_vector_norm.default, other, module=name)
@@ -143,7 +144,6 @@ def read_others(b: Builder, name: str, p: fx.Node, g: fx.Node) -> fx.Node:
     ("update", "message"),
     [
         (draw, "the update of w1 draws random numbers in aten.bernoulli.p"),
-        (read_by_place, "the update of w1 reads memory by its place in aten.as_strided.default"),
         (read_others, "the update of w2 reads another parameter's value, gradient or state"),
     ],
 )
@@ -511,6 +511,11 @@ class Counting(ByParameter):
         p.sub_(p.grad, alpha=lr / of_all["all"]["count"])
 
 
+class Strided(ByParameter):
+    def update(self, p: Tensor, state: dict[str, Any], lr: float) -> None:
+        p.sub_(p.grad * p.as_strided([1], [1]), alpha=lr)
+
+
 class Numbered(ByParameter):
     def update(self, p: Tensor, state: dict[str, Any], lr: float) -> None:
         state["norm"] = p.grad.norm().item()
@@ -523,6 +528,7 @@ class Numbered(ByParameter):
         (Flagged, "keeps a bool in its state, 'known' of layers.0.weight"),
         (Assigning, "assigns to the data of layers.0.weight"),
         (Counting, "keeps state for 'all', which is no parameter"),
+        (Strided, "Strided.step.. reads memory by its place in aten.as_strided.default"),
         (Numbered, "norm in the state of layers.0.weight is a number that is computed from its elements"),
     ],
 )

@@ -110,8 +110,9 @@ class Config:
         clip_value: move each element of a gradient to the nearest number between ``-clip_value`` and ``clip_value``
             (``torch.nn.utils.clip_grad_value_``); None does not.
         gradient_noise: the standard deviation of normal noise in the gradients that are clipped and updated with, all
-            ranks and micro-batches together; ``recipe["gradient_noise"]`` may change from step to step. Not for
-            float16, whose gradients are scaled, nor with a ``weight`` of batches.
+            ranks and micro-batches together, where each rank draws from a seed of its own;
+            ``recipe["gradient_noise"]`` may change from step to step. Not for float16, whose gradients are scaled, nor
+            with a ``weight`` of batches.
         ema: keep an average of the trained weights, of which a step keeps this much: between 0 and 1. It starts as the
             weights are; a step that is skipped leaves it. See ``CompiledModule.ema_state_dict``; ``recipe["ema"]`` of
             a compiled model may change from step to step.

@@ -37,15 +37,14 @@ def report(recipe: Mapping[str, Any]) -> dict[str, float | int]:
 
 def spare_skipped(gradients: Gradients, finite: fx.Node) -> Gradients:
     """Zeros for the gradients of a step that is skipped, where an operator of the update is not elementwise."""
-    mixed = {name for name, nodes in update_nodes(gradients.program).items() if not all(map(_is_elementwise, nodes))}
-    safe = dict(gradients.nodes)
-    for name in mixed & safe.keys():
-        safe[name] = gradients.call(aten.where.ScalarOther, finite, safe[name], 0, origin=gradients.origin(name))
+    program, safe = gradients.program, dict(gradients.nodes)
+    for name, nodes in update_nodes(program).items():
+        if all(ops.is_elementwise(node.target) or node.target is ops.square_sum for node in nodes):
+            continue
+        origin, val = gradients.origin(name), safe[name].meta["val"]
+        zero = gradients.call(aten.zeros.default, [], dtype=val.dtype, device=val.device, origin=origin)
+        safe[name] = gradients.call(aten.where.self, finite, safe[name], zero, origin=origin)
     return gradients.replace(safe)
-
-
-def _is_elementwise(node: fx.Node) -> bool:
-    return ops.is_elementwise(node.target)
 
 
 def skip_unless(program: Program, finite: fx.Node, norm: fx.Node) -> None:

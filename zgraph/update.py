@@ -26,11 +26,12 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, GuardOnDataDepende
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils import _pytree as pytree
 
+from zgraph import ops
 from zgraph.attributes import contents, is_same
 from zgraph.errors import OptimizerError, ZgraphError, first_line, quoted
 from zgraph.functional import make_functional
 from zgraph.initial_state import initial_values
-from zgraph.program import Guard, Input, Phase, Role, StateInit, in_words
+from zgraph.program import Guard, Input, Phase, Role, StateInit, in_words, target_name
 from zgraph.tracing import Recorder, fake_mode, python_generators_kept, source_of_error, trace
 
 Number = int | float
@@ -389,6 +390,14 @@ def _trace_once(
                 f"{type(optimizer).__name__}.step() writes to a tensor that is not in its state",
                 where=quoted(new.meta["origin"].source) if "origin" in new.meta else None,
                 fix="keep what changes from step to step in optimizer.state[param]",
+            )
+    for node in graph.nodes:
+        if node.target in ops.BY_PLACE:
+            raise OptimizerError(
+                f"{type(optimizer).__name__}.step() reads memory by its place in {target_name(node.target)}, and "
+                "parameters lie in buckets",
+                where=quoted(node.meta["origin"].source),
+                fix="read elements by index, or through view and transpose",
             )
     placeholders = list(graph.find_nodes(op="placeholder"))
     gradients = {meaning: node for node, meaning in zip(placeholders, inputs, strict=False) if isinstance(meaning, str)}
