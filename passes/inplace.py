@@ -94,7 +94,7 @@ class UpdateInPlace(Pass):
 
 
 def _unpack_late(program: Program) -> None:
-    """Unpack state right before it is read, which may have to wait for a norm: unpacked, it takes four times as much."""
+    """Unpack state right before it is read, which may wait for a norm: unpacked, it takes four times as much."""
     order = {node: i for i, node in enumerate(program.graph.nodes)}
     for node in program.graph.find_nodes(op="call_function", target=ops.unpack_state):
         min(node.users, key=order.__getitem__).prepend(node)
