@@ -54,7 +54,8 @@ def _rounded_mean(terms: Terms, term: Term) -> Term | None:
     if not isinstance(mean, Term) or mean.target is not Form.MEAN or mean.args[0].target is not Form.CAST:
         return None
     gradient = mean.args[0].args[0]
-    return terms.mean(gradient) if gradient.dtype == dtype and mean.dtype is torch.bfloat16 else None
+    is_rounded = gradient.dtype == dtype and mean.dtype is torch.bfloat16
+    return terms.mean(gradient) if is_rounded and terms.is_gradient(gradient) else None
 
 
 @dataclass(frozen=True)

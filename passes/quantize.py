@@ -2,33 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import fx
 
 from zgraph import ops
 from zgraph.packed import packed_numel
 from zgraph.pipeline import Pass
-from zgraph.program import Input, Origin, Phase, Program, Role, Stage
-from zgraph.terms import Axiom, Term, Terms
+from zgraph.program import Input, Origin, Phase, Program, Role, Stage, update_nodes
+from zgraph.terms import Axiom, Form, Term, Terms
+
+aten = torch.ops.aten
 
 
-def _packed_again(_: Terms, term: Term) -> Term | None:
-    inner = term.args[0]
-    return inner.args[0] if isinstance(inner, Term) and inner.target is ops.pack_state else None
+def _packed_before(terms: Terms, term: Term) -> Term | None:
+    """What was packed, if it is optimizer state as the step has found it, and nothing that it has computed."""
+    packed = term.args[0]
+    if not isinstance(packed, Term) or packed.target is not ops.pack_state:
+        return None
+    state: Term = packed.args[0]
+    whole = state.args[0] if state.target is Form.SHARD else state
+    given = all(base is terms.padding or _is_state(base) for base, _, _ in terms.pieces(whole))
+    return state if given else None
+
+
+def _is_state(base: Term) -> bool:
+    what = base.args[0] if base.target is Form.INPUT else None
+    return isinstance(what, Input) and what.role is Role.OPT_STATE
 
 
 @dataclass(frozen=True)
 class QuantizeState(Pass):
     """Unpack the optimizer state that the layout has packed before the update reads it, and pack what is new.
 
-        m' = lerp(m, g, w)    ->    m' = pack(lerp(unpack(m), g, w))
+        m' = lerp(m, g, w)    ->    m' = pack(where(elements, lerp(unpack(m), g, w), 0))
 
+    Elements are those of parameters: what an update makes of padding would set the scale of others in its block.
     This is not exact, and off by default: see ``zgraph.packed`` for the error of each step.
     """
 
     takes, gives = Stage.SHARDED, Stage.SHARDED
-    assumes = (Axiom("unpack(pack(x)) = x", ops.unpack_state, _packed_again),)
+    assumes = (Axiom("unpack(pack(x)) = x", ops.unpack_state, _packed_before),)
 
     def rewrite(self, program: Program) -> None:
         order = {node: i for i, node in enumerate(program.graph.nodes)}
@@ -43,12 +58,38 @@ class QuantizeState(Pass):
                 wide = program.call(ops.unpack_state, node, origin=origin, before=readers[0])
                 for reader in readers:
                     reader.replace_input_with(node, wide)
-        results = program.results()
+        results, elements = program.results(), dict[str, fx.Node]()
         for i, output in enumerate(program.outputs):
             if output is not None and self._is_packed(program, output) and results[i].op == "call_function":
-                origin = results[i].meta["origin"]
-                results[i] = program.call(ops.pack_state, results[i], origin=origin, before=results[i].next)
+                new, origin = results[i], replace(results[i].meta["origin"], module=output.name)
+                before, val = new.next, new.meta["val"]
+                if output.name not in elements:
+                    elements[output.name] = self._elements(program, output.name, origin, val)
+                zero = program.call(
+                    aten.zeros.default, [], dtype=val.dtype, device=val.device, origin=origin, before=before
+                )
+                kept = program.call(aten.where.self, elements[output.name], new, zero, origin=origin, before=before)
+                results[i] = program.call(ops.pack_state, kept, origin=origin, before=before)
         program.set_results(results, program.outputs)
+
+    def _elements(self, program: Program, bucket: str, origin: Origin, val: torch.Tensor) -> fx.Node:
+        """Where this rank's part of a bucket has elements of parameters."""
+        assert program.layout is not None
+        flat, before = program.layout.by_name[bucket], update_nodes(program)[bucket][0]
+        stops = [segment.offset + segment.numel for segment in flat.segments]
+        found = program.call(
+            ops.elements,
+            [segment.offset for segment in flat.segments],
+            stops,
+            flat.numel,
+            device=val.device,
+            origin=origin,
+            before=before,
+        )
+        if len(val) == flat.numel:
+            return found
+        mesh = program.mesh
+        return program.call(ops.shard, found, mesh.size, mesh.axis, origin=origin, before=before)
 
     def _is_packed(self, program: Program, what: Input) -> bool:
         assert program.layout is not None

@@ -46,24 +46,30 @@ class AverageGradients(Pass):
                         readers.setdefault(value, []).append(node)
         for value, mine in readers.items():
             is_gradient = isinstance(value.meta.get("holds"), FlatGradient)
-            mean = self._reduce(program, value, "avg", value.next, value.next if is_gradient else mine[0])
+            mean = self._average(program, value, value.next, value.next if is_gradient else mine[0])
             for reader in mine:
                 reader.replace_input_with(value, mean)
         for node in program.graph.find_nodes(op="call_function", target=ops.max_over_ranks):
-            node.replace_all_uses_with(self._reduce(program, operand(node), "max", node, node))
-            program.graph.erase_node(node)
+            self._gather_largest(program, node)
         results = program.results()
         if results[0].meta["origin"].phase is not Phase.UPDATE:
-            results[0] = self._reduce(program, results[0], "avg", program.output_node, program.output_node)
+            results[0] = self._average(program, results[0], program.output_node, program.output_node)
         program.set_results(results, program.outputs)
 
-    def _reduce(
-        self, program: Program, value: fx.Node, operation: str, start_before: fx.Node, wait_before: fx.Node
-    ) -> fx.Node:
-        """The mean, or the like, of a value over the ranks, on its way from ``start_before`` on."""
+    def _average(self, program: Program, value: fx.Node, start_before: fx.Node, wait_before: fx.Node) -> fx.Node:
+        """The mean of a value over the ranks, on its way from ``start_before`` on."""
         origin: Origin = value.meta["origin"]
-        start = program.call(ops.all_reduce, value, operation, self.mesh.axis, origin=origin, before=start_before)
+        start = program.call(ops.all_reduce, value, "avg", self.mesh.axis, origin=origin, before=start_before)
         return program.call(ops.wait, start, origin=origin, before=wait_before)
+
+    def _gather_largest(self, program: Program, node: fx.Node) -> None:
+        """Replace a maximum over the ranks by that of what all of them have: backends that reduce lose NaN."""
+        origin, size, source = node.meta["origin"], self.mesh.size, operand(node)
+        start = program.call(ops.all_gather, source, size, self.mesh.axis, origin=origin, before=node)
+        every = program.call(ops.wait, start, origin=origin, before=node)
+        rows = program.call(aten.view.default, every, [size, len(source.meta["val"])], origin=origin, before=node)
+        node.replace_all_uses_with(program.call(aten.amax.default, rows, [0], origin=origin, before=node))
+        program.graph.erase_node(node)
 
 
 @dataclass(frozen=True)

@@ -184,8 +184,10 @@ def _averaged(captured: Program) -> Program:
     program.set_results(results, program.outputs)
     for node in program.graph.find_nodes(op="call_function", target=ops.max_over_ranks):
         origin, source = node.meta["origin"], node.args[0]
-        start = program.call(ops.all_reduce, source, "max", program.mesh.axis, origin=origin, before=node)
-        node.replace_all_uses_with(program.call(ops.wait, start, origin=origin, before=node))
+        start = program.call(ops.all_gather, source, 1, program.mesh.axis, origin=origin, before=node)
+        every = program.call(ops.wait, start, origin=origin, before=node)
+        rows = program.call(aten.view.default, every, [-1, len(source.meta["val"])], origin=origin, before=node)
+        node.replace_all_uses_with(program.call(aten.amax.default, rows, [0], origin=origin, before=node))
         program.graph.erase_node(node)
     return program
 

@@ -140,6 +140,38 @@ def test_an_average_of_low_precision_weights_is_kept_in_float32() -> None:
     torch.testing.assert_close(average, start.lerp(trained.state_dict()["weight"].float(), 1 - 0.999))
 
 
+@pytest.mark.parametrize("compile_first", [True, False])
+def test_an_average_of_low_precision_weights_is_loaded_as_it_was(compile_first: bool) -> None:
+    """torch rounds what it loads to the parameter's dtype."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 4).bfloat16()
+
+    def build() -> tuple[nn.Module, Optimizer]:
+        model = nn.Linear(4, 4, bias=False).bfloat16()
+        return model, AdamW(model.parameters())
+
+    def compiled(model: nn.Module, optimizer: Optimizer) -> Any:
+        return zgraph.compile(model, optimizer=optimizer, ema=0.999, loss=lambda y, _: y.float().square().mean())
+
+    model, optimizer = build()
+    trained = compiled(model, optimizer)
+    trained.train_step(x)
+    saved = copy.deepcopy(optimizer.state_dict())
+    other, others = build()
+    if compile_first:
+        other = compiled(other, others)
+        other.train_step(x)
+    others.load_state_dict(saved)
+    other.load_state_dict(trained.state_dict())
+    if not compile_first:
+        other = compiled(other, others)
+    for each in (trained, other):
+        each.train_step(x)
+    found, expected = (each.ema_state_dict()["weight"] for each in (other, trained))
+    assert found.dtype is torch.float32
+    torch.testing.assert_close(found, expected, rtol=0 if compile_first else 2**-8, atol=0)
+
+
 class Clash(SGD):
     """Has state of its own under the average's key."""
 

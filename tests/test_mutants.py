@@ -29,19 +29,22 @@ CONFIGS = [
     )
 ]  # fmt: skip
 
+INEXACT = [(Config(zero, 200, reduce_precision="bf16", state_precision="int8"), Mesh(2)) for zero in (0, 1, 3)]
+"""For mistakes in what is rounded on request; numbers show nothing there."""
+
 captured = lru_cache(maxsize=1)(steps)
 
 
-def attempts() -> Iterator[tuple[Program, Config, Mesh]]:
+def attempts(*, exact: bool) -> Iterator[tuple[Program, Config, Mesh]]:
     """What to try a mistake on."""
-    for config, mesh in CONFIGS:
+    for config, mesh in (*CONFIGS, *([] if exact else INEXACT)):
         for program in captured().values():
             yield program, config, mesh
 
 
 def refusal(mutant: Mutant) -> VerifyError | None:
     """What the verifier says first, if it says anything."""
-    for program, config, mesh in attempts():
+    for program, config, mesh in attempts(exact=False):
         with mutant.passes(config, mesh) as passes:
             try:
                 run(passes, program)
@@ -52,7 +55,7 @@ def refusal(mutant: Mutant) -> VerifyError | None:
 
 def is_shown_by_numbers(mutant: Mutant) -> bool:
     """Whether some step crashes or computes something else when nothing is verified."""
-    for program, config, mesh in attempts():
+    for program, config, mesh in attempts(exact=True):
         with mutant.passes(config, mesh) as passes, mock.patch.object(Verifier, "check"):
             try:
                 rewritten = run(passes, program).program
@@ -77,7 +80,7 @@ def test_a_mistake_is_refused_for_what_it_is_with_its_pass_its_place_and_the_use
     assert error is not None, f"not refused: {mutant.name}"
     assert re.search(mutant.expects.value, error.what), error
     name = error.what.split(" ")[0].rstrip(":")
-    assert name in {p.name for config, mesh in CONFIGS for p in default_passes(config, mesh)} | {
+    assert name in {p.name for config, mesh in (*CONFIGS, *INEXACT) for p in default_passes(config, mesh)} | {
         type(getattr(mutant, "extra", None)).__name__
     }
     assert (error.where or "").startswith("model.py:"), error
@@ -89,9 +92,9 @@ def test_a_mistake_is_refused_for_what_it_is_with_its_pass_its_place_and_the_use
 
 @pytest.mark.slow
 def test_the_catalogue_is_large_and_its_mistakes_are_real() -> None:
-    """Races and lost conditions show in no number here; all else does."""
+    """Races, lost conditions and what is rounded on request show in no number here; all else does."""
     assert len(MUTANTS) >= 40
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
     silent = [mutant.name for mutant in MUTANTS if not is_shown_by_numbers(mutant)]
     print(f"{len(MUTANTS)} mistakes; numbers alone show {len(MUTANTS) - len(silent)}, not: {'; '.join(silent)}")
-    assert len(silent) <= len(MUTANTS) // 5
+    assert len(silent) <= len(MUTANTS) // 4

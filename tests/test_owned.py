@@ -545,3 +545,40 @@ def test_tracing_leaves_the_optimizers_module_as_it_was() -> None:
     compiled: Any = zgraph.compile(model, optimizer=Largest(model.parameters()))
     compiled.train_step(torch.ones(2, 6))
     assert Largest.update.__globals__ == before
+
+
+class OnlyMatrices(ByParameter):
+    """Leaves all but matrices alone, though they have gradients."""
+
+    def update(self, p: Tensor, state: dict[str, Any], lr: float) -> None:
+        if p.dim() == 2:
+            p.sub_(p.grad, alpha=lr)
+
+
+class Nothing(ByParameter):
+    def update(self, p: Tensor, state: dict[str, Any], lr: float) -> None:
+        pass
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"ema": 0.5}])
+@pytest.mark.parametrize("zero", [0, 3])
+def test_a_parameter_that_the_optimizer_leaves_alone_stays(options: dict[str, Any], zero: int) -> None:
+    torch.manual_seed(0)
+    model, reference = Scaled().double(), Scaled().double()
+    reference.load_state_dict(model.state_dict())
+    ranks = zgraph.simulate_ranks(model, OnlyMatrices(model.parameters()), world_size=2, zero=zero, **options)
+    eager = OnlyMatrices(reference.parameters())
+    for step in range(2):
+        x = torch.randn(4, 6, dtype=torch.float64)
+        eager.zero_grad()
+        reference(x).backward()
+        eager.step()
+        ranks.train_step([(part,) for part in x.chunk(2)])
+        assert_equal(ranks.state_dict(), reference.state_dict(), f"step {step}")
+
+
+def test_an_optimizer_that_changes_nothing_is_refused() -> None:
+    model = Matrices()
+    compiled: Any = zgraph.compile(model, optimizer=Nothing(model.parameters()))
+    with pytest.raises(zgraph.CaptureError, match=r"Nothing.step\(\) changes no parameter"):
+        compiled.train_step(torch.ones(2, 6))

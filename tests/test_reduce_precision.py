@@ -123,11 +123,35 @@ class RoundTheParameter(Pass):
         program.set_results(results, program.outputs)
 
 
-@pytest.mark.parametrize("mistake", [RoundWithoutReducing(), RoundTheParameter()])
+@dataclass(frozen=True)
+class RoundOtherMeans(Pass):
+    """Round what is no gradient before it is averaged: the loss, or the weight of a batch."""
+
+    takes = gives = Stage.SHARDED
+
+    def rewrite(self, program: Any) -> None:
+        aten = torch.ops.aten
+        for start in list(program.graph.find_nodes(op="call_function", target=ops.all_reduce)):
+            value, origin = operand(start), start.meta["origin"]
+            if value.meta["val"].dim():
+                continue
+            (wait,) = start.users
+            low = program.call(aten._to_copy.default, value, dtype=torch.bfloat16, origin=origin, before=start)
+            start.replace_input_with(value, low)
+            for node in (start, wait):
+                node.meta["val"] = program.infer(node)
+            wide = program.call(
+                aten._to_copy.default, wait, dtype=value.meta["val"].dtype, origin=wait.meta["origin"], before=wait.next
+            )
+            wait.replace_all_uses_with(wide, delete_user_cb=lambda user, own=wide: user is not own)
+
+
+@pytest.mark.parametrize("mistake", [RoundWithoutReducing(), RoundTheParameter(), RoundOtherMeans()])
 def test_a_mistake_beside_it_is_refused(mistake: Pass) -> None:
     config = Config(0, reduce_precision="bf16")
-    with pytest.raises(VerifyError, match=f"{mistake.name} changed what the step computes"):
-        run(default_passes(config, Mesh(2), own=[mistake]), one_layer())
+    for program in (one_layer(), accumulated(one_layer(), 2, weighted=True)):
+        with pytest.raises(VerifyError, match=f"{mistake.name} changed what the step computes"):
+            run(default_passes(config, Mesh(2), own=[mistake]), program)
 
 
 def test_other_precisions_are_refused() -> None:

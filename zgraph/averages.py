@@ -32,6 +32,11 @@ DECAY = Input(Role.HYPER, "ema")
 Entries = TypeVar("Entries")
 
 
+def dtype_of_average(dtype: torch.dtype) -> torch.dtype:
+    """In which the average of weights of ``dtype`` is kept."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def without_averages(state: Mapping[str, Mapping[str, Entries]]) -> dict[str, dict[str, Entries]]:
     """What the optimizer knows of its state, by parameter and key."""
     own = {name: {k: v for k, v in entries.items() if k != WEIGHT_EMA} for name, entries in state.items()}
@@ -72,7 +77,7 @@ def average_weights(gradients: Gradients) -> None:
 
 def _averaged(gradients: Gradients, what: Input, new: fx.Node, share: fx.Node) -> fx.Node:
     program, origin, val = gradients.program, gradients.origin(what.name), new.meta["val"]
-    dtype = torch.promote_types(val.dtype, torch.float32)
+    dtype = dtype_of_average(val.dtype)
     old = program.placeholder(what, program.empty(val.shape, dtype, val.device))
     program.init[what] = StateInit(None, dtype)
     if val.dtype != dtype:

@@ -233,13 +233,31 @@ def capture(
     update = trace_update(optimizer, params, found["grads"], without_averages(state or {}), device)
     if config.ema is not None:
         check_no_clash(key for entries in update.state.values() for key in entries)
+    left = _left_alone(update)
+    if len(left) == len(grads):
+        raise CaptureError(
+            f"there is nothing to train: {type(optimizer).__name__}.step() changes no parameter",
+            fix="check which parameters it skips",
+        )
+    update.results = {what: result for what, result in update.results.items() if what.name not in left}
     asked = [results[0], *grads.values(), *told]
     program, (_, *in_program) = _join(graph, asked, grads, written, constants, update, mode, state or {})
-    gradients = Gradients(program, dict(zip(grads, in_program, strict=False)))
+    read = {name: node for name, node in zip(grads, in_program, strict=False) if name not in left}
+    gradients = Gradients(program, read)
     told = in_program[len(grads) :]
     by = told.pop(0) if weight is not None else None
     complete(gradients, config, by, dict(zip(found["metrics"], told, strict=True)))
     return program
+
+
+def _left_alone(update: Update) -> set[str]:
+    """Parameters that have a gradient, but that the optimizer neither changes nor keeps state for."""
+    changed = {
+        what.name
+        for what, result in update.results.items()
+        if not isinstance(result, fx.Node) or result.meta.get("input") != what
+    }
+    return update.gradients.keys() - changed
 
 
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -176,10 +176,9 @@ class PointToPointComm(_Group):
     def all_reduce(self, value: torch.Tensor, operation: str) -> _Transfer:
         self.traffic.add("all_reduce", 2 * self._others(value.nbytes))
         result = value.clone()
-        reduction = dist.ReduceOp.MAX if operation == "max" else dist.ReduceOp.SUM
-        work = dist.all_reduce(result, reduction, group=self.group, async_op=True)
+        work = dist.all_reduce(result, group=self.group, async_op=True)
         assert work is not None
-        return _Transfer([work], result, divide_by=1 if operation == "max" else self._divisor(operation))
+        return _Transfer([work], result, divide_by=self._divisor(operation))
 
     def _divisor(self, operation: str) -> int:
         assert operation in ("sum", "avg"), operation

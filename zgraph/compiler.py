@@ -456,7 +456,9 @@ class _Runtime:
     def ema_state_dict(self) -> dict[str, Any]:
         if self.config.ema is None:
             raise OptionError("no average of the weights is kept", fix="zgraph.compile(model, ..., ema=0.999)")
-        found: dict[str, Any] = self.model.state_dict()
+        found: dict[str, Any] = copy.copy(self.model.state_dict())
+        for name, value in found.items():
+            found[name] = value.clone() if isinstance(value, torch.Tensor) else value
         averages = self.state.optimizer_state(WEIGHT_EMA)
         for name, param in self.model.named_parameters(remove_duplicate=False):
             if id(param) in averages and name in found:

@@ -102,7 +102,8 @@ class Config:
             travel as they are: in float32 for parameters in float32.
         state_precision: ``"int8"`` keeps float32 optimizer state in 8 bits an element and a scale for each 256 of them,
             where the update treats every element alike; ``optimizer.state_dict()`` has it in float32.
-            ``zgraph.packed`` bounds the error. By default state is as the optimizer makes it.
+            ``zgraph.packed`` bounds the error. It is for moments: an optimizer that keeps weights in its state (ASGD's
+            average, a wide copy) would have them in 8 bits, too. By default state is as the optimizer makes it.
         accumulate: how many micro-batches a step has. Their gradients add up, and the update reads the mean.
         clip_norm: scale all gradients down by one factor where the norm of all of them together is larger than this
             (``torch.nn.utils.clip_grad_norm_``); None does not. A step whose norm is infinite or NaN changes nothing
@@ -202,7 +203,7 @@ class Config:
 
         The mean of n independent noises has a standard deviation of theirs by the root of n.
         """
-        inputs = dict(numbers)
+        inputs = {name: float(number) for name, number in numbers.items()}
         if "gradient_noise" in inputs:
             inputs["gradient_noise"] *= math.sqrt(world * self.accumulate)
         return inputs

@@ -7,7 +7,7 @@ passes have made these means explicit they are implied: a value that crosses fro
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -124,7 +124,7 @@ class _Interpreter:
         for what, result in zip(self.program.outputs, self.program.results(), strict=True):
             value = self.values[result] if isinstance(result, fx.Node) else literal(result)
             if self.implied and isinstance(value, Term) and _is_averaged(what, result):
-                value = self.terms.mean(value)
+                value = self.terms.mean(value) if what is None else self.terms.mean_gradient(value)
             self.meaning.results.append(value)
         return self.meaning
 
@@ -199,8 +199,9 @@ class _Interpreter:
 
     def call(self, node: fx.Node) -> Value:
         target: Any = node.target
-        is_mean = self.implied and phase_of(node) is Phase.UPDATE and target is not ops.max_over_ranks
-        look = self.look_averaged if is_mean else self.look
+        look = self.look
+        if self.implied and phase_of(node) is Phase.UPDATE and target is not ops.max_over_ranks:
+            look = self.look_at_gradient if node.meta["origin"].module else self.look_averaged
         args, kwargs = without_defaults(
             target, tuple(map(look, node.args)), {key: look(value) for key, value in node.kwargs.items()}
         )
@@ -286,13 +287,18 @@ class _Interpreter:
 
     def look_averaged(self, arg: Any) -> Value:
         """An argument's value as the update sees it: what backward has computed is averaged."""
+        return self.averaged(arg, self.terms.mean)
+
+    def look_at_gradient(self, arg: Any) -> Value:
+        """The same, as the update of a parameter sees it."""
+        return self.averaged(arg, self.terms.mean_gradient)
+
+    def averaged(self, arg: Any, mean: Callable[[Term], Term]) -> Value:
         if isinstance(arg, fx.Node):
             value = self.values[arg]
-            if _comes_before_update(arg) and isinstance(value, Term):
-                return self.terms.mean(value)
-            return value
+            return mean(value) if _comes_before_update(arg) and isinstance(value, Term) else value
         if isinstance(arg, (list, tuple)):
-            return tuple(map(self.look_averaged, arg))
+            return tuple(self.averaged(inner, mean) for inner in arg)
         return literal(arg)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from zgraph import ops
-from zgraph.terms import Form, Shape, Term, Terms, literal
+from zgraph.terms import REPEATED, Form, Piece, Shape, Term, Terms, literal
 
 aten = torch.ops.aten
 
@@ -164,9 +164,19 @@ def _reduce_scatter(call: Call) -> Value:
 
 def _over_ranks(call: Call) -> Term:
     x, operation = call.args[:2]
-    if operation == "max":
-        return call.terms.max(x)
     return call.terms.mean(x) if operation == "avg" else call.terms.sum(x, call.world)
+
+
+def _amax(call: Call) -> Value | None:
+    """Of what all ranks have, row by row, the maximum over the ranks; of one number repeated, that."""
+    x, *dims = call.args
+    if x.target is Form.SPLAT:
+        return call.terms.splat(x.args[0], call.shape)
+    gathered = x.args[0] if x.target is Form.RESHAPE else x
+    if call.kwargs or gathered.target is not Form.GATHER or dims != [(0,)] or x.shape[0] != call.world:
+        return None
+    part = gathered.args[0]
+    return call.terms.max(part) if part.shape == x.shape[1:] else None
 
 
 def _max_over_ranks(call: Call) -> Value:
@@ -179,6 +189,17 @@ def _square_sum(call: Call) -> Value:
 
 def _add_up(call: Call) -> Value | None:
     return call.terms.add_squares(call.args[0], call.world)
+
+
+def _elements(call: Call) -> Value:
+    """Between parameters lies padding, whatever one asks of it."""
+    true, padding = call.terms.fill(literal(True), (), call.dtype), call.terms.padding
+    pieces: list[Piece] = []
+    end = 0
+    for start, stop in zip(*call.args[:2], strict=True):
+        pieces += [(padding, REPEATED, start - end), (true, REPEATED, stop - start)]
+        end = stop
+    return call.terms.flat([*pieces, (padding, REPEATED, call.args[2] - end)], call.dtype)
 
 
 def _pack_state(call: Call) -> Value:
@@ -266,6 +287,8 @@ RULES: dict[Any, Rule] = {
     ops.reduce_scatter: _reduce_scatter,
     ops.square_sum: _square_sum,
     ops.add_up: _add_up,
+    aten.amax.default: _amax,
+    ops.elements: _elements,
     ops.max_over_ranks: _max_over_ranks,
     ops.pack_state: _pack_state,
     ops.pack_state_into: _pack_state,

@@ -4,7 +4,8 @@ Collectives are torch's functional ones (``_c10d_functional``): a start returns 
 ``wait_tensor``. Groups are named by mesh axis; the runtime binds the name to a process group. ``zgraph::shard`` is the
 slice of a flat buffer that this rank owns: the one operator whose meaning depends on the rank, so that the program
 text is the same on all. ``zgraph::square_sum`` and ``zgraph::add_up`` make a norm of tensors that lie in parts;
-``zgraph::pack_state`` and ``zgraph::unpack_state`` are for tensors in 8 bits an element.
+``zgraph::pack_state`` and ``zgraph::unpack_state`` are for tensors in 8 bits an element, and ``zgraph::elements`` says
+where a flat buffer has elements of parameters rather than padding.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ _library = torch.library.Library("zgraph", "DEF")  # type: ignore[no-untyped-cal
 _library.define("shard(Tensor(a) x, int world, str axis) -> Tensor(a)")  # type: ignore[no-untyped-call]
 _library.define("square_sum(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("add_up(Tensor[] xs) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("elements(int[] starts, int[] stops, int numel, *, Device device) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("max_over_ranks(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("pack_state(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("pack_state.out(Tensor x, *, Tensor(a!) out) -> Tensor(a!)")  # type: ignore[no-untyped-call]
@@ -53,6 +55,13 @@ def _add_up(xs: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack(xs).sum()
 
 
+def _elements(starts: list[int], stops: list[int], numel: int, *, device: torch.device) -> torch.Tensor:
+    found = torch.zeros(numel, dtype=torch.bool, device=device)
+    for start, stop in zip(starts, stops, strict=True):
+        found[start:stop] = True
+    return found
+
+
 def _packed_shape(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(packed.packed_numel(len(x)), dtype=torch.uint8)
 
@@ -63,6 +72,7 @@ def _unpacked_shape(x: torch.Tensor) -> torch.Tensor:
 
 _library.impl("shard", _shard_shape, "Meta")  # type: ignore[no-untyped-call]
 _library.impl("max_over_ranks", torch.clone, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_library.impl("elements", _elements, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _library.impl("square_sum", _square_sum, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _library.impl("add_up", _add_up, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 for _key in ("CPU", "CUDA"):
@@ -78,6 +88,8 @@ square_sum = torch.ops.zgraph.square_sum.default
 """The sum of the squares of all elements of a tensor: a 0-dim float64."""
 add_up = torch.ops.zgraph.add_up.default
 """The sum of 0-dim tensors of one dtype."""
+elements = torch.ops.zgraph.elements.default
+"""Whether each of ``numel`` elements lies in one of the ranges: a bool vector."""
 max_over_ranks = torch.ops.zgraph.max_over_ranks.default
 """Each element's largest value on any rank, where it is not implied that the mean is meant; on one rank, a copy."""
 pack_state = torch.ops.zgraph.pack_state.default

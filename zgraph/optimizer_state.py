@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from zgraph.agreement import Agreement
+from zgraph.averages import WEIGHT_EMA, dtype_of_average
 from zgraph.errors import StateError
 from zgraph.flat import FlatTensors, place, without_memory
 from zgraph.layout import Bucket, Layout
@@ -78,6 +79,7 @@ class OptimizerState:
         self._layout = Layout((), world=1)
         self._params: Params = {}
         self._hooked = False
+        self._averages: dict[str, torch.Tensor] = {}  # that are being loaded
 
     def forms(self, params: Params) -> Forms:
         """The state that exists, in the user's optimizer or stored. Involves no other rank.
@@ -152,6 +154,8 @@ class OptimizerState:
                 # Numbers are needed now; of tensors, only that they can be made when their turn comes.
                 initial = self._initial(param, torch.device("cpu" if numbers else "meta"))
                 entries = {**entries, **{key: initial[key] for key in numbers}}
+            if WEIGHT_EMA in entries:
+                entries = {**entries, WEIGHT_EMA: entries[WEIGHT_EMA].to(dtype_of_average(param.dtype))}
             if entries:
                 given[names[id(param)]] = entries
         return given
@@ -265,6 +269,8 @@ class OptimizerState:
                     fix="zgraph stores state that belongs to parameters; remove the entry from state_dict['state']",
                 )
             given[by_key[key]] = entries
+            if WEIGHT_EMA in entries:
+                self._averages[by_key[key]] = entries[WEIGHT_EMA]  # which torch rounds to the parameter's dtype
         check_agreement(self._layout, _forms_of(given, self._params))
         for name, param in self._params.items():
             if param.is_meta:
@@ -272,7 +278,11 @@ class OptimizerState:
                 device = self._layout.find(name)[0].device
                 place(param, torch.zeros((), dtype=param.dtype, device=device).expand(param.shape))
 
-    def _after_load(self, _: torch.optim.Optimizer) -> None:
+    def _after_load(self, optimizer: torch.optim.Optimizer) -> None:
+        for name, average in self._averages.items():
+            state = optimizer.state[self._params[name]]
+            state[WEIGHT_EMA] = average.to(state[WEIGHT_EMA].device)
+        self._averages = {}
         if self._layout.shard_params and self._layout.world > 1:
             for param in self._params.values():
                 place(param, without_memory(param))

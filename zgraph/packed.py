@@ -8,8 +8,10 @@ Fourth roots are what is rounded, so the error is bounded in them: for an elemen
     | (|y| / scale)^(1/4) - (|x| / scale)^(1/4) | <= 1/254, or < 1/127 where x is not 0 and would round to it
 
 besides rounding in float32: what is not 0 stays so, for it may be divided by. Signs, zeros and the largest element of
-each block are exact, and packing again what was unpacked changes no bit. (Block-wise quantised optimizer state is from
-Dettmers et al., 2022, 8-bit optimizers via block-wise quantization.)
+each block are exact, and packing again what was unpacked changes no bit. A block whose scale is below 2^-98, of which
+float32 cannot hold the smallest level, becomes zero; in one with NaN or infinity, nothing else is kept.
+
+Block-wise quantised optimizer state is from Dettmers et al., 2022, 8-bit optimizers via block-wise quantization.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ BLOCK = 256
 
 _LEVELS = 127
 _SCALE_BYTES = 4
+_SMALLEST = 2.0**-98
 
 
 def packed_numel(numel: int) -> int:
@@ -43,9 +46,10 @@ def pack_into(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """The same, in memory that is there."""
     blocks, codes, scales = x.view(-1, BLOCK), *_parts(out)
     torch.amax(blocks.abs(), 1, keepdim=True, out=scales)
-    roots = torch.where(scales > 0, blocks / scales, 0.0).abs_().sqrt_().sqrt_()
-    levels = roots.mul_(_LEVELS).round_().clamp_(min=1)
-    codes.copy_(levels.mul_(blocks.sign()))
+    scales[scales < _SMALLEST] = 0
+    parts = torch.where(scales == 0, 0.0, blocks / scales)
+    levels = parts.abs().sqrt_().sqrt_().mul_(_LEVELS).round_().clamp_(min=1)
+    codes.copy_(levels.mul_(parts.sign_()))
     return out
 
 

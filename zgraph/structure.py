@@ -118,9 +118,8 @@ def _check_collective(program: Program, node: fx.Node, after: str) -> None:
         raise broken(after, node, f"is on axis {axis!r} of a mesh whose axis is {mesh.axis!r}")
     if node.target is not ops.all_reduce and node.args[-2] != mesh.size:
         raise broken(after, node, f"is for {node.args[-2]} ranks of a mesh of {mesh.size}")
-    known = ("avg", "sum", "max") if node.target is ops.all_reduce else ("avg", "sum")
-    if node.target in (ops.all_reduce, ops.reduce_scatter) and node.args[1] not in known:
-        raise broken(after, node, f"reduces by {node.args[1]!r}; only {' and '.join(map(repr, known))} are known")
+    if node.target in (ops.all_reduce, ops.reduce_scatter) and node.args[1] not in ("avg", "sum"):
+        raise broken(after, node, f"reduces by {node.args[1]!r}; only 'avg' and 'sum' are known")
     divided = operand(node).meta["val"]
     if node.target in (ops.shard, ops.reduce_scatter) and (divided.dim() != 1 or len(divided) % mesh.size):
         raise broken(after, node, f"divides {describe(divided)} over {mesh.size} ranks")

@@ -10,7 +10,7 @@ collective and back:
     Permute     other order of dimensions                     t, transpose
     Shard       this rank's 1/N of a vector                   zgraph::shard, reduce_scatter
     Mean, Sum   over the ranks                                all_reduce, reduce_scatter
-    Max         over the ranks                                all_reduce, zgraph::max_over_ranks
+    Max         over the ranks                                all_gather and amax, zgraph::max_over_ranks
     Squares     the sum of the squares of all elements        zgraph::square_sum, add_up
 
 An elementwise operator on such a vector is the vector of the operator on its pieces. Padding stays padding under
@@ -124,6 +124,7 @@ class Terms:
     def __init__(self, axioms: Iterable[Axiom] = ()) -> None:
         self._table: dict[Any, Term] = {}
         self._lifted_before: dict[Any, Term] = {}
+        self._gradients: set[Term] = set()
         self._starts: dict[Term, list[int]] = {}  # of vectors that were sliced, where each piece begins
         self._numbers: dict[Term, int] = {}  # of bases in sums of squares, in the order in which they were met
         self._axioms: dict[Any, list[EqualTo]] = {}
@@ -324,6 +325,8 @@ class Terms:
             total, world = args[0].args
             if args[1] in (world, literal(float(world))) and dtype == total.dtype:
                 return self.mean(total)
+        if target is torch.ops.aten.where.self and _is_true(args[0]) and isinstance(args[1], Term):
+            return args[1] if args[1].dtype == dtype else self.make(target, args, shape, dtype)
         if target is Form.CAST and args[0].target is Form.PERMUTE and shape is not None and dtype is not None:
             inner, order = args[0].args
             return self.reshape(self.permute(self.cast(inner, dtype), order), shape)
@@ -348,12 +351,28 @@ class Terms:
             return inner
         return None
 
+    def mean_gradient(self, x: Term) -> Term:
+        """The mean of what a parameter's update reads of backward, which is remembered as a gradient."""
+        mean = self.mean(x)
+        for base, _, _ in self.pieces(self.reshape(mean, (mean.numel,))):
+            while base.target in (Form.RESHAPE, Form.PERMUTE):
+                base = base.args[0]
+            if base.target is Form.MEAN:
+                self._gradients.add(base.args[0])
+        return mean
+
+    def is_gradient(self, x: Term) -> bool:
+        """Whether it is one, or zeros between them."""
+        return x in self._gradients or _is_zero(x)
+
     def mean(self, x: Term) -> Term:
         """Elementwise mean over all ranks."""
         return self._over_ranks(Form.MEAN, x, None)
 
     def max(self, x: Term) -> Term:
         """Elementwise maximum over all ranks."""
+        if not x.varies and x.target is not Form.SHARD:
+            return x
         return self.make(Form.MAX, (x,), x.shape, x.dtype, varies=x.target is Form.SHARD)
 
     def sum(self, x: Term, world: int) -> Term:
@@ -444,6 +463,12 @@ def _joined(pieces: Iterable[Piece]) -> list[Piece]:
                 continue
         joined.append((base, offset, length))
     return joined
+
+
+def _is_true(x: Any) -> bool:
+    """Whether a condition holds for all elements, as it stands."""
+    one = x.args[0] if isinstance(x, Term) and x.target is Form.SPLAT else x
+    return isinstance(one, Term) and one.target is Form.FILL and one.args[0] == literal(True)
 
 
 def _is_zero(x: Term) -> bool:

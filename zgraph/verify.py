@@ -114,7 +114,7 @@ class Verifier:
             if tensor._version != version:
                 raise VerifyError(f"{after} wrote to the constant {name}, which is the user's", fix=MISTAKE_IN_PASS)
         before, now = self._layout, program.layout
-        if before is not None and (now is None or (now.buckets, now.world) != (before.buckets, before.world)):
+        if before is not None and (now is None or _stored(now) != _stored(before)):
             raise VerifyError(f"{after} changed the buckets, which state is already stored in", fix=MISTAKE_IN_PASS)
 
 
@@ -291,6 +291,11 @@ class _Check:
             where=source_of(result),
             fix=MISTAKE_IN_PASS,
         )
+
+
+def _stored(layout: Layout) -> Any:
+    """What no pass may change of a layout."""
+    return layout.buckets, layout.world, layout.packed
 
 
 def _differ(one: Value, other: Value) -> bool:

@@ -7,17 +7,19 @@ import json
 import os
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from allpairspy import AllPairs
 from torch import Tensor, nn
-from torch.optim import AdamW
 
 import zgraph
 from tests.models import CASES, GPT
+from tests.optimizers import OPTIMIZERS
 from tests.ranks import Ranks
 from tests.reference import Eager, assert_equal, assert_same_state, slow, train_like_eager, world
 
@@ -195,33 +197,44 @@ def test_the_same_script_runs_alone_and_under_torchrun(tmp_path: Path) -> None:
     assert same == pytest.approx(losses, rel=1e-10)
 
 
-INEXACT: list[dict[str, Any]] = [{"reduce_precision": "bf16"}, {"state_precision": "int8"}]
+CHOICES: OrderedDict[str, list[Any]] = OrderedDict(
+    zero=[3, 2, 1, 0],
+    optimizer=["adamw", "sgd_momentum", "muon_and_adam", "adafactor"],
+    reduce_precision=["bf16", None],
+    state_precision=["int8", None],
+    precision=[None, "bf16", "fp16"],
+    accumulate=[1, 2],
+    clip=[{}, {"clip_norm": 0.5}, {"clip_value": 0.01}],
+    ema=[0.5, None],
+)
+PAIRS = [dict(zip(CHOICES, values, strict=True)) for values in AllPairs(CHOICES.values())]
 
 
-def train_like_simulated_ranks(zero: int, **options: Any) -> None:
+def train_like_simulated_ranks(optimizer: str, clip: dict[str, float], **options: Any) -> None:
     """Train on all ranks; weights and state are, bit for bit, those of simulated ranks."""
     rank, num_ranks = world()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
     simulated = copy.deepcopy(model)
-    options.update(loss=lambda y, _: y.square().mean(), zero=zero, ema=0.5)
-    optimizer = AdamW(model.parameters(), lr=0.1)
-    compiled = zgraph.compile(model, optimizer=optimizer, **options)
-    ranks = zgraph.simulate_ranks(simulated, AdamW(simulated.parameters(), lr=0.1), world_size=num_ranks, **options)
+    options.update(loss=lambda y, _: y.square().mean(), **clip)
+    its_optimizer = OPTIMIZERS[optimizer](model)
+    compiled = zgraph.compile(model, optimizer=its_optimizer, **options)
+    ranks = zgraph.simulate_ranks(simulated, OPTIMIZERS[optimizer](simulated), world_size=num_ranks, **options)
     for _ in range(3):
         parts = torch.randn(4 * num_ranks, 5).chunk(num_ranks)
-        compiled.train_step(parts[rank])
-        ranks.train_step([(part,) for part in parts])
-    state, moments, average = compiled.state_dict(), optimizer.state_dict()["state"], compiled.ema_state_dict()
+        loss = compiled.train_step(parts[rank])
+        assert torch.equal(loss, ranks.train_step([(part,) for part in parts]))
+    state, entries_of = compiled.state_dict(), its_optimizer.state_dict()["state"]
     assert all(torch.equal(state[name], value) for name, value in ranks.state_dict().items())
-    for index, (name, entries) in enumerate(ranks.optimizer_state().items()):
-        assert all(torch.equal(moments[index][key], torch.as_tensor(value)) for key, value in entries.items())
-        assert torch.equal(average[name], entries["weight_ema"])
+    order = {id(p): i for i, p in enumerate(p for group in its_optimizer.param_groups for p in group["params"])}
+    numbers = {name: order[id(p)] for name, p in model.named_parameters()}
+    for name, entries in ranks.optimizer_state().items():
+        for key, value in entries.items():
+            assert torch.equal(torch.as_tensor(entries_of[numbers[name]][key]), torch.as_tensor(value)), (name, key)
+        if options["ema"] is not None:
+            assert torch.equal(compiled.ema_state_dict()[name], entries["weight_ema"])
 
 
-@pytest.mark.parametrize("zero", [3, *slow(0, 1, 2)])
-@pytest.mark.parametrize("options", INEXACT)
-def test_what_is_not_exact_is_the_same_on_real_ranks_as_on_simulated_ones(
-    ranks: Ranks, options: dict[str, Any], zero: int
-) -> None:
-    ranks.run(train_like_simulated_ranks, zero=zero, **options)
+@pytest.mark.parametrize("pair", [*PAIRS[:2], *slow(*PAIRS[2:])], ids=lambda pair: "-".join(map(str, pair.values())))
+def test_options_together_are_the_same_on_real_ranks_as_on_simulated_ones(ranks: Ranks, pair: dict[str, Any]) -> None:
+    ranks.run(train_like_simulated_ranks, **pair)

@@ -38,7 +38,7 @@ class Refusal(enum.Enum):
     FACTS = "but not their step count|starts as None, but started as|which held at capture, is no longer checked"
     SHAPE = (
         r"cannot take its arguments: (Attempting to broadcast|Dimension out of range)"
-        r"|the new value of \S+ is f64\[\d+\], but it is f64\[\d+\]|but the layout gives each rank"
+        r"|the new value of \S+ is f64\[\d+\], but it is f64\[\d+\]|but the layout gives each rank|takes parts of"
     )
     RECORD = r"is recorded as .* but gives"
     ORDER = r"reads \w+ before it is computed"
@@ -231,6 +231,7 @@ EDITS = [
         "        index = self.names.index(name)\n"
         "        alike = [s.name for s in self.bucket.segments if s.shape == self.bucket.segments[index].shape]\n"
         "        name = name if what is not None else alike[-1 - alike.index(name)]\n",
+        Refusal.OWNER,
     ),
     Edit(
         "two kinds of state of a whole parameter are exchanged",
@@ -251,7 +252,7 @@ EDITS = [
     Edit(
         "a new value is the old one's memory",
         "own",
-        "            if _lies_in_an_input(result) or result in made[:index]:\n",
+        '            if ops.root_of(result).op == "placeholder" or result in made[:index]:\n',
         "            if False:\n",
         Refusal.OWNER,
     ),
@@ -275,6 +276,34 @@ EDITS = [
         "numel = program.layout.of_state(key).by_name[bucket.name].numel",
         "numel = bucket.numel",
         Refusal.SHAPE,
+    ),
+    # On request
+    Edit(
+        "elements of parameters are taken for padding",
+        "quantize",
+        "aten.where.self, elements[output.name], new, zero, origin",
+        "aten.where.self, elements[output.name], zero, new, origin",
+    ),
+    Edit(
+        "packed state is that from before the update",
+        "quantize",
+        "results[i] = program.call(ops.pack_state, kept, origin=origin, before=before)",
+        "results[i] = next(node for node, what in program.placeholders() if what == output)",
+    ),
+    Edit(
+        "only one state of a bucket is unpacked",
+        "quantize",
+        "                for reader in readers:\n",
+        "                for reader in readers[:1]:\n",
+        Refusal.SHAPE,
+    ),
+    Edit(
+        "the update reads its own rank's gradient, rounded",
+        "precision",
+        "reader.replace_input_with(mean, wide)",
+        "reader.replace_input_with(mean, wide)\n"
+        "                    if mean.meta['val'].shape == low.meta['val'].shape:\n"
+        "                        wide.replace_input_with(mean, low)",
     ),
     # Norms
     Edit("a norm leaves out a bucket", "bucket", "node.args = (squares,)", "node.args = (squares[1:] or squares,)"),
@@ -364,19 +393,19 @@ EDITS = [
     Edit(
         "the 1/N is forgotten",
         "shard",
-        "start = program.call(ops.all_reduce, value, operation, self.mesh.axis, origin=origin, before=start_before)",
+        'start = program.call(ops.all_reduce, value, "avg", self.mesh.axis, origin=origin, before=start_before)',
         'start = program.call(ops.all_reduce, value, "sum", self.mesh.axis, origin=origin, before=start_before)',
     ),
     Edit(
         "a maximum over the ranks is a mean",
         "shard",
-        'self._reduce(program, operand(node), "max", node, node)',
-        'self._reduce(program, operand(node), "avg", node, node)',
+        "aten.amax.default, rows, [0]",
+        "aten.mean.dim, rows, [0]",
     ),
     Edit(
         "the loss is that of one rank",
         "shard",
-        '            results[0] = self._reduce(program, results[0], "avg", program.output_node, program.output_node)\n',
+        "            results[0] = self._average(program, results[0], program.output_node, program.output_node)\n",
         "            pass\n",
     ),
     Edit(
@@ -394,11 +423,11 @@ EDITS = [
     Edit(
         "a gradient travels in half precision",
         "shard",
-        "start = program.call(ops.all_reduce, value, operation, self.mesh.axis, origin=origin, before=start_before)\n"
+        'start = program.call(ops.all_reduce, value, "avg", self.mesh.axis, origin=origin, before=start_before)\n'
         "        return program.call(ops.wait, start, origin=origin, before=wait_before)",
         "half = program.call(aten._to_copy.default, value, dtype=torch.bfloat16, origin=origin, before=start_before)\n"
         "        start = program.call("
-        "ops.all_reduce, half, operation, self.mesh.axis, origin=origin, before=start_before)\n"
+        'ops.all_reduce, half, "avg", self.mesh.axis, origin=origin, before=start_before)\n'
         "        half = program.call(ops.wait, start, origin=origin, before=wait_before)\n"
         '        return program.call(aten._to_copy.default, half, dtype=value.meta["val"].dtype, '
         "origin=origin, before=wait_before)",

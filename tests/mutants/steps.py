@@ -65,6 +65,29 @@ def read_in_low_precision() -> Program:
     return b.finish(results)
 
 
+def in_single_precision() -> Program:
+    """Two moments in float32, read as they are."""
+    b = Builder()
+    x, lr = b.input(Role.BATCH, "0", shape=[40], dtype=torch.float32), b.input(Role.HYPER, "lr")
+    params = [b.input(Role.PARAM, name, shape=[40], dtype=torch.float32) for name in ("v", "w")]
+    products = [b.forward(aten.mul.Tensor, p, x) for p in params]
+    results: dict[Input | None, Any] = {None: b.forward(aten.sum.default, b.forward(aten.add.Tensor, *products))}
+    for name, p, product in zip(("v", "w"), params, products, strict=True):
+        g = b.backward(aten.sin.default, product)
+        m, s = (b.input(Role.OPT_STATE, name, key, shape=[40], dtype=torch.float32) for key in ("m", "s"))
+
+        def call(target: Any, *args: Any, name: str = name) -> Any:
+            return b.call(Phase.UPDATE, target, *args, module=name)
+
+        new_m = results[Input(Role.OPT_STATE, name, "m")] = call(aten.lerp.Scalar, m, g, 0.1)
+        new_s = results[Input(Role.OPT_STATE, name, "s")] = call(
+            aten.lerp.Scalar, s, call(aten.square.default, g), 0.01
+        )
+        step = call(aten.div.Tensor, call(aten.add.Tensor, new_m, m), call(aten.exp.default, new_s))
+        results[param(name)] = call(aten.sub.Tensor, p, call(aten.mul.Tensor, step, lr))
+    return b.finish(results)
+
+
 def with_numbers() -> Program:
     """Two parameters of one rule that have taken different numbers of steps, with conditions on them."""
     params = tuple(Param((4,), "trained", group=0, low=False, shares=False) for _ in range(2))
@@ -125,6 +148,7 @@ def steps() -> dict[str, Program]:
         "the last of many micro-batches": accumulated(many_parameters(), 2),
         "one of many micro-batches": micro_step(accumulated(many_parameters(), 2)),
         "read in low precision": read_in_low_precision(),
+        "single precision": in_single_precision(),
         "averages of weights": averaged(mixed_elements()),
         "noisy gradients": noisy(two_layers()),
         "the largest loss": with_maximum(two_layers()),
