@@ -94,10 +94,15 @@ class UpdateInPlace(Pass):
 
 
 def _unpack_late(program: Program) -> None:
-    """Unpack state right before it is read, which may wait for a norm: unpacked, it takes four times as much."""
+    """Unpack state right before it is read, which may wait for a norm: unpacked, it takes four times as much.
+
+    The same for what says where parameters are in it.
+    """
     order = {node: i for i, node in enumerate(program.graph.nodes)}
-    for node in program.graph.find_nodes(op="call_function", target=ops.unpack_state):
-        min(node.users, key=order.__getitem__).prepend(node)
+    for target in (ops.shard, ops.elements, ops.unpack_state):
+        for node in program.graph.find_nodes(op="call_function", target=target):
+            if target is not ops.shard or operand(node).target is ops.elements:
+                min(node.users, key=order.__getitem__).prepend(node)
 
 
 def _write_over(call: fx.Node, update: OwnedUpdate, donors: dict[fx.Node, fx.Node]) -> None:
