@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 import types
 from collections.abc import Callable, Iterable
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+import zgraph
 from tests.optimizers import OPTIMIZERS, Lion
 from tests.updates import CPU, TRAINED, ByParameter, Params, assert_follows, traced
 from zgraph.errors import OptimizerError
@@ -298,3 +300,35 @@ def test_a_step_that_a_scheduler_wrapped_is_still_the_optimizers() -> None:
         torch.optim.lr_scheduler.ConstantLR(optimizer)
         assert "step" in vars(optimizer)
         check_step(optimizer)
+
+
+class Scheduled(ByParameter):
+    """A learning rate that is a function of the step count, by ``math``."""
+
+    def __init__(self, params: Any, name: str) -> None:
+        super().__init__(params, {"lr": 0.1})
+        self.name = name
+
+    def update(self, group: dict[str, Any], p: Tensor) -> None:
+        state = self.state[p]
+        state["step"] = state.get("step", 0) + 1
+        p.sub_(p.grad, alpha=group["lr"] * getattr(math, self.name)(1 / (1 + state["step"])))
+
+
+@pytest.mark.parametrize("name", ["sqrt", "log2", "atan", "cosh"])
+def test_functions_of_a_step_count_need_no_capture_for_each_step(name: str) -> None:
+    torch.manual_seed(0)
+    model, reference = torch.nn.Linear(3, 2).double(), torch.nn.Linear(3, 2).double()
+    reference.load_state_dict(model.state_dict())
+    compiled: Any = zgraph.compile(
+        model, optimizer=Scheduled(model.parameters(), name), loss=lambda y, _: y.square().mean()
+    )
+    eager = Scheduled(reference.parameters(), name)
+    for _ in range(4):
+        x = torch.ones(2, 3, dtype=torch.float64)
+        compiled.train_step(x)
+        eager.zero_grad()
+        reference(x).square().mean().backward()
+        eager.step()
+        assert all(torch.equal(model.state_dict()[key], value) for key, value in reference.state_dict().items())
+    assert compiled.stats()["num_captures"] <= 2

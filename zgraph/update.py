@@ -560,7 +560,7 @@ def _symbolic_math(kind: type[torch.optim.Optimizer]) -> Iterator[None]:
 
         return call
 
-    names = [name for name in ("sqrt", "cos", "sin", "tanh") if hasattr(torch, f"_sym_{name}")]
+    names = [name.removeprefix("_sym_") for name in dir(torch) if name.startswith("_sym_")]
     in_math: dict[str, Any] = {name: symbolic_or(getattr(math, name), getattr(torch, f"_sym_{name}")) for name in names}
     in_math["pow"] = lambda x, y: x**y
     built_in = {
