@@ -8,6 +8,7 @@ from zgraph.config import Config
 from zgraph.layout import Layout
 from zgraph.passes.bucket import FormBuckets
 from zgraph.passes.inplace import UpdateInPlace
+from zgraph.passes.keep import ReadGathered
 from zgraph.passes.precision import CastBeforeGather, ReduceInLowPrecision
 from zgraph.passes.quantize import QuantizeState
 from zgraph.passes.schedule import Overlap
@@ -32,7 +33,12 @@ def default_passes(
         (AverageGradients(mesh),),
         (ShardOptimizer(mesh),),
         (ShardGradients(mesh),),
-        (ReadParamsEarly(), ShardParams(mesh), CastBeforeGather()),
+        (
+            ReadParamsEarly(),
+            ShardParams(mesh),
+            CastBeforeGather(),
+            *((ReadGathered(),) if config.keep_gathered else ()),
+        ),
     )
     passes = (
         Tidy(),
@@ -53,6 +59,7 @@ __all__ = [
     "FormBuckets",
     "Overlap",
     "QuantizeState",
+    "ReadGathered",
     "ReadParamsEarly",
     "ReduceInLowPrecision",
     "ShardGradients",

@@ -105,6 +105,9 @@ class Config:
             ``zgraph.packed`` bounds the error. It is for moments: an optimizer that keeps weights in its state (ASGD's
             average, a wide copy) would have them in 8 bits, too. By default state is as the optimizer makes it.
         accumulate: how many micro-batches a step has. Their gradients add up, and the update reads the mean.
+        keep_gathered: with ZeRO-3 and several micro-batches: gather parameters once for all micro-batches of a step and
+            keep them whole until its update, instead of twice for each micro-batch. It takes the memory of all
+            parameters, in the dtype in which they are read.
         clip_norm: scale all gradients down by one factor where the norm of all of them together is larger than this
             (``torch.nn.utils.clip_grad_norm_``); None does not. A step whose norm is infinite or NaN changes nothing
             on any rank, and is counted.
@@ -131,6 +134,7 @@ class Config:
     reduce_precision: str | None = None
     state_precision: str | None = None
     accumulate: int = 1
+    keep_gathered: bool = False
     clip_norm: float | None = None
     clip_value: float | None = None
     gradient_noise: float | None = None
@@ -194,8 +198,14 @@ class Config:
                 "clip_norm and clip_value are both given", fix="choose one: clipping twice is not what either says"
             )
         check_numbers(config.numbers(), config)
-        if not isinstance(config.check_collectives, bool):
-            raise OptionError(f"check_collectives={config.check_collectives!r} is not a bool", fix="give True or False")
+        for name in ("check_collectives", "keep_gathered"):
+            if not isinstance(getattr(config, name), bool):
+                raise OptionError(f"{name}={getattr(config, name)!r} is not a bool", fix="give True or False")
+        if config.keep_gathered and (config.zero < 3 or config.accumulate == 1):
+            raise OptionError(
+                f"keep_gathered with zero={config.zero} and accumulate={config.accumulate}",
+                fix="give zero=3 and accumulate=2 or more: otherwise nothing is gathered more often than it must be",
+            )
         return config
 
     def inputs(self, numbers: Mapping[str, float], world: int) -> dict[str, float]:

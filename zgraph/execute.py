@@ -50,6 +50,11 @@ class Executable:
     def _fetch(self, what: Input, batch: Sequence[torch.Tensor], hypers: dict[str, float]) -> Any:
         if what.role is Role.PARAM:
             return self._state.params[what.name]
+        if what.role is Role.GATHERED:
+            if what not in self._state.gathered:
+                part = self._state.params[what.name].to(self._values[what].dtype)
+                self._state.gathered[what] = self._comm.wait(self._comm.all_gather(part))
+            return self._state.gathered[what]
         if what.role is Role.OPT_STATE:
             entries = self._state.opt.setdefault(what.name, {})
             if what.key not in entries:

@@ -60,6 +60,12 @@ def run_ranks(
                 break
             if node.op == "placeholder":
                 what: Input = node.meta["input"]
+                if what.role is Role.GATHERED:
+                    parts = [given[Input(Role.PARAM, what.name)] for given in inputs]
+                    whole = torch.cat([part for part in parts if isinstance(part, torch.Tensor)])
+                    for mine in values:
+                        mine[node] = whole.to(node.meta["val"].dtype)
+                    continue
                 copied = what.role in OF_PARAMETERS and not overwrite
                 for mine, given in zip(values, inputs, strict=True):
                     value = given[what]

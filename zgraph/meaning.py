@@ -151,6 +151,8 @@ class _Interpreter:
         bucket = self.buckets.get(what.name)
         if what.role in (Role.PARAM, Role.GRADIENT) and bucket is not None:
             return self.flat_input(what, bucket, tuple(node.meta["val"].shape), node.meta["val"].dtype)
+        if what.role is Role.GATHERED and bucket is not None:
+            return self.gathered_input(what, bucket, node)
         if what.role is Role.OPT_STATE:
             if bucket is not None and self.program.layout is not None and shape:
                 return self.state_input(what, self.program.layout, node)
@@ -159,6 +161,11 @@ class _Interpreter:
         if what.role is Role.CONSTANT:
             return self.constant(node, what)
         return self.terms.input(what, shape, dtype, varies=what.role in (Role.BATCH, Role.BUFFER))
+
+    def gathered_input(self, what: Input, bucket: Bucket, node: fx.Node) -> Term:
+        """All parameters of a bucket, cast one by one."""
+        param, dtype = Input(Role.PARAM, what.name), node.meta["val"].dtype
+        return self.terms.cast(self.flat_of(param, bucket, bucket.dtype), dtype)
 
     def state_input(self, what: Input, layout: Layout, node: fx.Node) -> Term:
         """Flat optimizer state, which may lie packed."""
@@ -169,12 +176,17 @@ class _Interpreter:
         return self.terms.make(ops.pack_state, (flat,), tuple(val.shape), val.dtype)
 
     def flat_input(self, what: Input, bucket: Bucket, shape: tuple[int, ...], dtype: torch.dtype) -> Term:
+        """This rank's part of the parameters of a bucket, or of one kind of their state."""
+        layout, flat = self.program.layout, self.flat_of(what, bucket, dtype)
+        assert layout is not None
+        is_shard = layout.shard_params if what.role is Role.PARAM else layout.shard_state
+        return self.terms.shard(flat, shape) if is_shard and self.world > 1 else flat
+
+    def flat_of(self, what: Input, bucket: Bucket, dtype: torch.dtype) -> Term:
         """The parameters of a bucket, or one kind of their state, with padding between them.
 
         Between gradients there are zeros, and the verifier sees to it that they stay zeros.
         """
-        layout = self.program.layout
-        assert layout is not None
         zero = self.terms.fill(literal(0.0), (), dtype)
         padding = zero if what.role is Role.GRADIENT else self.terms.padding
         pieces: list[Piece] = []
@@ -183,9 +195,7 @@ class _Interpreter:
             base = self.terms.input(Input(what.role, segment.name, what.key), segment.shape, dtype, varies=False)
             pieces += [(padding, REPEATED, segment.offset - end), (base, 0, segment.numel)]
             end = segment.offset + segment.numel
-        flat = self.terms.flat([*pieces, (padding, REPEATED, bucket.numel - end)], dtype)
-        is_shard = layout.shard_params if what.role is Role.PARAM else layout.shard_state
-        return self.terms.shard(flat, shape) if is_shard and self.world > 1 else flat
+        return self.terms.flat([*pieces, (padding, REPEATED, bucket.numel - end)], dtype)
 
     def constant(self, node: fx.Node, what: Input) -> Term:
         """A tensor that the step holds: known by its values if only the update reads it, else by itself."""

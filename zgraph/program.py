@@ -50,7 +50,8 @@ class Role(enum.Enum):
     """What a placeholder stands for.
 
     RECIPE is state of the step as a whole, such as how often it was skipped; GRADIENT is what earlier micro-batches
-    have added up, which has one element per element of the parameter.
+    have added up, which has one element per element of the parameter. GATHERED is a whole bucket of parameters, in the
+    dtype that its key names, which a step has gathered for all of its micro-batches.
     """
 
     __hash__ = object.__hash__  # Enum's own takes longer than all else that looking up an Input does
@@ -63,6 +64,7 @@ class Role(enum.Enum):
     HYPER = "hyper"
     RECIPE = "recipe"
     GRADIENT = "gradient"
+    GATHERED = "gathered"
 
 
 OF_PARAMETERS = frozenset({Role.PARAM, Role.OPT_STATE, Role.GRADIENT})

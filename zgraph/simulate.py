@@ -311,6 +311,8 @@ class SimulatedRanks:
         mine = self._values[rank]
         inputs: Values = {}
         for node, what in program.placeholders():
+            if what.role is Role.GATHERED:
+                continue  # all ranks together have it
             if what.role is Role.BATCH:
                 inputs[what] = tensors[int(what.name)]
             elif what.role is Role.HYPER:

@@ -24,6 +24,7 @@ from zgraph.flat import FlatTensors, broadcast, place, without_memory
 from zgraph.initialise import find_meta_modules, initialise
 from zgraph.layout import Layout
 from zgraph.optimizer_state import Forms, OptimizerState, Value, check_agreement
+from zgraph.program import Input
 
 
 class TrainingState:
@@ -41,6 +42,7 @@ class TrainingState:
         layout: the buckets; None before the first ``commit``.
         params: bucket name -> this rank's flat parameters.
         gradients: bucket name -> this rank's part of what micro-batches add up; zeros between steps.
+        gathered: whole buckets of parameters that a step has gathered for all of its micro-batches; none between steps.
         recipe: what the steps count and report, by name; the same on all ranks.
         agreement: of the ranks.
     """
@@ -52,6 +54,7 @@ class TrainingState:
         self.layout: Layout | None = None
         self.params: dict[str, torch.Tensor] = {}
         self.gradients: dict[str, torch.Tensor] = {}
+        self.gathered: dict[Input, torch.Tensor] = {}
         self.recipe: dict[str, torch.Tensor] = {}
         self.agreement = Agreement(group)
         self._optimizer_state = OptimizerState(optimizer, group, self.agreement)
@@ -118,7 +121,7 @@ class TrainingState:
 
     @contextmanager
     def adding_up(self) -> Iterator[None]:
-        """A step; what its micro-batches have added up is dropped if it fails."""
+        """A step; what its micro-batches have added up is dropped if it fails, and what it has gathered in any case."""
         try:
             yield
         except BaseException:
@@ -126,6 +129,8 @@ class TrainingState:
             for what in ADD_UP:
                 self.recipe.pop(what.name, None)
             raise
+        finally:
+            self.gathered = {}
 
     def _move(self, new: FlatTensors, params: Mapping[str, nn.Parameter], kept: Collection[str]) -> None:
         """Store parameters, and have those of them that are not ``kept`` be rank 0's."""

@@ -275,6 +275,10 @@ def _check_layout(program: Program, layout: Layout, after: str) -> None:
                 raise VerifyError(f"{after}: state in {bucket.name} is of other parameters", fix=MISTAKE_IN_PASS)
             _check_segments(flat, layout.world, after)
     for node, what in program.placeholders():
+        if what.role is Role.GATHERED:
+            whole = layout.by_name[what.name].numel if what.name in layout.by_name and layout.shard_params else None
+            if tuple(node.meta["val"].shape) != (whole,):
+                raise _misfit(after, node, f"{what} is {describe(node.meta['val'])}, which is no divided bucket, whole")
         if what.role not in OF_PARAMETERS:
             continue
         if what.name not in layout.by_name:

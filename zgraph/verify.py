@@ -312,6 +312,8 @@ def _by_parameter(program: Program, inputs: dict[Input, None]) -> dict[Input, No
     for what in inputs:
         if what.role in OF_PARAMETERS and what.name in buckets:
             found.update({Input(what.role, s.name, what.key): None for s in buckets[what.name].segments})
+        elif what.role is Role.GATHERED and what.name in buckets:
+            found.update({Input(Role.PARAM, s.name): None for s in buckets[what.name].segments})
         else:
             found[what] = None
     return found
