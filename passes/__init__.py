@@ -44,7 +44,7 @@ def default_passes(
         Tidy(),
         FormBuckets(mesh.size, config.bucket_bytes, layout, packed=config.state_precision == "int8"),
         *(p for stage in zero[: config.zero + 1] for p in stage),
-        *((ReduceInLowPrecision(),) if config.reduce_precision == "bf16" else ()),
+        *((ReduceInLowPrecision(),) if config.reduce_precision == "bf16" and mesh.size > 1 else ()),
         *((QuantizeState(),) if config.state_precision == "int8" else ()),
         Overlap(config.prefetch, config.bucket_bytes),
         UpdateInPlace(),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from zgraph import ops
 from zgraph.passes.tidy import remove_dead
 from zgraph.pipeline import Pass
@@ -16,7 +18,7 @@ class ReadGathered(Pass):
 
         y = mm(x, view(wait(all_gather(shard))))    ->    y = mm(x, view(gathered))
 
-    The runtime gathers them when a step first reads them, and lets go of them behind its update.
+    The runtime gathers them before a step's first micro-batch, and lets go of them behind its update.
     """
 
     takes, gives = Stage.SHARDED, Stage.SHARDED
@@ -24,9 +26,11 @@ class ReadGathered(Pass):
     def rewrite(self, program: Program) -> None:
         found = program.inputs(Role.GATHERED)
         for start in program.graph.find_nodes(op="call_function", target=ops.all_gather):
+            if start.meta["origin"].phase is Phase.UPDATE:
+                continue
             shard = operand(start)
-            param = shard if shard.op == "placeholder" or not shard.args else operand(shard)
-            if start.meta["origin"].phase is Phase.UPDATE or param.op != "placeholder":
+            param = operand(shard) if shard.target is torch.ops.aten._to_copy.default else shard
+            if param.op != "placeholder":
                 continue
             what: Input = param.meta["input"]
             (wait,) = start.users

@@ -11,7 +11,7 @@ from zgraph import ops
 from zgraph.packed import packed_numel
 from zgraph.pipeline import Pass
 from zgraph.program import Input, Origin, Phase, Program, Role, Stage, update_nodes
-from zgraph.terms import Axiom, Form, Term, Terms
+from zgraph.terms import Axiom, Form, Term, Terms, zero_times
 
 aten = torch.ops.aten
 
@@ -23,7 +23,7 @@ def _packed_before(terms: Terms, term: Term) -> Term | None:
         return None
     state: Term = packed.args[0]
     whole = state.args[0] if state.target is Form.SHARD else state
-    given = all(base is terms.padding or _is_state(base) for base, _, _ in terms.pieces(whole))
+    given = all(zero_times(base) == frozenset() or _is_state(base) for base, _, _ in terms.pieces(whole))
     return state if given else None
 
 

@@ -172,6 +172,22 @@ def test_an_average_of_low_precision_weights_is_loaded_as_it_was(compile_first: 
     torch.testing.assert_close(found, expected, rtol=0 if compile_first else 2**-8, atol=0)
 
 
+def test_a_load_that_is_refused_leaves_nothing_behind() -> None:
+    model, optimizer = compiled()
+    x = torch.randn(4, 5, dtype=torch.float64)
+    model.train_step(x)
+    saved = optimizer.state_dict()
+    bad = copy.deepcopy(saved)
+    next(iter(bad["state"].values()))["exp_avg"] = torch.zeros(1, 1)
+    with pytest.raises(zgraph.StateError, match="exp_avg"):
+        optimizer.load_state_dict(bad)
+    without = copy.deepcopy(saved)
+    for entries in without["state"].values():
+        del entries["weight_ema"]
+    optimizer.load_state_dict(without)
+    model.train_step(x)
+
+
 class Clash(SGD):
     """Has state of its own under the average's key."""
 

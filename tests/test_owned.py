@@ -577,6 +577,14 @@ def test_a_parameter_that_the_optimizer_leaves_alone_stays(options: dict[str, An
         assert_equal(ranks.state_dict(), reference.state_dict(), f"step {step}")
 
 
+@pytest.mark.parametrize("options", [{"clip_norm": 1.0}, {"precision": "fp16"}])
+def test_a_gradient_that_no_norm_would_count_is_refused(options: dict[str, Any]) -> None:
+    model = Scaled()
+    compiled: Any = zgraph.compile(model, optimizer=OnlyMatrices(model.parameters()), **options)
+    with pytest.raises(OptimizerError, match=r"leaves first.bias alone, whose gradient would be in no norm"):
+        compiled.train_step(torch.ones(2, 6))
+
+
 def test_an_optimizer_that_changes_nothing_is_refused() -> None:
     model = Matrices()
     compiled: Any = zgraph.compile(model, optimizer=Nothing(model.parameters()))

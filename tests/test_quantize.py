@@ -330,3 +330,35 @@ def test_zero_divided_by_zero_in_padding_stays_there() -> None:
 def test_other_precisions_are_refused() -> None:
     with pytest.raises(zgraph.OptionError, match="state_precision='fp4' is not known"):
         zgraph.compile(nn.Linear(2, 2), state_precision="fp4")
+
+
+class Lookahead(SGD):
+    """Has a slow copy of each parameter, which starts as the parameter does."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            if not state:
+                state["slow"] = p.clone()
+            p.sub_(p.grad, alpha=0.1)
+            state["slow"].lerp_(p, 0.5)
+            p.copy_(state["slow"])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_state_that_starts_as_a_parameter_starts_without_its_padding(world: int) -> None:
+    """Padding of parameters is NaN on simulated ranks."""
+    torch.manual_seed(0)
+    model = nn.Linear(5, 5)
+    ranks = zgraph.simulate_ranks(
+        model,
+        Lookahead(model.parameters()),
+        world_size=world,
+        loss=lambda y, _: y.square().mean(),
+        state_precision="int8",
+    )
+    for _ in range(3):
+        ranks.train_step([(torch.randn(4, 5),) for _ in range(world)])
+    assert all(value.isfinite().all() for value in ranks.state_dict().values())

@@ -81,6 +81,7 @@ def test_half_the_bytes_of_gradients_travel(zero: int) -> None:
 def test_one_rank_rounds_nothing() -> None:
     program = run(default_passes(LOW, Mesh(1)), one_layer()).program
     assert program.text() == run(default_passes(Config(), Mesh(1)), one_layer()).program.text()
+    assert not any(p.assumes for p in default_passes(LOW, Mesh(1)))
 
 
 def test_the_proof_says_what_it_takes_on_trust() -> None:

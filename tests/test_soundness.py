@@ -21,7 +21,7 @@ from zgraph.errors import OptimizerError, VerifyError
 from zgraph.passes import AverageGradients, FormBuckets, Tidy, default_passes
 from zgraph.passes.tidy import remove_dead
 from zgraph.pipeline import Pass, run
-from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage
+from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage, operand
 from zgraph.terms import Terms
 from zgraph.verify import Verifier, verify
 
@@ -524,3 +524,22 @@ def test_a_part_of_a_part_is_not_put_together_to_the_part() -> None:
     part = terms.shard(x, (4,))
     assert terms.whole(terms.shard(part, (2,)), (4,)) is None
     assert terms.whole(terms.shard(terms.reshape(terms.reshape(part, (2, 2)), (4,)), (2,)), (4,)) is None
+
+
+def test_a_choice_that_always_falls_on_one_is_that_one_only_if_it_is_as_large() -> None:
+    """``where(True, x[1], y[4])`` has four elements, and their sum is four times the one."""
+    b = Builder()
+    p, x = b.input(Role.PARAM, "p", shape=[1]), b.input(Role.BATCH, "0", shape=[4])
+    always = b.forward(aten.full.default, [], True, dtype=torch.bool)
+    chosen = b.forward(aten.where.self, always, p, x)
+    loss = b.forward(aten.sum.default, chosen)
+    g = b.backward(aten.mul.Tensor, p, loss)
+    new = b.call(Phase.UPDATE, aten.sub.Tensor, p, g, module="p")
+    captured = b.finish({None: loss, param("p"): new})
+    wrong = captured.clone()
+    (total,) = wrong.graph.find_nodes(op="call_function", target=aten.sum.default)
+    total.replace_input_with(operand(total), wrong.inputs(Role.PARAM)["p", ""])
+    with pytest.raises(VerifyError, match="changed what the step computes"):
+        verify(wrong, after="test", reference=captured)
+    right = captured.clone()
+    verify(right, after="test", reference=captured)

@@ -239,6 +239,11 @@ def capture(
             f"there is nothing to train: {type(optimizer).__name__}.step() changes no parameter",
             fix="check which parameters it skips",
         )
+    if left and (config.clip_norm is not None or config.scales_loss):
+        raise OptimizerError(
+            f"{type(optimizer).__name__}.step() leaves {min(left)} alone, whose gradient would be in no norm",
+            fix="let it not require a gradient, or leave it out of the optimizer",
+        )
     update.results = {what: result for what, result in update.results.items() if what.name not in left}
     asked = [results[0], *grads.values(), *told]
     program, (_, *in_program) = _join(graph, asked, grads, written, constants, update, mode, state or {})

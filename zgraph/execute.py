@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 
+from zgraph import ops
+from zgraph.agreement import CheckedComm
 from zgraph.codegen.emit import Step
 from zgraph.comm import Comm
+from zgraph.layout import Bucket
 from zgraph.packed import pack, unpacked_numel
 from zgraph.program import Input, Program, Role, StateInit
 from zgraph.skipping import NUM_SKIPPED
@@ -53,13 +56,19 @@ class Executable:
         if what.role is Role.GATHERED:
             if what not in self._state.gathered:
                 part = self._state.params[what.name].to(self._values[what].dtype)
-                self._state.gathered[what] = self._comm.wait(self._comm.all_gather(part))
+                comm = self._comm
+                tags = {"tag": str(what)} if isinstance(comm, CheckedComm) else {}
+                gather: Callable[..., Any] = comm.all_gather
+                start = gather(part, **tags)
+                self._state.gathered[what] = comm.wait(start)
             return self._state.gathered[what]
         if what.role is Role.OPT_STATE:
             entries = self._state.opt.setdefault(what.name, {})
             if what.key not in entries:
                 start, param = self.program.init[what], self._state.params[what.name]
-                entries[what.key] = initial_state(start, self._values[what], param, self._comm.shard)
+                assert self.program.layout is not None
+                bucket = self.program.layout.by_name[what.name]
+                entries[what.key] = initial_state(start, self._values[what], param, self._comm.shard, bucket)
             return entries[what.key]
         if what.role is Role.BUFFER:
             return self._state.buffer(what.name).detach()
@@ -96,7 +105,11 @@ class Executable:
 
 
 def initial_state(
-    start: StateInit, val: Any, param: torch.Tensor, shard: Callable[[torch.Tensor], torch.Tensor]
+    start: StateInit,
+    val: Any,
+    param: torch.Tensor,
+    shard: Callable[[torch.Tensor], torch.Tensor],
+    bucket: Bucket,
 ) -> torch.Tensor | int | float:
     """Optimizer state of a bucket that does not exist yet, as one rank stores it.
 
@@ -105,6 +118,7 @@ def initial_state(
         val: the value of the program's input for it: shape, dtype and device.
         param: what the rank stores of the bucket's parameters.
         shard: gives the rank's part of a whole bucket.
+        bucket: where parameters lie in it; where state is packed, there are zeros between them.
     """
     if start.dtype is None:
         assert start.fill is not None
@@ -115,7 +129,11 @@ def initial_state(
         state = (param if param.shape == shape else shard(param)).to(start.dtype, copy=True)
     else:
         state = torch.full(shape, start.fill, dtype=start.dtype, device=val.device)
-    return pack(state) if is_packed else state
+    if not is_packed:
+        return state
+    starts, stops = zip(*((s.offset, s.offset + s.numel) for s in bucket.segments), strict=True)
+    inside = ops.elements(list(starts), list(stops), bucket.numel, device=state.device)
+    return pack(torch.where(inside if len(inside) == len(state) else shard(inside), state, 0.0))
 
 
 def without_unmade(

@@ -84,6 +84,7 @@ def interpret(
     *,
     before: Meaning | None = None,
     look: Look | None = None,
+    is_reference: bool = False,
 ) -> Meaning:
     """Evaluate ``program`` over terms, in one walk over its nodes.
 
@@ -93,13 +94,14 @@ def interpret(
         numbers: of the program that this one is compared with.
         before: what the program meant, over the same terms, before what ``look`` has touched was made or altered.
         look: at its nodes as they are now; without one, no node has changed.
+        is_reference: other programs are compared with this one, which says what is a gradient.
     """
-    return _Interpreter(program, terms, numbers).run(before, look)
+    return _Interpreter(program, terms, numbers, is_reference=is_reference).run(before, look)
 
 
 class _Interpreter:
-    def __init__(self, program: Program, terms: Terms, numbers: Numbers) -> None:
-        self.program, self.terms, self.numbers = program, terms, numbers
+    def __init__(self, program: Program, terms: Terms, numbers: Numbers, *, is_reference: bool = False) -> None:
+        self.program, self.terms, self.numbers, self.is_reference = program, terms, numbers, is_reference
         self.world = program.mesh.size
         self.context = (program.layout, numbers, self.world)
         self.meaning = Meaning(context=self.context)
@@ -124,7 +126,8 @@ class _Interpreter:
         for what, result in zip(self.program.outputs, self.program.results(), strict=True):
             value = self.values[result] if isinstance(result, fx.Node) else literal(result)
             if self.implied and isinstance(value, Term) and _is_averaged(what, result):
-                value = self.terms.mean(value) if what is None else self.terms.mean_gradient(value)
+                is_gradient = self.is_reference and what is not None
+                value = self.terms.mean_gradient(value) if is_gradient else self.terms.mean(value)
             self.meaning.results.append(value)
         return self.meaning
 
@@ -185,10 +188,12 @@ class _Interpreter:
     def flat_of(self, what: Input, bucket: Bucket, dtype: torch.dtype) -> Term:
         """The parameters of a bucket, or one kind of their state, with padding between them.
 
-        Between gradients there are zeros, and the verifier sees to it that they stay zeros.
+        Between gradients, and where state is packed, there are zeros, and the verifier sees to it that they stay zeros.
         """
         zero = self.terms.fill(literal(0.0), (), dtype)
-        padding = zero if what.role is Role.GRADIENT else self.terms.padding
+        layout = self.program.layout
+        packed = what.role is Role.OPT_STATE and layout is not None and layout.packs(bucket.name, what.key)
+        padding = zero if what.role is Role.GRADIENT or packed else self.terms.padding
         pieces: list[Piece] = []
         end = 0
         for segment in bucket.segments:
@@ -211,7 +216,8 @@ class _Interpreter:
         target: Any = node.target
         look = self.look
         if self.implied and phase_of(node) is Phase.UPDATE and target is not ops.max_over_ranks:
-            look = self.look_at_gradient if node.meta["origin"].module else self.look_averaged
+            of_gradient = self.is_reference and node.meta["origin"].module
+            look = self.look_at_gradient if of_gradient else self.look_averaged
         args, kwargs = without_defaults(
             target, tuple(map(look, node.args)), {key: look(value) for key, value in node.kwargs.items()}
         )

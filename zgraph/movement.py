@@ -192,14 +192,13 @@ def _add_up(call: Call) -> Value | None:
 
 
 def _elements(call: Call) -> Value:
-    """Between parameters lies padding, whatever one asks of it."""
-    true, padding = call.terms.fill(literal(True), (), call.dtype), call.terms.padding
+    inside, between = (call.terms.fill(literal(value), (), call.dtype) for value in (True, False))
     pieces: list[Piece] = []
     end = 0
     for start, stop in zip(*call.args[:2], strict=True):
-        pieces += [(padding, REPEATED, start - end), (true, REPEATED, stop - start)]
+        pieces += [(between, REPEATED, start - end), (inside, REPEATED, stop - start)]
         end = stop
-    return call.terms.flat([*pieces, (padding, REPEATED, call.args[2] - end)], call.dtype)
+    return call.terms.flat([*pieces, (between, REPEATED, call.args[2] - end)], call.dtype)
 
 
 def _pack_state(call: Call) -> Value:

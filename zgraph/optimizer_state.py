@@ -262,6 +262,7 @@ class OptimizerState:
         names = {id(p): name for name, p in self._params.items()}
         by_key = {key: names[id(param)] for key, param in zip(keys, params, strict=True) if id(param) in names}
         given = {}
+        averages: dict[str, torch.Tensor] = {}  # which torch rounds to the parameter's dtype
         for key, entries in state_dict["state"].items():
             if key not in by_key:
                 raise StateError(
@@ -270,8 +271,9 @@ class OptimizerState:
                 )
             given[by_key[key]] = entries
             if WEIGHT_EMA in entries:
-                self._averages[by_key[key]] = entries[WEIGHT_EMA]  # which torch rounds to the parameter's dtype
+                averages[by_key[key]] = entries[WEIGHT_EMA]
         check_agreement(self._layout, _forms_of(given, self._params))
+        self._averages = averages
         for name, param in self._params.items():
             if param.is_meta:
                 # torch moves loaded state to the device of its parameter, which must be a real one meanwhile.

@@ -328,7 +328,9 @@ class SimulatedRanks:
                 assert isinstance(param, torch.Tensor)
                 shard = partial(part_of, rank=rank, world=self.world_size)
                 start = program.init[what]
-                inputs[what] = initial_state(start, node.meta["val"], param, shard)
+                assert program.layout is not None
+                bucket = program.layout.by_name[what.name]
+                inputs[what] = initial_state(start, node.meta["val"], param, shard, bucket)
         return inputs
 
     def _constant(self, program: Program, what: Input) -> list[torch.Tensor]:

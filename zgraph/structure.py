@@ -277,8 +277,11 @@ def _check_layout(program: Program, layout: Layout, after: str) -> None:
     for node, what in program.placeholders():
         if what.role is Role.GATHERED:
             whole = layout.by_name[what.name].numel if what.name in layout.by_name and layout.shard_params else None
-            if tuple(node.meta["val"].shape) != (whole,):
-                raise _misfit(after, node, f"{what} is {describe(node.meta['val'])}, which is no divided bucket, whole")
+            val = node.meta["val"]
+            if tuple(val.shape) != (whole,) or what.key != str(val.dtype).removeprefix("torch."):
+                raise _misfit(
+                    after, node, f"{what} is {describe(val)}, which is no divided bucket, whole, in that dtype"
+                )
         if what.role not in OF_PARAMETERS:
             continue
         if what.name not in layout.by_name:

@@ -303,7 +303,9 @@ class Terms:
             length = min(now[t][2] - used[t] for t in pieces)
             bases = {t: base for t, (base, _, _) in now.items()}
             places = {(o + used[t], base.numel) for t, (base, o, _) in now.items() if o != REPEATED}
-            if self.padding in bases.values():
+            if target is _WHERE and _holds(bases.get(args[0]), False) and _is_number(args[2], dtype):
+                yield args[2], REPEATED, length
+            elif self.padding in bases.values():
                 yield self.padding, REPEATED, length
             elif not places:
                 yield self._apply(target, _replace(args, bases), (), dtype), REPEATED, length
@@ -325,8 +327,10 @@ class Terms:
             total, world = args[0].args
             if args[1] in (world, literal(float(world))) and dtype == total.dtype:
                 return self.mean(total)
-        if target is torch.ops.aten.where.self and _is_true(args[0]) and isinstance(args[1], Term):
-            return args[1] if args[1].dtype == dtype else self.make(target, args, shape, dtype)
+        if target is _WHERE and _holds(args[0], True) and isinstance(args[1], Term) and shape is not None:
+            new = args[1]
+            if new.dtype == dtype and new.shape is not None and new.numel == math.prod(shape):
+                return self.reshape(new, shape) if shape else new
         if target is Form.CAST and args[0].target is Form.PERMUTE and shape is not None and dtype is not None:
             inner, order = args[0].args
             return self.reshape(self.permute(self.cast(inner, dtype), order), shape)
@@ -447,6 +451,7 @@ class Terms:
         return self.make(form, (x, how), shape, x.dtype, varies=x.varies or x.target is Form.SHARD)
 
 
+_WHERE = torch.ops.aten.where.self
 _MADE_OF_PARTS = frozenset({Form.FLAT, Form.SPLAT, Form.SHARD})
 _MULTIPLES = frozenset({torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor})
 _DIVISIONS = frozenset({torch.ops.aten.div.Tensor, torch.ops.aten.div.Scalar})
@@ -465,10 +470,14 @@ def _joined(pieces: Iterable[Piece]) -> list[Piece]:
     return joined
 
 
-def _is_true(x: Any) -> bool:
-    """Whether a condition holds for all elements, as it stands."""
-    one = x.args[0] if isinstance(x, Term) and x.target is Form.SPLAT else x
-    return isinstance(one, Term) and one.target is Form.FILL and one.args[0] == literal(True)
+def _holds(condition: Any, value: bool) -> bool:
+    """Whether a condition has this value for all elements, as it stands."""
+    one = condition.args[0] if isinstance(condition, Term) and condition.target is Form.SPLAT else condition
+    return isinstance(one, Term) and one.target is Form.FILL and one.args[0] == literal(value)
+
+
+def _is_number(x: Any, dtype: torch.dtype | None) -> bool:
+    return isinstance(x, Term) and x.shape == () and x.dtype == dtype
 
 
 def _is_zero(x: Term) -> bool:

@@ -95,7 +95,7 @@ class Verifier:
             check.inputs()
         numbers = self._numbers if look.same_inputs else numbers_of(program)
         if self._expected is None or numbers != self._numbers:
-            expected = interpret(self._reference, self._terms, numbers, before=self._expected)
+            expected = interpret(self._reference, self._terms, numbers, before=self._expected, is_reference=True)
             self._wanted = check.outputs(self._reference, expected)
             self._expected, self._numbers = expected, numbers
         if self._twins:
@@ -247,15 +247,17 @@ class _Check:
                 )
             is_shard = layout.shard_params if what.role is Role.PARAM else layout.shard_state
             bucket = layout.of_state(what.key).by_name[what.name]
-            is_packed = isinstance(value, Term) and value.target is ops.pack_state
-            if is_packed and what.role is Role.OPT_STATE and layout.packs(what.name, what.key):
-                value = value.args[0]
-            parts = self._parts(program, what, value, bucket, divided=is_shard and program.mesh.size > 1)
+            packs = what.role is Role.OPT_STATE and layout.packs(what.name, what.key)
+            is_packed = packs and isinstance(value, Term) and value.target is ops.pack_state
+            value = value.args[0] if is_packed else value
+            divided = is_shard and program.mesh.size > 1
+            must_be_zero = is_packed or what.role is Role.GRADIENT
+            parts = self._parts(program, what, value, bucket, divided=divided, zero_between=must_be_zero)
             outputs.update({name: (part, node) for name, part in parts.items()})
         return outputs
 
     def _parts(
-        self, program: Program, what: Input, value: Value, bucket: Bucket, *, divided: bool
+        self, program: Program, what: Input, value: Value, bucket: Bucket, *, divided: bool, zero_between: bool
     ) -> dict[Input, Value]:
         """The value of each parameter of a bucket."""
         names = {segment.name: Input(what.role, segment.name, what.key) for segment in bucket.segments}
@@ -273,12 +275,12 @@ class _Check:
             value = whole
         elif value.target is Form.SHARD:
             raise self._misplaced(program, what, value, "every rank must return the whole")
-        if what.role is Role.GRADIENT:
+        if zero_between:
             ends = [0, *(end for s in bucket.segments for end in (s.offset, s.offset + s.numel)), bucket.numel]
             gaps = (self.terms.slice(value, *gap) for gap in zip(ends[::2], ends[1::2], strict=True))
             bases = (base for gap in gaps for base, _, length in self.terms.pieces(gap) if length)
             if any(zero_times(base) != frozenset() for base in bases):
-                raise self._misplaced(program, what, value, "padding between gradients must stay zero")
+                raise self._misplaced(program, what, value, "padding between parameters must stay zero")
         return {
             names[s.name]: self.terms.reshape(self.terms.slice(value, s.offset, s.offset + s.numel), s.shape)
             for s in bucket.segments

@@ -43,7 +43,7 @@ class Refusal(enum.Enum):
     RECORD = r"is recorded as .* but gives"
     ORDER = r"reads \w+ before it is computed"
     MEMORY = r"has written over|does not return its new value|is still sending|but lies in|writes to its arguments"
-    PADDING = "padding between gradients must stay zero"
+    PADDING = "padding between parameters must stay zero"
     OWNER = (
         "which lies elsewhere, too|is given other arguments than its body|gives an input as a result|"
         "over something else|writes two results over one input"
@@ -283,6 +283,21 @@ EDITS = [
         "quantize",
         "aten.where.self, elements[output.name], new, zero, origin",
         "aten.where.self, elements[output.name], zero, new, origin",
+        Refusal.PADDING,
+    ),
+    Edit(
+        "padding sets the scale of packed blocks",
+        "quantize",
+        "results[i] = program.call(ops.pack_state, kept, origin",
+        "results[i] = program.call(ops.pack_state, new, origin",
+        Refusal.PADDING,
+    ),
+    Edit(
+        "padding counts as elements of parameters",
+        "quantize",
+        "stops = [segment.offset + segment.numel for segment in flat.segments]",
+        "stops = [segment.offset + segment.numel for segment in flat.segments[:-1]] + [flat.numel]",
+        Refusal.PADDING,
     ),
     Edit(
         "packed state is that from before the update",
