@@ -45,7 +45,7 @@ def emit(program: Program, *, tagged: bool = False) -> Step:
     """
     writer = SourceWriter()
     names: dict[fx.Node, str] = {node: f"v{i}" for i, node in enumerate(program.graph.nodes)}
-    dying = last_uses(program)
+    dying = last_uses(program.graph)
     lines = ["def step(inputs, comm):"]
     placeholders = list(program.placeholders())
     for node, what in placeholders:

@@ -1,7 +1,7 @@
 """The update of the parameters of a bucket, each computed as a whole by the rank that owns it.
 
-    rank 0                                       rank 1
-    p[0:64], m[0:64] = body(p[0:64], g[0:64], m[0:64])    p[64:96], m[64:96] = body(p[64:96], g[64:96], m[64:96])
+    rank 0    p[0:64], m[0:64] = body(p[0:64], g[0:64], m[0:64])
+    rank 1    p[64:96], m[64:96] = body(p[64:96], g[64:96], m[64:96])
 
 An ``OwnedUpdate`` is the target of a single program node, the same on all ranks; which parts run depends on the rank.
 Where buckets are not divided, every rank runs all of them.
@@ -19,6 +19,7 @@ from torch import fx
 
 from zgraph.codegen.kernel import expressions
 from zgraph.codegen.source import SourceWriter
+from zgraph.liveness import last_uses
 from zgraph.program import copy_graph
 
 
@@ -85,7 +86,7 @@ class OwnedUpdate:
 
     def __str__(self) -> str:
         """What each rank computes, independent of node names."""
-        bodies = {part.body: f"body{i}" for i, part in enumerate({p.body: p for p in self.parts}.values())}
+        bodies = {body: f"body{i}" for i, body in enumerate(self.bodies())}
         lines = [f"{name} = {expressions(body)}" for body, name in bodies.items()]
         for part in self.parts:
             takes = ", ".join("all" if p is None else f"{p.offset}:{list(p.shape)}" for p in part.takes)
@@ -93,9 +94,13 @@ class OwnedUpdate:
             lines.append(f"rank {part.owner}: {gives} = {bodies[part.body]}({takes})")
         return f"{self.name}{{{'; '.join(lines)} over {list(self.writes)}}}"
 
+    def bodies(self) -> list[fx.Graph]:
+        """Those that there are; parameters of one shape may have the same."""
+        return list(dict.fromkeys(part.body for part in self.parts))
+
     def copy(self) -> OwnedUpdate:
         """One with bodies of its own."""
-        bodies = {body: copy_graph(body) for body in dict.fromkeys(part.body for part in self.parts)}
+        bodies = {body: copy_graph(body) for body in self.bodies()}
         return replace(self, parts=tuple(replace(part, body=bodies[part.body]) for part in self.parts))
 
     def is_divided(self, inputs: tuple[Any, ...]) -> bool:
@@ -148,16 +153,13 @@ class OwnedUpdate:
 def _lines(body: fx.Graph, writer: SourceWriter) -> Iterator[str]:
     """``body(inputs) -> results``; values are dropped right after their last use."""
     names = {node: f"v{index}" for index, node in enumerate(body.nodes)}
-    last: dict[fx.Node, fx.Node] = {}
-    for node in body.nodes:
-        last[node] = node
-        last.update(dict.fromkeys(node.all_input_nodes, node))
+    dying = last_uses(body)
     yield "def body(inputs):"
     yield f"    [{', '.join(names[node] for node in body.find_nodes(op='placeholder'))}] = inputs"
     for node in body.nodes:
         if node.op == "call_function":
             yield f"    {names[node]} = {writer.call(node, names)}"
-            dead = [names[value] for value, reader in last.items() if reader is node]
+            dead = [names[value] for value in dying.get(node, ())]
             if dead:
                 yield f"    del {', '.join(dead)}"
     yield f"    return {writer.argument(body.output_node().args[0], names)}"

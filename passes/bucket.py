@@ -315,7 +315,7 @@ class _Flattener:
         for what, node in self.states.get(model.name, {}).items():
             val = node.meta["val"]
             if self.updates.is_vector(what):
-                numel = self.layout.of_state(what.key).by_name[bucket.name].numel
+                numel = self.layout.bucket(bucket.name, what.key).numel
                 val = program.empty([numel], val.dtype, bucket.device)
             copies[node] = program.placeholder(replace(what, name=bucket.name), val, before=anchor)
 

@@ -76,16 +76,8 @@ class QuantizeState(Pass):
         """Where this rank's part of a bucket has elements of parameters."""
         assert program.layout is not None
         flat, before = program.layout.by_name[bucket], update_nodes(program)[bucket][0]
-        stops = [segment.offset + segment.numel for segment in flat.segments]
-        found = program.call(
-            ops.elements,
-            [segment.offset for segment in flat.segments],
-            stops,
-            flat.numel,
-            device=val.device,
-            origin=origin,
-            before=before,
-        )
+        starts, stops = flat.ranges()
+        found = program.call(ops.elements, starts, stops, flat.numel, device=val.device, origin=origin, before=before)
         if len(val) == flat.numel:
             return found
         mesh = program.mesh

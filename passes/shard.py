@@ -103,8 +103,7 @@ class ShardOptimizer(Pass):
             for state in states.get(bucket.name, ()):
                 val = state.meta["val"]
                 if isinstance(val, torch.Tensor) and val.dim() == 1:
-                    key = state.meta["input"].key
-                    numel = program.layout.of_state(key).by_name[bucket.name].numel
+                    numel = program.layout.bucket(bucket.name, state.meta["input"].key).numel
                     state.meta["val"] = program.empty([numel // world], val.dtype, val.device)
             flat = params[bucket.name, ""]
             gradient = _reduced_gradient(nodes)

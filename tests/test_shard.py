@@ -266,7 +266,7 @@ def test_each_stage_stores_and_moves_no_more_than_it_must(
     for node, what in program.placeholders():
         val = node.meta["val"]
         if what.role in (Role.PARAM, Role.OPT_STATE) and val.dim():
-            whole = program.layout.of_state(what.key).by_name[what.name].numel
+            whole = program.layout.bucket(what.name, what.key).numel
             assert val.numel() * (world if zero >= (3 if what.role is Role.PARAM else 1) else 1) == whole
     starts = [node for node in program.graph.nodes if node.target in ops.STARTS]
     num_trained = sum(bucket.trainable for bucket in program.layout.buckets)

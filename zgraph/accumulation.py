@@ -88,31 +88,22 @@ class _Accumulation:
 
     def tell(self, reduced: Reduced, vector: fx.Node) -> None:
         """Return metrics."""
+        combine: Any = aten.add.Tensor
+        first: tuple[Any, ...] = (aten.zeros_like.default,)
         if reduced is MAXIMA:
-            self._tell_maxima(vector)
-            return
+            combine, first = aten.maximum.default, (aten.full_like.default, -math.inf)
+            vector = self.gradients.call(ops.max_over_ranks, vector, origin=self._origin)
+            if self.num_steps > 1:
+                self.program.init[reduced.earlier] = StateInit(-math.inf, torch.float64)
         if self.num_steps > 1:
-            vector = self._total(reduced.earlier, vector, self._origin)
-            self._begin_anew(reduced.earlier, vector, self._origin)
+            vector = self._total(reduced.earlier, vector, self._origin, combine)
+            self._begin_anew(reduced.earlier, vector, self._origin, *first)
         if reduced.is_mean:
             value = self.gradients.call(aten.div.Tensor, vector, self._divisor(torch.float64), origin=self._origin)
         else:
             value = self.gradients.call(aten.clone.default, vector, origin=self._origin)
         self._outputs.append(reduced.result)
         self._results.append(value)
-        self.program.set_results(self._results, self._outputs)
-
-    def _tell_maxima(self, vector: fx.Node) -> None:
-        largest = self.gradients.call(ops.max_over_ranks, vector, origin=self._origin)
-        if self.num_steps > 1:
-            earlier = self.program.placeholder(MAXIMA.earlier, vector.meta["val"], before=self._behind_inputs)
-            self.program.init[MAXIMA.earlier] = StateInit(-math.inf, vector.meta["val"].dtype)
-            largest = self.gradients.call(aten.maximum.default, earlier, largest, origin=self._origin)
-            self._outputs.append(MAXIMA.earlier)
-            self._results.append(self.gradients.call(aten.full_like.default, largest, -math.inf, origin=self._origin))
-            largest = self.gradients.call(aten.clone.default, largest, origin=self._origin)
-        self._outputs.append(MAXIMA.result)
-        self._results.append(largest)
         self.program.set_results(self._results, self._outputs)
 
     def _mean(self, what: Input, new: fx.Node, origin: Origin) -> fx.Node:
@@ -137,16 +128,18 @@ class _Accumulation:
             )
         return self._divisors[dtype]
 
-    def _total(self, what: Input, new: fx.Node, origin: Origin) -> fx.Node:
-        """What micro-batches have added up to, this one included."""
+    def _total(self, what: Input, new: fx.Node, origin: Origin, combine: Any = aten.add.Tensor) -> fx.Node:
+        """What micro-batches have added up to, or been combined to, this one included."""
         val = new.meta["val"]
         start = self.program.empty(val.shape, torch.promote_types(val.dtype, torch.float32), val.device)
         earlier = self.program.placeholder(what, start, before=self._behind_inputs)
-        return self.gradients.call(aten.add.Tensor, earlier, new, origin=origin)
+        return self.gradients.call(combine, earlier, new, origin=origin)
 
-    def _begin_anew(self, what: Input, like: fx.Node, origin: Origin) -> None:
+    def _begin_anew(
+        self, what: Input, like: fx.Node, origin: Origin, fill: Any = aten.zeros_like.default, *value: float
+    ) -> None:
         self._outputs.append(what)
-        self._results.append(self.gradients.call(aten.zeros_like.default, like, origin=origin))
+        self._results.append(self.gradients.call(fill, like, *value, origin=origin))
 
 
 def micro_step(program: Program) -> Program:

@@ -457,12 +457,13 @@ class _Runtime:
         if self.config.ema is None:
             raise OptionError("no average of the weights is kept", fix="zgraph.compile(model, ..., ema=0.999)")
         found: dict[str, Any] = copy.copy(self.model.state_dict())
-        for name, value in found.items():
-            found[name] = value.clone() if isinstance(value, torch.Tensor) else value
         averages = self.state.optimizer_state(WEIGHT_EMA)
-        for name, param in self.model.named_parameters(remove_duplicate=False):
-            if id(param) in averages and name in found:
-                found[name] = averages[id(param)]
+        params = dict(self.model.named_parameters(remove_duplicate=False))
+        for name, value in found.items():
+            if name in params and id(params[name]) in averages:
+                found[name] = averages[id(params[name])]
+            elif isinstance(value, torch.Tensor):
+                found[name] = value.clone()
         return found
 
     def last(self) -> _Compiled:

@@ -56,11 +56,9 @@ class Executable:
         if what.role is Role.GATHERED:
             if what not in self._state.gathered:
                 part = self._state.params[what.name].to(self._values[what].dtype)
-                comm = self._comm
-                tags = {"tag": str(what)} if isinstance(comm, CheckedComm) else {}
-                gather: Callable[..., Any] = comm.all_gather
-                start = gather(part, **tags)
-                self._state.gathered[what] = comm.wait(start)
+                gather: Callable[..., Any] = self._comm.all_gather
+                tags = {"tag": str(what)} if isinstance(self._comm, CheckedComm) else {}
+                self._state.gathered[what] = self._comm.wait(gather(part, **tags))
             return self._state.gathered[what]
         if what.role is Role.OPT_STATE:
             entries = self._state.opt.setdefault(what.name, {})
@@ -131,8 +129,7 @@ def initial_state(
         state = torch.full(shape, start.fill, dtype=start.dtype, device=val.device)
     if not is_packed:
         return state
-    starts, stops = zip(*((s.offset, s.offset + s.numel) for s in bucket.segments), strict=True)
-    inside = ops.elements(list(starts), list(stops), bucket.numel, device=state.device)
+    inside = ops.elements(*bucket.ranges(), bucket.numel, device=state.device)
     return pack(torch.where(inside if len(inside) == len(state) else shard(inside), state, 0.0))
 
 

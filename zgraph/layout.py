@@ -60,6 +60,10 @@ class Bucket:
     owners: tuple[int, ...] = ()
     states: tuple[tuple[str, Bucket], ...] = ()
 
+    def ranges(self) -> tuple[list[int], list[int]]:
+        """Where segments start, and where they stop."""
+        return [s.offset for s in self.segments], [s.offset + s.numel for s in self.segments]
+
     def keeps(self, key: str) -> bool:
         """Whether optimizer state called ``key`` has tensors of shapes of their own."""
         return any(key == own for own, _ in self.states)
@@ -109,6 +113,10 @@ class Layout:
             alike = buckets == self.buckets
             self._of_state[key] = self if alike else Layout(buckets, self.world, self.shard_params, self.shard_state)
         return self._of_state[key]
+
+    def bucket(self, name: str, key: str) -> Bucket:
+        """A bucket as it holds what is called ``key``: empty for parameters and gradients, else optimizer state."""
+        return self.of_state(key).by_name[name]
 
     def packs(self, bucket: str, key: str) -> bool:
         """Whether the optimizer state of a bucket called ``key`` lies packed."""

@@ -89,10 +89,10 @@ def alive_bytes(program: Program) -> Iterator[tuple[fx.Node, int]]:
                 alive -= _allocated(program, value)
 
 
-def last_uses(program: Program) -> dict[fx.Node, list[fx.Node]]:
+def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     """For each call, the values that nothing reads after it (its own, if nothing reads it at all)."""
     last: dict[fx.Node, fx.Node] = {}
-    for node in program.graph.nodes:
+    for node in graph.nodes:
         if node.op != "placeholder":
             last[node] = node
         for source in node.all_input_nodes:

@@ -53,7 +53,7 @@ def run_ranks(
     ranks = range(len(inputs))
     values: list[dict[fx.Node, Any]] = [{} for _ in ranks]
     streams = [RandomStream(rank) for rank in ranks] if streams is None else streams
-    dying = last_uses(program)
+    dying = last_uses(program.graph)
     with torch.enable_grad():  # as a real step, for operators that keep more in grad mode; nothing requires a gradient
         for node in program.graph.nodes:
             if node.op == "output":
@@ -196,9 +196,9 @@ def _divided(layout: Layout, whole: Values, flat: Collection[Input], rank: int) 
             continue
         assert isinstance(value, torch.Tensor), what
         if there not in flats:
-            padding = torch.nan if value.is_floating_point() or value.is_complex() else 0
             is_zero = what.role is Role.GRADIENT or layout.packs(bucket.name, what.key)
-            padding = 0 if is_zero else padding
+            has_nan = value.is_floating_point() or value.is_complex()
+            padding = torch.nan if has_nan and not is_zero else 0
             flats[there] = torch.full([bucket.numel], padding, dtype=value.dtype, device=bucket.device)
         flats[there][segment.offset : segment.offset + segment.numel] = value.flatten()
     for there, whole_flat in flats.items():
@@ -221,7 +221,7 @@ def join(layout: Layout, divided: Sequence[Values]) -> list[Values]:
             for values, value in zip(whole, each, strict=True):
                 values[what] = value
             continue
-        bucket = layout.of_state(what.key).by_name[what.name]
+        bucket = layout.bucket(what.name, what.key)
         if what.role is Role.OPT_STATE and layout.packs(what.name, what.key):
             each = [unpack(value) if isinstance(value, torch.Tensor) else value for value in each]
         flats = [value for value in each if isinstance(value, torch.Tensor) and value.dim() == 1]

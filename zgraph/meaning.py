@@ -172,7 +172,7 @@ class _Interpreter:
 
     def state_input(self, what: Input, layout: Layout, node: fx.Node) -> Term:
         """Flat optimizer state, which may lie packed."""
-        val, bucket = node.meta["val"], layout.of_state(what.key).by_name[what.name]
+        val, bucket = node.meta["val"], layout.bucket(what.name, what.key)
         if val.dtype is not torch.uint8 or not layout.packs(what.name, what.key):
             return self.flat_input(what, bucket, tuple(val.shape), val.dtype)
         flat = self.flat_input(what, bucket, (unpacked_numel(len(val)),), torch.float32)

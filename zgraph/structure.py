@@ -8,7 +8,8 @@ over, or is still travelling, is neither read nor written by anything else; resu
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import pairwise, takewhile
 from typing import Any, NoReturn
 
@@ -17,7 +18,7 @@ from torch import fx
 
 from zgraph import ops
 from zgraph.changes import Look
-from zgraph.codegen.owned import OwnedUpdate, Place
+from zgraph.codegen.owned import OwnedUpdate, Part
 from zgraph.errors import MISTAKE_IN_PASS, VerifyError
 from zgraph.layout import Bucket, Layout
 from zgraph.liveness import owners, written
@@ -172,7 +173,7 @@ def _check_owned(program: Program, node: fx.Node, update: OwnedUpdate, after: st
     counts = {(len(part.takes), len(part.gives)) for part in update.parts}
     if counts != {(num_inputs, num_results)} or len(update.writes) != num_results or node.kwargs:
         raise broken(after, node, f"is given {num_inputs} inputs for {num_results} results, but its parts have others")
-    for body in dict.fromkeys(part.body for part in update.parts):
+    for body in update.bodies():
         _check_owned_body(program, node, body, after)
     inputs: list[Any] = [source.meta["val"] if isinstance(source, fx.Node) else source for source in node.args]
     divisor = update.world if update.is_divided(tuple(inputs)) else 1
@@ -185,29 +186,9 @@ def _check_owned(program: Program, node: fx.Node, update: OwnedUpdate, after: st
     if len(set(over)) < len(over) or not set(over) <= set(range(num_inputs)):
         raise broken(after, node, "writes two results over one input, or one over none")
     forms = [_form(x) for x in inputs]
+    numels = [place.numel for place in update.parts[0].gives]
     for part in update.parts:
-        if [None if place is None else place.numel for place in part.takes] != sizes or [
-            place.numel for place in part.gives
-        ] != [place.numel for place in update.parts[0].gives]:
-            raise broken(after, node, f"has {part.name} lie in tensors of another size than the rest")
-        for place in (*filter(None, part.takes), *part.gives):
-            size = place.numel // update.world
-            if not part.owner * size <= place.offset <= place.end <= (part.owner + 1) * size:
-                raise broken(after, node, f"has rank {part.owner} compute {part.name}, which lies elsewhere, too")
-        bound = [_form(x.meta["val"]) for x in part.body.find_nodes(op="placeholder")]
-        takes = [
-            form if place is None else _form_at(place, x)
-            for form, place, x in zip(forms, part.takes, inputs, strict=True)
-        ]
-        if takes != bound:
-            raise broken(after, node, f"is given other arguments than its body for {part.name} takes")
-        results: Any = part.body.output_node().args[0]
-        gives = [(place.shape, dtype) for place, dtype in zip(part.gives, update.dtypes, strict=True)]
-        if gives != [(tuple(inner.meta["val"].shape), inner.meta["val"].dtype) for inner in results]:
-            raise broken(after, node, f"gives other results for {part.name} than its body has")
-        for place, index in zip(part.gives, update.writes, strict=True):
-            if index is not None and part.takes[index] != place:
-                raise broken(after, node, f"writes what it has for {part.name} over something else")
+        _check_part(node, update, part, inputs, forms, sizes, numels, after)
     for places in zip(*(part.gives for part in update.parts), strict=True):
         for one, two in pairwise(sorted(places, key=lambda place: (place.offset, place.end))):
             if two.offset < one.end:
@@ -219,15 +200,56 @@ def _check_owned(program: Program, node: fx.Node, update: OwnedUpdate, after: st
             raise broken(after, node, f"writes {_words(val)} over an input of another form")
 
 
+def _check_part(
+    node: fx.Node,
+    update: OwnedUpdate,
+    part: Part,
+    inputs: Sequence[Any],
+    forms: Sequence[Any],
+    sizes: Sequence[int | None],
+    numels: Sequence[int],
+    after: str,
+) -> None:
+    """It lies where its owner has it, in tensors as large as those of the others, and fits its body.
+
+    Args:
+        inputs, forms: values that the call is given, and their forms.
+        sizes, numels: elements of the flat tensors that are taken from, None for other inputs, and given to.
+    """
+    taken = [None if place is None else place.numel for place in part.takes]
+    if taken != sizes or [place.numel for place in part.gives] != numels:
+        raise broken(after, node, f"has {part.name} lie in tensors of another size than the rest")
+    for place in (*filter(None, part.takes), *part.gives):
+        size = place.numel // update.world
+        if not part.owner * size <= place.offset <= place.end <= (part.owner + 1) * size:
+            raise broken(after, node, f"has rank {part.owner} compute {part.name}, which lies elsewhere, too")
+    bound = [_form(x.meta["val"]) for x in part.body.find_nodes(op="placeholder")]
+    takes = [
+        form if place is None else (place.shape, _strides(place.shape), x.dtype, x.device)
+        for form, place, x in zip(forms, part.takes, inputs, strict=True)
+    ]
+    if takes != bound:
+        raise broken(after, node, f"is given other arguments than its body for {part.name} takes")
+    results: Any = part.body.output_node().args[0]
+    gives = [(place.shape, dtype) for place, dtype in zip(part.gives, update.dtypes, strict=True)]
+    if gives != [(tuple(inner.meta["val"].shape), inner.meta["val"].dtype) for inner in results]:
+        raise broken(after, node, f"gives other results for {part.name} than its body has")
+    for place, index in zip(part.gives, update.writes, strict=True):
+        if index is not None and part.takes[index] != place:
+            raise broken(after, node, f"writes what it has for {part.name} over something else")
+
+
 _NOT_IN_BODIES = frozenset({*ops.STARTS, ops.wait, ops.shard, ops.max_over_ranks, *ops.BY_PLACE})
 
 
 def _check_owned_body(program: Program, node: fx.Node, body: fx.Graph, after: str) -> None:
     """It depends on nothing but its inputs' values, on one rank alone, and gives new tensors."""
     for inner in body.nodes:
-        if inner.op not in ("placeholder", "call_function", "output") or (inner.op != "output" and not _has_val(inner)):
+        if inner.op == "output":
+            continue
+        if inner.op not in ("placeholder", "call_function") or "val" not in inner.meta:
             raise broken(after, node, f"has {inner.op} in a body, where only calls with recorded values are allowed")
-        if inner.op != "call_function":
+        if inner.op == "placeholder":
             continue
         alone = not ops.is_random(inner.target) and inner.target not in _NOT_IN_BODIES
         if not alone or ops.may_write(inner.target):
@@ -241,14 +263,10 @@ def _check_owned_body(program: Program, node: fx.Node, body: fx.Graph, after: st
             raise broken(after, node, "has a body that gives an input as a result, which may be written over")
 
 
-def _has_val(node: fx.Node) -> bool:
-    return "val" in node.meta
-
-
-def _form_at(place: Place, flat: torch.Tensor) -> Any:
-    """The form of what lies in a flat tensor."""
-    strides = torch.empty(place.shape, device="meta").stride() if 0 not in place.shape else ()
-    return (place.shape, strides, flat.dtype, flat.device)
+@cache
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a contiguous tensor, as ``_form`` has them."""
+    return torch.empty(shape, device="meta").stride() if 0 not in shape else ()
 
 
 def _form(val: Any) -> Any:
@@ -287,7 +305,7 @@ def _check_layout(program: Program, layout: Layout, after: str) -> None:
         if what.name not in layout.by_name:
             raise VerifyError(f"{after}: the input {what} is not of a bucket of the layout")
         is_param, val = what.role is Role.PARAM, node.meta["val"]
-        bucket = layout.of_state(what.key).by_name[what.name]
+        bucket = layout.bucket(what.name, what.key)
         numel = layout.param_numel(bucket) if is_param else layout.state_numel(bucket)
         if isinstance(val, torch.Tensor) and val.dtype is torch.uint8 and layout.packs(what.name, what.key):
             numel = packed_numel(numel)

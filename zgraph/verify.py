@@ -246,7 +246,7 @@ class _Check:
                     f"{self.after}: a result is {_new(what)}, which is not of a bucket", fix=MISTAKE_IN_PASS
                 )
             is_shard = layout.shard_params if what.role is Role.PARAM else layout.shard_state
-            bucket = layout.of_state(what.key).by_name[what.name]
+            bucket = layout.bucket(what.name, what.key)
             packs = what.role is Role.OPT_STATE and layout.packs(what.name, what.key)
             is_packed = packs and isinstance(value, Term) and value.target is ops.pack_state
             value = value.args[0] if is_packed else value

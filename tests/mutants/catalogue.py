@@ -273,7 +273,7 @@ EDITS = [
     Edit(
         "state of its own shape is divided like parameters",
         "shard",
-        "numel = program.layout.of_state(key).by_name[bucket.name].numel",
+        'numel = program.layout.bucket(bucket.name, state.meta["input"].key).numel',
         "numel = bucket.numel",
         Refusal.SHAPE,
     ),
@@ -295,8 +295,8 @@ EDITS = [
     Edit(
         "padding counts as elements of parameters",
         "quantize",
-        "stops = [segment.offset + segment.numel for segment in flat.segments]",
-        "stops = [segment.offset + segment.numel for segment in flat.segments[:-1]] + [flat.numel]",
+        "starts, stops = flat.ranges()",
+        "starts, stops = flat.ranges()[0], [*flat.ranges()[1][:-1], flat.numel]",
         Refusal.PADDING,
     ),
     Edit(
