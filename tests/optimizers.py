@@ -28,6 +28,8 @@ from torch.optim import (
     Rprop,
 )
 
+from tests.updates import ByParameter
+
 
 class Lion(Optimizer):
     """Lion (Chen et al., 2023) as a user would write it: ordinary tensor operators, a Python step count, ``math``.
@@ -66,59 +68,47 @@ class Lion(Optimizer):
                 state["momentum"].mul_(beta2).add_(p.grad, alpha=1 - beta2)
 
 
-class Lamb(Optimizer):
+class Lamb(ByParameter):
     """LAMB (You et al., 2020): Adam's step, as long as the parameter is. It keeps the ratio of the two lengths."""
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-2, weight_decay: float = 0.1) -> None:
         super().__init__(params, {"lr": lr, "betas": (0.9, 0.99), "eps": 1e-3, "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        assert closure is None
-        for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["step"] = torch.tensor(0.0)
-                    state["mean"], state["square"] = torch.zeros_like(p), torch.zeros_like(p)
-                state["step"] += 1
-                state["mean"].lerp_(p.grad, 1 - beta1)
-                state["square"].lerp_(p.grad.square(), 1 - beta2)
-                mean, square = (
-                    state[key] / (1 - beta ** state["step"]) for key, beta in (("mean", beta1), ("square", beta2))
-                )
-                change = mean / (square.sqrt() + group["eps"]) + group["weight_decay"] * p
-                lengths = p.norm(), change.norm()
-                state["ratio"] = torch.where(lengths[1] > 0, lengths[0] / lengths[1].clamp(min=1e-6), 1.0)
-                p.sub_(group["lr"] * state["ratio"] * change)
+    def update(self, group: dict[str, Any], p: Tensor) -> None:
+        beta1, beta2 = group["betas"]
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["mean"], state["square"] = torch.zeros_like(p), torch.zeros_like(p)
+        state["step"] += 1
+        state["mean"].lerp_(p.grad, 1 - beta1)
+        state["square"].lerp_(p.grad.square(), 1 - beta2)
+        mean, square = (state[key] / (1 - beta ** state["step"]) for key, beta in (("mean", beta1), ("square", beta2)))
+        change = mean / (square.sqrt() + group["eps"]) + group["weight_decay"] * p
+        lengths = p.norm(), change.norm()
+        state["ratio"] = torch.where(lengths[1] > 0, lengths[0] / lengths[1].clamp(min=1e-6), 1.0)
+        p.sub_(group["lr"] * state["ratio"] * change)
 
 
-class Shampoo(Optimizer):
+class Shampoo(ByParameter):
     """Shampoo (Gupta et al., 2018) on matrices, whose rows and columns have statistics of their own shapes."""
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-2) -> None:
         super().__init__(params, {"lr": lr, "momentum": 0.9})
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        assert closure is None
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None or not p.numel():
-                    continue
-                matrix = p.grad.reshape(p.shape[0] if p.dim() else 1, -1)
-                state = self.state[p]
-                if not state:
-                    state["rows"], state["columns"] = (torch.eye(n, dtype=p.dtype) for n in matrix.shape)
-                    state["momentum"] = torch.zeros_like(p)
-                state["rows"] += matrix @ matrix.T
-                state["columns"] += matrix.T @ matrix
-                change = self._root(state["rows"]) @ matrix @ self._root(state["columns"])
-                state["momentum"].mul_(group["momentum"]).add_(change.reshape(p.shape))
-                p.sub_(group["lr"] * state["momentum"])
+    def update(self, group: dict[str, Any], p: Tensor) -> None:
+        if not p.numel():
+            return
+        matrix = p.grad.reshape(p.shape[0] if p.dim() else 1, -1)
+        state = self.state[p]
+        if not state:
+            state["rows"], state["columns"] = (torch.eye(n, dtype=p.dtype) for n in matrix.shape)
+            state["momentum"] = torch.zeros_like(p)
+        state["rows"] += matrix @ matrix.T
+        state["columns"] += matrix.T @ matrix
+        change = self._root(state["rows"]) @ matrix @ self._root(state["columns"])
+        state["momentum"].mul_(group["momentum"]).add_(change.reshape(p.shape))
+        p.sub_(group["lr"] * state["momentum"])
 
     @staticmethod
     def _root(matrix: Tensor) -> Tensor:
@@ -126,32 +116,26 @@ class Shampoo(Optimizer):
         return vectors @ torch.diag(values**-0.25) @ vectors.T
 
 
-class MuonAndAdam(Optimizer):
+class MuonAndAdam(ByParameter):
     """Muon (Jordan et al., 2024) for matrices and Adam for the rest, as many write it: by a flag of groups."""
 
     def __init__(self, groups: Iterable[dict[str, Any]], lr: float = 1e-2) -> None:
         super().__init__(groups, {"lr": lr, "momentum": 0.9, "betas": (0.9, 0.99), "use_muon": False})
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        assert closure is None
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if group["use_muon"]:
-                    if not state:
-                        state["momentum"] = torch.zeros_like(p)
-                    state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                    p.add_(self._orthogonal(p.grad.lerp(state["momentum"], group["momentum"])), alpha=-group["lr"])
-                    continue
-                if not state:
-                    state["mean"], state["square"] = torch.zeros_like(p), torch.zeros_like(p)
-                beta1, beta2 = group["betas"]
-                state["mean"].lerp_(p.grad, 1 - beta1)
-                state["square"].lerp_(p.grad.square(), 1 - beta2)
-                p.addcdiv_(state["mean"], state["square"].sqrt() + 1e-3, value=-group["lr"])
+    def update(self, group: dict[str, Any], p: Tensor) -> None:
+        state = self.state[p]
+        if group["use_muon"]:
+            if not state:
+                state["momentum"] = torch.zeros_like(p)
+            state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+            p.add_(self._orthogonal(p.grad.lerp(state["momentum"], group["momentum"])), alpha=-group["lr"])
+            return
+        if not state:
+            state["mean"], state["square"] = torch.zeros_like(p), torch.zeros_like(p)
+        beta1, beta2 = group["betas"]
+        state["mean"].lerp_(p.grad, 1 - beta1)
+        state["square"].lerp_(p.grad.square(), 1 - beta2)
+        p.addcdiv_(state["mean"], state["square"].sqrt() + 1e-3, value=-group["lr"])
 
     @staticmethod
     def _orthogonal(matrix: Tensor) -> Tensor:

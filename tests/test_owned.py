@@ -17,6 +17,7 @@ from tests.models import CASES
 from tests.optimizers import OPTIMIZERS, Lamb, Shampoo, tensors_of
 from tests.programs import Builder, accumulated, assert_same_step, clipped, param, rewritten
 from tests.reference import assert_equal
+from tests.updates import ByParameter
 from zgraph import ops
 from zgraph.codegen.emit import emit
 from zgraph.codegen.owned import OwnedUpdate
@@ -366,28 +367,23 @@ def test_a_number_of_each_parameters_own_is_its_state() -> None:
 # Optimizers that people write
 
 
-class ByParameter(Optimizer):
-    """Calls ``update`` with each parameter that has a gradient, and its state."""
+class Simple(ByParameter):
+    """Calls ``change`` with each parameter that has a gradient, its state, and the learning rate."""
 
     def __init__(self, params: Any, lr: float = 0.1) -> None:
         super().__init__(params, {"lr": lr})
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        assert closure is None
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self.update(p, self.state[p], group["lr"])
+    def update(self, group: dict[str, Any], p: Tensor) -> None:
+        self.change(p, self.state[p], group["lr"])
 
-    def update(self, p: Tensor, state: dict[str, Any], lr: float) -> None:
+    def change(self, p: Tensor, state: dict[str, Any], lr: float) -> None:
         raise NotImplementedError
 
 
-class OneMomentForMatrices(ByParameter):
+class OneMomentForMatrices(Simple):
     """Adam-mini's idea: one second moment for a matrix, one for each element of the rest, under the same key."""
 
-    def update(self, p: Tensor, state: dict[str, Any], lr: float) -> None:
+    def change(self, p: Tensor, state: dict[str, Any], lr: float) -> None:
         is_matrix = p.dim() == 2
         if not state:
             state["v"] = torch.zeros((), dtype=p.dtype) if is_matrix else torch.zeros_like(p)
@@ -395,20 +391,20 @@ class OneMomentForMatrices(ByParameter):
         p.sub_(p.grad / (state["v"].sqrt() + 0.1), alpha=lr)
 
 
-class SlowNorm(ByParameter):
+class SlowNorm(Simple):
     """Divides by a norm that moves slowly, which is as good a shape as any: it is read through a reshape."""
 
-    def update(self, p: Tensor, state: dict[str, Any], lr: float) -> None:
+    def change(self, p: Tensor, state: dict[str, Any], lr: float) -> None:
         if not state:
             state["norm"] = torch.zeros((), dtype=p.dtype)
         state["norm"].lerp_(p.grad.norm(), 0.1)
         p.sub_(p.grad / (1 + state["norm"].reshape(-1).sum()), alpha=lr)
 
 
-class Largest(ByParameter):
+class Largest(Simple):
     """``max`` of a number and a 0-dim tensor, as in the Adafactor of transformers."""
 
-    def update(self, p: Tensor, state: dict[str, Any], lr: float) -> None:
+    def change(self, p: Tensor, state: dict[str, Any], lr: float) -> None:
         state["rms"] = p.norm() / p.numel() ** 0.5
         p.sub_(p.grad * (max(lr, state["rms"]) * min(0.5, lr) / (1 + p.grad.norm())))
 
@@ -493,31 +489,31 @@ def test_a_skipped_step_asks_no_matrix_for_its_eigenvalues_that_has_none(options
     assert not torch.equal(ranks.state_dict()["layers.0.weight"], before["layers.0.weight"])
 
 
-class Flagged(ByParameter):
-    def update(self, p: Tensor, state: dict[str, Any], lr: float) -> None:
+class Flagged(Simple):
+    def change(self, p: Tensor, state: dict[str, Any], lr: float) -> None:
         state["known"] = True
         p.sub_(p.grad, alpha=lr)
 
 
-class Assigning(ByParameter):
-    def update(self, p: Tensor, state: dict[str, Any], lr: float) -> None:
+class Assigning(Simple):
+    def change(self, p: Tensor, state: dict[str, Any], lr: float) -> None:
         p.data = p.data - lr * p.grad
 
 
-class Counting(ByParameter):
-    def update(self, p: Tensor, state: dict[str, Any], lr: float) -> None:
+class Counting(Simple):
+    def change(self, p: Tensor, state: dict[str, Any], lr: float) -> None:
         of_all: Any = self.state
         of_all["all"]["count"] = of_all["all"].get("count", 0) + 1
         p.sub_(p.grad, alpha=lr / of_all["all"]["count"])
 
 
-class Strided(ByParameter):
-    def update(self, p: Tensor, state: dict[str, Any], lr: float) -> None:
+class Strided(Simple):
+    def change(self, p: Tensor, state: dict[str, Any], lr: float) -> None:
         p.sub_(p.grad * p.as_strided([1], [1]), alpha=lr)
 
 
-class Numbered(ByParameter):
-    def update(self, p: Tensor, state: dict[str, Any], lr: float) -> None:
+class Numbered(Simple):
+    def change(self, p: Tensor, state: dict[str, Any], lr: float) -> None:
         state["norm"] = p.grad.norm().item()
         p.sub_(p.grad, alpha=lr / (1 + state["norm"]))
 
@@ -532,7 +528,7 @@ class Numbered(ByParameter):
         (Numbered, "norm in the state of layers.0.weight is a number that is computed from its elements"),
     ],
 )
-def test_what_a_graph_cannot_keep_is_refused(kind: type[ByParameter], message: str) -> None:
+def test_what_a_graph_cannot_keep_is_refused(kind: type[Simple], message: str) -> None:
     model = Matrices()
     compiled: Any = zgraph.compile(model, optimizer=kind(model.parameters()))
     with pytest.raises(OptimizerError, match=message):
@@ -540,23 +536,23 @@ def test_what_a_graph_cannot_keep_is_refused(kind: type[ByParameter], message: s
 
 
 def test_tracing_leaves_the_optimizers_module_as_it_was() -> None:
-    before = dict(Largest.update.__globals__)
+    before = dict(Largest.change.__globals__)
     model = Matrices()
     compiled: Any = zgraph.compile(model, optimizer=Largest(model.parameters()))
     compiled.train_step(torch.ones(2, 6))
-    assert Largest.update.__globals__ == before
+    assert Largest.change.__globals__ == before
 
 
-class OnlyMatrices(ByParameter):
+class OnlyMatrices(Simple):
     """Leaves all but matrices alone, though they have gradients."""
 
-    def update(self, p: Tensor, state: dict[str, Any], lr: float) -> None:
+    def change(self, p: Tensor, state: dict[str, Any], lr: float) -> None:
         if p.dim() == 2:
             p.sub_(p.grad, alpha=lr)
 
 
-class Nothing(ByParameter):
-    def update(self, p: Tensor, state: dict[str, Any], lr: float) -> None:
+class Nothing(Simple):
+    def change(self, p: Tensor, state: dict[str, Any], lr: float) -> None:
         pass
 
 

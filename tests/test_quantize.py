@@ -15,7 +15,8 @@ from torch.optim import SGD, Adam, AdamW
 
 import zgraph
 from tests.models import CASES
-from tests.programs import Builder, divide, few_examples, join, param, reference, state, values_for
+from tests.mutants.steps import in_single_precision
+from tests.programs import divide, few_examples, join, param, reference, state, values_for
 from tests.reference import assert_equal
 from zgraph import lockstep, ops
 from zgraph.config import Config
@@ -23,7 +24,7 @@ from zgraph.errors import VerifyError
 from zgraph.packed import BLOCK, pack, packed_numel, unpack, unpacked_numel
 from zgraph.passes import default_passes
 from zgraph.pipeline import Pass, run
-from zgraph.program import Input, Mesh, Phase, Program, Role, Stage, operand
+from zgraph.program import Mesh, Program, Role, Stage, operand
 
 aten = torch.ops.aten
 INT8 = Config(state_precision="int8")
@@ -76,38 +77,12 @@ def test_what_is_not_finite_stays_so() -> None:
 # Programs
 
 
-def adam_like() -> Program:
-    """``loss = sum(x * w)`` with two moments in float32, a count, and a parameter in float64 with state of its own."""
-    b = Builder()
-    results: dict[Input | None, Any] = {None: None}
-    x, lr = b.input(Role.BATCH, "0", shape=[40]), b.input(Role.HYPER, "lr")
-    losses, updates = [], []
-    for name, shape, dtype in (("v", [40], torch.float32), ("w", [40], torch.float32), ("wide", [40], torch.float64)):
-        p = b.input(Role.PARAM, name, shape=shape, dtype=dtype)
-        m, s = (b.input(Role.OPT_STATE, name, key, shape=shape, dtype=dtype) for key in ("m", "s"))
-        losses.append(b.forward(aten.sum.default, b.forward(aten.mul.Tensor, p, x)))
-        updates.append((name, p, m, s))
-    total = b.forward(aten.add.Tensor, b.forward(aten.add.Tensor, losses[0], losses[1]), losses[2])
-    results[None] = total
-    for name, p, m, s in updates:
-        g = b.backward(aten._to_copy.default, b.backward(aten.sin.default, x), dtype=p.meta["val"].dtype)
-
-        def call(target: Any, *args: Any, name: str = name, **kwargs: Any) -> Any:
-            return b.call(Phase.UPDATE, target, *args, module=name, **kwargs)
-
-        new_m = results[state(name, "m")] = call(aten.lerp.Scalar, m, g, 0.1)
-        new_s = results[state(name, "s")] = call(aten.lerp.Scalar, s, call(aten.square.default, g), 0.01)
-        step = call(aten.div.Tensor, new_m, call(aten.add.Tensor, call(aten.abs.default, new_s), 0.1))
-        results[param(name)] = call(aten.sub.Tensor, p, call(aten.mul.Tensor, step, lr))
-    return b.finish(results)
-
-
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("late", [False, True])
 def test_ranks_compute_the_captured_step_on_state_that_was_packed(world: int, zero: int, late: bool) -> None:
     """Bit for bit, from state as it is stored to state as it is stored."""
-    captured = adam_like()
+    captured = in_single_precision()
     program = run(default_passes(Config(zero, state_precision="int8"), Mesh(world)), captured).program
     assert program.layout is not None
     stored = divide(program, values_for(captured, world=world))
@@ -128,7 +103,7 @@ def test_ranks_compute_the_captured_step_on_state_that_was_packed(world: int, ze
 
 
 def test_the_proof_says_what_it_takes_on_trust() -> None:
-    records = run(default_passes(INT8, Mesh(2)), adam_like()).records
+    records = run(default_passes(INT8, Mesh(2)), in_single_precision()).records
     assert {r.name: r.assumes for r in records if r.assumes} == {"QuantizeState": ("unpack(pack(x)) = x",)}
 
 
@@ -184,7 +159,7 @@ class PackAndUnpack(Pass):
 def test_nothing_but_given_state_may_go_through_8_bits(what: str) -> None:
     zero = Config(3, state_precision="int8")
     with pytest.raises(VerifyError, match=r"PackAndUnpack (changed what the step computes|left the new value of)"):
-        run([*default_passes(zero, Mesh(2))[:-2], PackAndUnpack(what)], adam_like())
+        run([*default_passes(zero, Mesh(2))[:-2], PackAndUnpack(what)], in_single_precision())
 
 
 @dataclass(frozen=True)
@@ -200,13 +175,13 @@ class ForgetPacked(Pass):
 
 def test_what_lies_packed_may_not_change() -> None:
     with pytest.raises(VerifyError, match="ForgetPacked changed the buckets"):
-        run(default_passes(INT8, Mesh(2), own=[ForgetPacked()]), adam_like())
+        run(default_passes(INT8, Mesh(2), own=[ForgetPacked()]), in_single_precision())
 
 
 @pytest.mark.parametrize("mistake", [ExchangePacked(), KeepPacked()])
 def test_a_mistake_with_packed_state_is_refused(mistake: Pass) -> None:
     with pytest.raises(VerifyError, match=f"{mistake.name} changed what the step computes"):
-        run(default_passes(INT8, Mesh(2), own=[mistake]), adam_like())
+        run(default_passes(INT8, Mesh(2), own=[mistake]), in_single_precision())
 
 
 # Training

@@ -66,25 +66,31 @@ def read_in_low_precision() -> Program:
 
 
 def in_single_precision() -> Program:
-    """Two moments in float32, read as they are."""
+    """Two parameters with two moments in float32, and one with moments in float64."""
     b = Builder()
-    x, lr = b.input(Role.BATCH, "0", shape=[40], dtype=torch.float32), b.input(Role.HYPER, "lr")
-    params = [b.input(Role.PARAM, name, shape=[40], dtype=torch.float32) for name in ("v", "w")]
-    products = [b.forward(aten.mul.Tensor, p, x) for p in params]
-    results: dict[Input | None, Any] = {None: b.forward(aten.sum.default, b.forward(aten.add.Tensor, *products))}
-    for name, p, product in zip(("v", "w"), params, products, strict=True):
-        g = b.backward(aten.sin.default, product)
-        m, s = (b.input(Role.OPT_STATE, name, key, shape=[40], dtype=torch.float32) for key in ("m", "s"))
+    x, lr = b.input(Role.BATCH, "0", shape=[40]), b.input(Role.HYPER, "lr")
+    dtypes = {"v": torch.float32, "w": torch.float32, "wide": torch.float64}
+    params = {name: b.input(Role.PARAM, name, shape=[40], dtype=dtype) for name, dtype in dtypes.items()}
+    products = {name: b.forward(aten.mul.Tensor, p, x) for name, p in params.items()}
+    both = b.forward(aten.add.Tensor, products["v"], products["w"])
+    results: dict[Input | None, Any] = {
+        None: b.forward(aten.sum.default, b.forward(aten.add.Tensor, both, products["wide"]))
+    }
+    gradients = {
+        name: b.backward(aten._to_copy.default, b.backward(aten.sin.default, product), dtype=dtypes[name])
+        for name, product in products.items()
+    }
+    for name, g in gradients.items():
+        m, s = (b.input(Role.OPT_STATE, name, key, shape=[40], dtype=dtypes[name]) for key in ("m", "s"))
 
         def call(target: Any, *args: Any, name: str = name) -> Any:
             return b.call(Phase.UPDATE, target, *args, module=name)
 
+        square = call(aten.square.default, g)
         new_m = results[Input(Role.OPT_STATE, name, "m")] = call(aten.lerp.Scalar, m, g, 0.1)
-        new_s = results[Input(Role.OPT_STATE, name, "s")] = call(
-            aten.lerp.Scalar, s, call(aten.square.default, g), 0.01
-        )
+        new_s = results[Input(Role.OPT_STATE, name, "s")] = call(aten.lerp.Scalar, s, square, 0.01)
         step = call(aten.div.Tensor, call(aten.add.Tensor, new_m, m), call(aten.exp.default, new_s))
-        results[param(name)] = call(aten.sub.Tensor, p, call(aten.mul.Tensor, step, lr))
+        results[param(name)] = call(aten.sub.Tensor, params[name], call(aten.mul.Tensor, step, lr))
     return b.finish(results)
 
 
