@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 
-from tests.mutants.catalogue import MUTANTS, Mutant
+from tests.mutants.catalogue import MUTANTS, Edit, Mutant
 from tests.mutants.steps import steps
 from tests.programs import assert_same_step
 from zgraph.config import Config
@@ -92,9 +92,10 @@ def test_a_mistake_is_refused_for_what_it_is_with_its_pass_its_place_and_the_use
 
 @pytest.mark.slow
 def test_the_catalogue_is_large_and_its_mistakes_are_real() -> None:
-    """Races, lost conditions and what is rounded on request show in no number here; all else does."""
+    """Races and lost conditions show in no number here, nor does what is rounded on request; all else does."""
     assert len(MUTANTS) >= 40
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
     silent = [mutant.name for mutant in MUTANTS if not is_shown_by_numbers(mutant)]
     print(f"{len(MUTANTS)} mistakes; numbers alone show {len(MUTANTS) - len(silent)}, not: {'; '.join(silent)}")
-    assert len(silent) <= len(MUTANTS) // 4
+    on_request = {mutant.name for mutant in MUTANTS if isinstance(mutant, Edit) and mutant.on_request}
+    assert len(set(silent) - on_request) <= len(MUTANTS) // 5

@@ -422,8 +422,22 @@ class Scaled(nn.Module):
         return y.square().mean()
 
 
+class ManyDtypes(Simple):
+    """Keeps a moment in bfloat16, a count of each element in int64, and signs in int8."""
+
+    def change(self, p: Tensor, state: dict[str, Any], lr: float) -> None:
+        if not state:
+            state["moment"] = torch.zeros_like(p, dtype=torch.bfloat16)
+            state["count"] = torch.zeros_like(p, dtype=torch.int64)
+            state["sign"] = torch.zeros_like(p, dtype=torch.int8)
+        state["moment"].lerp_(p.grad.to(torch.bfloat16), 0.5)
+        state["count"].add_((p.grad.sign() == state["sign"]).to(torch.int64))
+        state["sign"].copy_(p.grad.sign())
+        p.sub_(state["moment"].to(p.dtype) * (lr / (1 + state["count"])))
+
+
 KINDS: list[Callable[[Any], Optimizer]] = [
-    Lamb, Shampoo, torch.optim.Adafactor, OneMomentForMatrices, SlowNorm, Largest,
+    Lamb, Shampoo, torch.optim.Adafactor, OneMomentForMatrices, SlowNorm, Largest, ManyDtypes,
 ]  # fmt: skip
 
 
@@ -452,7 +466,9 @@ def test_state_of_any_shape_survives_another_batch_and_a_start_from_eager(
         compiled = compiled or zgraph.compile(model, optimizer=optimizer)
         compiled.train_step(x)
         assert_equal(compiled.state_dict(), reference.state_dict(), f"step {step}")
-        assert_equal(tensors_of(optimizer), tensors_of(eager), f"state, step {step}")
+        found, expected = tensors_of(optimizer), tensors_of(eager)
+        assert {name: v.dtype for name, v in found.items()} == {name: v.dtype for name, v in expected.items()}
+        assert_equal(*({name: v.double() for name, v in mine.items()} for mine in (found, expected)), f"step {step}")
     assert len(compiled.program.layout.buckets) <= 3, "numbers of each parameter's own do not part buckets"
 
 

@@ -60,6 +60,7 @@ class Edit:
         module: file below ``passes/``.
         old, new: the code; ``old`` must stand there exactly once.
         expects: how it must be refused. Another refusal hides whether this one works.
+        on_request: the pass runs only for options that are not exact, so that numbers show nothing.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Edit:
     old: str
     new: str
     expects: Refusal = Refusal.MEANING
+    on_request: bool = False
 
     @contextmanager
     def passes(self, config: Config, mesh: Mesh) -> Iterator[Sequence[Pass]]:
@@ -284,6 +286,7 @@ EDITS = [
         "aten.where.self, elements[output.name], new, zero, origin",
         "aten.where.self, elements[output.name], zero, new, origin",
         Refusal.PADDING,
+        on_request=True,
     ),
     Edit(
         "padding sets the scale of packed blocks",
@@ -291,6 +294,7 @@ EDITS = [
         "results[i] = program.call(ops.pack_state, kept, origin",
         "results[i] = program.call(ops.pack_state, new, origin",
         Refusal.PADDING,
+        on_request=True,
     ),
     Edit(
         "padding counts as elements of parameters",
@@ -298,12 +302,14 @@ EDITS = [
         "starts, stops = flat.ranges()",
         "starts, stops = flat.ranges()[0], [*flat.ranges()[1][:-1], flat.numel]",
         Refusal.PADDING,
+        on_request=True,
     ),
     Edit(
         "packed state is that from before the update",
         "quantize",
         "results[i] = program.call(ops.pack_state, kept, origin=origin, before=before)",
         "results[i] = next(node for node, what in program.placeholders() if what == output)",
+        on_request=True,
     ),
     Edit(
         "only one state of a bucket is unpacked",
@@ -311,6 +317,7 @@ EDITS = [
         "                for reader in readers:\n",
         "                for reader in readers[:1]:\n",
         Refusal.SHAPE,
+        on_request=True,
     ),
     Edit(
         "the update reads its own rank's gradient, rounded",
@@ -319,6 +326,7 @@ EDITS = [
         "reader.replace_input_with(mean, wide)\n"
         "                    if mean.meta['val'].shape == low.meta['val'].shape:\n"
         "                        wide.replace_input_with(mean, low)",
+        on_request=True,
     ),
     # Norms
     Edit("a norm leaves out a bucket", "bucket", "node.args = (squares,)", "node.args = (squares[1:] or squares,)"),
