@@ -13,7 +13,9 @@ import torch.distributed as dist
 
 from tests.ranks import Ranks
 from zgraph.agreement import Agreement
-from zgraph.comm import FunctionalComm, PointToPointComm, SingleComm, backends, default_backend, make_comm
+from zgraph.comm import FunctionalComm, PointToPointComm, SingleComm, make_comm
+from zgraph.errors import RankError
+from zgraph.groups import backends, default_backend
 
 SIZES = [16, 48, 4096 + 16]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -231,6 +233,23 @@ def name_no_backend(rendezvous: str) -> tuple[str, str, bool]:
 def test_a_group_made_without_naming_a_backend_is_used_as_it_is(ranks: Ranks, tmp_path: Path) -> None:
     found = ranks.run(name_no_backend, str(tmp_path / "rendezvous"), world=1)
     assert found == [("undefined", PointToPointComm.__name__, True)]
+
+
+def destroy(rendezvous: str) -> tuple[bool, str]:
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1)
+    held, comm, agreement = weakref.ref(group()), make_comm(group(), {"cpu"}), Agreement(group())
+    agreement.check("anything")
+    dist.destroy_process_group()
+    with pytest.raises(RankError) as raised:
+        agreement.check("anything else")
+    return held() is None and comm.rank == 0, str(raised.value)
+
+
+def test_what_the_user_destroys_ends_with_its_threads_and_is_missed_by_name(ranks: Ranks, tmp_path: Path) -> None:
+    [(ended, message)] = ranks.run(destroy, str(tmp_path / "rendezvous"), world=1)
+    assert ended, "a group that something holds keeps its threads, and they abort the process as it ends"
+    assert "was destroyed" in message
+    assert "after the last use" in message
 
 
 def test_a_group_made_by_zgraph_serves_every_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from zgraph.comm import Comm, backends
+from zgraph.comm import Comm
 from zgraph.errors import RankError
+from zgraph.groups import HeldGroup, backends
 
 _MAX_BYTES = 4096
 
@@ -28,6 +29,8 @@ class Agreement:
     Args:
         group: the ranks; None for a single process, which always agrees with itself.
     """
+
+    _group = HeldGroup()
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.rank, self.world = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)

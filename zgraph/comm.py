@@ -17,20 +17,7 @@ import torch
 import torch.distributed as dist
 
 from zgraph import ops
-
-
-def backends(group: dist.ProcessGroup) -> dict[str, str]:
-    """The backend that serves each type of device: ``{"cpu": "gloo", "cuda": "nccl"}``.
-
-    ``dist.get_backend`` knows one name only: it says "undefined" for a group that was made without naming a backend.
-    """
-    served = (part.partition(":") for part in dist.get_backend_config(group).split(","))
-    return {device: backend for device, _, backend in served}
-
-
-def default_backend() -> str:
-    """What ``dist.init_process_group`` is given when the user has not called it: tensors of every device can travel."""
-    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+from zgraph.groups import HeldGroup, backends
 
 
 @dataclass
@@ -67,6 +54,8 @@ class Comm(Protocol):
 
 
 class _Group:
+    group = HeldGroup()
+
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
         self.rank = dist.get_rank(group) if group is not None else 0

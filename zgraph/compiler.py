@@ -10,12 +10,11 @@ from __future__ import annotations
 import copy
 import gc
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from textwrap import shorten
 from types import MappingProxyType
 from typing import Any
@@ -32,12 +31,13 @@ from zgraph.batches import Call, micro_batches
 from zgraph.capture import capture, check_optimizer
 from zgraph.codegen.emit import emit
 from zgraph.collector import collect_garbage
-from zgraph.comm import Comm, default_backend, make_comm
+from zgraph.comm import Comm, make_comm
 from zgraph.config import Config, check_numbers
 from zgraph.eager import GatherOnUse
 from zgraph.errors import CaptureError, OptimizerError, OptionError, StateError, ZgraphError
 from zgraph.execute import Executable
 from zgraph.facts import ARGUMENTS, ATTRIBUTES, STEP_COUNTS, Facts, hold, state_spec
+from zgraph.groups import process_group
 from zgraph.heap import release_free_memory
 from zgraph.layout import Layout
 from zgraph.lower import check_same_buckets, lower
@@ -101,8 +101,7 @@ def compile(  # noqa: A001
             raise OptionError(
                 f"the model has an attribute {name!r}, which zgraph.compile would hide", fix="rename the attribute"
             )
-    group = _process_group()
-    runtime = _Runtime(model, optimizer, loss, weight, check_metrics(metrics), config, group, tuple(passes))
+    runtime = _Runtime(model, optimizer, loss, weight, check_metrics(metrics), config, process_group(), tuple(passes))
     model.__class__ = type(f"Compiled{type(model).__name__}", (CompiledModule, type(model)), {})
     model.__dict__["_zgraph"] = runtime
     return model
@@ -186,7 +185,7 @@ class CompiledModule(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy with an optimizer of its own, as plain modules and their optimizers have when copied together."""
         runtime = self.__dict__["_zgraph"]
-        if runtime.group is not None:
+        if runtime.state.group is not None:
             raise StateError(
                 "a compiled model cannot be copied while its process group is part of it",
                 fix="build another model and load_state_dict(model.state_dict())",
@@ -226,7 +225,7 @@ class _Runtime:
     weight: Callable[..., torch.Tensor | float] | None
     metrics: dict[str, Metric]
     config: Config
-    group: dist.ProcessGroup | None
+    group: InitVar[dist.ProcessGroup | None]
     passes: tuple[Pass, ...] = ()
     cache: list[_Compiled] = field(default_factory=list)  # in order of last use
     _comm: Comm | None = None
@@ -237,8 +236,8 @@ class _Runtime:
     _facts_seen: dict[str, str] = field(default_factory=dict)
     _capturing: bool = False
 
-    def __post_init__(self) -> None:
-        self.state = TrainingState(self.model, self.optimizer, self.group)
+    def __post_init__(self, group: dist.ProcessGroup | None) -> None:
+        self.state = TrainingState(self.model, self.optimizer, group)
         self.numbers = self.config.numbers()
         self.agreement = self.state.agreement
         functions = functions_by_name(self.loss, self.weight, self.metrics)
@@ -369,8 +368,8 @@ class _Runtime:
             lowered = lower(program, self.config, Mesh(self.agreement.world), layout, self.passes)
             digest = lowered.digest()
             if self._comm is None:
-                self._comm = make_comm(self.group, {bucket.device.type for bucket in lowered.layout.buckets})
-                if self.config.check_collectives and self.group is not None:
+                self._comm = make_comm(self.state.group, {bucket.device.type for bucket in lowered.layout.buckets})
+                if self.config.check_collectives and self.state.group is not None:
                     self._comm = CheckedComm(self._comm, self.agreement)
             micro, executable = (None, *map(self._executable, lowered.programs))[-2:]
             del program
@@ -543,15 +542,3 @@ def check_arguments(model: Any, optimizer: Any, loss: Any, weight: Any, passes: 
                 f"{p.name} takes a {p.takes.name} program and gives a {p.gives.name} one",
                 fix="leave the stage as it was: takes and gives must be equal for a pass of your own",
             )
-
-
-def _process_group() -> dist.ProcessGroup | None:
-    """The default group, made from torchrun's environment if need be; None for a single process."""
-    if not dist.is_available():
-        return None
-    if not dist.is_initialized():
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
-            return None
-        dist.init_process_group(default_backend())
-    group = dist.group.WORLD
-    return group if group is not None and dist.get_world_size(group) > 1 else None

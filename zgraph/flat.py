@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from zgraph.comm import backends
+from zgraph.groups import HeldGroup, backends
 from zgraph.layout import Bucket, Layout
 
 
@@ -66,6 +66,8 @@ class FlatTensors:
         tensors: flat tensors that exist already, by bucket name.
         num_cached: how many gathered buckets ``read`` keeps at most.
     """
+
+    group = HeldGroup()
 
     def __init__(
         self,

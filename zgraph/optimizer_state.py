@@ -19,6 +19,7 @@ from zgraph.agreement import Agreement
 from zgraph.averages import WEIGHT_EMA, dtype_of_average
 from zgraph.errors import StateError
 from zgraph.flat import FlatTensors, place, without_memory
+from zgraph.groups import HeldGroup
 from zgraph.layout import Bucket, Layout
 from zgraph.packed import pack, unpack
 
@@ -70,6 +71,8 @@ class OptimizerState:
     Attributes:
         stored: bucket name -> state key -> this rank's flat tensor, a 0-dim tensor, or a number.
     """
+
+    _group = HeldGroup()
 
     def __init__(
         self, optimizer: torch.optim.Optimizer | None, group: dist.ProcessGroup | None, agreement: Agreement

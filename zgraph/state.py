@@ -21,6 +21,7 @@ from zgraph.agreement import Agreement
 from zgraph.eager import getter
 from zgraph.errors import StateError
 from zgraph.flat import FlatTensors, broadcast, place, without_memory
+from zgraph.groups import HeldGroup
 from zgraph.initialise import find_meta_modules, initialise
 from zgraph.layout import Layout
 from zgraph.optimizer_state import Forms, OptimizerState, Value, check_agreement
@@ -46,6 +47,8 @@ class TrainingState:
         recipe: what the steps count and report, by name; the same on all ranks.
         agreement: of the ranks.
     """
+
+    group = HeldGroup()
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None, group: dist.ProcessGroup | None

@@ -166,18 +166,23 @@ def test_a_model_on_meta_is_initialised_as_a_real_one(
 
 
 SCRIPT = """
-import json, sys, torch, zgraph
+import atexit, json, torch, zgraph
 from tests.models import CASES
 case = CASES["gpt_tied"]
+losses = []
+
+@atexit.register
+def report():
+    if rank == 0:
+        print(json.dumps([world, losses, torch.distributed.is_initialized()]))
+
 model = case.model(torch.float64)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 model = zgraph.compile(model, optimizer=optimizer, zero=3)
 distributed = torch.distributed.is_initialized()
 rank = torch.distributed.get_rank() if distributed else 0
 world = torch.distributed.get_world_size() if distributed else 1
-losses = [model.train_step(*batch.part(rank, world).args).item() for batch in case.batches(3)]
-if rank == 0:
-    print(json.dumps([world, losses]))
+losses += [model.train_step(*batch.part(rank, world).args).item() for batch in case.batches(3)]
 """
 
 
@@ -192,8 +197,9 @@ def test_the_same_script_runs_alone_and_under_torchrun(tmp_path: Path) -> None:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
         assert done.returncode == 0, done.stderr
         results.append(json.loads(done.stdout.strip().splitlines()[-1]))
-    (alone, losses), (together, same) = results
+    (alone, losses, _), (together, same, still_initialized) = results
     assert (alone, together) == (1, 2)
+    assert not still_initialized, "a process that ends with its group aborts now and then"
     assert same == pytest.approx(losses, rel=1e-10)
 
 
