@@ -1,0 +1,264 @@
+"""What a machine can do, as far as predicting a training step needs it: how long work of a size takes.
+
+A ``Hardware`` is one kind of device, how many of them a node has, and the links between them, to host memory and to
+disk. It comes from a table of known devices (zgraph.machines) or from measuring this one (``zgraph calibrate``); both
+have the same methods. Each takes numbers and returns seconds, or takes sympy expressions and returns one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from zgraph.curves import Collective, Curve, Matmul, MeasuredCollective, Network, Number, collective_seconds, maximum
+from zgraph.errors import OptionError
+
+KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
+TIERS = ("device", "host", "disk")
+TF32 = "tf32"
+
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True)
+class HostLink:
+    """Between one device and the memory of its host, in either direction: bytes per second, and seconds to start."""
+
+    pinned: float
+    pageable: float
+    latency_s: float
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Local storage of one node, shared by its devices: bytes per second, and seconds to start."""
+
+    read: float
+    write: float
+    latency_s: float
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A cluster of one kind of device.
+
+    Attributes:
+        name: as ``find_hardware`` knows it.
+        device_type: ``"cuda"`` or ``"cpu"``. On a CPU a device is a rank: a process with a share of the cores.
+        memory_bytes: of one device.
+        memory_bandwidth: bytes per second of the device's memory as specified; what kernels reach is ``memory_s``.
+        devices_per_node: how many share a host, its memory, its disk and the fast links.
+        launch_s: seconds the host spends on one operator of eager PyTorch. A GPU works meanwhile on operators that were
+            launched before, so there it is a lower bound of each operator's time, and on a CPU an addition to it.
+        host_memory_bytes: of one node.
+        peak_flops: operations per second of the matrix units as specified, by name of dtype, and of ``"tf32"``.
+        vector_flops: operations per second of elementwise arithmetic that kernels reach, by name of dtype.
+        matmuls: by name of dtype; a ``"tf32"`` is what float32 becomes where it is allowed.
+        attention: over operations, by name of dtype.
+        memory: over bytes read and written, into new memory; ``memory_in_place``, into memory in use.
+        gather: over bytes read and written by embedding lookups.
+        transcendental: over numbers of exponentials or the like.
+        collectives: inside a node, by kind.
+        network: between nodes.
+        host_link, disk: beyond the device.
+        sources: where the numbers are from.
+        variants: on a CPU that was calibrated, the machine as each of so many ranks at once finds it.
+    """
+
+    name: str
+    device_type: str
+    memory_bytes: int
+    memory_bandwidth: float
+    devices_per_node: int
+    launch_s: float
+    host_memory_bytes: int
+    peak_flops: Mapping[str, float] = field(hash=False)
+    vector_flops: Mapping[str, float] = field(hash=False)
+    matmuls: Mapping[str, Matmul] = field(hash=False)
+    attention: Mapping[str, Curve] = field(hash=False)
+    memory: Curve
+    memory_in_place: Curve
+    gather: Curve
+    transcendental: Curve
+    collectives: Mapping[str, Collective | MeasuredCollective] = field(hash=False)
+    network: Network
+    host_link: HostLink
+    disk: Disk
+    sources: str = ""
+    variants: Mapping[int, Hardware] = field(default_factory=dict, hash=False)
+
+    def matmul_s(self, dtype: torch.dtype, batch: Number, m: Number, n: Number, k: Number) -> Number:
+        """Seconds of a batched matrix product (m, k) @ (k, n), launching it not included.
+
+        Products of float32 are without TF32, which is torch's default; see ``with_tf32``.
+        """
+        return _of_dtype(self.matmuls, dtype, f"matmuls on {self.name}").seconds(batch, m, n, k)
+
+    def attention_s(self, dtype: torch.dtype, flops: Number, num_bytes: Number) -> Number:
+        """Seconds of fused attention of so many operations that reads and writes so many bytes, without launch."""
+        curve = _of_dtype(self.attention, dtype, f"attention on {self.name}")
+        return maximum(curve.seconds(flops), self.memory_s(num_bytes))
+
+    def memory_s(self, num_bytes: Number, *, in_place: bool = False) -> Number:
+        """Seconds to stream so many bytes, read and written together, without launch.
+
+        Args:
+            num_bytes: read plus written.
+            in_place: the result goes to memory that is in use already. A CPU takes new memory from the system page by
+                page, which can take longer than the arithmetic; on a GPU there is no difference.
+        """
+        return (self.memory_in_place if in_place else self.memory).seconds(num_bytes)
+
+    def vector_s(self, dtype: torch.dtype, flops: Number) -> Number:
+        """Seconds of so many elementwise operations outside matrix units; movement is ``memory_s`` beside it."""
+        return flops / _of_dtype(self.vector_flops, dtype, f"elementwise arithmetic on {self.name}")
+
+    def transcendental_s(self, count: Number) -> Number:
+        """Seconds of so many exponentials, logarithms or the like, elementwise."""
+        return self.transcendental.seconds(count)
+
+    def gather_s(self, num_bytes: Number) -> Number:
+        """Seconds of lookups in an embedding, by bytes read plus written."""
+        return self.gather.seconds(num_bytes)
+
+    def collective_s(self, kind: str, num_bytes: Number, world: Number) -> Number:
+        """Seconds of a collective of ``world`` ranks that fill node after node; nothing for one rank.
+
+        Args:
+            kind: one of ``KINDS``.
+            num_bytes: of the full, unsharded tensor; for all_to_all, of the buffer that each rank sends from.
+            world: ranks.
+        """
+        if kind not in self.collectives:
+            raise OptionError(f"collective {kind!r} is unknown", fix=f"one of {', '.join(KINDS)}")
+        return collective_seconds(kind, self.collectives[kind], self.network, num_bytes, world, self.devices_per_node)
+
+    def transfer_s(self, source: str, target: str, num_bytes: Number, *, pinned: bool = True) -> Number:
+        """Seconds to move bytes of one device between tiers while the node's other devices move as many.
+
+        The link to the host is each device's own; the disk is shared. Between device and disk, bytes go through host
+        memory first and then on: BW-121 and BW-132 took the sum of both ways.
+
+        Args:
+            source: one of ``TIERS``; likewise ``target``.
+            num_bytes: of this device.
+            pinned: host memory is page-locked.
+        """
+        for tier in (source, target):
+            if tier not in TIERS:
+                raise OptionError(f"tier {tier!r} is unknown", fix=f"one of {', '.join(TIERS)}")
+        if source == target:
+            return 0 * num_bytes
+        link = self.host_link.pinned if pinned else self.host_link.pageable
+        seconds = 0 * num_bytes
+        if "device" in (source, target) and self.device_type != "cpu":
+            seconds = seconds + self.host_link.latency_s + num_bytes / link
+        if "disk" in (source, target):
+            rate = self.disk.read if source == "disk" else self.disk.write
+            seconds = seconds + self.disk.latency_s + num_bytes * self.devices_per_node / rate
+        return seconds
+
+    def with_tf32(self) -> Hardware:
+        """The same with products of float32 in TF32, as ``torch.set_float32_matmul_precision("high")`` allows.
+
+        Raises:
+            OptionError: the device has no TF32.
+        """
+        if TF32 not in self.matmuls:
+            raise OptionError(f"{self.name} has no TF32")
+        return replace(self, matmuls={**self.matmuls, "float32": self.matmuls[TF32]})
+
+    def for_ranks(self, ranks: int) -> Hardware:
+        """The machine as each of so many ranks on one node finds it, all working at once.
+
+        GPUs are not shared: the same. The ranks of a CPU share cores and memory: what was measured with so many, or
+        with the nearest smaller number, and then each takes longer in proportion.
+        """
+        if ranks < 1:
+            raise OptionError(f"{ranks} ranks is not a number of ranks", fix="at least 1")
+        if self.device_type != "cpu":
+            return self
+        measured = max((n for n in self.variants if n <= ranks), default=None)
+        nearest, before = (self, 1) if measured is None else (self.variants[measured], measured)
+        return replace(_slower(nearest, ranks / before), devices_per_node=ranks)
+
+
+def _of_dtype(table: Mapping[str, _Value], dtype: torch.dtype, what: str) -> _Value:
+    try:
+        return table[str(dtype).removeprefix("torch.")]
+    except KeyError:
+        raise OptionError(f"no {what} of {dtype} are known", fix=f"known are {', '.join(table)}") from None
+
+
+def _slower(one: Hardware, factor: float) -> Hardware:
+    """A CPU whose every work takes ``factor`` times as long; each rank has as much less of the memory."""
+    if factor == 1:
+        return one
+    return replace(
+        one,
+        memory_bytes=int(one.memory_bytes / factor),
+        memory_bandwidth=one.memory_bandwidth / factor,
+        peak_flops={name: rate / factor for name, rate in one.peak_flops.items()},
+        vector_flops={name: rate / factor for name, rate in one.vector_flops.items()},
+        matmuls={name: matmul.scaled(factor) for name, matmul in one.matmuls.items()},
+        attention={name: curve.scaled(factor) for name, curve in one.attention.items()},
+        memory=one.memory.scaled(factor),
+        memory_in_place=one.memory_in_place.scaled(factor),
+        gather=one.gather.scaled(factor),
+        transcendental=one.transcendental.scaled(factor),
+        collectives={kind: inside.scaled(factor) for kind, inside in one.collectives.items()},
+    )
+
+
+def find_hardware(
+    name: str | Hardware | Path, *, devices_per_node: int | None = None, nic_bytes_per_s: float | None = None
+) -> Hardware:
+    """The hardware of a name, or of a file that ``zgraph calibrate`` saved.
+
+    Args:
+        name: of a preset (``zgraph.machines.PRESETS``), in any case and with or without hyphens; ``"cpu"`` or
+            ``"here"``, this machine, as calibrated if it was; a path.
+        devices_per_node: instead of the usual number.
+        nic_bytes_per_s: of the network, one direction, per device; instead of the usual.
+
+    Raises:
+        OptionError: there is no such name, or the numbers are not positive.
+        StateError: the file cannot be read as a calibration.
+    """
+    from zgraph import calibration, machines  # both build on this module
+
+    if isinstance(name, Hardware):
+        found = name
+    elif isinstance(name, Path) or os.sep in name or name.endswith(".json"):
+        found = calibration.load(Path(name))
+    else:
+        wanted = _plain(name)
+        presets = {_plain(preset): preset for preset in machines.PRESETS}
+        if wanted in ("cpu", "here"):
+            saved = calibration.default_path()
+            found = calibration.load(saved) if saved.exists() else machines.this_cpu()
+        elif wanted in presets:
+            found = machines.preset(presets[wanted])
+        else:
+            raise OptionError(
+                f"hardware {name!r} is unknown",
+                fix=f"one of {', '.join(machines.PRESETS)}, cpu, or a file that `zgraph calibrate` saved",
+            )
+    if devices_per_node is not None:
+        if devices_per_node < 1:
+            raise OptionError(f"devices_per_node={devices_per_node!r} is not a number of devices", fix="at least 1")
+        found = replace(found, devices_per_node=devices_per_node)
+    if nic_bytes_per_s is not None:
+        if not nic_bytes_per_s > 0:
+            raise OptionError(f"nic_bytes_per_s={nic_bytes_per_s!r} is not a rate", fix="bytes per second, above 0")
+        found = replace(found, network=replace(found.network, bytes_per_s=nic_bytes_per_s))
+    return found
+
+
+def _plain(name: str) -> str:
+    return "".join(character for character in name.lower() if character.isalnum())
