@@ -11,6 +11,7 @@ from zgraph.passes.inplace import UpdateInPlace
 from zgraph.passes.keep import ReadGathered
 from zgraph.passes.precision import CastBeforeGather, ReduceInLowPrecision
 from zgraph.passes.quantize import QuantizeState
+from zgraph.passes.recompute import EXPENSIVE, RecomputeModules
 from zgraph.passes.schedule import Overlap
 from zgraph.passes.shard import AverageGradients, ReadParamsEarly, ShardGradients, ShardOptimizer, ShardParams
 from zgraph.passes.tidy import Tidy
@@ -42,6 +43,7 @@ def default_passes(
     )
     passes = (
         Tidy(),
+        *(_recompute(config.recompute) if config.recompute is not None else ()),
         FormBuckets(mesh.size, config.bucket_bytes, layout, packed=config.state_precision == "int8"),
         *(p for stage in zero[: config.zero + 1] for p in stage),
         *((ReduceInLowPrecision(),) if config.reduce_precision == "bf16" and mesh.size > 1 else ()),
@@ -53,6 +55,12 @@ def default_passes(
     return tuple(q for p in passes for q in (p, *(o for o in own if last.get(o.takes) is p)))
 
 
+def _recompute(what: str | tuple[str, ...]) -> tuple[Pass, ...]:
+    if isinstance(what, tuple):
+        return (RecomputeModules(what),)
+    return (RecomputeModules(keep=EXPENSIVE if what == "operators" else ()),)
+
+
 __all__ = [
     "AverageGradients",
     "CastBeforeGather",
@@ -61,6 +69,7 @@ __all__ = [
     "QuantizeState",
     "ReadGathered",
     "ReadParamsEarly",
+    "RecomputeModules",
     "ReduceInLowPrecision",
     "ShardGradients",
     "ShardOptimizer",

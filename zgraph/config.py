@@ -37,6 +37,8 @@ def parse_bytes(value: int | str, option: str) -> int:
 
 PRECISIONS: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
+RECOMPUTE = ("blocks", "operators")
+
 
 _TINY = 2.0**-100
 """A loss scale that is far enough from what float32 has no normal numbers for."""
@@ -73,10 +75,20 @@ def check_numbers(numbers: Mapping[str, Any], config: Config) -> None:
             raise OptionError(f"{name}={value!r} is out of range", fix=f"give a number from 0 to {_NUMBERS[name]}")
 
 
-def _names(value: Any) -> tuple[str, ...]:
+def _names(value: Any, option: str, example: str) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, Iterable) or not all(isinstance(v, str) for v in value):
-        raise OptionError(f"keep_float32={value!r} is not a list of names", fix="give keep_float32=['head', 'norm']")
+        raise OptionError(f"{option}={value!r} is not a list of names", fix=f"give {option}={example}")
     return tuple(value)
+
+
+def _patterns(value: Any) -> tuple[str, ...]:
+    known = " or ".join(map(repr, RECOMPUTE))
+    if isinstance(value, str):
+        raise OptionError(f"recompute={value!r} is not known", fix=f"give {known}, a list of module paths, or None")
+    patterns = _names(value, "recompute", "['encoder', 'decoder.layers.*']")
+    if not patterns or "" in patterns:
+        raise OptionError(f"recompute={value!r} names no module", fix=f"give {known}, a list of module paths, or None")
+    return patterns
 
 
 @dataclass(frozen=True)
@@ -104,6 +116,12 @@ class Config:
             where the update treats every element alike; ``optimizer.state_dict()`` has it in float32.
             ``zgraph.packed`` bounds the error. It is for moments: an optimizer that keeps weights in its state (ASGD's
             average, a wide copy) would have them in 8 bits, too. By default state is as the optimizer makes it.
+        recompute: what backward computes again instead of keeping it since forward. ``"blocks"``: all that lies within a
+            block, of which only what goes in is kept; the blocks are the members of lists (``nn.ModuleList``,
+            ``nn.Sequential``) in which two or more compute alike. ``"operators"``: the same, but for the results of matrix
+            products, convolutions and attention, which are kept, too, as they take most of the time. A list of patterns
+            of module paths, such as ``["encoder", "decoder.layers.*"]``: each of these modules is a block. What draws
+            random numbers, as dropout and attention do, never runs again: its results are kept. By default all is kept.
         accumulate: how many micro-batches a step has. Their gradients add up, and the update reads the mean.
         keep_gathered: with ZeRO-3 and several micro-batches: gather parameters once for all micro-batches of a step and
             keep them whole until its update, instead of twice for each micro-batch. It takes the memory of all
@@ -133,6 +151,7 @@ class Config:
     keep_float32: tuple[str, ...] = ()
     reduce_precision: str | None = None
     state_precision: str | None = None
+    recompute: str | tuple[str, ...] | None = None
     accumulate: int = 1
     keep_gathered: bool = False
     clip_norm: float | None = None
@@ -158,7 +177,9 @@ class Config:
                 )
         values = dict(options)
         if "keep_float32" in values:
-            values["keep_float32"] = _names(values["keep_float32"])
+            values["keep_float32"] = _names(values["keep_float32"], "keep_float32", "['head', 'norm']")
+        if values.get("recompute") not in (None, *RECOMPUTE):
+            values["recompute"] = _patterns(values["recompute"])
         if "bucket_bytes" in values:
             values["bucket_bytes"] = parse_bytes(values["bucket_bytes"], "bucket_bytes")
         config = cls(**values)

@@ -1,0 +1,257 @@
+"""Compute again in backward what forward has computed, instead of keeping it: activation checkpointing as a pass.
+
+Chen, Xu, Zhang, Guestrin (2016), "Training Deep Nets with Sublinear Memory Cost". A call that is made again is the same
+term, so the proof needs no equation for it; a random operator that ran again would be another draw, and is refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import operator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from itertools import accumulate
+
+import torch
+from torch import fx
+
+from zgraph import ops
+from zgraph.errors import OptionError
+from zgraph.liveness import owners
+from zgraph.pipeline import Pass
+from zgraph.program import Phase, Program, Stage, phase_of, target_name
+
+EXPENSIVE = (
+    "aten.mm.default",
+    "aten.addmm.default",
+    "aten.bmm.default",
+    "aten.baddbmm.default",
+    "aten.convolution.default",
+    "aten._scaled_dot_product_flash_attention.default",
+    "aten._scaled_dot_product_flash_attention_for_cpu.default",
+    "aten._scaled_dot_product_efficient_attention.default",
+    "aten._scaled_dot_product_cudnn_attention.default",
+    "aten._scaled_dot_product_fused_attention_overrideable.default",
+)
+"""Matrix products, convolutions and attention: what takes most of the time of forward."""
+
+
+@dataclass(frozen=True)
+class RecomputeModules(Pass):
+    """Keep of the named modules what goes in; backward computes again what else it reads of them.
+
+        h = mm(x, v)                            h = mm(x, v)
+        y = tanh(h)                             y = tanh(h)
+        z = mm(y, w)                            z = mm(y, w)            # h and y are free from here
+        ...                             ->      ...
+        gw = mm(t(y), gz)                       h2 = mm(x, v)
+        gh = tanh_backward(gy, y)               y2 = tanh(h2)
+                                                gw = mm(t(y2), gz)
+                                                gh = tanh_backward(gy, y2)
+
+    Each call is made again right before the first in backward that needs it. What has to be kept in any case, since
+    it goes into another module, say, is read and not made again; nor is what draws random numbers, nor what travels.
+    Where a module would have to keep as many bytes as it frees, it is left alone.
+
+    Args:
+        modules: patterns of module paths, such as ``blocks.*``; all calls of a module that matches and of those in it
+            are one block. Without any, the members of lists of like modules.
+        keep: operators whose results are kept, too, by name: ``aten.mm.default``.
+    """
+
+    modules: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
+
+    takes, gives = Stage.CAPTURED, Stage.CAPTURED
+
+    def rewrite(self, program: Program) -> None:
+        patterns = self.modules or _lists_of_like_modules(program)
+        _check_patterns(program, patterns)
+        _Recomputation(program, patterns, frozenset(self.keep)).run()
+
+
+class _Recomputation:
+    """Decides what is kept, from the last block to the first, and then makes calls again.
+
+    A value is kept if memory that it lies in is, so a view of what is kept costs nothing.
+    """
+
+    def __init__(self, program: Program, patterns: tuple[str, ...], keep: frozenset[str]) -> None:
+        self.program, self.patterns, self.keep = program, patterns, keep
+        self.owner = owners(program)
+        self.paths: dict[str, str | None] = {}
+        self.position = {node: i for i, node in enumerate(program.graph.nodes)}
+        self.blocks = list(self._find_blocks())
+        self.block_of = {node: block for block in self.blocks for node in block.members}
+        self.kept: set[fx.Node] = set()  # calls whose memory lasts until backward, whatever is made again
+        self.again: set[fx.Node] = set()  # calls that are made again
+
+    def run(self) -> None:
+        calls = [node for node in self.program.graph.nodes if node.op == "call_function"]
+        late = [node for node in calls if phase_of(node) is not Phase.FORWARD]
+        for reader in (*late, self.program.output_node):
+            self.kept.update(self.owner[source] for source in reader.all_input_nodes if not self._may_read(reader, source))
+        wanted: dict[_Block, set[fx.Node]] = {}
+        for reader in late:
+            for source in reader.all_input_nodes:
+                if self._may_read(reader, source):
+                    wanted.setdefault(self.block_of[source], set()).add(source)
+        for block in reversed(self.blocks):
+            self._plan(wanted.get(block, set()))
+        copies: dict[fx.Node, fx.Node] = {}
+        for reader in late:
+            for source in reader.all_input_nodes:
+                if source in self.again and self._may_read(reader, source):
+                    reader.replace_input_with(source, self._made_again(source, reader, copies))
+
+    def _find_blocks(self) -> Iterator[_Block]:
+        """Blocks in the order of forward; one that is called again behind another is two."""
+        last = None
+        for node in self.program.graph.nodes:
+            path = self._path_of(node) if phase_of(node) is Phase.FORWARD else None
+            if path is None:
+                continue
+            if last is None or last.path != path:
+                if last is not None:
+                    yield last
+                last = _Block(path, [])
+            last.members.append(node)
+        if last is not None:
+            yield last
+
+    def _path_of(self, node: fx.Node) -> str | None:
+        """The outermost module that a call belongs to and that is asked for."""
+        module: str = node.meta["origin"].module
+        if module not in self.paths:
+            matching = (path for path in _prefixes(module) if any(fnmatchcase(path, p) for p in self.patterns))
+            self.paths[module] = next(matching, None)
+        return self.paths[module]
+
+    def _may_read(self, reader: fx.Node, source: fx.Node) -> bool:
+        """Whether a call behind forward may read a value that is computed anew: in the same block alone.
+
+        What goes out of a block is kept by whoever takes it in.
+        """
+        if phase_of(reader) is not Phase.BACKWARD or source not in self.block_of:
+            return False
+        return self._path_of(reader) == self.block_of[source].path and self._can_be_made(source)
+
+    def _can_be_made(self, node: fx.Node) -> bool:
+        """Whether a value of a block can be made from others: where it lies in a kept one's memory, it need not be."""
+        block = self.block_of[node]
+        while (memory := self.owner[node]) is not node:
+            if self.block_of.get(memory) is not block:
+                return False
+            node = memory
+        source = node.args[0] if node.target is operator.getitem else node
+        assert isinstance(source, fx.Node)
+        target = source.target
+        is_plain = not ops.is_random(target) and not ops.may_write(target)
+        return is_plain and target not in (*ops.STARTS, ops.wait) and target_name(target) not in self.keep
+
+    def _plan(self, wanted: set[fx.Node]) -> None:
+        """Decide which values of one block are made again so that backward has those that are ``wanted``."""
+        wanted = {node for node in wanted if self.owner[node] not in self.kept}
+        again: set[fx.Node] = set()
+        read: set[fx.Node] = set()
+        stack = list(wanted)
+        while stack:
+            node = stack.pop()
+            if node in again:
+                continue
+            again.add(node)
+            for source in node.all_input_nodes:
+                block = self.block_of.get(source)
+                inside = block is self.block_of[node] and self.owner[source] not in self.kept
+                if inside and self._can_be_made(source):
+                    stack.append(source)
+                else:
+                    read.add(self.owner[source])
+        read = {memory for memory in read - self.kept if memory.op == "call_function"}
+        freed = {self.owner[node] for node in wanted}
+        if _num_bytes(freed) > _num_bytes(read):
+            self.again |= again
+            self.kept |= read
+        else:
+            self.kept |= freed
+
+    def _made_again(self, wanted: fx.Node, reader: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+        """The copy of a value; it and what it needs are made before ``reader`` if they are not there yet."""
+        needed: set[fx.Node] = set()
+        stack = [wanted]
+        while stack:
+            node = stack.pop()
+            if node in self.again and node not in needed and node not in copies:
+                needed.add(node)
+                stack.extend(source for source in node.all_input_nodes if self._same_block(source, node))
+        for node in sorted(needed, key=self.position.__getitem__):
+            args, kwargs = fx.map_arg(
+                (node.args, dict(node.kwargs)),
+                lambda source, node=node: copies[source] if self._same_block(source, node) else source,
+            )
+            origin = replace(node.meta["origin"], phase=Phase.BACKWARD)
+            copies[node] = self.program.call(node.target, *args, origin=origin, before=reader, **kwargs)
+        return copies[wanted]
+
+    def _same_block(self, source: fx.Node, node: fx.Node) -> bool:
+        """Whether what is made again reads a source that is made again, too."""
+        return source in self.again and self.block_of[source] is self.block_of[node]
+
+
+@dataclass(eq=False)
+class _Block:
+    """The calls of one module in forward, in order."""
+
+    path: str
+    members: list[fx.Node]
+
+
+def _num_bytes(memories: Iterable[fx.Node]) -> int:
+    vals = [memory.meta["val"] for memory in memories]
+    return sum(val.nbytes for val in vals if isinstance(val, torch.Tensor))
+
+
+def _prefixes(path: str) -> Iterator[str]:
+    """``a``, ``a.b``, ``a.b.c`` for ``a.b.c``."""
+    return accumulate(path.split("."), lambda outer, name: f"{outer}.{name}") if path else iter(())
+
+
+def _forward_paths(program: Program) -> list[str]:
+    """The module of every call of forward, in order."""
+    return [n.meta["origin"].module for n in program.graph.nodes if phase_of(n) is Phase.FORWARD]
+
+
+def _check_patterns(program: Program, patterns: tuple[str, ...]) -> None:
+    """Refuse a pattern that matches no module that forward calls."""
+    found = sorted({prefix for path in _forward_paths(program) for prefix in _prefixes(path)})
+    for pattern in patterns:
+        if not any(fnmatchcase(path, pattern) for path in found):
+            near = difflib.get_close_matches(pattern, found, n=3, cutoff=0) if found else []
+            raise OptionError(
+                f"recompute names {pattern!r}, but forward calls no module of that path",
+                fix=f"name modules by their path, such as {', '.join(near)}" if near else "leave recompute out",
+            )
+
+
+def _lists_of_like_modules(program: Program) -> tuple[str, ...]:
+    """Patterns of the members of each outermost list of which two members or more compute alike."""
+    members: dict[str, dict[str, list[object]]] = {}
+    for node in program.graph.nodes:
+        if phase_of(node) is not Phase.FORWARD:
+            continue
+        for path in _prefixes(node.meta["origin"].module):
+            outer, _, name = path.rpartition(".")
+            if name.isdecimal():
+                members.setdefault(outer, {}).setdefault(path, []).append(node.target)
+    found: list[str] = []
+    for outer, computed in sorted(members.items(), key=lambda item: item[0].count(".") if item[0] else -1):
+        within = any(fnmatchcase(path, pattern) for path in _prefixes(outer) for pattern in found)
+        if not within and len({tuple(targets) for targets in computed.values()}) < len(computed):
+            found.append(f"{outer}.[0-9]*" if outer else "[0-9]*")
+    if not found:
+        raise OptionError(
+            "recompute finds no blocks: no list or sequence of the model has two members that compute alike",
+            fix="name the modules, e.g. recompute=['encoder', 'decoder.*']",
+        )
+    return tuple(found)
