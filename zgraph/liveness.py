@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -31,6 +33,11 @@ def owners(program: Program) -> dict[fx.Node, fx.Node]:
             path.append(source)
         owner.update(dict.fromkeys(path, owner.get(path[-1], path[-1])))
     return owner
+
+
+def shares_memory(node: fx.Node) -> bool:
+    """Whether a value lies in memory that another node allocated."""
+    return _lies_in(node) is not None
 
 
 def _lies_in(node: fx.Node) -> fx.Node | None:
@@ -63,30 +70,54 @@ def written(node: fx.Node) -> list[fx.Node]:
     return [operand(node, index) for index in writes if index is not None]
 
 
-def alive_bytes(program: Program) -> Iterator[tuple[fx.Node, int]]:
-    """Each node with the bytes of temporaries alive just after it has run, its arguments still held."""
+@dataclass(frozen=True)
+class Lifetime:
+    """Temporary memory that a call allocates.
+
+    Attributes:
+        node: the call.
+        num_bytes: of all its results that have memory of their own.
+        first, last: positions in the graph of the call, and of the last one that needs the memory.
+    """
+
+    node: fx.Node
+    num_bytes: int
+    first: int
+    last: int
+
+
+def lifetimes(program: Program, *, staged: bool = True) -> list[Lifetime]:
+    """Every temporary of a program, in order of allocation.
+
+    Args:
+        staged: collectives are zgraph's own transfers (gloo), where a reduction first receives every other rank's part
+            and adds them up; a backend that reduces on the way (NCCL) allocates the result alone.
+    """
     owner = owners(program)
-    last: dict[fx.Node, fx.Node] = {}
-    for node in program.graph.nodes:
+    first: dict[fx.Node, int] = {}
+    last: dict[fx.Node, int] = {}
+    for index, node in enumerate(program.graph.nodes):
         if node.op == "placeholder":
             continue
-        last[owner[node]] = node
+        if node.op == "call_function" and owner[node] is node:
+            first[node] = index
+        last[owner[node]] = index
         for source in node.all_input_nodes:
-            last[owner[source]] = node
+            last[owner[source]] = index
             if node.target is ops.wait:
                 for sent in source.all_input_nodes:  # what travels is held until it has arrived
-                    last[owner[sent]] = node
-    dying: dict[fx.Node, list[fx.Node]] = {}
-    for value, node in last.items():
-        dying.setdefault(node, []).append(value)
-    alive = 0
-    for node in program.graph.nodes:
-        if node.op == "call_function" and owner[node] is node:
-            alive += _allocated(program, node)
-        yield node, alive
-        for value in dying.get(node, ()):
-            if value.op == "call_function":
-                alive -= _allocated(program, value)
+                    last[owner[sent]] = index
+    return [Lifetime(node, _allocated(program, node, staged), start, last[node]) for node, start in first.items()]
+
+
+def alive_bytes(program: Program) -> Iterator[tuple[fx.Node, int]]:
+    """Each node with the bytes of temporaries alive just after it has run, its arguments still held."""
+    nodes = list(program.graph.nodes)
+    change = [0] * (len(nodes) + 1)
+    for life in lifetimes(program):
+        change[life.first] += life.num_bytes
+        change[life.last + 1] -= life.num_bytes
+    yield from zip(nodes, accumulate(change), strict=False)
 
 
 def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
@@ -104,11 +135,11 @@ def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     return dying
 
 
-def _allocated(program: Program, node: fx.Node) -> int:
+def _allocated(program: Program, node: fx.Node, staged: bool) -> int:
     """Bytes that running ``node`` allocates for its results."""
     if node.target is ops.wait or node.target in ops.INTO or _has_getitems(node):
         return 0
-    if node.target is ops.reduce_scatter:
+    if node.target is ops.reduce_scatter and staged:
         # the parts of this rank's slice that the other ranks send
         return _bytes(node.meta["val"]) * max(program.mesh.size - 1, 1)
     return _bytes(node.meta["val"])

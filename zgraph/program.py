@@ -273,7 +273,7 @@ class Program:
             # The number itself is not known; what operators make of it depends on its type alone.
             whole = all(map(_is_whole, node.args))
             return 2 if whole and node.target is not operator.truediv else 0.5
-        key = self._call_key(node)
+        key = self.call_key(node)
         if key not in self._inferred:
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
             assert callable(node.target), node.target
@@ -290,7 +290,7 @@ class Program:
                 ) from error
         return self._inferred[key]
 
-    def _call_key(self, node: fx.Node) -> Hashable:
+    def call_key(self, node: fx.Node) -> Hashable:
         """Equal for calls that give the same value: same operator, literals, and shapes, strides, dtypes of tensors."""
         named = tuple((name, self.form_of(value)) for name, value in sorted(node.kwargs.items())) if node.kwargs else ()
         return (node.target, self.form_of(node.args), named)

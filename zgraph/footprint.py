@@ -1,0 +1,180 @@
+"""Which bytes a step holds, of what kind, from when to when.
+
+State, batch and constants are held throughout; temporaries from the call that makes them to the last one that reads
+them (``zgraph.liveness``). What is alive at the peak, and what it is for, answers why a step does not fit.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import fx
+
+from zgraph import ops
+from zgraph.liveness import lifetimes
+from zgraph.ops import root_of
+from zgraph.program import FlatGradient, Phase, Program, Role, target_name
+
+
+class Kind(enum.Enum):
+    """What bytes are for."""
+
+    PARAMS = "parameter shards"
+    GATHERED = "gathered parameters"
+    GRADIENTS = "gradients"
+    STATE = "optimizer state"
+    BUFFERS = "buffers and batch"
+    ACTIVATIONS = "activations"
+    COMMUNICATION = "communication buffers"
+    TEMPORARIES = "temporaries"
+
+
+_OF_ROLE = {
+    Role.PARAM: Kind.PARAMS,
+    Role.OPT_STATE: Kind.STATE,
+    Role.GRADIENT: Kind.GRADIENTS,
+    Role.GATHERED: Kind.GATHERED,
+}
+
+
+@dataclass(frozen=True)
+class Holding:
+    """Bytes that are held together.
+
+    Attributes:
+        what: an input's meaning, or the operator that made them.
+        kind: what they are for.
+        num_bytes: how many.
+        first, last: positions in the graph of the first and last call during which they are held.
+        module: the user's module that they belong to; empty if to none.
+        source: the user's line that made them; None where not known.
+    """
+
+    what: str
+    kind: Kind
+    num_bytes: int
+    first: int
+    last: int
+    module: str = ""
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """All bytes of a step.
+
+    Attributes:
+        holdings: in order of their first position.
+        num_positions: nodes of the graph.
+    """
+
+    holdings: tuple[Holding, ...]
+    num_positions: int
+
+    @cached_property
+    def alive_bytes(self) -> Sequence[int]:
+        """Bytes held while each node of the graph runs."""
+        return _alive(self.holdings, self.num_positions)
+
+    def by_kind(self) -> dict[Kind, Sequence[int]]:
+        """Bytes of each kind held while each node of the graph runs."""
+        return {kind: _alive((h for h in self.holdings if h.kind is kind), self.num_positions) for kind in Kind}
+
+    @cached_property
+    def peak_bytes(self) -> int:
+        """The most that is held at once."""
+        return max(self.alive_bytes)
+
+    @cached_property
+    def peak_position(self) -> int:
+        """Where in the graph the most is held; the first such place."""
+        return self.alive_bytes.index(self.peak_bytes)
+
+    def held_at(self, position: int) -> list[Holding]:
+        """What is held while a node runs, largest first."""
+        held = [h for h in self.holdings if h.first <= position <= h.last and h.num_bytes]
+        return sorted(held, key=lambda holding: (-holding.num_bytes, holding.first))
+
+    def peak_by_kind(self) -> Counter[Kind]:
+        """Bytes of each kind at the peak."""
+        found: Counter[Kind] = Counter()
+        for holding in self.held_at(self.peak_position):
+            found[holding.kind] += holding.num_bytes
+        return found
+
+
+def footprint(program: Program, *, staged: bool = True) -> Footprint:
+    """What a program holds.
+
+    Args:
+        program: at any stage.
+        staged: see ``zgraph.liveness.lifetimes``.
+    """
+    nodes = list(program.graph.nodes)
+    found = []
+    for node, what in program.placeholders():
+        val = node.meta["val"]
+        if isinstance(val, torch.Tensor):
+            kind = _OF_ROLE.get(what.role, Kind.BUFFERS)
+            found.append(Holding(str(what), kind, val.nbytes, 0, len(nodes) - 1))
+    for life in lifetimes(program, staged=staged):
+        origin = life.node.meta["origin"]
+        kind = _kind(life.node, nodes[life.last])
+        held = _received(life.node, life.num_bytes) if staged else 0
+        for part, num_bytes in ((kind, life.num_bytes - held), (Kind.COMMUNICATION, held)):
+            if num_bytes:
+                name = (
+                    target_name(life.node.target) if isinstance(life.node.target, torch._ops.OpOverload) else "update"
+                )
+                found.append(Holding(name, part, num_bytes, life.first, life.last, origin.module, origin.source))
+    return Footprint(tuple(found), len(nodes))
+
+
+def _received(node: fx.Node, num_bytes: int) -> int:
+    """Of what a reduction holds, that which other ranks sent."""
+    return num_bytes - node.meta["val"].nbytes if node.target is ops.reduce_scatter else 0
+
+
+def _kind(node: fx.Node, last: fx.Node) -> Kind:
+    if node.target in (ops.all_gather, ops.all_gather_into):
+        return Kind.GATHERED
+    if node.target in (ops.reduce_scatter, ops.all_reduce) or _is_gradient(node):
+        return Kind.GRADIENTS
+    phase: Phase = node.meta["origin"].phase
+    last_phase = last.meta["origin"].phase if last.op == "call_function" else Phase.UPDATE
+    if phase is Phase.FORWARD and last_phase is not Phase.FORWARD:
+        return Kind.ACTIVATIONS
+    if any(user.target in ops.STARTS for user in node.users):
+        return Kind.COMMUNICATION
+    return Kind.TEMPORARIES
+
+
+def _is_gradient(node: fx.Node) -> bool:
+    """Whether a value is a bucket's flat gradient, or goes into one."""
+    if isinstance(node.meta.get("holds"), FlatGradient):
+        return True
+    if node.meta["origin"].phase is not Phase.BACKWARD:
+        return False
+    reached, seen = [node], {node}
+    while reached:
+        for user in reached.pop().users:
+            if isinstance(user.meta.get("holds"), FlatGradient):
+                return True
+            if user not in seen and ops.view_of(user) is not None and root_of(user) is node:
+                seen.add(user)
+                reached.append(user)
+    return False
+
+
+def _alive(holdings: Iterable[Holding], num_positions: int) -> list[int]:
+    change = [0] * (num_positions + 1)
+    for holding in holdings:
+        change[holding.first] += holding.num_bytes
+        change[holding.last + 1] -= holding.num_bytes
+    return list(accumulate(change))[:num_positions]

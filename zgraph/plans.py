@@ -1,0 +1,245 @@
+"""A plan: options for a training step, what they are predicted to cost, and what else was considered."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from io import StringIO
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from zgraph.config import Config
+from zgraph.expected_error import ExpectedError
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Tensors of one kind and origin that are held at the peak.
+
+    Attributes:
+        what: the input, or the operator that makes them.
+        kind: what they are for (``zgraph.footprint.Kind``).
+        num_bytes: of all of them together.
+        count: how many there are.
+        source: the user's line that makes them; None for state.
+    """
+
+    what: str
+    kind: str
+    num_bytes: int
+    count: int
+    source: str | None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one choice of options is predicted to take, on one rank.
+
+    Attributes:
+        options: those of ``zgraph.Config`` that were chosen.
+        step_s: seconds of a step.
+        exposed_s: of these, seconds in which computing waits for communication.
+        peak_bytes: the most that tensors hold at once.
+        reserved_bytes: what the allocator takes for them, which is what has to fit.
+    """
+
+    options: Mapping[str, Any]
+    step_s: float
+    exposed_s: float
+    peak_bytes: int
+    reserved_bytes: int
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """An estimate that was not chosen, and why."""
+
+    estimate: Estimate
+    why: str
+
+
+@dataclass(frozen=True)
+class WayOut:
+    """A change that would make a step fit.
+
+    Attributes:
+        change: in words.
+        step_s: seconds of a step after it.
+        reserved_bytes: of one rank after it.
+        cost: device-seconds for one example, as a multiple of those of the plan that does not fit.
+    """
+
+    change: str
+    step_s: float
+    reserved_bytes: int
+    cost: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer of ``zgraph.plan``.
+
+    Attributes:
+        model: its class or name, and how many parameters it has.
+        num_params: elements of all parameters, tied ones once.
+        num_examples: rows of the batch that one rank gets, the first dimension of its tensors.
+        num_tokens: elements of the largest integer tensor of that batch; 0 if there is none.
+        world_size: ranks.
+        hardware: the machine's name.
+        budget_bytes: what one rank may take.
+        chosen: the fastest choice that fits; if none does, the one that takes least memory.
+        flops: floating-point operations of one rank's matrix products and attention in a step, recomputation included.
+        by_kind: bytes at the peak by what they are for.
+        owners: what holds most at the peak, largest first.
+        rejected: other choices, best first.
+        ways_out: changes that make it fit, cheapest first; none if it fits.
+        error: how far predictions of this class were off where they were measured.
+        unknown: operators that were costed by their bytes alone, and how often a step calls them.
+        notes: what else a reader should know.
+    """
+
+    model: str
+    num_params: int
+    num_examples: int
+    num_tokens: int
+    world_size: int
+    hardware: str
+    budget_bytes: int
+    chosen: Estimate
+    flops: int
+    by_kind: Mapping[str, int]
+    owners: tuple[Owner, ...]
+    rejected: tuple[Rejected, ...]
+    ways_out: tuple[WayOut, ...]
+    error: ExpectedError
+    unknown: Mapping[str, int]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether what the chosen options take is within the budget."""
+        return self.chosen.reserved_bytes <= self.budget_bytes
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword options for ``zgraph.compile``."""
+        return dict(self.chosen.options)
+
+    @property
+    def config(self) -> Config:
+        """The same, checked."""
+        return Config.from_options(self.options)
+
+    @property
+    def examples_per_s(self) -> float:
+        """Rows of the batch that all ranks together train on in a second."""
+        return self.num_examples * self.world_size / self.chosen.step_s
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens that one rank trains on in a second; 0 where the batch has none."""
+        return self.num_tokens / self.chosen.step_s
+
+    def to_json(self) -> str:
+        """All of it as a JSON object; bytes and seconds are numbers."""
+        return json.dumps({"version": VERSION, "fits": self.fits, **_plain(self)}, indent=2)
+
+    def __str__(self) -> str:
+        console = Console(file=StringIO(), width=110, force_terminal=False)
+        with console.capture() as capture:
+            console.print(self.__rich__())
+        return capture.get().rstrip()
+
+    def __rich__(self) -> Group:
+        error = self.error
+        if self.fits:
+            verdict = f"fits, with {show_bytes(self.budget_bytes - self.chosen.reserved_bytes)} to spare"
+        else:
+            verdict = f"does not fit: {show_bytes(self.chosen.reserved_bytes - self.budget_bytes)} too much"
+        head = Table.grid(padding=(0, 2))
+        head.add_row("model", f"{self.model}, {self.num_params:,} parameters")
+        head.add_row("machine", f"{self.world_size} x {self.hardware}, {show_bytes(self.budget_bytes)} for each rank")
+        head.add_row("verdict", verdict)
+        head.add_row("options", show_options(self.options) or "defaults")
+        took = (
+            ""
+            if self.chosen.reserved_bytes == self.chosen.peak_bytes
+            else (f", {show_bytes(self.chosen.reserved_bytes)} reserved")
+        )
+        head.add_row("peak memory", f"{show_bytes(self.chosen.peak_bytes)}{took} ({error.memory_words})")
+        exposed = self.chosen.exposed_s / self.chosen.step_s
+        head.add_row(
+            "step", f"{show_s(self.chosen.step_s)}, {exposed:.0%} of it waiting for links ({error.time_words})"
+        )
+        rate = f"{self.examples_per_s:,.4g} examples/s on all ranks"
+        if self.num_tokens:
+            rate += f", {self.tokens_per_s:,.4g} tokens/s on each"
+        head.add_row("throughput", f"{rate}, {self.flops / self.chosen.step_s / 1e12:,.4g} TFLOP/s on each")
+        parts: list[Any] = [head]
+        kinds = Table("at the peak", "bytes", box=None, pad_edge=False)
+        for kind, num_bytes in self.by_kind.items():
+            kinds.add_row(kind, show_bytes(num_bytes))
+        parts += [Text(), kinds]
+        if not self.fits:
+            owners = Table("in the way", "kind", "bytes", "from", box=None, pad_edge=False)
+            for owner in self.owners:
+                times = f"{owner.count} x " if owner.count > 1 else ""
+                owners.add_row(times + owner.what, owner.kind, show_bytes(owner.num_bytes), owner.source or "")
+            parts += [Text(), owners]
+            ways = Table("ways out", "memory", "step", "cost of an example", box=None, pad_edge=False)
+            for way in self.ways_out:
+                ways.add_row(way.change, show_bytes(way.reserved_bytes), show_s(way.step_s), f"x {way.cost:.2f}")
+            parts += [Text(), ways if self.ways_out else Text("no way out was found")]
+        if self.rejected:
+            others = Table("also considered", "memory", "step", "why not", box=None, pad_edge=False)
+            for other in self.rejected:
+                estimate = other.estimate
+                others.add_row(
+                    show_options(estimate.options),
+                    show_bytes(estimate.reserved_bytes),
+                    show_s(estimate.step_s),
+                    other.why,
+                )
+            parts += [Text(), others]
+        for name, count in self.unknown.items():
+            parts.append(Text(f"{name} ({count} calls) is costed by its bytes alone"))
+        parts += [Text(note) for note in self.notes]
+        return Group(*parts)
+
+
+def show_bytes(num_bytes: float) -> str:
+    """In the largest binary unit of which there is at least one."""
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.4g} {unit}" if num_bytes < 1000 * size else f"{num_bytes / size:,.0f} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def show_s(seconds: float) -> str:
+    """In seconds, or milliseconds."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def show_options(options: Mapping[str, Any]) -> str:
+    """As they are written in a call."""
+    shown = {**options}
+    if "bucket_bytes" in shown:
+        shown["bucket_bytes"] = show_bytes(shown["bucket_bytes"]).replace(" ", "")
+    return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it."""
+    if hasattr(value, "__dataclass_fields__"):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,109 @@
+"""What a lowered step will take: seconds and bytes, by the timeline and the footprint of its programs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import fx
+
+from zgraph.allocator import reserved_bytes
+from zgraph.cost import Cost, Costs
+from zgraph.footprint import Footprint, Holding, Kind, footprint
+from zgraph.hardware import Hardware
+from zgraph.lower import Lowered
+from zgraph.program import Program
+from zgraph.timeline import Timeline, play
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A step of one rank.
+
+    Attributes:
+        timelines: of the programs that a step runs, each as often as ``repeats`` says.
+        footprints: of the same programs.
+        repeats: how many micro-batches each program runs on.
+        device_type: where it runs.
+    """
+
+    timelines: tuple[Timeline, ...]
+    footprints: tuple[Footprint, ...]
+    repeats: tuple[int, ...]
+    device_type: str
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step, all micro-batches together."""
+        return sum(t.step_s * times for t, times in zip(self.timelines, self.repeats, strict=True))
+
+    @property
+    def exposed_s(self) -> float:
+        """Seconds of a step in which computing waits for communication."""
+        return sum(t.exposed_s * times for t, times in zip(self.timelines, self.repeats, strict=True))
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of a step's matrix products and attention."""
+        return sum(t.matrix_flops * times for t, times in zip(self.timelines, self.repeats, strict=True))
+
+    @property
+    def peak(self) -> Footprint:
+        """That of the program which holds most."""
+        return max(self.footprints, key=lambda f: f.peak_bytes)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that tensors hold at once: ``torch.cuda.max_memory_allocated``, but for rounding."""
+        return self.peak.peak_bytes
+
+    @cached_property
+    def reserved_bytes(self) -> int:
+        """What the allocator takes from the device: ``torch.cuda.max_memory_reserved``.
+
+        On a CPU blocks above 32 MiB go back to the system when they are freed, and pages of smaller ones before each
+        peak (``zgraph.heap``): what is live is what is taken.
+        """
+        if self.device_type == "cpu":
+            return self.peak_bytes
+        return max(reserved_bytes(f.holdings) for f in self.footprints)
+
+    @property
+    def unknown(self) -> Counter[str]:
+        """Operators that were costed by their bytes alone, and how many calls of a step they are."""
+        found: Counter[str] = Counter()
+        for timeline, times in zip(self.timelines, self.repeats, strict=True):
+            found.update({name: count * times for name, count in timeline.unknown.items()})
+        return found
+
+    def peak_by_kind(self) -> Counter[Kind]:
+        """Bytes at the peak by what they are for."""
+        return self.peak.peak_by_kind()
+
+    def peak_owners(self, num: int = 10) -> list[Holding]:
+        """What holds most at the peak, largest first."""
+        return self.peak.held_at(self.peak.peak_position)[:num]
+
+
+def predict(
+    lowered: Lowered,
+    hardware: Hardware,
+    accumulate: int = 1,
+    *,
+    costs: Callable[[Program], Callable[[fx.Node], Cost]] | None = None,
+) -> Prediction:
+    """Play the programs of a step on a machine.
+
+    Args:
+        lowered: the programs after all passes.
+        hardware: the machine.
+        accumulate: how many micro-batches a step has.
+        costs: what calls of a program cost; those of ``zgraph.cost`` if None.
+    """
+    staged = hardware.device_type == "cpu"
+    cost_of = costs or (lambda program: Costs(program, hardware).of)
+    timelines = tuple(play(program, hardware, cost_of=cost_of(program)) for program in lowered.programs)
+    footprints = tuple(footprint(program, staged=staged) for program in lowered.programs)
+    return Prediction(timelines, footprints, (accumulate - 1, 1)[-len(timelines) :], hardware.device_type)
