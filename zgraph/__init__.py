@@ -12,7 +12,10 @@ from zgraph.errors import (
     VerifyError,
     ZgraphError,
 )
+from zgraph.hardware import Hardware, find_hardware
 from zgraph.pipeline import Pass
+from zgraph.planner import plan
+from zgraph.plans import Plan
 from zgraph.program import Program, Stage
 from zgraph.simulate import SimulatedRanks, simulate_ranks
 from zgraph.terms import Axiom
@@ -21,10 +24,12 @@ __all__ = [
     "Axiom",
     "CaptureError",
     "Config",
+    "Hardware",
     "MicroBatches",
     "OptimizerError",
     "OptionError",
     "Pass",
+    "Plan",
     "Program",
     "RankError",
     "SimulatedRanks",
@@ -33,5 +38,7 @@ __all__ = [
     "VerifyError",
     "ZgraphError",
     "compile",
+    "find_hardware",
+    "plan",
     "simulate_ranks",
 ]

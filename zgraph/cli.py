@@ -16,7 +16,7 @@ from typing import NoReturn
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing import SignalException
 
-from zgraph import demo
+from zgraph import demo, plan_command
 from zgraph.errors import ZgraphError
 
 OK, CHECK_FAILED, BAD_ARGUMENTS, COULD_NOT_RUN, INTERRUPTED = 0, 1, 2, 3, 130
@@ -50,6 +50,10 @@ def _demo(arguments: argparse.Namespace) -> int:
     return OK if report.agrees else CHECK_FAILED
 
 
+def _plan(arguments: argparse.Namespace) -> int:
+    return OK if plan_command.run(arguments) else CHECK_FAILED
+
+
 def _make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="zgraph",
@@ -75,6 +79,18 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument("--zero", type=_integer(0, 3), default=defaults.zero, help="ZeRO stage; default: %(default)s")
     command.add_argument("--json", action="store_true", help="print the report as one JSON object")
     command.set_defaults(run=_demo)
+
+    command = commands.add_parser(
+        "plan",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        help="will it fit, and how fast will it be?",
+        description="Predict memory and time of a training step on machines that need not be there, and choose options."
+        f"\nExits with status {CHECK_FAILED} if nothing fits.",
+        epilog=plan_command.EXAMPLES,
+    )
+    plan_command.add_arguments(command)
+    command.set_defaults(run=_plan)
     return parser
 
 

@@ -38,11 +38,14 @@ from zgraph.errors import CaptureError, OptimizerError, OptionError, StateError,
 from zgraph.execute import Executable
 from zgraph.facts import ARGUMENTS, ATTRIBUTES, STEP_COUNTS, Facts, hold, state_spec
 from zgraph.groups import process_group
+from zgraph.hardware import hardware_of
 from zgraph.heap import release_free_memory
 from zgraph.layout import Layout
-from zgraph.lower import check_same_buckets, lower
+from zgraph.lower import Lowered, check_same_buckets, lower
 from zgraph.metrics import Metric, by_name, check_metrics
 from zgraph.pipeline import Pass, PassRecord
+from zgraph.plans import Plan, default_budget, describe, show_bytes
+from zgraph.predict import predict
 from zgraph.program import Guard, Input, Mesh, Program, Role
 from zgraph.skipping import GRADIENT_NORM, NUM_SKIPPED, report
 from zgraph.state import TrainingState
@@ -63,6 +66,7 @@ def compile(  # noqa: A001
     weight: Callable[..., torch.Tensor | float] | None = None,
     metrics: Mapping[str, Any] = MappingProxyType({}),
     passes: Sequence[Pass] = (),
+    plan: Plan | None = None,
     **options: Any,
 ) -> Any:
     """Give ``model`` a ``train_step`` that runs forward, backward, communication and update as one graph.
@@ -84,6 +88,7 @@ def compile(  # noqa: A001
             ``"max"`` or ``"min"``.
         passes: of your own. Each runs after the last of zgraph's that gives the stage it takes, under the same
             verifier; it must leave the stage as it was.
+        plan: of ``zgraph.plan``, whose options are taken. It must be for as many ranks as there are, and fit.
         options: see ``zgraph.config.Config``.
 
     Returns:
@@ -94,14 +99,17 @@ def compile(  # noqa: A001
         OptimizerError: the optimizer holds parameters that are not the model's, or has step hooks.
         CaptureError: there is nothing to train, or a lazy module has not been called yet.
     """
-    config = Config.from_options(options)
+    config = Config.from_options(_with_plan(plan, options))
     check_arguments(model, optimizer, loss, weight, passes, config)
-    for name in ("train_step", "stats", "program", "source", "recipe", "ema_state_dict"):
+    for name in ("train_step", "stats", "program", "source", "recipe", "ema_state_dict", "plan"):
         if hasattr(model, name):
             raise OptionError(
                 f"the model has an attribute {name!r}, which zgraph.compile would hide", fix="rename the attribute"
             )
-    runtime = _Runtime(model, optimizer, loss, weight, check_metrics(metrics), config, process_group(), tuple(passes))
+    group = process_group()
+    if plan is not None:
+        _check_plan(plan, group)
+    runtime = _Runtime(model, optimizer, loss, weight, check_metrics(metrics), config, group, tuple(passes))
     model.__class__ = type(f"Compiled{type(model).__name__}", (CompiledModule, type(model)), {})
     model.__dict__["_zgraph"] = runtime
     return model
@@ -153,6 +161,15 @@ class CompiledModule(nn.Module):
     def source(self) -> str:
         """The Python that the last step ran."""
         return self.__dict__["_zgraph"].last().executable.step.source  # type: ignore[no-any-return]
+
+    @property
+    def plan(self) -> Plan:
+        """What the last step is predicted to take on this machine, as ``zgraph.plan`` tells it.
+
+        Raises:
+            OptionError: this kind of GPU is not known; ``zgraph calibrate`` measures it.
+        """
+        return self.__dict__["_zgraph"].plan()  # type: ignore[no-any-return]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.__dict__["_zgraph"].eager():
@@ -472,6 +489,15 @@ class _Runtime:
             )
         return self._last
 
+    def plan(self) -> Plan:
+        last = self.last()
+        micro = last.micro.program if last.micro is not None else None
+        lowered = Lowered(last.executable.program, micro, last.records)
+        hardware = hardware_of(last.layout.buckets[0].device, self.agreement.world)
+        given = {name: value for name, value in vars(self.config).items() if value != getattr(Config, name)}
+        made = predict(lowered, hardware, self.config.accumulate)
+        return describe(self.model, lowered, made, given, hardware, default_budget(hardware))
+
     def stats(self) -> dict[str, Any]:
         last = self.last()
         states = [v for entries in self.state.opt.values() for v in entries.values() if isinstance(v, torch.Tensor)]
@@ -486,6 +512,33 @@ class _Runtime:
             "passes_s": sum(record.time_s + record.verify_s for record in last.records),
             **report(self.state.recipe),
         }
+
+
+def _with_plan(plan: Plan | None, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a plan and those that are given beside it."""
+    if plan is None:
+        return options
+    given: Any = plan
+    if not isinstance(given, Plan):
+        raise OptionError(f"plan is a {type(given).__name__}", fix="pass what zgraph.plan returns")
+    for name, value in options.items():
+        if name in plan.options and plan.options[name] != value:
+            raise OptionError(
+                f"{name}={value!r}, but the plan has {name}={plan.options[name]!r}",
+                fix=f"leave it out, or give {name}={value!r} to zgraph.plan",
+            )
+    return {**plan.options, **options}
+
+
+def _check_plan(plan: Plan, group: dist.ProcessGroup | None) -> None:
+    world = 1 if group is None else dist.get_world_size(group)
+    if plan.world_size != world:
+        raise OptionError(
+            f"the plan is for {plan.world_size} ranks, and there are {world}", fix=f"plan with world_size={world}"
+        )
+    if not plan.fits:
+        over = show_bytes(plan.chosen.reserved_bytes - plan.budget_bytes)
+        raise OptionError(f"the plan does not fit: {over} too much", fix="print(plan) shows the ways out")
 
 
 def _tensors(call: Call) -> list[torch.Tensor]:

@@ -262,3 +262,28 @@ def find_hardware(
 
 def _plain(name: str) -> str:
     return "".join(character for character in name.lower() if character.isalnum())
+
+
+def hardware_of(device: torch.device, world: int) -> Hardware:
+    """The machine that this process runs on.
+
+    Args:
+        device: where it computes.
+        world: ranks; on a CPU, all of them share this machine.
+
+    Raises:
+        OptionError: it is a GPU that is neither known nor calibrated.
+    """
+    from zgraph import calibration, machines  # both build on this module
+
+    if device.type == "cpu":
+        return find_hardware("cpu").for_ranks(world)
+    saved = calibration.default_path()
+    if saved.exists() and (measured := calibration.load(saved)).device_type == device.type:
+        return measured
+    name = torch.cuda.get_device_name(device)
+    words = _plain(name)
+    for preset in sorted(machines.PRESETS, key=len, reverse=True):
+        if _plain(preset) in words:
+            return machines.preset(preset)
+    raise OptionError(f"{name} is not a GPU that is known", fix="run `zgraph calibrate` to measure it")

@@ -20,22 +20,16 @@ from zgraph.batches import Call, call_of, micro_batches
 from zgraph.capture import capture
 from zgraph.compiler import check_arguments
 from zgraph.config import Config, parse_bytes
-from zgraph.errors import OptimizerError, OptionError
-from zgraph.expected_error import expected_error
-from zgraph.footprint import Holding
+from zgraph.errors import OptimizerError, OptionError, ZgraphError
 from zgraph.hardware import Hardware, find_hardware
-from zgraph.lower import lower
+from zgraph.lower import Lowered, lower
 from zgraph.machines import PRESETS, preset
 from zgraph.metrics import Metric, check_metrics
-from zgraph.plans import Estimate, Owner, Plan, Rejected, WayOut, show_bytes
+from zgraph.plans import Estimate, Plan, Rejected, WayOut, default_budget, describe, show_bytes
 from zgraph.predict import Prediction, predict
 from zgraph.program import Mesh, Program
 
 AUTO = "auto"
-
-MARGIN = 0.06
-"""Part of a device's memory that a default budget leaves alone: for the context of the driver, for libraries and
-communication buffers, none of which the allocator counts."""
 
 _SEARCHED: dict[str, tuple[Any, ...]] = {
     "zero": (0, 1, 2, 3),
@@ -104,11 +98,6 @@ def plan(
     return _Search(step, machine, world_size, budget, fixed).plan()
 
 
-def default_budget(hardware: Hardware) -> int:
-    """Bytes that one rank may take if nobody says."""
-    return int(hardware.memory_bytes * (1 - MARGIN))
-
-
 def _built(model: nn.Module | Callable[[], nn.Module], optimizer: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
     if not isinstance(model, nn.Module):
         if not callable(model):
@@ -125,7 +114,11 @@ def _built(model: nn.Module | Callable[[], nn.Module], optimizer: Any) -> tuple[
 
 
 class _Step:
-    """A training step, captured as often as micro-batches differ in shape."""
+    """A training step, captured as often as micro-batches differ in shape.
+
+    A model that repeats blocks is captured with few of them, and the program of the whole is written out from that
+    (``zgraph.blocks``).
+    """
 
     def __init__(
         self,
@@ -139,7 +132,9 @@ class _Step:
         self.model, self.optimizer = model, optimizer
         self.call: Call = pytree.tree_map_only(torch.Tensor, _on_cpu, call)
         self._functions: dict[str, Any] = {"loss": loss, "weight": weight, "metrics": metrics}
-        self._captured: dict[Config, Program] = {}
+        self._captured: dict[tuple[Config, int], Program] = {}
+        self.num_blocks = 1
+        self.sizes: tuple[int, ...] = (1,)
 
     @property
     def num_rows(self) -> int:
@@ -148,21 +143,19 @@ class _Step:
         lengths = {leaf.shape[0] if leaf.dim() else None for leaf in leaves}
         return (lengths.pop() or 1) if len(lengths) == 1 else 1
 
-    @property
-    def num_tokens(self) -> int:
-        """Elements of the largest integer tensor with two dimensions or more."""
-        leaves = [leaf for leaf in pytree.tree_leaves(self.call) if isinstance(leaf, torch.Tensor)]
-        return max((leaf.numel() for leaf in leaves if leaf.dim() > 1 and not leaf.dtype.is_floating_point), default=0)
+    def captured(self, config: Config, num_blocks: int) -> Program:
+        """The step on the last micro-batch, of the model with so many blocks.
 
-    def captured(self, config: Config) -> Program:
-        """The step on the last micro-batch; what only passes read of the options makes no difference."""
+        What only passes read of the options makes no difference.
+        """
         read = replace(config, **{name: getattr(_DEFAULTS, name) for name in _ONLY_PASSES_READ})
-        if read not in self._captured:
+        key = (read, num_blocks)
+        if key not in self._captured:
             call = micro_batches(*self.call, config.accumulate)[-1]
-            self._captured[read] = capture(
+            self._captured[key] = capture(
                 self.model, self.optimizer, *call, config=read, device=torch.device("cpu"), **self._functions
             )
-        return self._captured[read]
+        return self._captured[key]
 
 
 _DEFAULTS = Config()
@@ -175,15 +168,15 @@ def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Tried:
-    """A choice of options and what it is predicted to take."""
+    """A choice of options and what it is predicted to take.
+
+    Attributes:
+        options: those that were chosen, and those that the user fixed.
+        estimate: of the whole model, extended from few blocks where it repeats some.
+    """
 
     options: dict[str, Any]
-    prediction: Prediction
-
-    @property
-    def estimate(self) -> Estimate:
-        made = self.prediction
-        return Estimate(self.options, made.step_s, made.exposed_s, made.peak_bytes, made.reserved_bytes)
+    estimate: Estimate
 
 
 class _Search:
@@ -195,54 +188,78 @@ class _Search:
         self._notes: list[str] = []
 
     def plan(self) -> Plan:
-        """Try choices, best first where it is known, and tell."""
-        candidates = self._candidates()
-        fitting = [tried for tried in candidates if self._fits(tried)]
+        """Try choices, then work out the best one in full."""
+        self._try_all()
+        fitting = sorted((tried for tried in self._tried.values() if self._fits(tried)), key=_speed)
         if fitting:
-            best = min(fitting, key=lambda tried: tried.prediction.step_s)
-            best = self._tuned(best)
-        else:
-            best = min(candidates, key=lambda tried: tried.prediction.reserved_bytes)
-        return self._told(best, self._ways_out(best) if not fitting else ())
+            self._tune(fitting[0])
+        for tried in sorted((tried for tried in self._tried.values() if self._fits(tried)), key=_speed):
+            lowered, prediction = self._in_full(tried)
+            if prediction.reserved_bytes <= self.budget:
+                return self._told(tried, lowered, prediction, ())
+        least = min(self._tried.values(), key=lambda tried: tried.estimate.reserved_bytes)
+        return self._told(least, *self._in_full(least), self._ways_out(least))
 
     # -- trying -----------------------------------------------------------------------------------------------
 
     def try_(self, **options: Any) -> _Tried:
         """What these options take, on top of those that the user fixed."""
-        merged = {**options, **self.fixed}
-        key = (self.world, *sorted((name, repr(value)) for name, value in merged.items()))
+        merged = {name: value for name, value in options.items() if name == "zero" or value != getattr(_DEFAULTS, name)}
+        merged.update(self.fixed)
+        key = tuple(sorted((name, repr(value)) for name, value in merged.items()))
         if key not in self._tried:
-            config = Config.from_options(merged)
-            lowered = lower(self.step.captured(config), config, Mesh(self.world), None, ())
-            self._tried[key] = _Tried(merged, predict(lowered, self.hardware, config.accumulate))
+            self._tried[key] = _Tried(merged, self._estimate(merged))
         return self._tried[key]
 
-    def _fits(self, tried: _Tried) -> bool:
-        return tried.prediction.reserved_bytes <= self.budget
+    def _estimate(self, options: dict[str, Any]) -> Estimate:
+        """Of the whole model; where it repeats blocks, from two numbers of them in a line."""
+        sizes = self.step.sizes
+        made = [Estimate.of(options, self._predict(options, size)[1]) for size in sizes]
+        if len(made) == 1:
+            return made[0]
+        (few, more), beyond = made, (self.step.num_blocks - sizes[0]) / (sizes[1] - sizes[0])
 
-    def _candidates(self) -> list[_Tried]:
-        """Choices of stage, micro-batches and recomputation; none of which a cheaper one that fits makes pointless."""
-        tried: list[_Tried] = []
-        fitting: list[tuple[int, int, int]] = []
+        def extended(name: str) -> float:
+            before, after = float(getattr(few, name)), float(getattr(more, name))
+            return before + beyond * (after - before)
+
+        return Estimate(
+            options,
+            extended("step_s"),
+            extended("exposed_s"),
+            round(extended("peak_bytes")),
+            round(extended("reserved_bytes")),
+        )
+
+    def _predict(self, options: dict[str, Any], num_blocks: int) -> tuple[Lowered, Prediction]:
+        config = Config.from_options(options)
+        lowered = lower(self.step.captured(config, num_blocks), config, Mesh(self.world), None, ())
+        return lowered, predict(lowered, self.hardware, config.accumulate)
+
+    def _in_full(self, tried: _Tried) -> tuple[Lowered, Prediction]:
+        return self._predict(tried.options, self.step.num_blocks)
+
+    def _fits(self, tried: _Tried) -> bool:
+        return tried.estimate.reserved_bytes <= self.budget
+
+    def _try_all(self) -> None:
+        """Micro-batches, recomputation and stages: the first two not beyond what fits with less of both."""
+        fitting: list[tuple[int, int]] = []
         for i, accumulate in enumerate(self._values("accumulate", _divisors(self.step.num_rows))):
             for j, recompute in enumerate(self._values("recompute", _SEARCHED["recompute"])):
-                for k, zero in enumerate(self._stages()):
-                    if any(a <= i and r <= j and z <= k and (a, r, z) != (i, j, k) for a, r, z in fitting):
-                        continue
-                    one = self._attempt(accumulate=accumulate, recompute=recompute, zero=zero)
-                    if one is None:
-                        break
-                    tried.append(one)
-                    if self._fits(one):
-                        fitting.append((i, j, k))
-        return tried
+                if any(a <= i and r <= j for a, r in fitting):
+                    continue
+                stages = self._values("zero", _SEARCHED["zero"] if self.world > 1 else (0,))
+                tried = [self._attempt(accumulate=accumulate, recompute=recompute, zero=zero) for zero in stages]
+                if any(one is not None and self._fits(one) for one in tried):
+                    fitting.append((i, j))
 
     def _attempt(self, **options: Any) -> _Tried | None:
         """None if the model has no blocks to recompute, where that was not asked for."""
         try:
-            return self.try_(**{name: value for name, value in options.items() if value is not None})
-        except OptionError as error:
-            if options.get("recompute") is None or "recompute" in self.fixed:
+            return self.try_(**options)
+        except ZgraphError as error:
+            if options["recompute"] is None or "recompute" in self.fixed:
                 raise
             self._note(f"recompute={options['recompute']!r} was not considered: {error.what}")
             return None
@@ -254,39 +271,35 @@ class _Search:
     def _values(self, name: str, values: Sequence[Any]) -> Sequence[Any]:
         return (self.fixed[name],) if name in self.fixed else values
 
-    def _stages(self) -> Sequence[int]:
-        return self._values("zero", _SEARCHED["zero"] if self.world > 1 else (0,))
-
-    def _tuned(self, best: _Tried) -> _Tried:
-        """The best choice with other bucket sizes and prefetching, one after the other."""
+    def _tune(self, best: _Tried) -> None:
+        """The best choice with other bucket sizes, then with gathers further ahead."""
         for name, values in _TUNED.items():
-            if self.world > 1 and name not in self.fixed:
+            gathers = Config.from_options(best.options).zero == 3
+            if self.world > 1 and name not in self.fixed and (gathers or name != "prefetch"):
                 others = [self.try_(**{**best.options, name: value}) for value in values]
-                fitting = [tried for tried in (best, *others) if self._fits(tried)]
-                best = min(fitting, key=lambda tried: tried.prediction.step_s)
-        return best
+                best = min((tried for tried in (best, *others) if self._fits(tried)), key=_speed)
 
     # -- ways out ---------------------------------------------------------------------------------------------
 
-    def _ways_out(self, best: _Tried) -> tuple[WayOut, ...]:
-        """Changes that make the best choice fit, those that cost least first."""
-        before = best.prediction.step_s
+    def _ways_out(self, least: _Tried) -> tuple[WayOut, ...]:
+        """Changes that make the choice which takes least memory fit, those that cost least first."""
+        before = least.estimate.step_s
         found = []
-        for change, hardware, world, options in self._changes(best):
+        for change, hardware, world, options in self._changes(least):
             budget = self.budget if hardware is self.hardware else default_budget(hardware)
-            tried = _Search(self.step, hardware, world, budget, {**self.fixed, **options}).try_(**best.options)
-            made = tried.prediction
+            tried = _Search(self.step, hardware, world, budget, {**self.fixed, **options}).try_(**least.options)
+            made = tried.estimate
             if made.reserved_bytes <= budget:
                 found.append(WayOut(change, made.step_s, made.reserved_bytes, made.step_s / before))
         return tuple(sorted(found, key=lambda way: way.cost)[:_NUM_WAYS_OUT])
 
-    def _changes(self, best: _Tried) -> Iterator[tuple[str, Hardware, int, dict[str, Any]]]:
+    def _changes(self, least: _Tried) -> Iterator[tuple[str, Hardware, int, dict[str, Any]]]:
         """What may be asked of the user: words, machine, ranks, options.
 
         Every rank keeps its batch, so what an example costs in device-seconds is as the seconds of a step. Ranks are
         doubled until the step fits; of larger machines, the smallest is named on which it does.
         """
-        config = Config.from_options(best.options)
+        config = Config.from_options(least.options)
         lower_precision: dict[str, Any] = {}
         for name, value in (("precision", "bf16"), ("state_precision", "int8")):
             if getattr(config, name) is None:
@@ -300,50 +313,44 @@ class _Search:
             if world <= _MOST_RANKS and self.hardware.device_type != "cpu":
                 yield f"world_size={world}", self.hardware, world, {"zero": 3}
         for machine in _larger(self.hardware):
-            if default_budget(machine) >= best.prediction.reserved_bytes:
+            if default_budget(machine) >= least.estimate.reserved_bytes:
                 yield f"hardware={machine.name!r}", machine, self.world, {}
                 return
 
     # -- telling ----------------------------------------------------------------------------------------------
 
-    def _told(self, best: _Tried, ways_out: tuple[WayOut, ...]) -> Plan:
-        model = self.step.model
-        made = best.prediction
-        others = [tried for tried in self._tried.values() if tried is not best]
-        others.sort(key=lambda tried: (not self._fits(tried), tried.prediction.step_s))
-        return Plan(
-            model=type(model).__name__,
-            num_params=sum(p.numel() for p in model.parameters()),
-            num_examples=self.step.num_rows,
-            num_tokens=self.step.num_tokens,
-            world_size=self.world,
-            hardware=self.hardware.name,
-            budget_bytes=self.budget,
-            chosen=best.estimate,
-            flops=made.flops,
-            by_kind={kind.value: num_bytes for kind, num_bytes in made.peak_by_kind().most_common()},
-            owners=_owners(made.peak.held_at(made.peak.peak_position)),
-            rejected=tuple(Rejected(tried.estimate, self._why(tried, best)) for tried in others[:_NUM_REJECTED]),
+    def _told(self, best: _Tried, lowered: Lowered, prediction: Prediction, ways_out: tuple[WayOut, ...]) -> Plan:
+        return describe(
+            self.step.model,
+            lowered,
+            prediction,
+            best.options,
+            self.hardware,
+            self.budget,
+            rejected=tuple(Rejected(tried.estimate, self._why(tried, best)) for tried in self._runners_up(best)),
             ways_out=ways_out,
-            error=expected_error(self.hardware.device_type),
-            unknown=dict(made.unknown),
             notes=tuple(self._notes),
         )
 
+    def _runners_up(self, best: _Tried) -> list[_Tried]:
+        """The best other choice of each stage, number of micro-batches and recomputation: those that fit come first."""
+        found: dict[Any, _Tried] = {}
+        for tried in sorted(self._tried.values(), key=lambda tried: (not self._fits(tried), _speed(tried))):
+            config = Config.from_options(tried.options)
+            if tried is not best:
+                found.setdefault((config.zero, config.accumulate, config.recompute), tried)
+        return list(found.values())[:_NUM_REJECTED]
+
     def _why(self, tried: _Tried, best: _Tried) -> str:
         if not self._fits(tried):
-            return f"{show_bytes(tried.prediction.reserved_bytes - self.budget)} too much"
-        slower = tried.prediction.step_s / best.prediction.step_s - 1
-        return f"{slower:.1%} slower" if slower > 0 else "as fast, and takes more memory"
+            return f"{show_bytes(tried.estimate.reserved_bytes - self.budget)} too much"
+        slower = tried.estimate.step_s / best.estimate.step_s - 1
+        return f"{slower:.1%} slower" if slower > 5e-4 else "no faster"
 
 
-def _owners(held: Sequence[Holding], num: int = 8) -> tuple[Owner, ...]:
-    """What is held, alike tensors together, largest first."""
-    alike: dict[tuple[str, str, str | None], list[int]] = {}
-    for holding in held:
-        alike.setdefault((holding.what, holding.kind.value, holding.source), []).append(holding.num_bytes)
-    found = [Owner(what, kind, sum(sizes), len(sizes), source) for (what, kind, source), sizes in alike.items()]
-    return tuple(sorted(found, key=lambda owner: -owner.num_bytes)[:num])
+def _speed(tried: _Tried) -> tuple[float, int]:
+    """Fast first; of equally fast ones, the one that takes less memory."""
+    return tried.estimate.step_s, tried.estimate.reserved_bytes
 
 
 def _divisors(number: int) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from io import StringIO
 from typing import Any
@@ -11,11 +11,21 @@ from typing import Any
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
 from zgraph.config import Config
-from zgraph.expected_error import ExpectedError
+from zgraph.expected_error import ExpectedError, expected_error
+from zgraph.footprint import Holding
+from zgraph.hardware import Hardware
+from zgraph.lower import Lowered
+from zgraph.predict import Prediction
+from zgraph.program import Role
 
 VERSION = 1
+
+MARGIN = 0.06
+"""Part of a device's memory that a default budget leaves alone: for the context of the driver, for libraries and
+communication buffers, none of which the allocator counts."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,11 @@ class Estimate:
     exposed_s: float
     peak_bytes: int
     reserved_bytes: int
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], made: Prediction) -> Estimate:
+        """What was predicted for these options."""
+        return cls(options, made.step_s, made.exposed_s, made.peak_bytes, made.reserved_bytes)
 
 
 @dataclass(frozen=True)
@@ -211,6 +226,67 @@ class Plan:
             parts.append(Text(f"{name} ({count} calls) is costed by its bytes alone"))
         parts += [Text(note) for note in self.notes]
         return Group(*parts)
+
+
+def describe(
+    model: nn.Module,
+    lowered: Lowered,
+    prediction: Prediction,
+    options: Mapping[str, Any],
+    hardware: Hardware,
+    budget_bytes: int,
+    *,
+    rejected: tuple[Rejected, ...] = (),
+    ways_out: tuple[WayOut, ...] = (),
+    notes: tuple[str, ...] = (),
+) -> Plan:
+    """Everything that is known of one choice of options.
+
+    Args:
+        model: of which the step is.
+        lowered: its programs.
+        prediction: what they take.
+        options: chosen.
+        hardware: the machine.
+        budget_bytes: what one rank may take.
+        rejected, ways_out, notes: see ``Plan``.
+    """
+    num_calls = sum(prediction.repeats)
+    batch = [node.meta["val"] for node in lowered.last.inputs(Role.BATCH).values()]
+    rows = {val.shape[0] if val.dim() else None for val in batch}
+    tokens = [val.numel() for val in batch if val.dim() > 1 and not val.dtype.is_floating_point]
+    return Plan(
+        model=type(model).__name__,
+        num_params=sum(p.numel() for p in model.parameters()),
+        num_examples=num_calls * ((rows.pop() or 1) if len(rows) == 1 else 1),
+        num_tokens=num_calls * max(tokens, default=0),
+        world_size=lowered.last.mesh.size,
+        hardware=hardware.name,
+        budget_bytes=budget_bytes,
+        chosen=Estimate.of(options, prediction),
+        flops=prediction.flops,
+        by_kind={kind.value: num_bytes for kind, num_bytes in prediction.peak_by_kind().most_common()},
+        owners=_owners(prediction.peak.held_at(prediction.peak.peak_position)),
+        rejected=rejected,
+        ways_out=ways_out,
+        error=expected_error(hardware.device_type),
+        unknown=dict(prediction.unknown),
+        notes=notes,
+    )
+
+
+def default_budget(hardware: Hardware) -> int:
+    """Bytes that one rank may take if nobody says: ``MARGIN`` less than the device has."""
+    return int(hardware.memory_bytes * (1 - MARGIN))
+
+
+def _owners(held: Sequence[Holding], num: int = 8) -> tuple[Owner, ...]:
+    """What is held, alike tensors together, largest first."""
+    alike: dict[tuple[str, str, str | None], list[int]] = {}
+    for holding in held:
+        alike.setdefault((holding.what, holding.kind.value, holding.source), []).append(holding.num_bytes)
+    found = [Owner(what, kind, sum(sizes), len(sizes), source) for (what, kind, source), sizes in alike.items()]
+    return tuple(sorted(found, key=lambda owner: -owner.num_bytes)[:num])
 
 
 def show_bytes(num_bytes: float) -> str:

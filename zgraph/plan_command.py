@@ -1,0 +1,144 @@
+"""``zgraph plan``: the command line of ``zgraph.plan``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from zgraph.config import PRECISIONS, RECOMPUTE, parse_bytes
+from zgraph.errors import OptionError
+from zgraph.hardware import find_hardware
+from zgraph.planner import AUTO, plan
+from zgraph.presets import Decoder, ModelConfig, find_model, from_hf
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": torch.optim.SGD,
+    "adafactor": torch.optim.Adafactor,
+}
+
+EXAMPLES = """examples:
+  zgraph plan --preset llama3-8b --world 8 --hardware h100 --batch 1 --seq 8192 --precision bf16
+  zgraph plan --hf config.json --world 2 --hardware rtx4090 --memory 22GiB --batch 4 --seq 2048
+  zgraph plan --model train:build_model --world 1 --hardware here --batch 8 --seq 512"""
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    model = command.add_mutually_exclusive_group(required=True)
+    model.add_argument("--preset", metavar="NAME", help="a model by name, such as gpt2, llama3-70b, mixtral-8x7b")
+    model.add_argument("--hf", metavar="CONFIG.json", type=Path, help="a Hugging Face config.json")
+    model.add_argument(
+        "--model",
+        metavar="MODULE:FUNCTION",
+        help="a function that returns a model, which is called with int64 tokens and labels of shape (batch, seq), "
+        "or a pair of a model and its batch; it is given batch= and seq= if it takes them",
+    )
+    command.add_argument("--world", type=int, required=True, metavar="N", help="how many ranks")
+    command.add_argument("--hardware", default="cpu", metavar="NAME", help="h100, a100-80, ..., cpu, or a calibration")
+    command.add_argument("--devices-per-node", type=int, metavar="N", help="default: what is usual for the hardware")
+    command.add_argument("--nic", metavar="BYTES", help="per second, device and direction between nodes, such as 50GB")
+    command.add_argument(
+        "--memory", metavar="BYTES", help="of one rank, such as 80GiB; default: the device's, less 6 %%"
+    )
+    command.add_argument("--batch", type=int, default=1, metavar="N", help="examples of one rank in a step; default: 1")
+    command.add_argument("--seq", type=int, default=1024, metavar="N", help="tokens of an example; default: 1024")
+    command.add_argument("--optimizer", choices=sorted(OPTIMIZERS), default="adamw", help="default: %(default)s")
+    command.add_argument("--precision", choices=sorted(PRECISIONS), help="default: float32")
+    command.add_argument("--clip-norm", type=float, metavar="X", help="default: no clipping")
+    command.add_argument("--zero", default=AUTO, metavar="0-3", help="default: searched")
+    command.add_argument("--accumulate", default=AUTO, metavar="N", help="micro-batches of a step; default: searched")
+    command.add_argument("--recompute", default=AUTO, choices=[AUTO, "none", *RECOMPUTE], help="default: searched")
+    command.add_argument("--json", action="store_true", help="print the plan as one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> bool:
+    """Plan and print; whether the plan fits.
+
+    Raises:
+        ZgraphError: see ``zgraph.plan``.
+    """
+    for name in ("batch", "seq"):
+        if getattr(arguments, name) < 1:
+            raise OptionError(f"--{name} {getattr(arguments, name)} is not a positive number")
+    nic = float(parse_bytes(arguments.nic, "nic")) if arguments.nic is not None else None
+    hardware = find_hardware(arguments.hardware, devices_per_node=arguments.devices_per_node, nic_bytes_per_s=nic)
+    options: dict[str, Any] = {
+        "zero": _integer(arguments.zero, "zero"),
+        "accumulate": _integer(arguments.accumulate, "accumulate"),
+        "recompute": None if arguments.recompute == "none" else arguments.recompute,
+    }
+    for name in ("precision", "clip_norm"):
+        if getattr(arguments, name) is not None:
+            options[name] = getattr(arguments, name)
+    model, batch = _model_and_batch(arguments)
+    made = plan(
+        model,
+        OPTIMIZERS[arguments.optimizer],
+        batch=batch,
+        world_size=arguments.world,
+        hardware=hardware,
+        memory=arguments.memory,
+        **options,
+    )
+    if arguments.json:
+        sys.stdout.write(made.to_json() + "\n")
+    else:
+        Console().print(made)
+    return made.fits
+
+
+def _integer(text: str, name: str) -> int | str:
+    if text == AUTO:
+        return text
+    if not text.isdecimal():
+        raise OptionError(f"--{name} {text} is not a number", fix="give one, or leave it out to have it searched")
+    return int(text)
+
+
+def _model_and_batch(arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
+    tokens = torch.empty(arguments.batch, arguments.seq, dtype=torch.int64, device="meta")
+    config: ModelConfig | None = None
+    if arguments.preset is not None:
+        config = find_model(arguments.preset)
+    elif arguments.hf is not None:
+        config = from_hf(arguments.hf)
+    with torch.device("meta"):
+        made = Decoder(config) if config is not None else _called(arguments)
+    model, batch = made if isinstance(made, tuple) else (made, (tokens, tokens))
+    if not isinstance(model, nn.Module):
+        raise OptionError(
+            f"{arguments.model} returned a {type(model).__name__}", fix="return a model, or a pair of it and its batch"
+        )
+    return model, batch
+
+
+def _called(arguments: argparse.Namespace) -> Any:
+    """What the user's function returns, found as ``python -m`` finds modules: from the current directory as well."""
+    module_name, colon, name = arguments.model.partition(":")
+    if not colon:
+        raise OptionError(f"--model {arguments.model} has no colon", fix="write it as MODULE:FUNCTION")
+    sys.path.insert(0, "")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise OptionError(
+            f"--model {arguments.model}: {error}", fix="start where the module can be imported"
+        ) from error
+    finally:
+        sys.path.remove("")
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise OptionError(f"--model {arguments.model}: {module_name} has no function {name!r}")
+    sizes = {"batch": arguments.batch, "seq": arguments.seq}
+    return function(**{key: sizes[key] for key in inspect.signature(function).parameters if key in sizes})
