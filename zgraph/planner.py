@@ -92,8 +92,10 @@ def plan(
     for name, value in options.items():
         if value == AUTO and name not in (*_SEARCHED, *_TUNED, "accumulate"):
             raise OptionError(f"{name}='auto' is not searched", fix="give a value, or leave it out")
+    config = Config.from_options(fixed)
+    fixed = {name: getattr(config, name) for name in fixed}
     built, optimizer = _built(model, optimizer)
-    check_arguments(built, optimizer, loss, weight, (), Config.from_options(fixed))
+    check_arguments(built, optimizer, loss, weight, (), config)
     step = _Step(built, optimizer, call_of(batch, "batch"), loss, weight, check_metrics(metrics))
     return _Search(step, machine, world_size, budget, fixed).plan()
 

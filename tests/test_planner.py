@@ -1,0 +1,218 @@
+"""A plan is the fastest choice that fits, says what it will take, and is what compile then does."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import zgraph
+from zgraph import planner
+from zgraph.capture import capture
+from zgraph.config import Config
+from zgraph.errors import OptimizerError, OptionError, ZgraphError
+from zgraph.lower import lower
+from zgraph.machines import preset
+from zgraph.predict import predict
+from zgraph.program import Mesh
+
+WORLD = 4
+ROWS, WIDTH = 4, 32
+FIXED: dict[str, Any] = {"zero": 3, "bucket_bytes": "64KiB", "prefetch": 1, "accumulate": 1, "recompute": None}
+
+
+class Stack(nn.Module):
+    """Residual blocks, of which recomputation has something to choose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)) for _ in range(2)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The mean square of what ``x``, of shape (rows, tokens, WIDTH), becomes."""
+        for block in self.blocks:
+            x = x + block(x)
+        return x.square().mean()
+
+
+def rows(num: int = ROWS, device: str = "cpu") -> tuple[torch.Tensor]:
+    return (torch.ones(num, 64, WIDTH, device=device),)
+
+
+def planned(**given: Any) -> zgraph.Plan:
+    """A plan of two blocks on four H100s."""
+    defaults: dict[str, Any] = {"batch": rows(), "world_size": WORLD, "hardware": "h100"}
+    return zgraph.plan(Stack, torch.optim.AdamW, **{**defaults, **given})
+
+
+def predicted(**options: Any) -> tuple[float, int]:
+    """Seconds and bytes, without the planner."""
+    config = Config.from_options(options)
+    with torch.device("meta"):
+        model: nn.Module = Stack()
+    batch = rows(ROWS // config.accumulate)
+    captured = capture(model, torch.optim.AdamW(model.parameters()), batch, {}, config=config)
+    made = predict(lower(captured, config, Mesh(WORLD), None, ()), preset("H100"), config.accumulate)
+    return made.step_s, made.reserved_bytes
+
+
+def test_of_all_choices_the_fastest_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "_TUNED", {})
+    choices = [
+        {"zero": zero, "accumulate": accumulate, **({"recompute": recompute} if recompute else {})}
+        for zero in range(4)
+        for accumulate in (1, 2, 4)
+        for recompute in (None, "operators", "blocks")
+    ]
+    found = [predicted(**choice) for choice in choices]
+    for budget in (max(taken for _, taken in found), sorted(taken for _, taken in found)[5]):
+        plan = planned(memory=budget)
+        assert plan.fits
+        assert plan.chosen.step_s == pytest.approx(min(step_s for step_s, taken in found if taken <= budget))
+
+
+def test_options_that_are_given_are_taken_as_they_are() -> None:
+    plan = planned(**FIXED)
+    assert plan.config == Config.from_options(FIXED)
+    assert (plan.chosen.step_s, plan.chosen.reserved_bytes) == predicted(**FIXED)
+    assert plan.rejected == ()
+
+
+def test_less_memory_is_never_faster() -> None:
+    times = []
+    for budget in ("1GiB", "700KiB", "500KiB", "300KiB"):
+        plan = planned(memory=budget)
+        times.append(plan.chosen.step_s)
+        assert all(why.why for why in plan.rejected)
+        if not plan.fits:
+            break
+    assert times == sorted(times)
+
+
+def test_what_does_not_fit_says_by_how_much_what_is_in_the_way_and_what_helps() -> None:
+    plan = planned(memory="100KiB", world_size=1)
+    assert not plan.fits
+    assert plan.owners[0].num_bytes == max(owner.num_bytes for owner in plan.owners)
+    assert sum(plan.by_kind.values()) == plan.chosen.peak_bytes
+    shown = str(plan)
+    assert "does not fit" in shown
+    assert "in the way" in shown
+
+
+def test_ways_out_fit_and_the_cheapest_comes_first() -> None:
+    fixed = {**FIXED, "zero": 3}
+    needed = planned(**fixed).chosen.reserved_bytes
+    plan = planned(memory=needed - 1, **fixed)
+    assert not plan.fits
+    assert 1 <= len(plan.ways_out) <= 3
+    assert [way.cost for way in plan.ways_out] == sorted(way.cost for way in plan.ways_out)
+    for way in plan.ways_out:
+        if not way.change.startswith("hardware"):
+            assert way.reserved_bytes <= plan.budget_bytes, way
+
+
+def test_a_plan_that_does_not_fit_is_not_compiled() -> None:
+    plan = planned(memory="100KiB", world_size=1)
+    model = Stack()
+    with pytest.raises(OptionError, match="does not fit"):
+        zgraph.compile(model, optimizer=torch.optim.AdamW(model.parameters()), plan=plan)
+    assert type(model) is Stack
+
+
+def test_compile_does_what_was_planned_and_says_so() -> None:
+    batch = rows()
+    plan = planned(world_size=1, hardware="cpu", batch=batch)
+    model = Stack()
+    compiled = zgraph.compile(model, optimizer=torch.optim.AdamW(model.parameters()), plan=plan)
+    compiled.train_step(*batch)
+    assert compiled.plan.chosen.peak_bytes == plan.chosen.peak_bytes
+    assert compiled.plan.chosen.step_s == pytest.approx(plan.chosen.step_s)
+    assert compiled.plan.num_params == plan.num_params
+    assert (compiled.plan.num_examples, compiled.plan.num_tokens) == (ROWS, 0)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_plan_counts_the_whole_batch(accumulate: int) -> None:
+    plan = planned(**{**FIXED, "accumulate": accumulate})
+    assert plan.num_examples == ROWS
+    assert plan.examples_per_s == pytest.approx(ROWS * WORLD / plan.chosen.step_s)
+
+
+def test_a_plan_for_other_ranks_or_with_other_options_is_refused() -> None:
+    model = Stack()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(OptionError, match="the plan is for 4 ranks, and there are 1"):
+        zgraph.compile(model, optimizer=optimizer, plan=planned(**FIXED))
+    with pytest.raises(OptionError, match="zero=0, but the plan has zero=3"):
+        zgraph.compile(model, optimizer=optimizer, plan=planned(**FIXED), zero=0)
+    with pytest.raises(OptionError, match="plan is a dict"):
+        zgraph.compile(model, optimizer=optimizer, plan={})  # type: ignore[arg-type]
+
+
+def test_the_model_stays_as_it_was_and_may_have_values_or_none() -> None:
+    model = Stack()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters())
+    real = zgraph.plan(model, optimizer, batch=rows(), world_size=WORLD, hardware="h100", **FIXED)
+    assert not optimizer.state
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    on_meta = planned(batch=rows(device="meta"), **FIXED)
+    assert real.chosen == on_meta.chosen
+
+
+def test_json_has_all_of_it() -> None:
+    plan = planned(**FIXED)
+    found = json.loads(plan.to_json())
+    assert found["fits"] is True
+    assert found["chosen"]["peak_bytes"] == plan.chosen.peak_bytes
+    assert found["chosen"]["options"]["zero"] == 3
+    assert found["by_kind"] == dict(plan.by_kind)
+
+
+def test_an_operator_of_no_family_is_named() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.linalg.qr(x @ self.weight)[1].square().mean()
+
+    plan = zgraph.plan(Odd, torch.optim.SGD, batch=(torch.randn(8, 8),), world_size=1, hardware="h100", **FIXED)
+    assert plan.unknown
+    assert next(iter(plan.unknown)) in str(plan)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        ({"world_size": 0}, OptionError, "world_size=0"),
+        ({"world_size": True}, OptionError, "world_size=True"),
+        ({"hardware": "h9000"}, OptionError, "H100"),
+        ({"memory": "8 gibbons"}, OptionError, "memory='8 gibbons'"),
+        ({"memory": -1}, OptionError, "memory=-1"),
+        ({"batch": 3}, ZgraphError, "batch is a int"),
+        ({"batch": (torch.zeros(2),)}, ZgraphError, "forward"),
+        ({"clip_norm": "auto"}, OptionError, "clip_norm='auto'"),
+        ({"zero": 4}, OptionError, "zero=4"),
+        ({"nonsense": 4}, OptionError, "unknown option 'nonsense'"),
+        ({"accumulate": 3}, ZgraphError, "3 micro-batches"),
+    ],
+)
+def test_bad_input_is_refused_in_words(given: dict[str, Any], error: type[ZgraphError], words: str) -> None:
+    with pytest.raises(error) as raised:
+        planned(**given)
+    assert words in str(raised.value)
+
+
+def test_what_is_no_model_or_optimizer_is_refused() -> None:
+    with pytest.raises(OptionError, match="model is a int"):
+        zgraph.plan(3, torch.optim.AdamW, batch=rows(), world_size=1)  # type: ignore[arg-type]
+    with pytest.raises(OptimizerError, match="optimizer is a int"):
+        zgraph.plan(Stack, 3, batch=rows(), world_size=1)  # type: ignore[arg-type]
