@@ -302,7 +302,7 @@ def main() -> int:
 
     reduces = {gpu: inside[gpu, "all_reduce"] for gpu in ("H100", "B200")}
     parameters, error = fit_network(published, reduces)
-    comment = f"BW-025 to 037 and BW-052 to 057, between nodes; on these rows themselves: {error}"
+    comment = f"BW-025 to 037 and BW-052 to 057, between nodes; on these rows: {error}"
     print(f"network\n    {comment}\n    {parameters}")
     names = ("NETWORK_EFFICIENCY", "NETWORK_LATENCY_S", "NETWORK_RAMP_S", "NETWORK_RAMP_BYTES")
     text += [f"# {comment}"] + [f"{name} = {value!r}" for name, value in zip(names, parameters, strict=True)]

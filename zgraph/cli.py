@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing import SignalException
 
-from zgraph import demo, plan_command
+from zgraph import calibrate, calibration, demo, plan_command
 from zgraph.errors import ZgraphError
 
 OK, CHECK_FAILED, BAD_ARGUMENTS, COULD_NOT_RUN, INTERRUPTED = 0, 1, 2, 3, 130
@@ -52,6 +54,23 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _plan(arguments: argparse.Namespace) -> int:
     return OK if plan_command.run(arguments) else CHECK_FAILED
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    path: Path = arguments.output or calibration.default_path()
+    calibration.check_writable(path)
+    busy = os.getloadavg()[0]
+    if busy > 0.5:
+        print(f"other programs keep {busy:.1f} core(s) busy: times will be too long", file=sys.stderr)
+    print(f"measuring for about {arguments.budget} s", file=sys.stderr)
+    found = calibrate.measure(calibrate.Options(arguments.ranks, arguments.budget, arguments.directory))
+    found.save(path)
+    if arguments.json:
+        print(json.dumps(found.as_dict()))
+    else:
+        Console().print(calibrate.render(found))
+    print(f"measured in {found.seconds:.0f} s; saved to {path}", file=sys.stderr)
+    return OK
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -91,6 +110,31 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     plan_command.add_arguments(command)
     command.set_defaults(run=_plan)
+
+    command = commands.add_parser(
+        "calibrate",
+        allow_abbrev=False,
+        help="measure this machine, so that costs are predicted for it",
+        description="Measure how long products of matrices, movement in memory, collectives and disk transfers take, "
+        "with one rank and with several at once, and save it where find_hardware('cpu') and other commands look: "
+        f"{calibration.default_path()}, or $ZGRAPH_HARDWARE. On a machine with GPUs, these are measured.",
+        epilog="Example: zgraph calibrate --ranks 2",
+    )
+    command.add_argument(
+        "--ranks", type=_integer(1, 64), default=calibrate.default_ranks(), help="at once; default: %(default)s"
+    )
+    command.add_argument("--output", type=Path, metavar="FILE", help="default: where other commands look")
+    command.add_argument(
+        "--budget", type=_integer(1, 3600), default=45, metavar="SECONDS", help="aimed at; default: %(default)s"
+    )
+    command.add_argument(
+        "--directory",
+        type=Path,
+        default=calibrate.Options.directory,
+        help="where a file is written and read to measure its disk; default: %(default)s",
+    )
+    command.add_argument("--json", action="store_true", help="print what was saved")
+    command.set_defaults(run=_calibrate)
     return parser
 
 

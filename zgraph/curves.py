@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -65,14 +65,15 @@ class Curve:
     @classmethod
     def line(cls, per_second: float, fixed_s: float = 0.0) -> Curve:
         """A constant rate after a fixed time."""
-        return cls(((0.0, fixed_s), (1.0, fixed_s + 1 / per_second)))
+        return cls(((0.0, fixed_s), (per_second, fixed_s + 1.0)))
 
     @classmethod
-    def through(cls, measured: Mapping[float, float] | Sequence[tuple[float, float]]) -> Curve:
-        """The curve of measurements; one that is faster than a smaller one counts as noise and is raised to it."""
-        pairs = sorted(measured.items() if isinstance(measured, Mapping) else measured)
-        raised = itertools.accumulate((seconds for _, seconds in pairs), max)
-        return cls(tuple((float(size), seconds) for (size, _), seconds in zip(pairs, raised, strict=True)))
+    def through(cls, measured: Sequence[tuple[float, float]]) -> Curve:
+        """The curve of measurements. Noise only adds to a time, so none took longer than one of a larger size."""
+        pairs = sorted(measured, reverse=True)
+        lowered = itertools.accumulate((seconds for _, seconds in pairs), min)
+        points = ((float(size), seconds) for (size, _), seconds in zip(pairs, lowered, strict=True))
+        return cls(tuple(reversed(list(points))))
 
     def _slopes(self) -> list[float]:
         return [(t1 - t0) / (x1 - x0) for (x0, t0), (x1, t1) in itertools.pairwise(self.points)]

@@ -13,7 +13,6 @@ import os
 import statistics
 import sysconfig
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -28,11 +27,10 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import zgraph
-from zgraph.errors import RankError, ZgraphError
+from zgraph.errors import ZgraphError
+from zgraph.launching import launch_ranks
 
 LAYERS, WIDTH, HEADS, TOKENS = 8, 320, 5, 256
 SEQUENCES = 4
@@ -280,24 +278,10 @@ def launch(options: Options) -> Report:
     Raises:
         RankError: a rank failed; names it and says why.
     """
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=options.ranks,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
-        max_restarts=0,
-    )
-    try:
-        reports: dict[int, Report] = elastic_launch(config, train)(options)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        record: Any = failure.message  # annotated as text, but a dictionary where a function failed
-        message = record["message"] if isinstance(record, dict) else record
-        raise RankError(f"rank {rank} of {options.ranks} failed: {message}") from error
-    return reports[0]
+    reports = launch_ranks(train, options.ranks, options)
+    report = reports[0]
+    assert report is not None
+    return report
 
 
 def render(report: Report) -> Table:

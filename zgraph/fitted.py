@@ -232,7 +232,7 @@ COLLECTIVES = {
     ),
 }
 
-# BW-025 to 037 and BW-052 to 057, between nodes; on these rows themselves: median 12.1%, 90th percentile 41.2% of 13 rows
+# BW-025 to 037 and BW-052 to 057, between nodes; on these rows: median 12.1%, 90th percentile 41.2% of 13 rows
 NETWORK_EFFICIENCY = 0.802
 NETWORK_LATENCY_S = 3.39e-05
 NETWORK_RAMP_S = 0.000683

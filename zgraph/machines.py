@@ -386,9 +386,14 @@ def preset(name: str) -> Hardware:
     )
 
 
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def this_cpu() -> Hardware:
     """This machine, whose numbers are assumed until ``zgraph calibrate`` measures them; a rank has all cores."""
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cores()
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     rate, stream = 3e10 * cores, 1e10
     rates = {"float32": rate, "float64": rate / 2, "bfloat16": rate / 4, "float16": rate / 8}

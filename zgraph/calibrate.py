@@ -1,0 +1,480 @@
+"""``zgraph calibrate``: measure the machine that it runs on, as a rank of a training job will find it.
+
+It runs twice: one rank with all cores, and several ranks at once, each with its part of them, because ranks of a CPU
+share cores and memory. On GPUs, each rank has one. Every measurement starts on all ranks together and repeats for the
+same time. Other work on the machine only adds to a time, and comes and goes, so everything is measured in a few passes
+over the whole, and the shortest time is kept.
+
+What is measured is what zgraph does: collectives go through ``zgraph.comm``, results into new memory are allocated
+each time, and operators are called as emitted steps call them. ``zgraph.calibration`` keeps and reads the results.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from rich.filesize import decimal
+from rich.table import Table
+
+from zgraph.calibration import Calibration, Run
+from zgraph.comm import Comm, make_comm
+from zgraph.errors import OptionError
+from zgraph.groups import default_backend
+from zgraph.launching import launch_ranks
+from zgraph.machines import available_cores
+
+aten = torch.ops.aten
+
+KIB, MIB = 2**10, 2**20
+SIZES = tuple(4 * KIB * 4**i for i in range(8))
+"""Bytes of a tensor, 4 KiB to 64 MiB."""
+
+CPU_SHAPES = (
+    *((1, n, n, n) for n in (32, 64, 128, 256, 512, 1024)),
+    *((1, 1, n, n) for n in (256, 1024, 2048)),
+    *((1, m, 1024, 256) for m in (8, 64, 512, 2048)),
+    *((1, m, 256, 1024) for m in (8, 64, 512, 2048)),
+    *((1, 512, 32, k) for k in (128, 2048)),
+    *((1, 64, 2048, k) for k in (64, 512)),
+    *((16, n, n, 64) for n in (32, 128, 256)),
+    *((16, n, 64, n) for n in (32, 128, 256)),
+)
+GPU_SHAPES = (
+    *((1, n, n, n) for n in (128, 256, 512, 1024, 2048, 4096, 8192)),
+    *((1, 1, n, n) for n in (1024, 4096, 8192)),
+    *((1, m, 4096, 1024) for m in (16, 128, 512, 2048, 8192)),
+    *((1, m, 1024, 4096) for m in (16, 128, 512, 2048, 8192)),
+    *((1, 4096, 128, k) for k in (256, 4096)),
+    *((32, n, n, 128) for n in (128, 512, 1024)),
+    *((32, n, 128, n) for n in (128, 512, 1024)),
+)
+MOST_OPERATIONS = {"cpu": {torch.float16: 2 * 64**3, torch.float64: 2 * 512**3}, "cuda": {torch.float64: 2 * 2048**3}}
+"""Of a product that is measured of dtypes in which large ones take long: PyTorch has no fast float16 on CPUs."""
+
+DISK_BYTES = 64 * MIB
+
+PASSES = 3
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line can choose.
+
+    Attributes:
+        ranks: so many at once in the second run.
+        budget_s: seconds that all measurements together aim at; starting ranks comes on top.
+        directory: where a file is written and read to measure its disk.
+    """
+
+    ranks: int
+    budget_s: float = 45.0
+    directory: Path = Path(tempfile.gettempdir())
+
+
+def default_ranks() -> int:
+    """One for each GPU; on a CPU two, if there are two cores."""
+    return torch.cuda.device_count() or min(2, available_cores())
+
+
+def measure(options: Options) -> Calibration:
+    """This machine, as one rank alone finds it and as each of several at once does.
+
+    Raises:
+        OptionError: more ranks than GPUs, or no file can be written in the directory.
+        RankError: a rank failed.
+    """
+    if torch.cuda.is_available() and options.ranks > torch.cuda.device_count():
+        raise OptionError(f"{options.ranks} ranks are more than the {torch.cuda.device_count()} GPU(s) here")
+    if not os.access(options.directory, os.W_OK | os.X_OK):
+        raise OptionError(f"no file can be written in {options.directory}", fix="choose another --directory")
+    counts = sorted({1, options.ranks})
+    share = options.budget_s / len(counts)
+    start = time.perf_counter()
+    runs = {ranks: launch_ranks(_rank, ranks, ranks, share, options.directory)[0] for ranks in counts}
+    host_memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    device, devices, units, memory = platform.processor() or platform.machine(), available_cores(), 1, host_memory
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        device, devices = properties.name, torch.cuda.device_count()
+        units, memory = properties.multi_processor_count, properties.total_memory
+    return Calibration(
+        device_type="cuda" if torch.cuda.is_available() else "cpu",
+        device=device,
+        devices=devices,
+        units=units,
+        memory_bytes=memory,
+        host_memory_bytes=host_memory,
+        torch=torch.__version__,
+        seconds=time.perf_counter() - start,
+        runs=runs,
+    )
+
+
+def render(found: Calibration) -> Table:
+    """What matters most, one column for each number of ranks."""
+    counts = sorted(found.runs)
+    table = Table(
+        title=f"{found.device}, torch {found.torch}",
+        caption="Best product of each dtype; otherwise of the largest size: bytes read plus written, of the full "
+        "tensor, or of the file.",
+        show_edge=False,
+    )
+    table.add_column()
+    for ranks in counts:
+        table.add_column(f"{ranks} rank(s) of {found.runs[ranks].threads} thread(s)", justify="right")
+
+    def row(name: str, texts: Iterable[str]) -> None:
+        table.add_row(name, *texts)
+
+    runs = [found.runs[ranks] for ranks in counts]
+    row("operator", (f"{run.launch_s * 1e6:.1f} us" for run in runs))
+    for dtype in runs[0].matmul:
+        best = (max(2 * b * m * n * k / s for b, m, n, k, s in run.matmul[dtype]) for run in runs)
+        row(f"products of {dtype}", (f"{rate / 1e9:,.0f} GFLOP/s" for rate in best))
+    row("into new memory", (_per_second(run.memory) for run in runs))
+    row("in place", (_per_second(run.memory_in_place) for run in runs))
+    for kind in runs[-1].collectives:
+        row(kind, (_per_second(run.collectives.get(kind)) for run in runs))
+    for direction in ("write", "read"):
+        row(f"disk, {direction}", (_per_second(run.disk.get(direction)) for run in runs))
+    return table
+
+
+def _per_second(rows: list[list[float]] | None) -> str:
+    """Rate of the largest size."""
+    return f"{decimal(int(rows[-1][0] / rows[-1][1]))}/s" if rows else ""
+
+
+def _rank(ranks: int, budget_s: float, directory: Path) -> Run:
+    """One rank: everything in the same order on all of them."""
+    bench = _Bench(ranks, budget_s)
+    if ranks > 1:
+        dist.init_process_group(default_backend() if bench.device.type == "cuda" else "gloo")
+    try:
+        return shortest([_pass(bench, directory) for _ in range(PASSES)])
+    finally:
+        if ranks > 1:
+            dist.destroy_process_group()
+
+
+def _pass(bench: _Bench, directory: Path) -> Run:
+    return Run(
+        threads=torch.get_num_threads(),
+        launch_s=_launch(bench),
+        matmul=_products(bench),
+        memory=_streams(bench, in_place=False),
+        memory_in_place=_streams(bench, in_place=True),
+        vector=_arithmetic(bench),
+        transcendental=_exponentials(bench),
+        gather=_lookups(bench),
+        attention=_attention(bench),
+        collectives=_collectives(bench),
+        host_link=_host_link(bench),
+        disk=_disk(directory) if bench.ranks == 1 else {},
+    )
+
+
+def shortest(passes: Sequence[Run]) -> Run:
+    """Of passes over the same points, the shortest time of each point."""
+
+    def of(values: Sequence[Any]) -> Any:
+        first = values[0]
+        if isinstance(first, dict):
+            return {key: of([value[key] for value in values]) for key in first}
+        if isinstance(first, list):
+            return [[*points[0][:-1], min(point[-1] for point in points)] for points in zip(*values, strict=True)]
+        return min(values)
+
+    return Run(**{each.name: of([getattr(run, each.name) for run in passes]) for each in fields(Run)})
+
+
+class _Bench:
+    """Times work on all ranks at once, for as long as the budget has for each measurement."""
+
+    POINTS = 150
+    """About as many measurements as one pass has."""
+
+    def __init__(self, ranks: int, budget_s: float) -> None:
+        self.ranks, self.window_s = ranks, budget_s / self.POINTS / PASSES
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(self.device)
+        else:
+            self.device = torch.device("cpu")
+            torch.set_num_threads(max(1, available_cores() // ranks))
+
+    def tensor(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Ones, written to: pages of memory exist only then."""
+        return torch.ones(shape, dtype=dtype, device=self.device)
+
+    def together(self) -> None:
+        """Wait for the other ranks."""
+        if self.ranks > 1:
+            dist.barrier()
+        self.finish()
+
+    def finish(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def seconds(self, work: Callable[[], Any], *, least: int = 2) -> float:
+        """Shortest time of one piece of work, which is repeated for the time that there is.
+
+        On a GPU, repetitions are recorded once and played back, so that no launch by Python is in them.
+        """
+        work()
+        repeated, per_sample = self._recorded(work) if self.device.type == "cuda" else (work, 1)
+        self.together()
+        samples: list[float] = []
+        end = time.perf_counter() + self.window_s
+        while len(samples) < least or time.perf_counter() < end:
+            start = time.perf_counter()
+            repeated()
+            self.finish()
+            samples.append((time.perf_counter() - start) / per_sample)
+        return min(samples)
+
+    def _recorded(self, work: Callable[[], Any], count: int = 20) -> tuple[Callable[[], Any], int]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(count):
+                work()
+        return graph.replay, count
+
+    def seconds_of_collective(self, work: Callable[[], Any], num_bytes: int) -> float:
+        """Median over rounds of the mean of a few calls; all ranks make as many, which a time window would not see to.
+
+        A collective ends when the slowest rank has done its part, so its ordinary time is wanted and not its best.
+        """
+        calls = max(1, min(20, 4 * MIB // num_bytes))
+        work()
+        samples = []
+        for _ in range(3):
+            self.together()
+            start = time.perf_counter()
+            for _ in range(calls):
+                work()
+            self.finish()
+            samples.append((time.perf_counter() - start) / calls)
+        return statistics.median(samples)
+
+
+def _launch(bench: _Bench, calls: int = 1000) -> float:
+    """Seconds that the host spends on an operator which has next to nothing to do."""
+    x = bench.tensor(8)
+    samples = []
+    bench.together()
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(calls):
+            aten.add.Tensor(x, x)
+        samples.append((time.perf_counter() - start) / calls)
+        bench.finish()
+    return min(samples)
+
+
+def _products(bench: _Bench) -> dict[str, list[list[float]]]:
+    """Batch, m, n, k and seconds of products, by name of dtype."""
+    kind = bench.device.type
+    found = {}
+    with _tf32(allowed=False):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            found[_name(dtype)] = _products_of(bench, dtype, MOST_OPERATIONS[kind].get(dtype))
+    if kind == "cuda" and torch.cuda.get_device_capability(bench.device) >= (8, 0):
+        with _tf32(allowed=True):
+            found["tf32"] = _products_of(bench, torch.float32, None)
+    return found
+
+
+def _products_of(bench: _Bench, dtype: torch.dtype, most: int | None) -> list[list[float]]:
+    rows: list[list[float]] = []
+    for batch, m, n, k in CPU_SHAPES if bench.device.type == "cpu" else GPU_SHAPES:
+        if most is not None and 2 * batch * m * n * k > most:
+            continue
+        left, right = bench.tensor(batch, m, k, dtype=dtype), bench.tensor(batch, k, n, dtype=dtype)
+        if batch == 1:
+            left, right = left[0], right[0]
+            seconds = bench.seconds(partial(aten.mm.default, left, right))
+        else:
+            seconds = bench.seconds(partial(aten.bmm.default, left, right))
+        rows.append([batch, m, n, k, seconds])
+    return rows
+
+
+def _streams(bench: _Bench, *, in_place: bool) -> list[list[float]]:
+    """Bytes read and written, and seconds, of additions over tensors of all sizes."""
+    rows = []
+    operator = aten.add_.Tensor if in_place else aten.add.Tensor
+    for size in SIZES:
+        x = bench.tensor(size // 4)
+        rows.append([2 * size, bench.seconds(partial(operator, x, 1.0))])
+    return rows
+
+
+def _arithmetic(bench: _Bench) -> dict[str, list[list[float]]]:
+    """Operations and seconds of a multiplication and an addition in one kernel, in place in cache, by name of dtype."""
+    found = {}
+    numel = 64 * KIB if bench.device.type == "cpu" else 4 * MIB
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        x, y = bench.tensor(numel, dtype=dtype), bench.tensor(numel, dtype=dtype)
+        found[_name(dtype)] = [[2 * numel, bench.seconds(partial(aten.addcmul_.default, x, y, y))]]
+    return found
+
+
+def _exponentials(bench: _Bench) -> list[list[float]]:
+    """Numbers of exponentials, and seconds, into memory in use."""
+    rows = []
+    for numel in (4 * KIB, 64 * KIB, MIB, 4 * MIB):
+        x, out = bench.tensor(numel), bench.tensor(numel)
+        rows.append([numel, bench.seconds(partial(aten.exp.out, x, out=out))])
+    return rows
+
+
+def _lookups(bench: _Bench, width: int = 256, vocabulary: int = 32 * KIB) -> list[list[float]]:
+    """Bytes read and written, and seconds, of scattered rows of an embedding of float32."""
+    table = bench.tensor(vocabulary, width)
+    rows = []
+    for count in (16, 256, 4 * KIB, 32 * KIB):
+        # A step prime to the vocabulary visits rows far apart, each once.
+        index = (torch.arange(count, device=bench.device) * 12347) % vocabulary
+        seconds = bench.seconds(partial(aten.embedding.default, table, index))
+        rows.append([2 * count * width * 4, seconds])
+    return rows
+
+
+def _attention(bench: _Bench) -> dict[str, list[list[float]]]:
+    """Operations and seconds of fused attention forward, by name of dtype: 4 * batch * heads * tokens**2 * width."""
+    found = {}
+    on_cpu = bench.device.type == "cpu"
+    heads, width = (8, 64) if on_cpu else (32, 128)
+    for dtype in (torch.float32, torch.bfloat16):
+        rows: list[list[float]] = []
+        for tokens in (32, 128, 512) if on_cpu else (128, 512, 2048, 8192):
+            x = bench.tensor(1, heads, tokens, width, dtype=dtype)
+            seconds = bench.seconds(partial(F.scaled_dot_product_attention, x, x, x))
+            rows.append([4 * heads * tokens**2 * width, seconds])
+        found[_name(dtype)] = rows
+    return found
+
+
+def _collectives(bench: _Bench) -> dict[str, list[list[float]]]:
+    """Bytes of the full tensor, and seconds from start to arrival, by kind; none of one rank."""
+    if bench.ranks == 1:
+        return {}
+    comm = make_comm(dist.group.WORLD, {bench.device.type})
+    found: dict[str, list[list[float]]] = {"all_gather": [], "reduce_scatter": [], "all_reduce": []}
+    for size in SIZES:
+        full = bench.tensor(size // 4 // bench.ranks * bench.ranks)
+        for kind, rows in found.items():
+            seconds = bench.seconds_of_collective(partial(_collective, comm, kind, full), size)
+            rows.append([full.nbytes, seconds])
+    return found
+
+
+def _collective(comm: Comm, kind: str, full: torch.Tensor) -> torch.Tensor:
+    if kind == "all_gather":
+        return comm.wait(comm.all_gather(comm.shard(full)))
+    if kind == "reduce_scatter":
+        return comm.wait(comm.reduce_scatter(full, "avg"))
+    return comm.wait(comm.all_reduce(full, "avg"))
+
+
+def _host_link(bench: _Bench) -> dict[str, list[list[float]]]:
+    """Bytes and seconds of copies to the device and back, a half of each, from pinned and pageable memory."""
+    if bench.device.type == "cpu":
+        return {}
+    found = {}
+    for name in ("pinned", "pageable"):
+        rows = []
+        for size in (4 * KIB, MIB, 64 * MIB):
+            host = torch.ones(size, dtype=torch.uint8, pin_memory=name == "pinned")
+            device = torch.empty_like(host, device=bench.device)
+            samples = []
+            for _ in range(5):
+                bench.together()
+                start = time.perf_counter()
+                device.copy_(host, non_blocking=True)
+                host.copy_(device, non_blocking=True)
+                bench.finish()
+                samples.append((time.perf_counter() - start) / 2)
+            rows.append([size, statistics.median(samples)])
+        found[name] = rows
+    return found
+
+
+def _disk(directory: Path) -> dict[str, list[list[float]]]:
+    """Bytes and seconds to write a new file and have it on the disk, and to read it from there."""
+    found: dict[str, list[list[float]]] = {"write": [], "read": []}
+    for size in (4 * KIB, DISK_BYTES):
+        pages = mmap.mmap(-1, size)  # as O_DIRECT wants them: whole pages
+        pages.write(os.urandom(size))
+        samples: dict[str, list[float]] = {"write": [], "read": []}
+        for _ in range(3):
+            with tempfile.NamedTemporaryFile(dir=directory, prefix="zgraph-calibrate-") as file:
+                for direction, flags in (("write", os.O_WRONLY), ("read", os.O_RDONLY)):
+                    with _past_the_cache(file.name, flags) as descriptor:
+                        start = time.perf_counter()
+                        _move_all(descriptor, pages, direction)
+                        samples[direction].append(time.perf_counter() - start)
+        for direction, seconds in samples.items():
+            found[direction].append([size, statistics.median(seconds)])
+    return found
+
+
+@contextmanager
+def _past_the_cache(name: str, flags: int) -> Iterator[int]:
+    """A file without the page cache in between; where the filesystem has no such thing, with none of it cached yet."""
+    try:
+        descriptor = os.open(name, flags | os.O_DIRECT)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        descriptor = os.open(name, flags)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _move_all(descriptor: int, pages: mmap.mmap, direction: str) -> None:
+    view = memoryview(pages)
+    done = 0
+    while done < len(view):
+        some = view[done : done + 8 * MIB]
+        moved = os.pwrite(descriptor, some, done) if direction == "write" else os.preadv(descriptor, [some], done)
+        assert moved > 0, "the file ended early"
+        done += moved
+    if direction == "write":
+        os.fsync(descriptor)
+
+
+@contextmanager
+def _tf32(*, allowed: bool) -> Iterator[None]:
+    """Products of float32 with or without TF32, whatever the process had chosen."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
