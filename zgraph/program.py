@@ -341,7 +341,8 @@ class Program:
                 named = ", ".join("loss" if o is None else str(o) for o in self.outputs)
                 line = f"return {args}  # {named}"
             else:
-                line = f"{number[node]}: {describe(node.meta['val'])} = {target_name(node.target)}({args})"
+                val = node.meta.get("val")  # a gradient that an operator does not give has none
+                line = f"{number[node]}: {describe(val)} = {target_name(node.target)}({args})"
             if origins and "origin" in node.meta:
                 o = node.meta["origin"]
                 line += f"  # {o.phase.value} {o.module or '-'} {o.source or '-'} [{o.made_by}]"

@@ -1,0 +1,800 @@
+"""Models of many equal blocks: capture a few of the blocks, and repeat them in what was captured.
+
+    captured of 4 blocks        0      1             2      3
+    made for n blocks           0      1  2 ... n-3  n-2    n-1
+
+``shorten`` gives the model with four of its blocks, and its optimizer. ``repeat_blocks`` takes the captured step of
+that apart: first and last block stay as they are, since backward begins and ends there; the two between must be equal
+but for their number, and are then repeated. What comes out is what capturing all blocks gives, node for node. What
+cannot be shown to be equal is refused, and the whole model has to be captured.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import fx, nn
+
+from zgraph.attributes import contents, is_plain, is_same
+from zgraph.errors import CaptureError, first_line
+from zgraph.program import Guard, Input, Origin, Program, Role, Stage, describe, show, source_of, target_name
+
+Item = TypeVar("Item")
+Value = TypeVar("Value")
+
+KEPT = 4
+"""Blocks of a shortened model: the first, two to compare, the last."""
+
+_WHOLE = "capture the whole model instead: its blocks are not repetitions of one another"
+
+
+# -- programs ---------------------------------------------------------------------------------------------
+
+
+def repeat_blocks(program: Program, path: str, num_layers: int) -> Program:
+    """What capture gives for the same model with more blocks.
+
+    Args:
+        program: CAPTURED, of a model with at least four blocks, all in order and named from 0 on.
+        path: of the ``nn.ModuleList`` or ``nn.Sequential`` that has them.
+        num_layers: how many blocks there are to be, at least as many as there are.
+
+    Raises:
+        CaptureError: with the first place where blocks 1 and 2, say, are not equal but for their number.
+    """
+    assert program.stage is Stage.CAPTURED
+    names = {what.name for _, what in program.placeholders() if what.role is not Role.CONSTANT}
+    modules = {node.meta["origin"].module for node in program.graph.nodes if "origin" in node.meta}
+    numbering = _Numbering(path)
+    found = {block for name in names | modules if (block := numbering.block(name)) is not None}
+    if len(found) < KEPT or max(found) != len(found) - 1:
+        raise CaptureError(
+            f"{path} has {len(found)} blocks in what was captured, and {KEPT} or more can be repeated",
+            fix="capture the whole model instead",
+        )
+    if num_layers < len(found):
+        raise CaptureError(
+            f"{len(found)} blocks of {path} were captured, of {num_layers}", fix="capture the whole model instead"
+        )
+    return (
+        program.clone() if num_layers == len(found) else _Repetition(program, numbering, len(found), num_layers).run()
+    )
+
+
+class _Numbering:
+    """Reads and changes the number of a block in names of modules and parameters."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._pattern = re.compile(re.escape(path) + r"\.(\d+)(?=\.|$)")
+        self._blocks: dict[str, int | None] = {}
+
+    def block(self, name: str) -> int | None:
+        """The number of the block that a name is in; None if it is in none."""
+        if name not in self._blocks:
+            match = self._pattern.match(name)
+            self._blocks[name] = int(match[1]) if match else None
+        return self._blocks[name]
+
+    def renamed(self, name: str, block: Any) -> str:
+        """The same name in another block."""
+        match = self._pattern.match(name)
+        return f"{self.path}.{block}{name[match.end() :]}" if match else name
+
+
+class _Plan:
+    """Where the items of a sequence go when blocks are repeated.
+
+    Items of the blocks between first and last come in *sweeps*: all of one block, in equal number, then all of the
+    next, upwards or downwards. Items of no block that follow each block of a sweep belong to it.
+
+    Args:
+        before, after: how many blocks there are, and are to be.
+    """
+
+    def __init__(self, before: int, after: int) -> None:
+        self.before, self.after = before, after
+        self.middle = range(1, before - 1)
+
+    def renumbered(self, block: int) -> int:
+        """The new number of a block that there was."""
+        return block if block < 2 else block + self.after - self.before
+
+    def steps(
+        self, labels: Sequence[int | None], kinds: Sequence[Hashable], refuse: Callable[[int], CaptureError]
+    ) -> Iterator[tuple[tuple[int, ...], int | None]]:
+        """The new sequence, item by item.
+
+        Args:
+            labels: the block of each item.
+            kinds: items of different kinds are in no sweep together.
+            refuse: says that an item of a block has no counterpart.
+
+        Yields:
+            Positions of an item in the old sequence: one, and None; or those of its counterparts in each block between
+            first and last, and the new number of the block that it is for.
+        """
+        i = 0
+        while i < len(labels):
+            if labels[i] not in self.middle:
+                yield (i,), None
+                i += 1
+                continue
+            length, upwards = self._sweep(i, labels, kinds, refuse)
+            blocks = range(1, self.after - 1)
+            for block in blocks if upwards else reversed(blocks):
+                for start in range(i, i + length):
+                    at = tuple(range(start, start + length * len(self.middle), length))
+                    yield (at if upwards else at[::-1]), block
+            i += length * len(self.middle)
+
+    def _sweep(
+        self, first: int, labels: Sequence[int | None], kinds: Sequence[Hashable], refuse: Callable[[int], CaptureError]
+    ) -> tuple[int, bool]:
+        """How many items each block has in the sweep that begins here, and whether it goes upwards."""
+        order = list(self.middle) if labels[first] == self.middle[0] else list(reversed(self.middle))
+        second = first
+        while second < len(labels) and kinds[second] == kinds[first] and labels[second] in (order[0], None):
+            second += 1
+        length = second - first
+        if labels[first] != order[0] or second == len(labels) or labels[second] != order[1]:
+            raise refuse(first)
+        for at, block in enumerate(order):
+            for start in range(first, first + length):
+                i = start + at * length
+                expected = None if labels[start] is None else block
+                if i >= len(labels) or labels[i] != expected or kinds[i] != kinds[first]:
+                    raise refuse(min(i, len(labels) - 1))
+        end = first + length * len(order)
+        if end < len(labels) and labels[end] == order[-1] and kinds[end] == kinds[first]:
+            raise refuse(end)
+        return length, order[0] < order[1]
+
+    def repeated(
+        self,
+        items: Sequence[Item],
+        labels: Sequence[int | None],
+        what: str,
+        make: Callable[[tuple[Item, ...], int], Value],
+        keep: Callable[[Item], Value],
+    ) -> list[Value]:
+        """A new sequence of items that ``make`` and ``keep`` give.
+
+        Args:
+            what: the items are, for an error.
+            make: from counterparts, and the number of their block.
+            keep: from one that is in no sweep.
+        """
+
+        def refuse(i: int) -> CaptureError:
+            return CaptureError(f"{what} {_shown(items[i])} of block {labels[i]} has no counterpart", fix=_WHOLE)
+
+        return [
+            keep(items[at[0]]) if block is None else make(tuple(items[i] for i in at), block)
+            for at, block in self.steps(labels, [None] * len(items), refuse)
+        ]
+
+
+def _shown(item: Any) -> str:
+    return str(item[0] if isinstance(item, tuple) and item else item)
+
+
+@dataclass
+class _Operand:
+    """What a call in a repeated block reads in one place.
+
+    Attributes:
+        nodes: what it reads in each block between first and last, before.
+        offset: in which block, from its own on: -1, 0 or 1; None if it is one and the same for all.
+        slot: where there, if that block is repeated itself.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    offset: int | None
+    slot: int
+
+
+@dataclass
+class _Slot:
+    """A node that is in every block between first and last.
+
+    Attributes:
+        nodes: of each of these blocks, before.
+        operands: of its calls, in order.
+        copies: by the new number of their block.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    operands: list[_Operand] = field(default_factory=list)
+    copies: dict[int, fx.Node] = field(default_factory=dict)
+
+
+class _Anything(defaultdict[fx.Node, str]):
+    """Shows every node alike."""
+
+    def __missing__(self, key: fx.Node) -> str:
+        return "%"
+
+
+class _Repetition:
+    def __init__(self, program: Program, numbering: _Numbering, before: int, after: int) -> None:
+        self.program, self.numbering = program, numbering
+        self.plan = _Plan(before, after)
+        self.nodes = [node for node in program.graph.nodes if node.op != "output"]
+        self.labels, self.kinds = self._blocks_of_nodes()
+        self.graph = fx.Graph()
+        self.kept: dict[fx.Node, fx.Node] = {}
+        self.label_of = dict(zip(self.nodes, self.labels, strict=True))
+        self.slots: dict[int, _Slot] = {}  # by position of the node in the first block of its sweep
+        self.slot_of: dict[fx.Node, tuple[int, int]] = {}  # block and slot of what is repeated
+        self.constants: dict[str, torch.Tensor] = {}
+        self.constant_names: dict[str, str] = {}
+        self._renumber_constants = False
+
+    # -- which block -------------------------------------------------------------------------------------
+
+    def _blocks_of_nodes(self) -> tuple[list[int | None], list[Hashable]]:
+        """For each node the block that it belongs to, and its phase or role.
+
+        What happens outside of blocks, to what comes from one block or two neighbours, belongs to the one that it was
+        made by last: a parameter as it is before it is trained, say, or what is summed up over blocks.
+        """
+        labels = [self._named_block(node) for node in self.nodes]
+        kinds: list[Hashable] = [
+            node.meta["input"].role if node.op == "placeholder" else node.meta["origin"].phase for node in self.nodes
+        ]
+        at = {node: i for i, node in enumerate(self.nodes)}
+        for i, node in enumerate(self.nodes):
+            if labels[i] is None and node.op != "placeholder":
+                operands = [at[operand] for operand in node.all_input_nodes]
+                near = {labels[operand] for operand in operands} - {None}
+                if 0 < len(near) < 3:
+                    labels[i] = labels[max(operand for operand in operands if labels[operand] is not None)]
+        self._fill(labels, kinds)
+        for i, node in enumerate(self.nodes):
+            if kinds[i] is Role.CONSTANT:  # has no name, but readers
+                readers = {labels[at[user]] if user in at else None for user in node.users}
+                labels[i] = readers.pop() if len(readers) == 1 else None
+        return labels, kinds
+
+    def _named_block(self, node: fx.Node) -> int | None:
+        """The block in the name of a node's module, parameter or buffer."""
+        if node.op == "placeholder":
+            what: Input = node.meta["input"]
+            return None if what.role is Role.CONSTANT else self.numbering.block(what.name)
+        origin: Origin = node.meta["origin"]
+        return self.numbering.block(origin.module)
+
+    def _fill(self, labels: list[int | None], kinds: list[Hashable]) -> None:
+        """Let calls of no block, or of a module that all blocks have from the first one, belong where they stand."""
+        previous: int | None = None
+        for i, label in enumerate(labels):
+            if not label:
+                continue
+            if (
+                previous is not None
+                and label in self.plan.middle
+                and labels[previous] == label
+                and len(set(kinds[previous : i + 1])) == 1
+            ):
+                labels[previous + 1 : i] = [label] * (i - previous - 1)
+            previous = i
+
+    # -- the graph ---------------------------------------------------------------------------------------
+
+    def run(self) -> Program:
+        """The new program."""
+
+        def refuse(i: int) -> CaptureError:
+            node = self.nodes[i]
+            called = node.meta["input"] if node.op == "placeholder" else target_name(node.target)
+            return CaptureError(
+                f"blocks of {self.numbering.path} differ: {called} of block {self.labels[i]} has no counterpart",
+                where=source_of(node),
+                fix=_WHOLE,
+            )
+
+        steps = list(self.plan.steps(self.labels, self.kinds, refuse))
+        for at, block in steps:
+            if block is not None and at[0] not in self.slots:
+                slot = self.slots[at[0]] = _Slot(tuple(self.nodes[i] for i in at))
+                self.slot_of.update({node: (self.plan.middle[i], at[0]) for i, node in enumerate(slot.nodes)})
+        if not self.slots:
+            raise CaptureError(f"nothing in what was captured belongs to blocks of {self.numbering.path}", fix=_WHOLE)
+        for slot in self.slots.values():
+            self._check_equal(slot)
+            slot.operands = [self._operand(slot, nodes) for nodes in zip(*map(_read_by, slot.nodes), strict=True)]
+        self._check_constants()
+        for at, block in steps:
+            if block is None:
+                node = self.nodes[at[0]]
+                self.kept[node] = self._keep(node)
+            else:
+                self._make(self.slots[at[0]], block)
+        return self._finish()
+
+    def _differ(self, slot: _Slot, how: str) -> CaptureError:
+        return CaptureError(
+            f"blocks {self.plan.middle[0]} and {self.plan.middle[1]} of {self.numbering.path} differ: {how}",
+            where=source_of(slot.nodes[-1]),
+            fix=_WHOLE,
+        )
+
+    def _check_equal(self, slot: _Slot) -> None:
+        """Refuse nodes that differ in more than what they read and the number of their block."""
+        forms = [self._form(node) for node in slot.nodes]
+        for form in forms[1:]:
+            for one, other in zip(forms[0], form, strict=True):
+                if one != other:
+                    raise self._differ(slot, f"{one} in one is {other} in the other")
+
+    def _form(self, node: fx.Node) -> list[str]:
+        anything, val = _Anything(), node.meta.get("val")
+        # Of a tensor also what its description leaves out.
+        said = [
+            f"{describe(val)} in {self.program.form_of(val)}"
+            if isinstance(val, (torch.Tensor, tuple, list))
+            else describe(val)
+        ]
+        if node.op == "placeholder":
+            what: Input = node.meta["input"]
+            name = "" if what.role is Role.CONSTANT else self.numbering.renamed(what.name, "*")
+            return [f"input {replace(what, name=name)}", *said]
+        args = [show(arg, anything) for arg in node.args]
+        args += [f"{key}={show(arg, anything)}" for key, arg in sorted(node.kwargs.items())]
+        origin: Origin = node.meta["origin"]
+        origin = replace(
+            origin, module=self.numbering.renamed(origin.module, "*") if self._is_of_its_block(node) else origin.module
+        )
+        return [
+            f"{target_name(node.target)}({', '.join(args)})",
+            *said,
+            f"{origin.source} of {origin.module}",
+            str(origin),
+        ]
+
+    def _is_of_its_block(self, node: fx.Node) -> bool:
+        """Whether the number in the name of a repeated node's module is that of the block where it stands."""
+        return self.numbering.block(node.meta["origin"].module) == self.slot_of[node][0]
+
+    def _operand(self, slot: _Slot, nodes: tuple[fx.Node, ...]) -> _Operand:
+        """What counterparts read in the same place.
+
+        Raises:
+            CaptureError: they do not read the same, nor counterparts of their own or a neighbouring block.
+        """
+        if len(set(nodes)) == 1 and nodes[0] not in self.slot_of:
+            return _Operand(nodes, None, 0)
+        own = self.plan.middle
+        inside = [(*self.slot_of[node], block) for node, block in zip(nodes, own, strict=True) if node in self.slot_of]
+        offsets = {block - of for block, _, of in inside}
+        places = {place for _, place, _ in inside}
+        offset = offsets.pop() if len(offsets) == 1 else None
+        outside = {block: self._named_block(n) for block, n in zip(own, nodes, strict=True) if n not in self.slot_of}
+        # The first of them may read from block 0 instead, the last from the last block, or what belongs to none.
+        allowed = {-1: {own[0]: 0}, 0: {}, 1: {own[-1]: self.plan.before - 1}}
+        if (
+            offset not in allowed
+            or len(places) != 1
+            or outside.keys() != allowed[offset].keys()
+            or any(block not in (None, allowed[offset][at]) for at, block in outside.items())
+        ):
+            raise self._differ(slot, f"what {_call(slot.nodes[0])} reads in one is not what it reads in the other")
+        return _Operand(nodes, offset, places.pop())
+
+    def _resolve(self, operand: _Operand, block: int) -> fx.Node:
+        """What the copy for a block reads."""
+        if operand.offset is None:
+            return self.kept[operand.nodes[0]]
+        block += operand.offset
+        if block == 0:
+            return self.kept[operand.nodes[0]]
+        if block == self.plan.after - 1:
+            return self.kept[operand.nodes[-1]]
+        return self.slots[operand.slot].copies[block]
+
+    def _make(self, slot: _Slot, block: int) -> None:
+        """A copy of a node for a block."""
+        like = slot.nodes[0]
+        operands = iter(slot.operands)
+        args, kwargs = fx.map_arg((like.args, dict(like.kwargs)), lambda _: self._resolve(next(operands), block))
+        made = slot.copies[block] = self.graph.create_node(like.op, like.target, args, kwargs)
+        made.meta = dict(like.meta)
+        if like.op == "placeholder":
+            made.meta["input"] = self._input(like.meta["input"], block)
+        elif self._is_of_its_block(like):
+            origin: Origin = like.meta["origin"]
+            made.meta["origin"] = replace(origin, module=self.numbering.renamed(origin.module, block))
+
+    def _keep(self, node: fx.Node) -> fx.Node:
+        """A node that there is once, as it was."""
+        label = self.label_of[node]
+        args = tuple(self._moved(arg, node, label) for arg in node.args)
+        kwargs = {key: self._moved(arg, node, label) for key, arg in node.kwargs.items()}
+        kept = self.graph.create_node(node.op, node.target, args, kwargs)
+        kept.meta = dict(node.meta)
+        if node.op == "placeholder":
+            kept.meta["input"] = self._input(node.meta["input"])
+        else:
+            origin: Origin = node.meta["origin"]
+            kept.meta["origin"] = replace(origin, module=self._name(origin.module))
+        return kept
+
+    def _moved(self, arg: Any, reader: fx.Node, label: int | None) -> Any:
+        """An argument of a node that there is once; a list of one item per block has more of them."""
+        if not isinstance(arg, (list, tuple)):
+            return fx.map_arg(arg, lambda node: self._neighbour(node, reader, label))
+        blocks = [self.slot_of[item][0] if isinstance(item, fx.Node) and item in self.slot_of else None for item in arg]
+        if len(set(blocks) - {None}) < 2:
+            return [self._moved(item, reader, label) for item in arg]
+
+        def make(items: tuple[fx.Node, ...], block: int) -> fx.Node:
+            return self._resolve(self._own(items, reader), block)
+
+        return self.plan.repeated(
+            arg, blocks, f"in {_call(reader)},", make, lambda item: self._moved(item, reader, label)
+        )
+
+    def _own(self, items: Sequence[fx.Node], reader: fx.Node | None) -> _Operand:
+        """Counterparts, each in its own block."""
+        places = {self.slot_of[item][1] if item in self.slot_of else None for item in items}
+        if len(places) != 1 or None in places:
+            what = "what the step returns" if reader is None else f"what {_call(reader)} reads"
+            raise CaptureError(
+                f"blocks of {self.numbering.path} differ in {what}",
+                where=source_of(items[-1] if reader is None else reader),
+                fix=_WHOLE,
+            )
+        place = self.slot_of[items[0]][1]
+        return _Operand(tuple(items), 0, place)
+
+    def _neighbour(self, node: fx.Node, reader: fx.Node, label: int | None) -> fx.Node:
+        """What a node that there is once reads, which may be in the block next to its own."""
+        if node not in self.slot_of:
+            return self.kept[node]
+        block, place = self.slot_of[node]
+        at_end = label == self.plan.before - 1 and block == self.plan.middle[-1]
+        if not at_end and not (label == 0 and block == self.plan.middle[0]):
+            raise CaptureError(
+                f"{_call(reader)} reads block {block} of {self.numbering.path}, and no other",
+                where=source_of(reader),
+                fix=_WHOLE,
+            )
+        return self.slots[place].copies[self.plan.renumbered(block)]
+
+    # -- names -------------------------------------------------------------------------------------------
+
+    def _name(self, name: str) -> str:
+        """The new name of what there is once."""
+        block = self.numbering.block(name)
+        return name if block is None else self.numbering.renamed(name, self.plan.renumbered(block))
+
+    def _input(self, what: Input, block: int | None = None) -> Input:
+        """The new meaning of a placeholder, of a block if it is repeated."""
+        if what.role is not Role.CONSTANT:
+            name = self._name(what.name) if block is None else self.numbering.renamed(what.name, block)
+            return replace(what, name=name)
+        prefix, number = re.fullmatch(r"(.*?)(\d*)", what.name).groups()  # type: ignore[union-attr]
+        if self._renumber_constants:
+            number = str(sum(name.startswith(prefix) for name in self.constants))
+        self.constants[prefix + number] = self.program.constants[what.name]
+        self.constant_names.setdefault(what.name, prefix + number)
+        return replace(what, name=prefix + number)
+
+    def _check_constants(self) -> None:
+        """Constants are numbered through, and those of a block must have the same value in all blocks."""
+        repeated = [slot for slot in self.slots.values() if self._is_constant(slot.nodes[0])]
+        self._renumber_constants = bool(repeated)
+        for slot in repeated:
+            first, *others = (self.program.constants[node.meta["input"].name] for node in slot.nodes)
+            if any(first.is_meta or not torch.equal(first, other) for other in others):
+                raise self._differ(slot, f"a constant {describe(first)} has other values")
+        counted: Counter[str] = Counter()
+        for node in self.nodes if repeated else ():
+            if self._is_constant(node):
+                name = node.meta["input"].name
+                prefix = name.rstrip("0123456789")
+                if name != f"{prefix}{counted[prefix]}":
+                    raise CaptureError(f"constants are not numbered through: {name}", fix=_WHOLE)
+                counted[prefix] += 1
+
+    @staticmethod
+    def _is_constant(node: fx.Node) -> bool:
+        return node.op == "placeholder" and node.meta["input"].role is Role.CONSTANT
+
+    # -- facts -------------------------------------------------------------------------------------------
+
+    def _finish(self) -> Program:
+        results, outputs = self._results()
+        self.graph.output(results)
+
+        def of_input(item: tuple[Input, Any]) -> int | None:
+            return self._block_of(item[0])
+
+        init = self._facts(list(self.program.init.items()), of_input, "the initial value", self._input)
+        given = self._facts(
+            list(self.program.given.items()), lambda i: self.numbering.block(i[0]), "the state", self._key
+        )
+        shapes = self._facts(
+            list(self.program.given_shapes.items()), lambda i: self.numbering.block(i[0]), "the shape", self._key
+        )
+        return replace(
+            self.program,
+            graph=self.graph,
+            outputs=outputs,
+            constants=self.constants,
+            init=dict(init),
+            given=dict(given),
+            given_shapes=dict(shapes),
+            guards=self._guards(),
+        )
+
+    def _key(self, name: str, block: int | None = None) -> str:
+        return self._name(name) if block is None else self.numbering.renamed(name, block)
+
+    def _block_of(self, what: Input | None) -> int | None:
+        return None if what is None or what.role is Role.CONSTANT else self.numbering.block(what.name)
+
+    def _results(self) -> tuple[list[Any], list[Input | None]]:
+        """What is returned, and what it is."""
+        items = list(zip(self.program.outputs, self.program.results(), strict=True))
+        labels = [self._block_of(what) for what, _ in items]
+
+        def keep(item: tuple[Input | None, Any]) -> tuple[Any, Input | None]:
+            what, result = item
+            if what is not None and what.role is Role.CONSTANT:
+                what = replace(what, name=self.constant_names[what.name])
+            elif what is not None:
+                what = self._input(what)
+            if isinstance(result, fx.Node):
+                result = self._neighbour(result, self.program.output_node, self._block_of(item[0]))
+            return result, what
+
+        def make(counterparts: tuple[tuple[Input | None, Any], ...], block: int) -> tuple[Any, Input | None]:
+            what, result = counterparts[0]
+            assert what is not None
+            self._check_same([self._input(w, 0) for w, _ in counterparts if w is not None], "what is returned")
+            if isinstance(result, fx.Node):
+                return self._resolve(self._own([r for _, r in counterparts], None), block), self._input(what, block)
+            self._check_same([repr(r) for _, r in counterparts], "what is returned")
+            return result, self._input(what, block)
+
+        pairs = self.plan.repeated(items, labels, "the new value of", make, keep)
+        return [result for result, _ in pairs], [what for _, what in pairs]
+
+    def _check_same(self, values: Sequence[Any], what: str) -> None:
+        if any(value != values[0] for value in values[1:]):
+            raise CaptureError(
+                f"blocks of {self.numbering.path} differ in {what}: {values[0]} and {values[1]}", fix=_WHOLE
+            )
+
+    def _facts(
+        self,
+        items: list[tuple[Any, Any]],
+        block_of: Callable[[tuple[Any, Any]], int | None],
+        what: str,
+        rename: Callable[..., Any],
+    ) -> list[tuple[Any, Any]]:
+        """Facts by the name that they are about."""
+
+        def make(counterparts: tuple[tuple[Any, Any], ...], block: int) -> tuple[Any, Any]:
+            self._check_same([(rename(name, 0), fact) for name, fact in counterparts], what)
+            return rename(counterparts[0][0], block), counterparts[0][1]
+
+        labels = [block_of(item) for item in items]
+        return self.plan.repeated(items, labels, f"{what} of", make, lambda item: (rename(item[0]), item[1]))
+
+    def _guards(self) -> tuple[Guard, ...]:
+        """Conditions on inputs of all blocks."""
+
+        def make(guards: tuple[Guard, ...], block: int) -> Guard:
+            self._check_same([(g.text, [self._input(what, 0) for what in g.inputs]) for g in guards], "a condition")
+            return replace(guards[0], inputs=tuple(self._input(what, block) for what in guards[0].inputs))
+
+        def keep(guard: Guard) -> Guard:
+            return replace(guard, inputs=tuple(map(self._input, guard.inputs)))
+
+        guards = self.program.guards
+        labels = [next((b for w in guard.inputs if (b := self._block_of(w)) is not None), None) for guard in guards]
+        return tuple(self.plan.repeated(guards, labels, "the condition", make, keep))
+
+
+def _call(node: fx.Node) -> str:
+    return "the step's result" if node.op == "output" else target_name(node.target)
+
+
+def _read_by(node: fx.Node) -> list[fx.Node]:
+    """Every node among the arguments of a call, in order, as often as it is there."""
+    read: list[fx.Node] = []
+    fx.map_arg((node.args, dict(node.kwargs)), read.append)
+    return read
+
+
+# -- models -----------------------------------------------------------------------------------------------
+
+
+def find_blocks(model: nn.Module) -> list[tuple[str, int]]:
+    """Lists of equal blocks, outermost ones: path and number of each.
+
+    Blocks are equal if they are of the same classes all the way down, with parameters and buffers of the same shapes,
+    dtypes and ``requires_grad``, and hold the same values otherwise, but for whole numbers that count blocks, as
+    ``layer_idx`` does. What they compute is not looked at; ``repeat_blocks`` does that.
+    """
+    found: list[tuple[str, int]] = []
+
+    def visit(path: str, module: nn.Module) -> None:
+        members = list(module.children())
+        if path and isinstance(module, (nn.ModuleList, nn.Sequential)) and len(members) > 1 and _are_equal(members):
+            found.append((path, len(members)))
+            return
+        for name, child in module.named_children():
+            visit(f"{path}.{name}" if path else name, child)
+
+    visit("", model)
+    return found
+
+
+def _are_equal(blocks: Sequence[nn.Module]) -> bool:
+    traits = [_traits(block) for block in blocks]
+    first = traits[0]
+    return all(own.keys() == first.keys() for own in traits) and all(
+        _is_constant_or_counts([own[key] for own in traits]) for key in first
+    )
+
+
+def _is_constant_or_counts(values: list[Any]) -> bool:
+    if all(_is_equal(value, values[0]) for value in values[1:]):
+        return True
+    counts = all(type(value) is int for value in values)
+    return counts and all(value - values[0] == i for i, value in enumerate(values))
+
+
+def _is_equal(value: Any, other: Any) -> bool:
+    if isinstance(value, (list, tuple)) and type(value) is type(other):
+        return len(value) == len(other) and all(map(_is_equal, value, other))
+    if isinstance(value, dict) and isinstance(other, dict):
+        return list(value) == list(other) and all(_is_equal(value[key], other[key]) for key in value)
+    if isinstance(value, torch.Tensor) and isinstance(other, torch.Tensor):
+        alike = (value.shape, value.dtype, value.device) == (other.shape, other.dtype, other.device)
+        return value is other or (alike and not value.is_meta and torch.equal(value, other))
+    return type(value) is type(other) and (is_same(value, other) or (is_plain(value) and value == other))
+
+
+_OWN = frozenset(vars(nn.Module()))
+"""Attributes that every module has."""
+
+
+def _traits(block: nn.Module) -> dict[str, Any]:
+    """Everything about a block that its computation may depend on, by path."""
+    traits: dict[str, Any] = {}
+    for path, module in block.named_modules(remove_duplicate=False):
+        at = f"{path}." if path else ""
+        traits[f"{at}class"] = type(module)
+        traits[f"{at}training"] = module.training
+        for name in ("_parameters", "_buffers"):
+            for key, tensor in vars(module)[name].items():
+                traits[f"{at}{key} in {name}"] = None if tensor is None else _kind_of(tensor)
+        traits[f"{at}kept"] = sorted(module._non_persistent_buffers_set)
+        traits[f"{at}modules"] = [(name, child is None) for name, child in vars(module)["_modules"].items()]
+        for name, value in vars(module).items():
+            if name not in _OWN:
+                traits[f"{at}{name}"] = value
+            elif name.endswith("_hooks"):
+                traits[f"{at}{name}"] = list(value.values())
+    return traits
+
+
+def _kind_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return (type(tensor), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
+
+
+@dataclass(frozen=True)
+class Short:
+    """A model with few of its blocks.
+
+    Attributes:
+        model: on meta, a copy.
+        path: of the list of blocks.
+        num_layers: how many blocks the whole model has.
+        kept: numbers of the blocks that are left, as the whole model has them.
+    """
+
+    model: nn.Module
+    path: str
+    num_layers: int
+    kept: tuple[int, ...]
+    _parameters: dict[int, nn.Parameter] = field(repr=False)
+
+    def optimizer(self, whole: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer of the short model: groups, hyperparameters and order as the whole one's; without state.
+
+        Args:
+            whole: the optimizer of the whole model.
+            model: the whole model.
+
+        Raises:
+            CaptureError: a block that is left out has its parameters in other groups, or in another order.
+        """
+        names = {id(p): name for name, p in model.named_parameters()}
+        short_names = {id(p): name for name, p in self.model.named_parameters()}
+        numbering, plan = _Numbering(self.path), _Plan(len(self.kept), self.num_layers)
+        groups = []
+        for index, group in enumerate(whole.param_groups):
+            members = [self._parameters[id(p)] for p in group["params"] if id(p) in self._parameters]
+            kept = [short_names[id(p)] for p in members]
+
+            def keep(name: str) -> str:
+                block = numbering.block(name)
+                return name if block is None else numbering.renamed(name, plan.renumbered(block))
+
+            def make(counterparts: tuple[str, ...], block: int) -> str:
+                return numbering.renamed(counterparts[0], block)
+
+            labels = [numbering.block(name) for name in kept]
+            expected = plan.repeated(kept, labels, f"in group {index} of the optimizer,", make, keep)
+            held = [names.get(id(p), "a parameter that is not the model's") for p in group["params"]]
+            for found, name in zip([*held, None], [*expected, None], strict=False):
+                if found != name:
+                    raise CaptureError(
+                        f"group {index} of the optimizer has {found or 'nothing'} where other blocks of {self.path} "
+                        f"would have {name or 'nothing'}",
+                        fix="capture the whole model instead",
+                    )
+            groups.append({**group, "params": members})
+        short = type(whole).__new__(type(whole))  # copy.copy would leave out what subclasses add
+        for attribute, value in vars(whole).items():
+            setattr(short, attribute, contents(value))
+        short.state, short.param_groups = defaultdict(dict), groups
+        return short
+
+
+def shorten(model: nn.Module, path: str, num_kept: int = KEPT) -> Short:
+    """A copy of a model on meta, with few of its equal blocks; the model itself is left alone.
+
+    The first and the last block are kept. Of those between, one is the second, and one is as far from it as can be
+    where the number is of the other parity, so that what depends on it shows.
+
+    Args:
+        model: whole, on any device.
+        path: of the list of blocks, see ``find_blocks``.
+        num_kept: how many blocks to keep, at least 4.
+
+    Raises:
+        CaptureError: there are no more blocks than that, or something that the model holds cannot be copied.
+    """
+    members = list(model.get_submodule(path).children())
+    if not KEPT <= num_kept < len(members):
+        raise CaptureError(
+            f"{path} has {len(members)} blocks, of which {num_kept} are to be kept", fix="capture the whole model"
+        )
+    last = len(members) - 1
+    far = last - 1 if num_kept > KEPT or last % 2 else last - 2
+    kept = (0, *range(1, num_kept - 2), far, last)
+    parameters = {id(p): nn.Parameter(_on_meta(p), p.requires_grad) for p in model.parameters()}
+    memo: dict[int, Any] = {**parameters, **{id(buffer): _on_meta(buffer) for buffer in model.buffers()}}
+    memo.update({id(block): nn.Module() for i, block in enumerate(members) if i not in kept})
+    try:
+        short = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise CaptureError(
+            f"the model cannot be copied: {type(error).__name__}: {first_line(error)}", fix="capture the whole model"
+        ) from error
+    container = short.get_submodule(path)
+    left = [block for i, block in enumerate(container.children()) if i in kept]
+    container._modules.clear()
+    container._modules.update({str(i): block for i, block in enumerate(left)})
+    there = set(map(id, short.parameters()))
+    return Short(short, path, len(members), kept, {own: p for own, p in parameters.items() if id(p) in there})
+
+
+def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+__all__ = ["KEPT", "Short", "find_blocks", "repeat_blocks", "shorten"]
