@@ -22,6 +22,8 @@ from zgraph.liveness import owners
 from zgraph.pipeline import Pass
 from zgraph.program import Phase, Program, Stage, phase_of, target_name
 
+aten = torch.ops.aten
+
 EXPENSIVE = (
     "aten.mm.default",
     "aten.addmm.default",
@@ -90,13 +92,13 @@ class _Recomputation:
     def run(self) -> None:
         calls = [node for node in self.program.graph.nodes if node.op == "call_function"]
         late = [node for node in calls if phase_of(node) is not Phase.FORWARD]
-        for reader in (*late, self.program.output_node):
-            self.kept.update(self.owner[source] for source in reader.all_input_nodes if not self._may_read(reader, source))
         wanted: dict[_Block, set[fx.Node]] = {}
-        for reader in late:
+        for reader in (*late, self.program.output_node):
             for source in reader.all_input_nodes:
                 if self._may_read(reader, source):
                     wanted.setdefault(self.block_of[source], set()).add(source)
+                elif phase_of(source) is Phase.FORWARD:
+                    self.kept.add(self.owner[source])
         for block in reversed(self.blocks):
             self._plan(wanted.get(block, set()))
         copies: dict[fx.Node, fx.Node] = {}
@@ -235,23 +237,36 @@ def _check_patterns(program: Program, patterns: tuple[str, ...]) -> None:
 
 
 def _lists_of_like_modules(program: Program) -> tuple[str, ...]:
-    """Patterns of the members of each outermost list of which two members or more compute alike."""
-    members: dict[str, dict[str, list[object]]] = {}
+    """Patterns of the members of each outermost list of which two or more compute alike, and more than one thing."""
+    lists: dict[str, dict[str, list[str]]] = {}  # list -> member -> what it computes
     for node in program.graph.nodes:
-        if phase_of(node) is not Phase.FORWARD:
+        if phase_of(node) is not Phase.FORWARD or not _computes(node):
             continue
         for path in _prefixes(node.meta["origin"].module):
             outer, _, name = path.rpartition(".")
             if name.isdecimal():
-                members.setdefault(outer, {}).setdefault(path, []).append(node.target)
+                lists.setdefault(outer, {}).setdefault(path, []).append(target_name(node.target))
     found: list[str] = []
-    for outer, computed in sorted(members.items(), key=lambda item: item[0].count(".") if item[0] else -1):
+    large = [outer for outer, members in lists.items() if sum(len(calls) > 1 for calls in members.values()) > 1]
+    for outer in sorted(large, key=lambda path: len(list(_prefixes(path)))):
         within = any(fnmatchcase(path, pattern) for path in _prefixes(outer) for pattern in found)
-        if not within and len({tuple(targets) for targets in computed.values()}) < len(computed):
-            found.append(f"{outer}.[0-9]*" if outer else "[0-9]*")
+        computed = [tuple(calls) for calls in lists[outer].values() if len(calls) > 1]
+        if not within and len(set(computed)) < len(computed):
+            found.append(_members(outer))
     if not found:
+        names = [_members(outer) for outer in large] or sorted({path.partition(".")[0] for path in _forward_paths(program)})
         raise OptionError(
-            "recompute finds no blocks: no list or sequence of the model has two members that compute alike",
-            fix="name the modules, e.g. recompute=['encoder', 'decoder.*']",
+            "recompute finds no blocks: no list or sequence of modules has two members that compute alike",
+            fix=f"name modules by their path: recompute={[name for name in names if name][:3]}",
         )
     return tuple(found)
+
+
+def _members(outer: str) -> str:
+    """A pattern of the members of a list of modules."""
+    return f"{outer}.[0-9]*" if outer else "[0-9]*"
+
+
+def _computes(node: fx.Node) -> bool:
+    """Whether a call does more than to cast a value, or to look at it in another way."""
+    return node.target not in (operator.getitem, aten._to_copy.default) and not ops.is_view(node.target)

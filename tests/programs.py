@@ -128,6 +128,42 @@ def two_layers() -> Program:
     return b.finish(results)
 
 
+def blocks(num: int = 2, *, dropout: bool = False) -> Program:
+    """``x = x + 2 * tanh(x @ v) @ w`` so many times, in modules ``blocks.0``, ``blocks.1``, ...; trained by SGD."""
+    b = Builder()
+    x = b.input(Role.BATCH, "0", shape=[4, 2])
+    shapes = {f"{name}{i}": shape for i in range(num) for name, shape in (("v", [2, 6]), ("w", [6, 2]))}
+    params = {name: b.input(Role.PARAM, name, shape=shape) for name, shape in shapes.items()}
+    lr = b.input(Role.HYPER, "lr")
+    saved = []
+    for i in range(num):
+        at = {"module": f"blocks.{i}"}
+        y = b.forward(aten.tanh.default, b.forward(aten.mm.default, x, params[f"v{i}"], **at), **at)
+        mask = b.forward(aten.bernoulli.p, y, 0.5, **at) if dropout else None
+        dropped = y if mask is None else b.forward(aten.mul.Tensor, y, mask, **at)
+        saved.append((x, y, mask, dropped))
+        z = b.forward(aten.mm.default, dropped, params[f"w{i}"], **at)
+        x = b.forward(aten.add.Tensor, x, z, alpha=2, **at)
+    loss = b.forward(aten.sum.default, x)
+    gx = b.backward(aten.expand.default, b.backward(aten.ones_like.default, loss), [4, 2])
+    gradients = {}
+    for i, (x, y, mask, dropped) in reversed(list(enumerate(saved))):
+        at = {"module": f"blocks.{i}"}
+        gz = b.backward(aten.mul.Tensor, gx, 2, **at)
+        gradients[f"w{i}"] = b.backward(aten.mm.default, b.backward(aten.t.default, dropped, **at), gz, **at)
+        gy = b.backward(aten.mm.default, gz, b.backward(aten.t.default, params[f"w{i}"], **at), **at)
+        gy = gy if mask is None else b.backward(aten.mul.Tensor, gy, mask, **at)
+        gh = b.backward(aten.tanh_backward.default, gy, y, **at)
+        gradients[f"v{i}"] = b.backward(aten.mm.default, b.backward(aten.t.default, x, **at), gh, **at)
+        back = b.backward(aten.mm.default, gh, b.backward(aten.t.default, params[f"v{i}"], **at), **at)
+        gx = b.backward(aten.add.Tensor, gx, back, **at)
+    results: dict[Input | None, Any] = {None: loss}
+    for name, p in params.items():
+        size = b.call(Phase.UPDATE, operator.neg, lr, module=name)
+        results[param(name)] = b.call(Phase.UPDATE, aten.add.Tensor, p, gradients[name], alpha=size, module=name)
+    return b.finish(results)
+
+
 # Meaning
 
 

@@ -177,7 +177,7 @@ def call_an_operator_that_writes(net: Net, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("body", "reason"),
-    [(recompute_dropout, "first.weight through a reference"), (call_an_operator_that_writes, "writes to its")],
+    [(recompute_dropout, "calls torch.utils.checkpoint"), (call_an_operator_that_writes, "writes to its")],
 )
 def test_what_a_graph_cannot_keep_is_refused(body: Forward, reason: str) -> None:
     net = Net(body)

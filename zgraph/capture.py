@@ -12,10 +12,11 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from textwrap import shorten
-from typing import Any
+from typing import Any, NoReturn
 from unittest import mock
 
 import torch
+import torch.utils.checkpoint
 from torch import fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils import _pytree as pytree
@@ -175,7 +176,7 @@ def capture(
         torch.enable_grad(),
     ):
         try:
-            with mock.patch.object(torch, "manual_seed", _refuse_seed):
+            with mock.patch.object(torch, "manual_seed", _refuse_seed), _checkpoints_refused():
                 graph, constants = trace(run, (fake_params, fake_buffers, fake_batch, fake_scale), mode, recorder)
             _check_attributes(attributes, call_again)
         except ZgraphError:
@@ -201,10 +202,9 @@ def capture(
     for node in graph.nodes:
         if ops.is_random(node.target) and node.meta["origin"].phase is Phase.BACKWARD:
             raise CaptureError(
-                f"{node.target} draws random numbers in the backward pass, as activation checkpointing does when it "
-                "runs dropout again; the two draws would differ",
+                f"{node.target} draws random numbers in the backward pass, which only forward may do",
                 where=quoted(node.meta["origin"].source),
-                fix="leave checkpointing out, or dropout",
+                fix="draw in forward, and keep for backward what was drawn",
             )
     for what, new in written.items():
         if what.role in (Role.PARAM, Role.BATCH):
@@ -361,6 +361,24 @@ def _refuse_seed(seed: int) -> None:
         where=quoted(user_source()),
         fix="seed before the step, or pass what is drawn as a tensor of the batch",
     )
+
+
+def _refuse_checkpoint(*_: Any, **__: Any) -> NoReturn:
+    raise CaptureError(
+        "forward calls torch.utils.checkpoint, which runs it again while backward is captured",
+        where=quoted(user_source()),
+        fix="use recompute= instead: zgraph.compile(..., recompute='blocks'), or the paths of modules in a list",
+    )
+
+
+@contextmanager
+def _checkpoints_refused() -> Iterator[None]:
+    """Refuse both kinds of activation checkpointing where they begin: what comes of them later misleads."""
+    with (
+        mock.patch.object(torch.utils.checkpoint.CheckpointFunction, "apply", _refuse_checkpoint),
+        mock.patch.object(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", _refuse_checkpoint),
+    ):
+        yield
 
 
 def _loss_of(
