@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import accumulate
@@ -20,7 +20,7 @@ from zgraph import ops
 from zgraph.errors import OptionError
 from zgraph.liveness import owners
 from zgraph.pipeline import Pass
-from zgraph.program import Phase, Program, Stage, phase_of, target_name
+from zgraph.program import Phase, Program, Stage, operand, phase_of, target_name
 
 aten = torch.ops.aten
 
@@ -140,15 +140,11 @@ class _Recomputation:
         return self._path_of(reader) == self.block_of[source].path and self._can_be_made(source)
 
     def _can_be_made(self, node: fx.Node) -> bool:
-        """Whether a value of a block can be made from others: where it lies in a kept one's memory, it need not be."""
-        block = self.block_of[node]
-        while (memory := self.owner[node]) is not node:
-            if self.block_of.get(memory) is not block:
-                return False
-            node = memory
-        source = node.args[0] if node.target is operator.getitem else node
-        assert isinstance(source, fx.Node)
-        target = source.target
+        """Whether a value of a block can be made from others: not what lies in memory from outside, or that is kept."""
+        memory = self.owner[node]
+        if memory is not node and self.block_of.get(memory) is not self.block_of[node]:
+            return False
+        target = (operand(memory) if memory.target is operator.getitem else memory).target
         is_plain = not ops.is_random(target) and not ops.may_write(target)
         return is_plain and target not in (*ops.STARTS, ops.wait) and target_name(target) not in self.keep
 
@@ -188,13 +184,15 @@ class _Recomputation:
                 needed.add(node)
                 stack.extend(source for source in node.all_input_nodes if self._same_block(source, node))
         for node in sorted(needed, key=self.position.__getitem__):
-            args, kwargs = fx.map_arg(
-                (node.args, dict(node.kwargs)),
-                lambda source, node=node: copies[source] if self._same_block(source, node) else source,
-            )
-            origin = replace(node.meta["origin"], phase=Phase.BACKWARD)
-            copies[node] = self.program.call(node.target, *args, origin=origin, before=reader, **kwargs)
+            copies[node] = self._copy(node, reader, copies)
         return copies[wanted]
+
+    def _copy(self, node: fx.Node, reader: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
+        """The same call before ``reader``; what it reads of its block has been made again, or is kept."""
+        again = {source: copies[source] for source in node.all_input_nodes if self._same_block(source, node)}
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda source: again.get(source, source))
+        origin = replace(node.meta["origin"], phase=Phase.BACKWARD)
+        return self.program.call(node.target, *args, origin=origin, before=reader, **kwargs)
 
     def _same_block(self, source: fx.Node, node: fx.Node) -> bool:
         """Whether what is made again reads a source that is made again, too."""
@@ -254,7 +252,9 @@ def _lists_of_like_modules(program: Program) -> tuple[str, ...]:
         if not within and len(set(computed)) < len(computed):
             found.append(_members(outer))
     if not found:
-        names = [_members(outer) for outer in large] or sorted({path.partition(".")[0] for path in _forward_paths(program)})
+        names = [_members(outer) for outer in large] or sorted(
+            {path.partition(".")[0] for path in _forward_paths(program)}
+        )
         raise OptionError(
             "recompute finds no blocks: no list or sequence of modules has two members that compute alike",
             fix=f"name modules by their path: recompute={[name for name in names if name][:3]}",

@@ -32,6 +32,11 @@ CONFIGS = [
 INEXACT = [(Config(zero, 200, reduce_precision="bf16", state_precision="int8"), Mesh(2)) for zero in (0, 1, 3)]
 """For mistakes in what is rounded on request; numbers show nothing there."""
 
+RECOMPUTING = [
+    (Config(zero, 100, recompute=(path,)), Mesh(2)) for zero, path in ((3, "blocks.*"), (0, "blocks.*"), (3, "blocks"))
+]
+"""For mistakes in what is made again: of a step that has blocks."""
+
 captured = lru_cache(maxsize=1)(steps)
 
 
@@ -40,6 +45,8 @@ def attempts(*, exact: bool) -> Iterator[tuple[Program, Config, Mesh]]:
     for config, mesh in (*CONFIGS, *([] if exact else INEXACT)):
         for program in captured().values():
             yield program, config, mesh
+    for config, mesh in RECOMPUTING:
+        yield captured()["two blocks"], config, mesh
 
 
 def refusal(mutant: Mutant) -> VerifyError | None:
@@ -68,7 +75,7 @@ def is_shown_by_numbers(mutant: Mutant) -> bool:
 
 @pytest.mark.parametrize("step", captured())
 def test_without_a_mistake_nothing_is_refused(step: str) -> None:
-    for config, mesh in CONFIGS:
+    for config, mesh in (*CONFIGS, *(RECOMPUTING if step == "two blocks" else ())):
         program = run(default_passes(config, mesh), captured()[step]).program
         assert_same_step(program, captured()[step])
 
@@ -80,9 +87,9 @@ def test_a_mistake_is_refused_for_what_it_is_with_its_pass_its_place_and_the_use
     assert error is not None, f"not refused: {mutant.name}"
     assert re.search(mutant.expects.value, error.what), error
     name = error.what.split(" ")[0].rstrip(":")
-    assert name in {p.name for config, mesh in (*CONFIGS, *INEXACT) for p in default_passes(config, mesh)} | {
-        type(getattr(mutant, "extra", None)).__name__
-    }
+    assert name in {
+        p.name for config, mesh in (*CONFIGS, *INEXACT, *RECOMPUTING) for p in default_passes(config, mesh)
+    } | {type(getattr(mutant, "extra", None)).__name__}
     assert (error.where or "").startswith("model.py:"), error
     names = {re.escape(what.name) for program in captured().values() for _, what in program.placeholders()}
     place = rf"node: +\w+|rule: \w+ \(|^\w+: \w+ \(|\b({'|'.join(names)}|bucket\d)\b"

@@ -38,6 +38,7 @@ def parse_bytes(value: int | str, option: str) -> int:
 PRECISIONS: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 RECOMPUTE = ("blocks", "operators")
+"""What ``recompute`` may be besides a list of modules."""
 
 
 _TINY = 2.0**-100
@@ -76,9 +77,10 @@ def check_numbers(numbers: Mapping[str, Any], config: Config) -> None:
 
 
 def _names(value: Any, option: str, example: str) -> tuple[str, ...]:
-    if isinstance(value, str) or not isinstance(value, Iterable) or not all(isinstance(v, str) for v in value):
+    names = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (None,)
+    if not all(isinstance(name, str) for name in names):
         raise OptionError(f"{option}={value!r} is not a list of names", fix=f"give {option}={example}")
-    return tuple(value)
+    return names
 
 
 def _patterns(value: Any) -> tuple[str, ...]:
@@ -116,12 +118,13 @@ class Config:
             where the update treats every element alike; ``optimizer.state_dict()`` has it in float32.
             ``zgraph.packed`` bounds the error. It is for moments: an optimizer that keeps weights in its state (ASGD's
             average, a wide copy) would have them in 8 bits, too. By default state is as the optimizer makes it.
-        recompute: what backward computes again instead of keeping it since forward. ``"blocks"``: all that lies within a
-            block, of which only what goes in is kept; the blocks are the members of lists (``nn.ModuleList``,
-            ``nn.Sequential``) in which two or more compute alike. ``"operators"``: the same, but for the results of matrix
-            products, convolutions and attention, which are kept, too, as they take most of the time. A list of patterns
-            of module paths, such as ``["encoder", "decoder.layers.*"]``: each of these modules is a block. What draws
-            random numbers, as dropout and attention do, never runs again: its results are kept. By default all is kept.
+        recompute: what backward computes again instead of keeping it since forward. ``"blocks"``: all that lies within
+            a block, of which only what goes in is kept; blocks are the members of lists (``nn.ModuleList``,
+            ``nn.Sequential``) of which two or more compute alike. ``"operators"``: the same, but for the results of
+            matrix products, convolutions and attention, which are kept, too, as they take most of the time. A list of
+            patterns of module paths, such as ``["encoder", "decoder.layers.*"]``: each of these modules is a block.
+            What draws random numbers, as dropout and attention do, never runs again: its results are kept. By default
+            all is kept.
         accumulate: how many micro-batches a step has. Their gradients add up, and the update reads the mean.
         keep_gathered: with ZeRO-3 and several micro-batches: gather parameters once for all micro-batches of a step and
             keep them whole until its update, instead of twice for each micro-batch. It takes the memory of all

@@ -212,6 +212,7 @@ CHOICES: OrderedDict[str, list[Any]] = OrderedDict(
     accumulate=[1, 2],
     clip=[{}, {"clip_norm": 0.5}, {"clip_value": 0.01}],
     ema=[0.5, None],
+    recompute=[["0"], None],
 )
 PAIRS = [dict(zip(CHOICES, values, strict=True)) for values in AllPairs(CHOICES.values())]
 
@@ -220,7 +221,7 @@ def train_like_simulated_ranks(optimizer: str, clip: dict[str, float], **options
     """Train on all ranks; weights and state are, bit for bit, those of simulated ranks."""
     rank, num_ranks = world()
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    model = nn.Sequential(nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)))
     simulated = copy.deepcopy(model)
     options.update(loss=lambda y, _: y.square().mean(), **clip)
     its_optimizer = OPTIMIZERS[optimizer](model)

@@ -622,6 +622,33 @@ EDITS = [
         "region(nodes, leaving)",
         "region(nodes, leaving[::-1])",
     ),
+    # Recomputation
+    Edit(
+        "a random operator runs again for backward",
+        "recompute",
+        "is_plain = not ops.is_random(target) and not ops.may_write(target)",
+        "is_plain = not ops.may_write(target)",
+        Refusal.DRAWS,
+    ),
+    Edit(
+        "a call is made again behind what reads it",
+        "recompute",
+        "origin=origin, before=reader, **kwargs)",
+        "origin=origin, before=reader.next, **kwargs)",
+        Refusal.ORDER,
+    ),
+    Edit(
+        "a call is made again without its keywords",
+        "recompute",
+        "origin=origin, before=reader, **kwargs)",
+        "origin=origin, before=reader)",
+    ),
+    Edit(
+        "backward reads the first call that was made again for any",
+        "recompute",
+        "return copies[wanted]",
+        "return next(iter(copies.values()))",
+    ),
 ]
 
 
@@ -798,6 +825,48 @@ class RecomputeDropout(Pass):
         reader = max(mask.users, key=list(program.graph.nodes).index)
         again = program.call(mask.target, *mask.args, origin=mask.meta["origin"], before=reader)
         reader.replace_input_with(mask, again)
+
+
+def _made_again(program: Program) -> Iterator[fx.Node]:
+    """Calls that backward makes again."""
+    yield from (n for n in program.graph.nodes if "origin" in n.meta and n.meta["origin"].made_by == "RecomputeModules")
+
+
+@dataclass(frozen=True)
+class RecomputeFromAnotherBlock(Pass):
+    """Make a block again from what goes into another one."""
+
+    takes = gives = Stage.CAPTURED
+
+    def rewrite(self, program: Program) -> None:
+        again = [n for n in _made_again(program) if n.target is aten.mm.default]
+        for one, other in itertools.pairwise(again):
+            one.replace_input_with(operand(one), operand(other))
+
+
+@dataclass(frozen=True)
+class RecomputeWithAnotherMask(Pass):
+    """Make a block again with the dropout mask of another one."""
+
+    takes = gives = Stage.CAPTURED
+
+    def rewrite(self, program: Program) -> None:
+        masked = [n for n in _made_again(program) if n.target is aten.mul.Tensor]
+        for one, other in itertools.pairwise(masked):
+            one.replace_input_with(operand(one, 1), operand(other, 1))
+
+
+@dataclass(frozen=True)
+class RecomputeAfterTheUpdate(Pass):
+    """Make a call again from parameters that have been updated meanwhile."""
+
+    takes = gives = Stage.INPLACE
+
+    def rewrite(self, program: Program) -> None:
+        for node in list(_made_again(program)):
+            if node.target is aten.mm.default:
+                program.call(node.target, *node.args, origin=node.meta["origin"], before=program.output_node)
+                return
 
 
 @dataclass(frozen=True)
@@ -1058,6 +1127,9 @@ EXTRAS = [
     Extra("a gradient is unscaled twice", UnscaleTwice()),
     Extra("a norm that all ranks have is added up over them", AddUpWhatAllHave()),
     Extra("dropout is drawn again for backward", RecomputeDropout(), Refusal.DRAWS),
+    Extra("a block is made again from what goes into another", RecomputeFromAnotherBlock()),
+    Extra("a block is made again with another's mask", RecomputeWithAnotherMask()),
+    Extra("a call is made again behind the update", RecomputeAfterTheUpdate(), Refusal.MEMORY),
     Extra("masks are drawn in the other order", SwapDraws(), Refusal.DRAWS),
     Extra("padding leaks into a norm", NormOfBuckets()),
     Extra("the new parameters of two buckets are exchanged", SwapResults()),

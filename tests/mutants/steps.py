@@ -7,7 +7,18 @@ from typing import Any
 
 import torch
 
-from tests.programs import Builder, accumulated, averaged, clipped, noisy, param, scaled, two_layers, with_maximum
+from tests.programs import (
+    Builder,
+    accumulated,
+    averaged,
+    blocks,
+    clipped,
+    noisy,
+    param,
+    scaled,
+    two_layers,
+    with_maximum,
+)
 from tests.recipes import Param, Recipe, Rule, build
 from zgraph.accumulation import micro_step
 from zgraph.program import Guard, Input, Phase, Program, Role, StateInit
@@ -147,6 +158,7 @@ def steps() -> dict[str, Program]:
     """All of them by name."""
     return {
         "two layers": two_layers(),
+        "two blocks": blocks(dropout=True),
         "many parameters": many_parameters(),
         "the first step": many_parameters(first=True),
         "different step counts": with_numbers(),
