@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,10 +28,10 @@ FIXED: dict[str, Any] = {"zero": 3, "bucket_bytes": "64KiB", "prefetch": 1, "acc
 class Stack(nn.Module):
     """Residual blocks, of which recomputation has something to choose."""
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int = 2) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)) for _ in range(2)
+            nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)) for _ in range(depth)
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -61,6 +62,7 @@ def predicted(**options: Any) -> tuple[float, int]:
     return made.step_s, made.reserved_bytes
 
 
+@pytest.mark.slow
 def test_of_all_choices_the_fastest_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "_TUNED", {})
     choices = [
@@ -216,3 +218,34 @@ def test_what_is_no_model_or_optimizer_is_refused() -> None:
         zgraph.plan(3, torch.optim.AdamW, batch=rows(), world_size=1)  # type: ignore[arg-type]
     with pytest.raises(OptimizerError, match="optimizer is a int"):
         zgraph.plan(Stack, 3, batch=rows(), world_size=1)  # type: ignore[arg-type]
+
+
+def deep(depth: int = 11, **given: Any) -> zgraph.Plan:
+    defaults: dict[str, Any] = {"batch": rows(), "world_size": WORLD, "hardware": "h100", "accumulate": 1}
+    return zgraph.plan(lambda: Stack(depth), torch.optim.AdamW, **{**defaults, **given})
+
+
+@pytest.mark.parametrize("tight", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_blocks_that_repeat_are_planned_as_if_all_were_captured(tight: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = deep().chosen.reserved_bytes - 1 if tight else 2**30
+    folded = deep(memory=memory)
+    monkeypatch.setattr(planner, "_SIZES", (100, 102))
+    whole = deep(memory=memory)
+    assert replace(folded, rejected=()) == replace(whole, rejected=())
+    for one, other in zip(folded.rejected, whole.rejected, strict=True):
+        assert one.estimate.options == other.estimate.options
+        assert one.estimate.step_s == pytest.approx(other.estimate.step_s, rel=0.02)
+        assert one.estimate.peak_bytes == pytest.approx(other.estimate.peak_bytes, rel=0.02)
+
+
+def test_a_model_whose_blocks_are_not_alike_is_captured_whole_and_the_plan_says_so() -> None:
+    class Uneven(Stack):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for number, block in enumerate(self.blocks):
+                x = x + (block(x) if number % 2 else block(x).tanh())
+            return x.square().mean()
+
+    given = {"batch": rows(), "world_size": WORLD, "hardware": "h100", "memory": "1GiB", **FIXED}
+    plan = zgraph.plan(lambda: Uneven(9), torch.optim.AdamW, **given)
+    assert any("all 9 blocks were captured" in note for note in plan.notes)
+    assert plan.num_params == sum(p.numel() for p in Uneven(9).parameters())

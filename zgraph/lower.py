@@ -44,7 +44,15 @@ class Lowered:
         return b"".join(program.digest() for program in self.programs)
 
 
-def lower(captured: Program, config: Config, mesh: Mesh, layout: Layout | None, own: Sequence[Pass]) -> Lowered:
+def lower(
+    captured: Program,
+    config: Config,
+    mesh: Mesh,
+    layout: Layout | None,
+    own: Sequence[Pass],
+    *,
+    prove: bool = True,
+) -> Lowered:
     """Run the passes.
 
     Args:
@@ -53,14 +61,15 @@ def lower(captured: Program, config: Config, mesh: Mesh, layout: Layout | None, 
         mesh: the ranks.
         layout: buckets that exist already and are to be kept if the program allows it.
         own: a user's passes.
+        prove: that each pass changed no meaning; a plan runs nothing, and leaves that to ``zgraph.compile``.
 
     Raises:
         ZgraphError: see ``zgraph.pipeline.run``.
     """
-    last = run(default_passes(config, mesh, layout, own=own), captured)
+    last = run(default_passes(config, mesh, layout, own=own), captured, prove=prove)
     if config.accumulate == 1:
         return Lowered(last.program, None, last.records)
-    micro = run(default_passes(config, mesh, last.program.layout, own=own), micro_step(captured))
+    micro = run(default_passes(config, mesh, last.program.layout, own=own), micro_step(captured), prove=prove)
     check_same_buckets(last.program.layout, micro.program.layout)
     return Lowered(last.program, micro.program, (*last.records, *micro.records))
 

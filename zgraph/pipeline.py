@@ -89,20 +89,25 @@ def check_order(passes: Sequence[Pass], stage: Stage) -> None:
         stage = p.gives
 
 
-def run(passes: Sequence[Pass], program: Program) -> PipelineResult:
+def run(passes: Sequence[Pass], program: Program, *, prove: bool = True) -> PipelineResult:
     """Run ``passes`` in order on a copy of ``program``, and prove after each that the meaning stayed.
+
+    Args:
+        passes: in order.
+        program: before them.
+        prove: False for a program that will not run.
 
     Raises:
         VerifyError: the order is wrong, or a pass broke a rule or changed what the step computes.
     """
     check_order(passes, program.stage)
     with collector_paused():
-        return _run(passes, program)
+        return _run(passes, program, prove)
 
 
-def _run(passes: Sequence[Pass], program: Program) -> PipelineResult:
-    verifier = Verifier(program)
-    program = verifier.copy()
+def _run(passes: Sequence[Pass], program: Program, prove: bool) -> PipelineResult:
+    verifier = Verifier(program) if prove else None
+    program = verifier.copy() if verifier is not None else program.clone()
     records = []
     for p in passes:
         num_before, start = program.num_nodes(), time.perf_counter()
@@ -110,8 +115,9 @@ def _run(passes: Sequence[Pass], program: Program) -> PipelineResult:
             _rewrite(p, program)
         program.stage = p.gives
         end = time.perf_counter()
-        verifier.assume(p.assumes)
-        verifier.check(program, after=p.name)
+        if verifier is not None:
+            verifier.assume(p.assumes)
+            verifier.check(program, after=p.name)
         verify_s = time.perf_counter() - end
         assumes = tuple(axiom.text for axiom in p.assumes)
         records.append(PassRecord(p.name, end - start, verify_s, num_before, program.num_nodes(), assumes))

@@ -17,10 +17,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from zgraph.batches import Call, call_of, micro_batches
+from zgraph.blocks import KEPT, Short, find_blocks, repeat_blocks, shorten
 from zgraph.capture import capture
 from zgraph.compiler import check_arguments
 from zgraph.config import Config, parse_bytes
-from zgraph.errors import OptimizerError, OptionError, ZgraphError
+from zgraph.errors import CaptureError, OptimizerError, OptionError, ZgraphError
 from zgraph.hardware import Hardware, find_hardware
 from zgraph.lower import Lowered, lower
 from zgraph.machines import PRESETS, preset
@@ -39,6 +40,9 @@ _TUNED: dict[str, tuple[Any, ...]] = {
     "bucket_bytes": tuple(mebi * 2**20 for mebi in (4, 16, 64, 256)),
     "prefetch": (1, 2),
 }
+_SIZES = (KEPT, KEPT + 2)
+"""Numbers of blocks that stand for a model with more of them."""
+
 _NUM_REJECTED = 5
 _NUM_WAYS_OUT = 3
 _MOST_RANKS = 2**16
@@ -135,8 +139,20 @@ class _Step:
         self.call: Call = pytree.tree_map_only(torch.Tensor, _on_cpu, call)
         self._functions: dict[str, Any] = {"loss": loss, "weight": weight, "metrics": metrics}
         self._captured: dict[tuple[Config, int], Program] = {}
-        self.num_blocks = 1
-        self.sizes: tuple[int, ...] = (1,)
+        self.notes: list[str] = []
+        self._short: tuple[Short, torch.optim.Optimizer] | None = None
+        path, self.num_blocks = max(find_blocks(model), key=lambda found: found[1], default=("", 1))
+        if self.num_blocks > _SIZES[-1]:
+            try:
+                short = shorten(model, path)
+                self._short = short, short.optimizer(optimizer, model)
+            except CaptureError as error:
+                self._capture_whole(error)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of blocks from which the whole model's estimate is extended; its own number if it is not."""
+        return _SIZES if self._short is not None else (self.num_blocks,)
 
     @property
     def num_rows(self) -> int:
@@ -153,11 +169,35 @@ class _Step:
         read = replace(config, **{name: getattr(_DEFAULTS, name) for name in _ONLY_PASSES_READ})
         key = (read, num_blocks)
         if key not in self._captured:
-            call = micro_batches(*self.call, config.accumulate)[-1]
-            self._captured[key] = capture(
-                self.model, self.optimizer, *call, config=read, device=torch.device("cpu"), **self._functions
-            )
+            self._captured[key] = self._capture(read, num_blocks)
         return self._captured[key]
+
+    def _capture(self, config: Config, num_blocks: int) -> Program:
+        call = micro_batches(*self.call, config.accumulate)[-1]
+
+        def captured(model: nn.Module, optimizer: torch.optim.Optimizer) -> Program:
+            return capture(model, optimizer, *call, config=config, device=torch.device("cpu"), **self._functions)
+
+        if self._short is None:
+            return captured(self.model, self.optimizer)
+        short, optimizer = self._short
+        if num_blocks == len(short.kept):
+            return captured(short.model, optimizer)
+        return repeat_blocks(self.captured(config, len(short.kept)), short.path, num_blocks)
+
+    def _capture_whole(self, error: CaptureError) -> None:
+        """From now on, as the blocks are not alike."""
+        self._short = None
+        self._captured.clear()
+        self.notes.append(f"all {self.num_blocks} blocks were captured: {error.what}")
+
+    def check_blocks(self, config: Config) -> None:
+        """Capture the whole model if what few of its blocks compute cannot be repeated."""
+        if self._short is not None:
+            try:
+                self.captured(config, _SIZES[-1])
+            except CaptureError as error:
+                self._capture_whole(error)
 
 
 _DEFAULTS = Config()
@@ -191,6 +231,7 @@ class _Search:
 
     def plan(self) -> Plan:
         """Try choices, then work out the best one in full."""
+        self.step.check_blocks(Config.from_options(self.fixed))
         self._try_all()
         fitting = sorted((tried for tried in self._tried.values() if self._fits(tried)), key=_speed)
         if fitting:
@@ -235,7 +276,7 @@ class _Search:
 
     def _predict(self, options: dict[str, Any], num_blocks: int) -> tuple[Lowered, Prediction]:
         config = Config.from_options(options)
-        lowered = lower(self.step.captured(config, num_blocks), config, Mesh(self.world), None, ())
+        lowered = lower(self.step.captured(config, num_blocks), config, Mesh(self.world), None, (), prove=False)
         return lowered, predict(lowered, self.hardware, config.accumulate)
 
     def _in_full(self, tried: _Tried) -> tuple[Lowered, Prediction]:
@@ -331,7 +372,7 @@ class _Search:
             self.budget,
             rejected=tuple(Rejected(tried.estimate, self._why(tried, best)) for tried in self._runners_up(best)),
             ways_out=ways_out,
-            notes=tuple(self._notes),
+            notes=(*self.step.notes, *self._notes),
         )
 
     def _runners_up(self, best: _Tried) -> list[_Tried]:
