@@ -43,6 +43,10 @@ _TUNED: dict[str, tuple[Any, ...]] = {
 _SIZES = (KEPT, KEPT + 2)
 """Numbers of blocks that stand for a model with more of them."""
 
+_UNCERTAINTY, _UNCERTAIN_BYTES = 0.05, 32 * 2**20
+"""By how much of it and by how many bytes an estimate from few blocks may be above what the whole model takes: the
+allocator takes memory in steps of 2 and 20 MiB."""
+
 _NUM_REJECTED = 5
 _NUM_WAYS_OUT = 3
 _MOST_RANKS = 2**16
@@ -215,10 +219,12 @@ class _Tried:
     Attributes:
         options: those that were chosen, and those that the user fixed.
         estimate: of the whole model, extended from few blocks where it repeats some.
+        is_exact: whether it is of the whole model's program instead.
     """
 
     options: dict[str, Any]
     estimate: Estimate
+    is_exact: bool
 
 
 class _Search:
@@ -232,16 +238,36 @@ class _Search:
     def plan(self) -> Plan:
         """Try choices, then work out the best one in full."""
         self.step.check_blocks(Config.from_options(self.fixed))
-        self._try_all()
-        fitting = sorted((tried for tried in self._tried.values() if self._fits(tried)), key=_speed)
+        while (uncertain := self._most_promising()) is not None:
+            self._work_out(uncertain)
+        fitting = [tried for tried in self._tried.values() if self._fits(tried)]
         if fitting:
-            self._tune(fitting[0])
-        for tried in sorted((tried for tried in self._tried.values() if self._fits(tried)), key=_speed):
-            lowered, prediction = self._in_full(tried)
-            if prediction.reserved_bytes <= self.budget:
-                return self._told(tried, lowered, prediction, ())
+            return self._told(min(fitting, key=_speed), ())
         least = min(self._tried.values(), key=lambda tried: tried.estimate.reserved_bytes)
-        return self._told(least, *self._in_full(least), self._ways_out(least))
+        self._work_out(least)
+        least = self._tried[_key(least.options)]
+        return self._told(least, self._ways_out(least))
+
+    def _most_promising(self) -> _Tried | None:
+        """Of what is only estimated and may fit, the fastest, if that may be faster than all that is known to fit."""
+        self._try_all()
+        fitting = [tried for tried in self._tried.values() if self._fits(tried)]
+        if fitting:
+            self._tune(min(fitting, key=_speed))
+        known = [tried for tried in self._tried.values() if tried.is_exact and self._fits(tried)]
+        limit = self.budget * (1 + _UNCERTAINTY) + _UNCERTAIN_BYTES
+        open_ones = [
+            tried for tried in self._tried.values() if not tried.is_exact and tried.estimate.reserved_bytes <= limit
+        ]
+        best = min(open_ones, key=_speed, default=None)
+        if best is None or (known and _speed(best) >= min(map(_speed, known))):
+            return None
+        return best
+
+    def _work_out(self, tried: _Tried) -> None:
+        """Replace an estimate by what the whole model's program gives."""
+        made = self._predict(tried.options, self.step.num_blocks)[1]
+        self._tried[_key(tried.options)] = _Tried(tried.options, Estimate.of(tried.options, made), is_exact=True)
 
     # -- trying -----------------------------------------------------------------------------------------------
 
@@ -249,9 +275,9 @@ class _Search:
         """What these options take, on top of those that the user fixed."""
         merged = {name: value for name, value in options.items() if name == "zero" or value != getattr(_DEFAULTS, name)}
         merged.update(self.fixed)
-        key = tuple(sorted((name, repr(value)) for name, value in merged.items()))
+        key = _key(merged)
         if key not in self._tried:
-            self._tried[key] = _Tried(merged, self._estimate(merged))
+            self._tried[key] = _Tried(merged, self._estimate(merged), is_exact=len(self.step.sizes) == 1)
         return self._tried[key]
 
     def _estimate(self, options: dict[str, Any]) -> Estimate:
@@ -278,9 +304,6 @@ class _Search:
         config = Config.from_options(options)
         lowered = lower(self.step.captured(config, num_blocks), config, Mesh(self.world), None, (), prove=False)
         return lowered, predict(lowered, self.hardware, config.accumulate)
-
-    def _in_full(self, tried: _Tried) -> tuple[Lowered, Prediction]:
-        return self._predict(tried.options, self.step.num_blocks)
 
     def _fits(self, tried: _Tried) -> bool:
         return tried.estimate.reserved_bytes <= self.budget
@@ -362,7 +385,8 @@ class _Search:
 
     # -- telling ----------------------------------------------------------------------------------------------
 
-    def _told(self, best: _Tried, lowered: Lowered, prediction: Prediction, ways_out: tuple[WayOut, ...]) -> Plan:
+    def _told(self, best: _Tried, ways_out: tuple[WayOut, ...]) -> Plan:
+        lowered, prediction = self._predict(best.options, self.step.num_blocks)
         return describe(
             self.step.model,
             lowered,
@@ -389,6 +413,10 @@ class _Search:
             return f"{show_bytes(tried.estimate.reserved_bytes - self.budget)} too much"
         slower = tried.estimate.step_s / best.estimate.step_s - 1
         return f"{slower:.1%} slower" if slower > 5e-4 else "no faster"
+
+
+def _key(options: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(sorted((name, repr(value)) for name, value in options.items()))
 
 
 def _speed(tried: _Tried) -> tuple[float, int]:
