@@ -1,7 +1,7 @@
 """What ``zgraph calibrate`` saved: where it is, what is in it, and the hardware that it describes.
 
-A file is one JSON object, all times in seconds and sizes in bytes, as measured and with the launch of operators still
-in them. ``schema`` is raised when its meaning changes; a file of another schema is refused.
+A file is one JSON object, all times in seconds and sizes in bytes, as measured: on a CPU with the launch of operators
+still in them. ``schema`` is raised when its meaning changes; a file of another schema is refused.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import errno
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -59,10 +59,6 @@ class Run:
     collectives: dict[str, Rows]
     host_link: dict[str, Rows] = field(default_factory=dict)
     disk: dict[str, Rows] = field(default_factory=dict)
-
-    def without_launch(self, rows: Rows) -> list[tuple[float, float]]:
-        """Size and seconds without the host's part, of which a measurement is at least a twentieth."""
-        return [(size, max(seconds - self.launch_s, seconds / 20)) for size, seconds in rows]
 
 
 @dataclass(frozen=True)
@@ -113,6 +109,14 @@ class Calibration:
         alone = found[min(found)]
         return alone if self.device_type == "cuda" else replace(alone, variants=found)
 
+    def _without_launch(self, run: Run, rows: Rows) -> list[tuple[float, float]]:
+        """Size and seconds without the host's part, of which a measurement is at least a twentieth.
+
+        Of a GPU, whose work is recorded and played back, there is no such part.
+        """
+        launch_s = run.launch_s if self.device_type == "cpu" else 0.0
+        return [(size, max(seconds - launch_s, seconds / 20)) for size, seconds in rows]
+
     def _of_run(self, run: Run, several: Run, disk: Mapping[str, Rows]) -> Hardware:
         assumed = machines.this_cpu()
         best = {name: max(2 * b * m * n * k / s for b, m, n, k, s in rows) for name, rows in run.matmul.items()}
@@ -124,8 +128,9 @@ class Calibration:
             collectives[kind] = MeasuredCollective(Curve.through(moved), rounds)
         # Like an all-gather, a rank receives a part from each other one; zgraph has no all-to-all to measure.
         collectives["all_to_all"] = collectives["all_gather"]
-        in_place = Curve.through(run.without_launch(run.memory_in_place))
+        in_place = Curve.through(self._without_launch(run, run.memory_in_place))
         largest, longest = in_place.points[-1]
+        launch_s = run.launch_s if self.device_type == "cpu" else 0.0
         link = {name: _line(rows) for name, rows in run.host_link.items()}
         return Hardware(
             name=f"{self.device_type}, calibrated",
@@ -136,13 +141,13 @@ class Calibration:
             launch_s=run.launch_s,
             host_memory_bytes=self.host_memory_bytes,
             peak_flops=best,
-            vector_flops={name: _rate(run.without_launch(rows)) for name, rows in run.vector.items()},
-            matmuls={name: self._matmul(name, rows, run.launch_s) for name, rows in run.matmul.items()},
-            attention={name: Curve.through(run.without_launch(rows)) for name, rows in run.attention.items()},
-            memory=Curve.through(run.without_launch(run.memory)),
+            vector_flops={name: _rate(self._without_launch(run, rows)) for name, rows in run.vector.items()},
+            matmuls={name: self._matmul(name, rows, launch_s) for name, rows in run.matmul.items()},
+            attention={name: Curve.through(self._without_launch(run, rows)) for name, rows in run.attention.items()},
+            memory=Curve.through(self._without_launch(run, run.memory)),
             memory_in_place=in_place,
-            gather=Curve.through(run.without_launch(run.gather)),
-            transcendental=Curve.through(run.without_launch(run.transcendental)),
+            gather=Curve.through(self._without_launch(run, run.gather)),
+            transcendental=Curve.through(self._without_launch(run, run.transcendental)),
             collectives=collectives,
             network=assumed.network,
             host_link=HostLink(link["pinned"][0], link["pageable"][0], link["pinned"][1])
@@ -214,8 +219,8 @@ def _writing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise StateError(f"{path} cannot be written: {error.strerror}", fix="choose another --output") from error
     finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+        if os.path.exists(partial):  # not so if its folder is a file, or out of reach
+            partial.unlink()
 
 
 def check_writable(path: Path) -> None:
