@@ -3,8 +3,9 @@
 PyTorch's caching allocator takes memory from the device in segments and never gives it back while a step runs, so a
 step needs as much as the segments it fills, holes included. This plays its rules (c10/cuda/CUDACachingAllocator.cpp):
 sizes are rounded to 512 bytes; up to 1 MiB they come from segments of 2 MiB, up to 10 MiB from segments of 20 MiB, and
-above from one of their own, rounded to 2 MiB; the smallest free block that is large enough is used, and split if more
-than 512 bytes of a small one, or 1 MiB of a large one, are left; neighbouring free blocks are merged.
+above from one of their own, rounded to 2 MiB; the smallest free block that is large enough is used, and split if at
+least 512 bytes of a small one, or more than 1 MiB of a large one, are left; neighbouring free blocks are merged. Its
+settings (``PYTORCH_CUDA_ALLOC_CONF``) are the defaults: any block may be split, and segments do not expand.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class CachingAllocator:
     _num_blocks: int = 0
 
     def allocate(self, num_bytes: int) -> _Block:
-        """A block of at least so many bytes."""
+        """A block of at least so many bytes, of which there is one or more."""
         size = max(-(-num_bytes // _ROUND), 1) * _ROUND
         is_small = size <= _SMALL
         free = self._free[is_small]
@@ -74,7 +75,8 @@ class CachingAllocator:
         block.is_free = True
         for other in (block.before, block.after):
             if other is not None and other.is_free:
-                self._free[other.is_small].remove((other.size, other.order, other))
+                free = self._free[other.is_small]
+                del free[bisect_left(free, (other.size, other.order))]
                 block = self._merge(block, other)
         self._put(block)
 
@@ -114,6 +116,7 @@ def reserved_bytes(held: Sequence[_Held], num_steps: int = 2) -> int:
         num_steps: how often the step runs: holes of the first are filled by the next.
     """
     allocator = CachingAllocator()
+    held = [h for h in held if h.num_bytes]  # for no bytes the allocator is not asked
     end = max((h.last for h in held), default=0)
     state = [h for h in held if h.first == 0 and h.last == end]
     for h in state:

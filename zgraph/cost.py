@@ -20,7 +20,7 @@ from torch import fx
 from zgraph import ops
 from zgraph.codegen.kernel import Kernel
 from zgraph.codegen.owned import OwnedUpdate
-from zgraph.curves import maximum
+from zgraph.curves import maximum, minimum
 from zgraph.hardware import Hardware
 from zgraph.liveness import shares_memory
 from zgraph.program import Program, operand
@@ -73,8 +73,10 @@ class Work:
 
 _FREE = Work("view", NOTHING)
 
+_AS_FAST_AS = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
 _COUNTED = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
-"""Dtypes whose arithmetic has a rate of its own; that of integers and booleans is taken to be as fast as float32's."""
+"""Dtypes whose arithmetic has a rate of its own; complex numbers have that of their parts, and integers and booleans
+are taken to be as fast as float32."""
 
 
 @dataclass(frozen=True)
@@ -141,15 +143,22 @@ def seconds(work: Work, hardware: Hardware) -> Size:
         return 0
     if work.unit == LINK:
         return hardware.collective_s(work.collective, work.read_bytes, work.world)
-    if work.unit == MATRIX:
-        return hardware.matmul_s(work.dtype, *work.shape)
-    if work.unit == ATTENTION:
-        return hardware.attention_s(work.dtype, work.flops, work.num_bytes)
     if work.unit == LOOKUP:
         return hardware.gather_s(work.num_bytes)
-    dtype = work.dtype if work.dtype in _COUNTED else torch.float32
+    dtype = rate_of(work.dtype)
+    if work.unit == MATRIX:
+        return hardware.matmul_s(dtype, *work.shape)
+    if work.unit == ATTENTION:
+        return hardware.attention_s(dtype, work.flops, work.num_bytes)
     computing = hardware.vector_s(dtype, work.flops) + hardware.transcendental_s(work.transcendentals)
     return maximum(hardware.memory_s(work.num_bytes, in_place=work.in_place), computing)
+
+
+def rate_of(dtype: torch.dtype) -> torch.dtype:
+    """The dtype whose arithmetic says how fast that of another is; float8 is only there in products."""
+    if dtype in _COUNTED or (dtype.is_floating_point and dtype.itemsize == 1):
+        return dtype
+    return _AS_FAST_AS.get(dtype, torch.float32)
 
 
 def works(node: fx.Node, world: Size) -> tuple[Work, ...]:
@@ -158,8 +167,8 @@ def works(node: fx.Node, world: Size) -> tuple[Work, ...]:
     if isinstance(target, Kernel):
         return (_kernel(node, target),)
     if isinstance(target, OwnedUpdate):
-        return tuple(_owned(target, world))
-    if (shares_memory(node) and target is not ops.pack_state_into) or ops.is_scalar_op(target) or target in _NOTHING:
+        return tuple(_owned(node, target, world))
+    if (shares_memory(node) and not ops.may_write(target)) or ops.is_scalar_op(target) or target in _NOTHING:
         return (_FREE,)
     if target in ops.STARTS:
         return (_collective(node, world),)
@@ -192,7 +201,8 @@ def num_bytes_of(val: Any) -> Size:
         return sum(map(num_bytes_of, val))
     if not isinstance(val, torch.Tensor):
         return 0
-    lies = [size_of(size) for size, stride in zip(val.shape, val.stride(), strict=True) if size_of(stride) != 0]
+    sizes = [(size_of(size), size_of(stride)) for size, stride in zip(val.shape, val.stride(), strict=True)]
+    lies = [size for size, stride in sizes if stride != 0 or size == 0]
     return _product(lies) * val.dtype.itemsize
 
 
@@ -204,10 +214,29 @@ def _product(sizes: Iterable[Size]) -> Size:
 
 
 def _sources(node: fx.Node) -> Iterator[torch.Tensor]:
-    """Values of the tensors that a call reads, each once."""
+    """Values of the tensors that a call reads, each once; what it only writes over is none of them."""
+    over = _outs(node)
     for source in node.all_input_nodes:
-        if isinstance(source.meta["val"], torch.Tensor):
-            yield source.meta["val"]
+        if source not in over:
+            yield from (val for val in _all(source.meta["val"]) if isinstance(val, torch.Tensor))
+
+
+def _outs(node: fx.Node) -> set[Any]:
+    """Arguments ``out`` that are there to be filled, and are not read elsewhere in the call."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return set()
+    names = {argument.name for argument in node.target._schema.arguments if argument.is_out}
+    if not names & node.kwargs.keys():
+        return set()
+    others: list[fx.Node] = []
+    fx.map_arg((node.args, {k: v for k, v in node.kwargs.items() if k not in names}), others.append)
+    return {node.kwargs[name] for name in names & node.kwargs.keys()} - set(others)
+
+
+def _largest(node: fx.Node) -> Size:
+    """Elements of the largest of a call's arguments and results that are tensors."""
+    results = (val for val in _all(node.meta["val"]) if isinstance(val, torch.Tensor))
+    return max(map(numel, (*results, *_sources(node))), default=0, key=_rank_of_size)
 
 
 def _result(node: fx.Node) -> torch.Tensor:
@@ -224,7 +253,8 @@ def _read_bytes(node: fx.Node) -> Size:
 def _moving(family: str, node: fx.Node) -> Work:
     """Reads all arguments and writes all results."""
     dtype = next((v.dtype for v in (_all(node.meta["val"])) if isinstance(v, torch.Tensor)), torch.float32)
-    return Work(family, read_bytes=_read_bytes(node), written_bytes=num_bytes_of(node.meta["val"]), dtype=dtype)
+    written, in_place = num_bytes_of(node.meta["val"]), ops.may_write(node.target)
+    return Work(family, read_bytes=_read_bytes(node), written_bytes=written, in_place=in_place, dtype=dtype)
 
 
 def _all(val: Any) -> Sequence[Any]:
@@ -281,7 +311,11 @@ counter-based generator takes ten rounds (Salmon et al., Parallel Random Numbers
 
 
 def _operations(target: Any) -> tuple[int, int]:
-    return _OPERATIONS.get(target._opname, (1, 0)) if isinstance(target, torch._ops.OpOverload) else (1, 0)
+    return (
+        _OPERATIONS.get(target._opname.removesuffix("_"), (1, 0))
+        if isinstance(target, torch._ops.OpOverload)
+        else (1, 0)
+    )
 
 
 def _computing(work: Work, target: Any, count: Size) -> Work:
@@ -315,14 +349,24 @@ def _kernel(node: fx.Node, target: Kernel) -> Work:
     return work
 
 
-def _owned(target: OwnedUpdate, world: Size) -> Iterator[Work]:
-    """The updates of the rank that has most to do, where each parameter is updated by one rank."""
+def _owned(node: fx.Node, target: OwnedUpdate, world: Size) -> Iterator[Work]:
+    """The updates of the rank that has most to do; of all of them, where every rank computes all.
+
+    A part's results are copied to their places. A result that has no memory yet is filled with zeros before.
+    """
+    is_divided = target.is_divided(tuple(arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in node.args))
     by_owner: dict[int, list[Work]] = {}
     for part in target.parts:
-        mine = by_owner.setdefault(part.owner, [])
+        mine = by_owner.setdefault(part.owner if is_divided else 0, [])
         for inner in part.body.nodes:
             if inner.op == "call_function":
                 mine += [work for work in works(inner, world) if work.unit != NOTHING]
+        for place, dtype in zip(part.gives, target.dtypes, strict=True):
+            moved = _product(place.shape) * dtype.itemsize
+            mine.append(Work("copy", read_bytes=moved, written_bytes=moved, in_place=True, dtype=dtype))
+    for val, write in zip(node.meta["val"], target.writes, strict=True):
+        if write is None:
+            yield Work("fill", written_bytes=num_bytes_of(val), dtype=val.dtype)
     yield from max(by_owner.values(), key=lambda done: sum(work.num_bytes + work.flops / 100 for work in done))
 
 
@@ -335,19 +379,18 @@ def _collective(node: fx.Node, world: Size) -> Work:
     return Work("collective", LINK, read_bytes=whole, collective=kind, world=world)
 
 
-@_family(
-    "mm.default", "addmm.default", "bmm.default", "baddbmm.default", "mv.default", "dot.default", "addbmm", "addmv"
-)
+@_family("mm", "addmm", "bmm", "baddbmm", "mv", "dot", "vdot", "addbmm", "addmv", "_scaled_mm", "_int_mm")
 def _matmul(node: fx.Node) -> Iterable[Work]:
-    """(batch, m, k) by (batch, k, n): 2 * batch * m * n * k operations."""
-    tensors = [source for source in node.args if isinstance(source, fx.Node)]
-    left, right = (tensor.meta["val"] for tensor in tensors[-2:])
-    out = _result(node)
+    """(batch, m, k) by (batch, k, n): 2 * batch * m * n * k operations; four times as many if complex."""
+    first = int(node.target._opname.startswith(("add", "badd")))  # type: ignore[union-attr]
+    left, right = (operand(node, index).meta["val"] for index in (first, first + 1))
     k = size_of(left.shape[-1])
     n = size_of(right.shape[-1]) if right.dim() > 1 else 1
     m = size_of(left.shape[-2]) if left.dim() > 1 else 1
     batch = size_of(left.shape[0]) if left.dim() == 3 else 1
-    yield _product_of_matrices("matmul", out.dtype, (batch, m, n, k), _read_bytes(node), num_bytes_of(out))
+    if left.dtype.is_complex:
+        batch = 4 * batch
+    yield _product_of_matrices("matmul", left.dtype, (batch, m, n, k), _read_bytes(node), num_bytes_of(_result(node)))
 
 
 def _product_of_matrices(
@@ -362,13 +405,16 @@ def _product_of_matrices(
     "_scaled_dot_product_flash_attention_for_cpu.default",
     "_scaled_dot_product_efficient_attention.default",
     "_scaled_dot_product_cudnn_attention.default",
+    "_scaled_dot_product_fused_attention_overrideable.default",
 )
 def _attention(node: fx.Node) -> Iterable[Work]:
     """Two products over (queries, keys): 4 * batch * heads * queries * keys * width operations, half of it if causal.
 
+    The scores have the width of queries and keys, and what they are multiplied with that of values.
+
     FlashAttention, Dao et al. 2022, section 3.1; the causal half as in FlashAttention-2's benchmarks.
     """
-    yield _attends("attention", node, num_products=2)
+    yield _attends("attention", node, of_keys=1, of_values=1)
 
 
 @_family(
@@ -376,96 +422,172 @@ def _attention(node: fx.Node) -> Iterable[Work]:
     "_scaled_dot_product_flash_attention_for_cpu_backward.default",
     "_scaled_dot_product_efficient_attention_backward.default",
     "_scaled_dot_product_cudnn_attention_backward.default",
+    "_scaled_dot_product_fused_attention_overrideable_backward.default",
 )
 def _attention_backward(node: fx.Node) -> Iterable[Work]:
     """Five products: the scores again, and one for each of the gradients of scores, query, key and value."""
-    yield _attends("attention backward", node, num_products=5)
+    yield _attends("attention backward", node, of_keys=3, of_values=2)
 
 
-def _attends(family: str, node: fx.Node, num_products: int) -> Work:
-    query, key = (_argument(node, name).meta["val"] for name in ("query", "key"))
+def _attends(family: str, node: fx.Node, of_keys: int, of_values: int) -> Work:
+    """So many products as wide as keys, and as values."""
+    query, key, value = (_argument(node, name).meta["val"] for name in ("query", "key", "value"))
     *outer, queries, width = map(size_of, query.shape)
-    flops = 2 * num_products * _product(outer) * queries * size_of(key.shape[-2]) * width
-    if _argument(node, "is_causal", default=False):
-        flops = flops / 2 if isinstance(flops, sympy.Basic) else flops // 2
+    each = 1 if _argument(node, "is_causal", default=False) else 2
+    widths = of_keys * width + of_values * size_of(value.shape[-1])
+    flops = each * _product(outer) * queries * size_of(key.shape[-2]) * widths
     return replace(_moving(family, node), unit=ATTENTION, flops=flops, dtype=query.dtype)
 
 
 @_family("convolution.default")
 def _convolution(node: fx.Node) -> Iterable[Work]:
-    """As the product of unfolded patches and weights: 2 * out.numel * (channels in / groups) * kernel operations."""
-    weight, out, groups = _argument(node, "weight").meta["val"], _result(node), _argument(node, "groups", 1)
-    yield _convolves(node, out if not _argument(node, "transposed") else operand(node).meta["val"], weight, groups)
+    """As the product of unfolded patches and weights: 2 * out.numel * (channels in / groups) * kernel operations.
+
+    Of a transposed one, every element of the input, not of the result, meets the kernel.
+    """
+    weight = _argument(node, "weight").meta["val"]
+    many = operand(node).meta["val"] if _argument(node, "transposed") else _result(node)
+    groups, pixels, n, inner = _convolves(many, weight, _argument(node, "groups", 1))
+    moved = _moving("convolution", node)
+    shape = (groups, pixels, n, inner)
+    yield _product_of_matrices("convolution", weight.dtype, shape, moved.read_bytes, moved.written_bytes)
 
 
 @_family("convolution_backward.default")
 def _convolution_backward(node: fx.Node) -> Iterable[Work]:
-    """As much as forward for each gradient that is asked for: of the input and of the weight."""
-    grad, weight, groups = operand(node).meta["val"], _argument(node, "weight").meta["val"], _argument(node, "groups")
-    source = _argument(node, "input").meta["val"] if _argument(node, "transposed") else grad
-    for wanted in _argument(node, "output_mask")[:2]:
-        if wanted:
-            yield _convolves(node, source, weight, groups)
+    """As much as forward for each gradient that is asked for, of the input and of the weight; a sum for the bias.
+
+    Each reads the gradient of the result; the input's reads the weight, too, and the weight's the input.
+    """
+    grad, inputs, weight = (_argument(node, name).meta["val"] for name in ("grad_output", "input", "weight"))
+    many = inputs if _argument(node, "transposed") else grad
+    groups, pixels, n, inner = _convolves(many, weight, _argument(node, "groups"))
+    asked = _argument(node, "output_mask")
+    read = num_bytes_of(grad)
+    if asked[0]:
+        size = (read + num_bytes_of(weight), num_bytes_of(inputs))
+        yield _product_of_matrices("convolution", weight.dtype, (groups, pixels, inner, n), *size)
+    if asked[1]:
+        size = (read + num_bytes_of(inputs), num_bytes_of(weight))
+        yield _product_of_matrices("convolution", weight.dtype, (groups, n, inner, pixels), *size)
+    if asked[2]:
+        written = size_of(grad.shape[1]) * grad.dtype.itemsize
+        yield Work("reduction", flops=numel(grad), read_bytes=read, written_bytes=written, dtype=grad.dtype)
 
 
-def _convolves(node: fx.Node, out: torch.Tensor, weight: torch.Tensor, groups: int) -> Work:
-    n, inner = size_of(weight.shape[0]) // groups, _product(map(size_of, weight.shape[1:]))
-    moved, shape = _moving("convolution", node), (groups, numel(out) / size_of(weight.shape[0]), n, inner)
-    return _product_of_matrices("convolution", weight.dtype, shape, moved.read_bytes, moved.written_bytes)
+def _convolves(many: torch.Tensor, weight: torch.Tensor, groups: int) -> tuple[Size, Size, Size, Size]:
+    """Groups, and of each the pixels that meet the kernel, its rows, and its columns, patches' sizes."""
+    pixels = size_of(many.shape[0]) * _product(map(size_of, many.shape[2:]))
+    return groups, pixels, size_of(weight.shape[0]) // groups, _product(map(size_of, weight.shape[1:]))
 
 
-@_family(
-    "embedding.default", "index_select.default", "index.Tensor", "gather.default", "take", "_embedding_bag.default"
-)
+@_family("embedding.default", "index_select", "index.Tensor", "_unsafe_index.Tensor", "gather", "take")
 def _lookup(node: fx.Node) -> Iterable[Work]:
     """Reads the indices, and of the table what it gives."""
+    table = operand(node)
+    indices = sum(num_bytes_of(source.meta["val"]) for source in node.all_input_nodes if source is not table)
+    indices -= sum(num_bytes_of(out.meta["val"]) for out in _outs(node) if out is not table)
     written = num_bytes_of(node.meta["val"])
-    indices = sum(num_bytes_of(val) for val in _sources(node) if not val.dtype.is_floating_point)
-    yield Work("lookup", LOOKUP, read_bytes=written + indices, written_bytes=written)
+    yield Work("lookup", LOOKUP, read_bytes=written + indices, written_bytes=written, dtype=_result(node).dtype)
+
+
+@_family("_embedding_bag.default", "_embedding_bag_forward_only.default")
+def _bags(node: fx.Node) -> Iterable[Work]:
+    """Reads a row of the table for every index, and adds up those of a bag."""
+    table, indices = operand(node).meta["val"], operand(node, 1).meta["val"]
+    count = numel(indices) * size_of(table.shape[1])
+    read = _read_bytes(node) - num_bytes_of(table) + count * table.dtype.itemsize
+    written = num_bytes_of(node.meta["val"])
+    yield Work("lookup", LOOKUP, count, read_bytes=read, written_bytes=written, dtype=table.dtype)
+
+
+@_family("_embedding_bag_backward.default", "_embedding_bag_dense_backward.default")
+def _bags_backward(node: fx.Node) -> Iterable[Work]:
+    """Fills the table's gradient with zeros, and adds to a row for every index."""
+    table, indices = _result(node), operand(node, 1).meta["val"]
+    count = numel(indices) * size_of(table.shape[1])
+    rows, read = count * table.dtype.itemsize, _read_bytes(node)
+    written = num_bytes_of(table) + rows
+    yield Work("lookup backward", flops=count, read_bytes=read + rows, written_bytes=written, dtype=table.dtype)
 
 
 @_family("embedding_dense_backward.default")
 def _lookup_backward(node: fx.Node) -> Iterable[Work]:
     """Fills the table's gradient with zeros, and adds every row that was read to it."""
-    rows, table = num_bytes_of(operand(node).meta["val"]), num_bytes_of(node.meta["val"])
-    flops = numel(operand(node).meta["val"])
-    yield Work(
-        "lookup backward", flops=flops, read_bytes=2 * rows, written_bytes=table + rows, dtype=_result(node).dtype
-    )
+    grad, table = operand(node).meta["val"], _result(node)
+    rows = numel(grad) * table.dtype.itemsize
+    read, written = _read_bytes(node) + rows, num_bytes_of(table) + rows
+    yield Work("lookup backward", flops=numel(grad), read_bytes=read, written_bytes=written, dtype=table.dtype)
 
 
-@_family("index_put", "index_add", "scatter", "scatter_add", "scatter_reduce", "slice_scatter", "select_scatter")
-@_family("_unsafe_index_put.default", "masked_scatter", "slice_backward.default", "select_backward.default")
+@_family("index_put", "_unsafe_index_put", "index_add", "index_copy", "index_fill", "scatter", "scatter_add")
+@_family("scatter_reduce", "slice_scatter", "select_scatter", "diagonal_scatter", "as_strided_scatter")
+@_family("masked_scatter")
 def _scattering(node: fx.Node) -> Iterable[Work]:
-    """Copies what it writes into, and writes over some of it."""
-    yield _moving("scatter", node)
+    """Copies what it writes into, and then writes the rest of its arguments over some of it, or adds them there."""
+    work, into = _moving("scatter", node), operand(node)
+    values = [_argument(node, name) for name in ("values", "src", "source")]
+    placed = next((value for value in values if isinstance(value, fx.Node)), None)
+    index = next((i for i in (_argument(node, "index"), _argument(node, "mask")) if isinstance(i, fx.Node)), None)
+    if placed is not None:
+        over = num_bytes_of(placed.meta["val"])
+    elif index is not None:  # one number at every place, which may be a row
+        rows = node.target._opname == "index_fill"  # type: ignore[union-attr]
+        of_row = [
+            size for dim, size in enumerate(into.meta["val"].shape) if dim != node.args[1] % into.meta["val"].dim()
+        ]
+        over = numel(index.meta["val"]) * into.meta["val"].dtype.itemsize
+        over = over * _product(map(size_of, of_row)) if rows else over
+    else:
+        over = 0
+    adds = "add" in node.target._opname or "reduce" in node.target._opname  # type: ignore[union-attr]
+    adds = adds or bool(_argument(node, "accumulate")) or isinstance(_argument(node, "reduce"), str)
+    read = work.read_bytes + over if adds else work.read_bytes
+    yield replace(work, read_bytes=read, written_bytes=work.written_bytes + over)
 
 
-@_family("clone.default", "contiguous.default", "_to_copy.default", "copy.default", "cat.default", "stack.default")
-@_family(
-    "reshape.default",
-    "constant_pad_nd.default",
-    "repeat",
-    "roll",
-    "flip",
-    "tril",
-    "triu",
-    "index_copy",
-    "lift_fresh_copy",
-)
-@_family(
-    "repeat_interleave", "masked_select", "as_strided_copy", "unfold_backward", "split_with_sizes_copy", "diag_embed"
-)
+@_family("slice_backward.default", "select_backward.default", "unfold_backward", "diagonal_backward.default")
+def _spreading(node: fx.Node) -> Iterable[Work]:
+    """Fills what it gives with zeros, and then writes its argument over some of it."""
+    work = _moving("scatter", node)
+    yield replace(work, written_bytes=work.written_bytes + work.read_bytes)
+
+
+@_family("clone", "contiguous.default", "_to_copy", "cat", "stack", "reshape.default", "constant_pad_nd", "repeat")
+@_family("roll", "flip", "tril", "triu", "lift_fresh_copy", "repeat_interleave", "masked_select", "diag_embed")
+@_family("split_with_sizes_copy", "view_copy", "permute_copy", "transpose_copy", "expand_copy", "_reshape_copy.default")
 def _copying(node: fx.Node) -> Iterable[Work]:
-    """Reads what it copies and writes the copy: where it takes a part of a tensor, as much as it writes."""
+    """Reads what it copies and writes the copy."""
+    yield _moving("copy", node)
+
+
+@_family("as_strided_copy", "slice_copy", "select_copy", "narrow_copy", "unfold_copy", "diagonal_copy")
+def _copying_a_part(node: fx.Node) -> Iterable[Work]:
+    """Reads of a tensor no more than what it gives."""
     work = _moving("copy", node)
-    yield work
+    yield replace(work, read_bytes=minimum(work.read_bytes, work.written_bytes))
+
+
+@_family("copy")
+def _copying_over(node: fx.Node) -> Iterable[Work]:
+    """Gives its second argument in the shape and dtype of the first, of which it reads nothing."""
+    read = num_bytes_of(operand(node, 1).meta["val"])
+    yield replace(_moving("copy", node), read_bytes=read)
+
+
+@_family("fill")
+def _filling_with(node: fx.Node) -> Iterable[Work]:
+    """Reads at most the number that it fills a tensor with."""
+    value = node.args[1]
+    read = num_bytes_of(value.meta["val"]) if isinstance(value, fx.Node) else 0
+    yield replace(_moving("fill", node), read_bytes=read)
 
 
 @_family(
     "arange", "linspace", "full", "zeros", "ones", "empty", "eye", "new_zeros", "new_ones", "new_full", "new_empty"
 )
-@_family("empty_like", "zeros_like", "ones_like", "full_like", "scalar_tensor")
+@_family("empty_like", "zeros_like", "ones_like", "full_like", "scalar_tensor", "tril_indices", "triu_indices", "zero")
+@_family("empty_strided", "empty_permuted", "new_empty_strided", "logspace")
 def _filling(node: fx.Node) -> Iterable[Work]:
     if "empty" in node.target._opname:  # type: ignore[union-attr]
         return (replace(_FREE, family="fill"),)
@@ -475,27 +597,35 @@ def _filling(node: fx.Node) -> Iterable[Work]:
 @_family("_softmax.default", "_log_softmax.default", "_safe_softmax.default", "_softmax_backward_data.default")
 @_family("_log_softmax_backward_data.default", "logsumexp", "logcumsumexp")
 def _softmax(node: fx.Node) -> Iterable[Work]:
-    """An exponential, a maximum and a sum of each element."""
-    count = numel(_result(node))
-    yield replace(_moving("softmax", node), flops=4 * count, transcendentals=count)
+    """An exponential, a maximum and a sum of each element; backward has an exponential only of a logarithm."""
+    count, name = _largest(node), node.target._opname  # type: ignore[union-attr]
+    yield replace(_moving("softmax", node), flops=4 * count, transcendentals=count * (name != "_softmax_backward_data"))
 
 
 @_family("nll_loss_forward.default", "nll_loss2d_forward.default")
 def _picking(node: fx.Node) -> Iterable[Work]:
-    """Reads one element of each row."""
-    target = _argument(node, "target").meta["val"]
-    yield Work("loss", read_bytes=2 * num_bytes_of(target), written_bytes=num_bytes_of(node.meta["val"]))
+    """Reads one element of each row, and which one."""
+    source, target = operand(node).meta["val"], _argument(node, "target").meta["val"]
+    read = num_bytes_of(target) + numel(target) * source.dtype.itemsize
+    written = num_bytes_of(node.meta["val"])
+    yield Work("loss", flops=numel(target), read_bytes=read, written_bytes=written, dtype=source.dtype)
 
 
 @_family("nll_loss_backward.default", "nll_loss2d_backward.default", "mse_loss_backward.default", "mse_loss.default")
 @_family("binary_cross_entropy", "binary_cross_entropy_backward", "smooth_l1_loss", "smooth_l1_loss_backward")
-@_family("huber_loss", "huber_loss_backward")
+@_family("huber_loss", "huber_loss_backward", "binary_cross_entropy_with_logits", "soft_margin_loss")
 def _loss(node: fx.Node) -> Iterable[Work]:
-    """Of what it writes it fills all; the gradient of a picked element needs no more than which one it was."""
-    work = _moving("loss", node)
-    if "nll" in node.target._opname:  # type: ignore[union-attr]
-        work = replace(work, read_bytes=num_bytes_of(_argument(node, "target").meta["val"]))
-    yield replace(work, flops=numel(_result(node)))
+    """A few operations of each element.
+
+    The gradient of a picked element needs no more than which one it was, and fills all of the result.
+    """
+    work, name = _moving("loss", node), node.target._opname  # type: ignore[union-attr]
+    count = _largest(node)
+    if "nll" in name:
+        picked = (operand(node), _argument(node, "target"))
+        work = replace(work, read_bytes=sum(num_bytes_of(each.meta["val"]) for each in picked))
+    entropies = 2 * count if "entropy" in name and "backward" not in name else 0
+    yield replace(work, flops=4 * count, transcendentals=entropies)
 
 
 @_family(
@@ -518,7 +648,34 @@ def _norm_backward(node: fx.Node) -> Iterable[Work]:
 @_family("native_dropout.default", "bernoulli", "rand", "randn", "randint", "rand_like", "randn_like", "randint_like")
 @_family("native_dropout_backward.default", "normal", "uniform", "randperm", "multinomial.default", "normal_functional")
 def _random(node: fx.Node) -> Iterable[Work]:
-    yield _computing(_moving("random", node), node.target, numel(_result(node)))
+    """Numbers of a generator; of what they are to be like, only the shape is read."""
+    work = _moving("random", node)
+    name, overload = node.target._opname, node.target._overloadname  # type: ignore[union-attr]
+    if name.endswith(("_like", "_functional")) or name == "uniform" or (name, overload) == ("bernoulli", "p"):
+        work = replace(work, read_bytes=0)
+    yield _computing(work, node.target, numel(_result(node)))
+
+
+@_family("mkldnn_rnn_layer.default")
+def _recurrent(node: fx.Node) -> Iterable[Work]:
+    """A product with all inputs, and one after another with what each step gives to the next."""
+    yield from _recurs(node, operand(node, 1), operand(node, 2), times=1)
+
+
+@_family("mkldnn_rnn_layer_backward.default")
+def _recurrent_backward(node: fx.Node) -> Iterable[Work]:
+    """As much as forward for the gradients of inputs, and of weights."""
+    yield from _recurs(node, operand(node, 1), operand(node, 2), times=2)
+
+
+def _recurs(node: fx.Node, of_inputs: fx.Node, of_steps: fx.Node, times: int) -> Iterable[Work]:
+    steps, batch, width = map(size_of, operand(node).meta["val"].shape)
+    moved, dtype = _moving("recurrent", node), operand(node).meta["val"].dtype
+    (gates, _), (_, hidden) = (map(size_of, weight.meta["val"].shape) for weight in (of_inputs, of_steps))
+    yield _product_of_matrices(
+        "recurrent", dtype, (times, steps * batch, gates, width), moved.read_bytes, moved.written_bytes
+    )
+    yield _product_of_matrices("recurrent", dtype, (times * steps, batch, gates, hidden), 0, 0)
 
 
 @_family("topk.default", "sort", "argsort", "kthvalue.default", "median.dim")

@@ -7,6 +7,7 @@ them (``zgraph.liveness``). What is alive at the peak, and what it is for, answe
 from __future__ import annotations
 
 import enum
+import operator
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,11 +20,15 @@ from torch import fx
 from zgraph import ops
 from zgraph.liveness import lifetimes
 from zgraph.ops import root_of
-from zgraph.program import FlatGradient, Phase, Program, Role, target_name
+from zgraph.program import FlatGradient, Phase, Program, Role, operand, target_name
 
 
 class Kind(enum.Enum):
-    """What bytes are for."""
+    """What bytes are for.
+
+    ACTIVATIONS are computed in forward and held beyond it. COMMUNICATION is what is sent and is none of the kinds
+    before, and what other ranks sent before it is added up.
+    """
 
     PARAMS = "parameter shards"
     GATHERED = "gathered parameters"
@@ -125,26 +130,23 @@ def footprint(program: Program, *, staged: bool = True) -> Footprint:
             found.append(Holding(str(what), kind, val.nbytes, 0, len(nodes) - 1))
     for life in lifetimes(program, staged=staged):
         origin = life.node.meta["origin"]
-        kind = _kind(life.node, nodes[life.last])
-        held = _received(life.node, life.num_bytes) if staged else 0
-        for part, num_bytes in ((kind, life.num_bytes - held), (Kind.COMMUNICATION, held)):
-            if num_bytes:
-                name = (
-                    target_name(life.node.target) if isinstance(life.node.target, torch._ops.OpOverload) else "update"
-                )
-                found.append(Holding(name, part, num_bytes, life.first, life.last, origin.module, origin.source))
+        if life.num_bytes:
+            kind = Kind.COMMUNICATION if life.is_received else _kind(life.node, nodes[life.last])
+            name = _maker(life.node)
+            found.append(Holding(name, kind, life.num_bytes, life.first, life.last, origin.module, origin.source))
     return Footprint(tuple(found), len(nodes))
 
 
-def _received(node: fx.Node, num_bytes: int) -> int:
-    """Of what a reduction holds, that which other ranks sent."""
-    return num_bytes - node.meta["val"].nbytes if node.target is ops.reduce_scatter else 0
+def _maker(node: fx.Node) -> str:
+    """The operator that made a value, where it may be one of several results."""
+    target = operand(node).target if node.target is operator.getitem else node.target
+    return target_name(target) if isinstance(target, torch._ops.OpOverload) else "update"
 
 
 def _kind(node: fx.Node, last: fx.Node) -> Kind:
     if node.target in (ops.all_gather, ops.all_gather_into):
         return Kind.GATHERED
-    if node.target in (ops.reduce_scatter, ops.all_reduce) or _is_gradient(node):
+    if node.target is ops.reduce_scatter or _is_gradient(node):
         return Kind.GRADIENTS
     phase: Phase = node.meta["origin"].phase
     last_phase = last.meta["origin"].phase if last.op == "call_function" else Phase.UPDATE
@@ -156,9 +158,13 @@ def _kind(node: fx.Node, last: fx.Node) -> Kind:
 
 
 def _is_gradient(node: fx.Node) -> bool:
-    """Whether a value is a bucket's flat gradient, or goes into one."""
+    """Whether a value is a bucket's flat gradient, or the sum of those of all ranks, or goes into one."""
     if isinstance(node.meta.get("holds"), FlatGradient):
         return True
+    if node.target is ops.all_reduce:
+        sent = operand(node)
+        rounded = operand(sent) if sent.target is torch.ops.aten._to_copy.default else sent
+        return any(isinstance(each.meta.get("holds"), FlatGradient) for each in (sent, root_of(rounded)))
     if node.meta["origin"].phase is not Phase.BACKWARD:
         return False
     reached, seen = [node], {node}

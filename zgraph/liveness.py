@@ -8,7 +8,7 @@ in the emitted code.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -44,20 +44,40 @@ def _lies_in(node: fx.Node) -> fx.Node | None:
     """The node whose memory a value shares; None if it has memory of its own."""
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node):
-        return None
-    if ops.view_of(node) is not None or (node.target in _VIEWS_IF_CONTIGUOUS and source.meta["val"].is_contiguous()):
+        return _written_over(node) if ops.may_write(node.target) else None
+    if ops.view_of(node) is not None or (node.target in _VIEWS_IF_CONTIGUOUS and _lies_as_asked(node, source)):
         return source
-    if node.target is ops.pack_state_into:
-        out = node.kwargs["out"]
-        return out if isinstance(out, fx.Node) else None
     if node.target is ops.wait:
         out = source.kwargs.get("out")
         return out if isinstance(out, fx.Node) else source
+    if ops.may_write(node.target) and node.target not in ops.STARTS:
+        return _written_over(node)
     if node.target is operator.getitem:
         writes = getattr(source.target, "writes", None)
         index = writes[node.args[1]] if writes is not None else None
         return operand(source, index) if index is not None else None
     return None
+
+
+def _written_over(node: fx.Node) -> fx.Node | None:
+    """The argument that an operator of torch stores its only result in and returns."""
+    if not isinstance(node.target, torch._ops.OpOverload) or len(node.target._schema.returns) != 1:
+        return None
+    alias = node.target._schema.returns[0].alias_info
+    if alias is None or not alias.is_write:
+        return None
+    for index, argument in enumerate(node.target._schema.arguments):
+        info = argument.alias_info
+        if info is not None and info.is_write and info.before_set == alias.before_set:
+            given = node.kwargs.get(argument.name, node.args[index] if index < len(node.args) else None)
+            return given if isinstance(given, fx.Node) else None
+    return None
+
+
+def _lies_as_asked(node: fx.Node, source: fx.Node) -> bool:
+    """Whether what is to be made contiguous is so."""
+    asked: torch.memory_format = node.kwargs.get("memory_format", torch.contiguous_format)  # type: ignore[assignment]
+    return source.meta["val"].is_contiguous(memory_format=asked)  # type: ignore[no-any-return]
 
 
 def written(node: fx.Node) -> list[fx.Node]:
@@ -75,19 +95,24 @@ class Lifetime:
     """Temporary memory that a call allocates.
 
     Attributes:
-        node: the call.
-        num_bytes: of all its results that have memory of their own.
+        node: the call; of several results, what unpacks one of them.
+        num_bytes: of its results that have memory of their own.
         first, last: positions in the graph of the call, and of the last one that needs the memory.
+        is_received: whether it holds what other ranks sent, until that has been added up.
     """
 
     node: fx.Node
     num_bytes: int
     first: int
     last: int
+    is_received: bool = False
 
 
 def lifetimes(program: Program, *, staged: bool = True) -> list[Lifetime]:
     """Every temporary of a program, in order of allocation.
+
+    Several results of a call are there from the call on, and those that nothing unpacks, or not yet, for as long as
+    others are being unpacked. What is sent is held until the wait; but an all-reduce sends a copy.
 
     Args:
         staged: collectives are zgraph's own transfers (gloo), where a reduction first receives every other rank's part
@@ -96,25 +121,54 @@ def lifetimes(program: Program, *, staged: bool = True) -> list[Lifetime]:
     owner = owners(program)
     first: dict[fx.Node, int] = {}
     last: dict[fx.Node, int] = {}
+    unpacked: dict[fx.Node, dict[Any, fx.Node]] = {}
+    received: list[Lifetime] = []
     for index, node in enumerate(program.graph.nodes):
         if node.op == "placeholder":
             continue
         if node.op == "call_function" and owner[node] is node:
             first[node] = index
+            if node.target is operator.getitem and operand(node) in first:
+                first[node] = first[operand(node)]
+                same = unpacked.setdefault(operand(node), {}).setdefault(node.args[1], node)
+                if same is not node:  # unpacked twice
+                    del first[node]
+                    owner[node] = same
         last[owner[node]] = index
         for source in node.all_input_nodes:
-            last[owner[source]] = index
-            if node.target is ops.wait:
+            last[_memory(owner, source)] = index
+            if node.target is ops.wait and source.target is not ops.all_reduce:
                 for sent in source.all_input_nodes:  # what travels is held until it has arrived
-                    last[owner[sent]] = index
-    return [Lifetime(node, _allocated(program, node, staged), start, last[node]) for node, start in first.items()]
+                    last[_memory(owner, sent)] = index
+                if source.target is ops.reduce_scatter and staged:
+                    # the result is added up where the first part of this rank's slice came to lie
+                    more = _bytes(source.meta["val"]) * max(program.mesh.size - 2, 0)
+                    received.append(Lifetime(source, more, first[source], index, is_received=True))
+    found = [life for life in received if life.num_bytes]
+    for node, start in first.items():
+        end = last[node]
+        if node.target is operator.getitem:
+            end = max(end, last[operand(node)])
+        num_bytes = _allocated(node, unpacked.get(node, {}).keys())
+        found.append(Lifetime(node, num_bytes, start, end))
+    return sorted(found, key=lambda life: life.first)
 
 
-def alive_bytes(program: Program) -> Iterator[tuple[fx.Node, int]]:
-    """Each node with the bytes of temporaries alive just after it has run, its arguments still held."""
+def _memory(owner: dict[fx.Node, fx.Node], node: fx.Node) -> fx.Node:
+    """The owner of a node's memory, where the owner itself may be a second name for another's."""
+    found = owner[node]
+    return owner[found]
+
+
+def alive_bytes(program: Program, *, staged: bool = True) -> Iterator[tuple[fx.Node, int]]:
+    """Each node with the bytes of temporaries alive just after it has run, its arguments still held.
+
+    Args:
+        staged: see ``lifetimes``.
+    """
     nodes = list(program.graph.nodes)
     change = [0] * (len(nodes) + 1)
-    for life in lifetimes(program):
+    for life in lifetimes(program, staged=staged):
         change[life.first] += life.num_bytes
         change[life.last + 1] -= life.num_bytes
     yield from zip(nodes, accumulate(change), strict=False)
@@ -135,20 +189,23 @@ def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     return dying
 
 
-def _allocated(program: Program, node: fx.Node, staged: bool) -> int:
-    """Bytes that running ``node`` allocates for its results."""
-    if node.target is ops.wait or node.target in ops.INTO or _has_getitems(node):
+def _allocated(node: fx.Node, unpacked: Collection[Any]) -> int:
+    """Bytes that running ``node`` allocates for its results, those not counted that are unpacked from them."""
+    if node.target is ops.wait or node.target in ops.INTO:
         return 0
-    if node.target is ops.reduce_scatter and staged:
-        # the parts of this rank's slice that the other ranks send
-        return _bytes(node.meta["val"]) * max(program.mesh.size - 1, 1)
-    return _bytes(node.meta["val"])
-
-
-def _has_getitems(node: fx.Node) -> bool:
-    """Whether the results of a node are counted at the nodes that unpack them."""
-    return isinstance(node.meta["val"], (tuple, list))
+    val = node.meta["val"]
+    if not isinstance(val, (tuple, list)):
+        return _bytes(val)
+    if ops.is_view(node.target):
+        return 0
+    writes = getattr(node.target, "writes", (None,) * len(val))
+    return sum(
+        _bytes(each)
+        for index, (each, write) in enumerate(zip(val, writes, strict=True))
+        if index not in unpacked and write is None
+    )
 
 
 def _bytes(val: Any) -> int:
-    return val.nbytes if isinstance(val, torch.Tensor) else 0
+    """Bytes of the memory that a value has of its own, gaps between its elements included."""
+    return val.untyped_storage().nbytes() if isinstance(val, torch.Tensor) else 0

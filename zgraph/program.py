@@ -305,12 +305,13 @@ class Program:
         if isinstance(val, torch.Tensor):
             known = self._keys.get(id(val))  # asking a fake tensor takes longer than all else here
             if known is None:
-                form = (tuple(val.shape), val.stride(), val.storage_offset(), val.dtype, str(val.device))
+                sizes = (*val.shape, *val.stride(), val.storage_offset())
+                form = (val.dim(), tuple(map(_of_size, sizes)), val.dtype, str(val.device))
                 known = self._keys[id(val)] = (val, self._forms.setdefault(form, len(self._forms)))
             return known[1]
         if isinstance(val, (tuple, list)):
             return (type(val).__name__, *map(self.form_of, val))
-        return (type(val).__name__, val)
+        return (type(val).__name__, _of_size(val))
 
     def empty(self, shape: Iterable[int], dtype: torch.dtype, device: torch.device) -> FakeTensor:
         """A fake tensor of this program's mode, to be a placeholder's value."""
@@ -431,6 +432,11 @@ def _without_log() -> Iterator[None]:
         yield
     finally:
         log.disabled = before
+
+
+def _of_size(number: Any) -> Hashable:
+    """A size that can be looked up: of one that is symbolic, the expression."""
+    return number.node.expr if isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool)) else number
 
 
 def _is_whole(arg: Any) -> bool:

@@ -1,8 +1,14 @@
 """A program played on a machine: when each call runs, and what is exposed.
 
 Each lane does one thing after another: ``issue`` (the host, which starts operators), ``compute``, and one for each
-process group. Node order is issue order. A collective starts when it has been issued and its lane is free; a wait
-holds up the lane that issued it. On a CPU, issuing and computing are one lane.
+process group. Node order is issue order. A collective starts when it has been issued, what was computed before it is
+there, and its lane is free; a wait holds up the computing that is issued after it.
+
+Of the compute lane, from the start to the end of the last call on it, every second is one of three: its own work
+(``busy_s["compute"]``), waiting for communication (``exposed_s``), and waiting for the host (``starved_s``). Before a
+GPU the host runs ahead and issues to a queue, so computing waits for it only where calls are shorter than issuing them;
+until a wait has been issued it holds up nothing, so that a second in which the host is late is not exposed as well. A
+CPU issues and computes in turns, so there ``starved_s`` is all the time that issuing takes.
 """
 
 from __future__ import annotations
@@ -45,18 +51,20 @@ class Timeline:
     """A step on a machine.
 
     Attributes:
-        events: of all calls that take time, in order of issue.
+        events: of all calls that take time, and of all waits, in order of issue.
         step_s: from the first call to the end of the last.
-        busy_s: seconds of work by lane.
+        busy_s: seconds of work by lane; of ``issue``, those that the host spends on starting operators.
         exposed_s: seconds in which computing waits for communication.
+        starved_s: seconds in which computing waits for the host.
         matrix_flops: floating-point operations of matrix products and attention.
-        unknown: operators of no family, which were costed by their bytes, by name.
+        unknown: calls of operators of no family, which were costed by their bytes, by name.
     """
 
     events: tuple[Event, ...]
     step_s: float
     busy_s: dict[str, float]
     exposed_s: float
+    starved_s: float
     matrix_flops: int
     unknown: Counter[str]
 
@@ -71,37 +79,43 @@ def play(program: Program, hardware: Hardware, *, cost_of: Callable[[fx.Node], C
     """
     cost_of = cost_of or Costs(program, hardware).of
     is_ahead = hardware.device_type != "cpu"  # the host issues to a queue
-    free: dict[str, float] = {ISSUE: 0.0, COMPUTE: 0.0}
+    issued, computed = 0.0, 0.0  # when each lane is free
+    links: dict[str, float] = {}
     busy: Counter[str] = Counter()
     ends: dict[fx.Node, float] = {}
     unknown: Counter[str] = Counter()
     events: list[Event] = []
-    exposed, flops = 0.0, 0
+    exposed, starved, flops = 0.0, 0.0, 0
     for node in program.graph.nodes:
         if node.op != "call_function":
             continue
-        if node.target is ops.wait:
-            before = free[COMPUTE]
-            free[COMPUTE] = max(before, ends[operand(node)])
-            exposed += free[COMPUTE] - before
-            events.append(Event(node, COMPUTE, before, free[COMPUTE], cost_of(node)))
-            continue
         cost = cost_of(node)
-        if not cost.num_calls:
+        if node.target is ops.wait:
+            start = max(computed, issued)
+            starved += start - computed
+            computed = max(start, ends[operand(node)])
+            exposed += computed - start
+            events.append(Event(node, COMPUTE, start, computed, cost))
+            continue
+        if not cost.num_calls and node.target not in ops.STARTS:
             continue
         if not cost.is_known:
             unknown[target_name(node.target)] += 1
         flops += sum(work.flops for work in cost.works if work.unit in (MATRIX, ATTENTION))
-        free[ISSUE] += hardware.launch_s * cost.num_calls
-        lane = COMPUTE
-        ready = free[ISSUE] if is_ahead else free[COMPUTE] + hardware.launch_s * cost.num_calls
+        launching = hardware.launch_s * cost.num_calls
+        busy[ISSUE] += launching
+        issued = issued + launching if is_ahead else computed + launching
+        if not is_ahead or node.target not in ops.STARTS:
+            starved += max(issued - computed, 0.0)
+            computed = max(issued, computed)
         if node.target in ops.STARTS:
             lane = str(program.mesh.axis)
-            if not is_ahead:
-                free[COMPUTE] = ready
-            ready = max(ready, free[COMPUTE])  # what is sent has been computed
-        start = max(ready, free.get(lane, 0.0))
-        free[lane] = ends[node] = start + cost.seconds
+            start = max(issued, computed, links.get(lane, 0.0))  # what is sent has been computed
+            ends[node] = links[lane] = start + cost.seconds
+        else:
+            lane, start = COMPUTE, computed
+            computed += cost.seconds
         busy[lane] += cost.seconds
-        events.append(Event(node, lane, start, free[lane], cost))
-    return Timeline(tuple(events), max(free.values()), dict(busy), exposed, flops, unknown)
+        events.append(Event(node, lane, start, start + cost.seconds, cost))
+    step = max(issued, computed, *links.values())
+    return Timeline(tuple(events), step, dict(busy), exposed, starved, flops, unknown)
