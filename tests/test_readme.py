@@ -1,4 +1,4 @@
-"""Every Python block of the README and of the guide to recipes runs, in order and as written, in one process."""
+"""Every Python block of the README and of the guides runs, in order and as written, in one process."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ def test_the_readme_runs_as_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_guide_to_recipes_runs_as_written(tmp_path: Path) -> None:
-    script = tmp_path / "recipe.py"
-    script.write_text("\n".join(blocks("docs/recipe.md")))
+@pytest.mark.parametrize("guide", ["recipe", "plan"])
+def test_a_guide_runs_as_written(guide: str, tmp_path: Path) -> None:
+    script = tmp_path / "guide.py"
+    script.write_text("\n".join(blocks(f"docs/{guide}.md")))
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

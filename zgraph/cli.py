@@ -19,7 +19,7 @@ from rich.console import Console
 from torch.distributed.elastic.multiprocessing import SignalException
 
 from zgraph import calibrate, calibration, demo, plan_command
-from zgraph.errors import ZgraphError
+from zgraph.errors import OptionError, ZgraphError
 
 OK, CHECK_FAILED, BAD_ARGUMENTS, COULD_NOT_RUN, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -143,6 +143,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _make_parser().parse_args(argv)
     try:
         status: int = arguments.run(arguments)
+    except OptionError as error:
+        print(f"zgraph: {error.what}" + (f" ({error.fix})" if error.fix else ""), file=sys.stderr)
+        return BAD_ARGUMENTS
     except ZgraphError as error:
         print(f"zgraph: {error}", file=sys.stderr)
         return COULD_NOT_RUN

@@ -1,0 +1,102 @@
+"""``zgraph plan``: models by name, config or function, a table or JSON, and exit statuses that scripts rely on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from zgraph import cli
+
+FIXED = ["--zero", "3", "--accumulate", "1", "--recompute", "none"]
+TINY = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
+    "num_hidden_layers": 2, "num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
+}  # fmt: skip
+MODULE = """
+import torch
+
+class Model(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x).square().mean()
+
+def build(batch):
+    return Model(16, 16), (torch.empty(batch, 16),)
+
+def nothing():
+    return None
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(TINY))
+    return str(path)
+
+
+def test_a_config_is_planned_as_a_table(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "--hf", config, "--world", "4", "--hardware", "h100", "--batch", "2", "--seq", "16", *FIXED]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr()
+    for part in ("4 x H100", "fits, with", "peak memory", "tokens/s on each", "optimizer state"):
+        assert part in printed.out
+    assert not printed.err
+
+
+def test_a_plan_that_does_not_fit_has_a_status_of_its_own(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "--hf", config, "--world", "1", "--hardware", "h100", "--seq", "16", "--memory", "1MiB"]
+    assert cli.main([*arguments, "--json", *FIXED]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] is False
+    assert found["num_tokens"] == 16
+
+
+def test_a_function_gives_a_model_and_its_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "given_model.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--world", "1", "--hardware", "h100", "--batch", "6", *FIXED]
+    assert cli.main(["plan", "--model", "given_model:build", *arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["num_params"], found["num_examples"]) == (16 * 16 + 16, 6)
+    for name, says in (("nothing", "returned a NoneType"), ("absent", "no function 'absent'")):
+        assert cli.main(["plan", "--model", f"given_model:{name}", *arguments]) == 2
+        assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--preset", "gpt9", "--world", "1"], "gpt2"),
+        (["--preset", "gpt2", "--world", "0"], "world_size=0"),
+        (["--preset", "gpt2", "--world", "1", "--hardware", "h9000"], "H100"),
+        (["--preset", "gpt2", "--world", "1", "--memory", "much"], "memory='much'"),
+        (["--preset", "gpt2", "--world", "1", "--batch", "0"], "--batch 0"),
+        (["--preset", "gpt2", "--world", "1", "--seq", "4096"], "1024 positions"),
+        (["--preset", "gpt2", "--world", "1", "--zero", "three"], "--zero three"),
+        (["--preset", "gpt2", "--world", "1", "--nic", "fast"], "nic='fast'"),
+        (["--hf", "absent.json", "--world", "1"], "absent.json"),
+        (["--model", "absent_module:build", "--world", "1"], "absent_module"),
+        (["--model", "no_colon", "--world", "1"], "no colon"),
+    ],
+)
+def test_bad_input_gets_one_line(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert says in printed.err
+    assert printed.err.count("\n") == 1
+    assert not printed.out
+
+
+@pytest.mark.parametrize("arguments", [[], ["--preset", "gpt2"], ["--preset", "gpt2", "--world", "many"]])
+def test_what_is_missing_or_no_number_is_said_in_one_line(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["plan", *arguments])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
