@@ -16,6 +16,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -148,9 +149,10 @@ class _Plan:
         for at, block in enumerate(order):
             for start in range(first, first + length):
                 i = start + at * length
-                expected = None if labels[start] is None else block
-                if i >= len(labels) or labels[i] != expected or kinds[i] != kinds[first]:
-                    raise refuse(min(i, len(labels) - 1))
+                if i >= len(labels) or kinds[i] != kinds[first]:
+                    raise refuse(start)
+                if labels[i] != block and (labels[start] is not None or labels[i] in self.middle):
+                    raise refuse(start)
         end = first + length * len(order)
         if end < len(labels) and labels[end] == order[-1] and kinds[end] == kinds[first]:
             raise refuse(end)
@@ -227,10 +229,10 @@ class _Repetition:
         self.program, self.numbering = program, numbering
         self.plan = _Plan(before, after)
         self.nodes = [node for node in program.graph.nodes if node.op != "output"]
-        self.labels, self.kinds = self._blocks_of_nodes()
+        self.labels, near, self.kinds = self._blocks_of_nodes()
         self.graph = fx.Graph()
         self.kept: dict[fx.Node, fx.Node] = {}
-        self.label_of = dict(zip(self.nodes, self.labels, strict=True))
+        self.label_of = dict(zip(self.nodes, near, strict=True))
         self.slots: dict[int, _Slot] = {}  # by position of the node in the first block of its sweep
         self.slot_of: dict[fx.Node, tuple[int, int]] = {}  # block and slot of what is repeated
         self.constants: dict[str, torch.Tensor] = {}
@@ -239,29 +241,62 @@ class _Repetition:
 
     # -- which block -------------------------------------------------------------------------------------
 
-    def _blocks_of_nodes(self) -> tuple[list[int | None], list[Hashable]]:
-        """For each node the block that it belongs to, and its phase or role.
+    def _blocks_of_nodes(self) -> tuple[list[int | None], list[int | None], list[Hashable]]:
+        """For each node the block that it is to be repeated with, the block that it is next to, and its phase or role.
 
-        What happens outside of blocks, to what comes from one block or two neighbours, belongs to the one that it was
-        made by last: a parameter as it is before it is trained, say, or what is summed up over blocks.
+        Names of modules and parameters say so for most. What a step does between two blocks belongs to both, and is
+        placed by the plan. What it does elsewhere, to what comes from one block or two neighbours, belongs to the block
+        that it was made by last: a parameter as it is before it is trained, say, or what is summed up over blocks.
         """
-        labels = [self._named_block(node) for node in self.nodes]
         kinds: list[Hashable] = [
             node.meta["input"].role if node.op == "placeholder" else node.meta["origin"].phase for node in self.nodes
         ]
+        named = [self._named_block(node) for node in self.nodes]
+        labels, between = self._filled(named, kinds)
+        near = list(labels)
         at = {node: i for i, node in enumerate(self.nodes)}
         for i, node in enumerate(self.nodes):
-            if labels[i] is None and node.op != "placeholder":
+            if i in between:
+                near[i] = between[i]
+            elif near[i] is None and node.op != "placeholder":
                 operands = [at[operand] for operand in node.all_input_nodes]
-                near = {labels[operand] for operand in operands} - {None}
-                if 0 < len(near) < 3:
-                    labels[i] = labels[max(operand for operand in operands if labels[operand] is not None)]
-        self._fill(labels, kinds)
+                if 0 < len({near[operand] for operand in operands} - {None}) < 3:
+                    near[i] = near[max(operand for operand in operands if near[operand] is not None)]
+                    labels[i] = near[i] if near[i] in self.plan.middle else None
         for i, node in enumerate(self.nodes):
             if kinds[i] is Role.CONSTANT:  # has no name, but readers
                 readers = {labels[at[user]] if user in at else None for user in node.users}
-                labels[i] = readers.pop() if len(readers) == 1 else None
-        return labels, kinds
+                labels[i] = near[i] = readers.pop() if len(readers) == 1 else None
+        return labels, near, kinds
+
+    def _filled(self, named: list[int | None], kinds: list[Hashable]) -> tuple[list[int | None], dict[int, int | None]]:
+        """Places between those that have names: inside of a block, or between two, and then the first of these.
+
+        A module that all blocks have in common has the name that it has in block 0, wherever it is called.
+        """
+        labels: list[int | None] = list(named)
+        between: dict[int, int | None] = {}
+
+        def note(first: int, second: int) -> None:
+            one, other = labels[first], labels[second]
+            assert one is not None
+            assert other is not None
+            if len(set(kinds[first : second + 1])) > 1:
+                return
+            if one == other and one in self.plan.middle:
+                labels[first + 1 : second] = [one] * (second - first - 1)
+            elif abs(one - other) == 1:
+                labels[first + 1 : second] = [None] * (second - first - 1)
+                between.update(dict.fromkeys(range(first + 1, second), one))
+
+        others = [i for i, label in enumerate(named) if label]
+        for first, second in pairwise(others):
+            note(first, second)
+        every = [i for i, label in enumerate(labels) if label is not None]
+        for first, second in pairwise(every):
+            if {labels[first], labels[second]} == {0, 1}:
+                note(first, second)
+        return labels, between
 
     def _named_block(self, node: fx.Node) -> int | None:
         """The block in the name of a node's module, parameter or buffer."""
@@ -336,28 +371,18 @@ class _Repetition:
 
     def _form(self, node: fx.Node) -> list[str]:
         anything, val = _Anything(), node.meta.get("val")
-        # Of a tensor also what its description leaves out.
-        said = [
-            f"{describe(val)} in {self.program.form_of(val)}"
-            if isinstance(val, (torch.Tensor, tuple, list))
-            else describe(val)
-        ]
+        tensors = [one for one in (val if isinstance(val, (tuple, list)) else [val]) if isinstance(one, torch.Tensor)]
+        said = f"{describe(val)} with strides {[t.stride() for t in tensors]} on {[str(t.device) for t in tensors]}"
         if node.op == "placeholder":
             what: Input = node.meta["input"]
             name = "" if what.role is Role.CONSTANT else self.numbering.renamed(what.name, "*")
-            return [f"input {replace(what, name=name)}", *said]
+            return [f"input {replace(what, name=name)}", said]
         args = [show(arg, anything) for arg in node.args]
         args += [f"{key}={show(arg, anything)}" for key, arg in sorted(node.kwargs.items())]
         origin: Origin = node.meta["origin"]
-        origin = replace(
-            origin, module=self.numbering.renamed(origin.module, "*") if self._is_of_its_block(node) else origin.module
-        )
-        return [
-            f"{target_name(node.target)}({', '.join(args)})",
-            *said,
-            f"{origin.source} of {origin.module}",
-            str(origin),
-        ]
+        module = self.numbering.renamed(origin.module, "*") if self._is_of_its_block(node) else origin.module
+        made = f"what {module or 'the model'} does at {origin.source} [{origin.phase.value}, {origin.made_by}]"
+        return [f"{target_name(node.target)}({', '.join(args)})", said, made]
 
     def _is_of_its_block(self, node: fx.Node) -> bool:
         """Whether the number in the name of a repeated node's module is that of the block where it stands."""
@@ -376,7 +401,7 @@ class _Repetition:
         offsets = {block - of for block, _, of in inside}
         places = {place for _, place, _ in inside}
         offset = offsets.pop() if len(offsets) == 1 else None
-        outside = {block: self._named_block(n) for block, n in zip(own, nodes, strict=True) if n not in self.slot_of}
+        outside = {block: self.label_of[n] for block, n in zip(own, nodes, strict=True) if n not in self.slot_of}
         # The first of them may read from block 0 instead, the last from the last block, or what belongs to none.
         allowed = {-1: {own[0]: 0}, 0: {}, 1: {own[-1]: self.plan.before - 1}}
         if (
@@ -622,9 +647,10 @@ def _read_by(node: fx.Node) -> list[fx.Node]:
 def find_blocks(model: nn.Module) -> list[tuple[str, int]]:
     """Lists of equal blocks, outermost ones: path and number of each.
 
-    Blocks are equal if they are of the same classes all the way down, with parameters and buffers of the same shapes,
-    dtypes and ``requires_grad``, and hold the same values otherwise, but for whole numbers that count blocks, as
-    ``layer_idx`` does. What they compute is not looked at; ``repeat_blocks`` does that.
+    Of five and more, the first and the last may differ from those between. Blocks are equal if they are of the same
+    classes all the way down, with parameters and buffers of the same shapes, dtypes and ``requires_grad``, and hold the
+    same values otherwise, but for whole numbers that count blocks, as ``layer_idx`` does. What they compute is not
+    looked at; ``repeat_blocks`` does that.
     """
     found: list[tuple[str, int]] = []
 
@@ -641,7 +667,7 @@ def find_blocks(model: nn.Module) -> list[tuple[str, int]]:
 
 
 def _are_equal(blocks: Sequence[nn.Module]) -> bool:
-    traits = [_traits(block) for block in blocks]
+    traits = [_traits(block) for block in (blocks if len(blocks) <= KEPT else blocks[1:-1])]
     first = traits[0]
     return all(own.keys() == first.keys() for own in traits) and all(
         _is_constant_or_counts([own[key] for own in traits]) for key in first
