@@ -436,7 +436,8 @@ def _without_log() -> Iterator[None]:
 
 def _of_size(number: Any) -> Hashable:
     """A size that can be looked up: of one that is symbolic, the expression."""
-    return number.node.expr if isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool)) else number
+    size: Hashable = number.node.expr if isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool)) else number
+    return size
 
 
 def _is_whole(arg: Any) -> bool:

@@ -13,7 +13,7 @@ CPU issues and computes in turns, so there ``starved_s`` is all the time that is
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -81,7 +81,7 @@ def play(program: Program, hardware: Hardware, *, cost_of: Callable[[fx.Node], C
     is_ahead = hardware.device_type != "cpu"  # the host issues to a queue
     issued, computed = 0.0, 0.0  # when each lane is free
     links: dict[str, float] = {}
-    busy: Counter[str] = Counter()
+    busy: dict[str, float] = defaultdict(float)
     ends: dict[fx.Node, float] = {}
     unknown: Counter[str] = Counter()
     events: list[Event] = []
