@@ -598,8 +598,9 @@ def _filling(node: fx.Node) -> Iterable[Work]:
 @_family("_log_softmax_backward_data.default", "logsumexp", "logcumsumexp")
 def _softmax(node: fx.Node) -> Iterable[Work]:
     """An exponential, a maximum and a sum of each element; backward has an exponential only of a logarithm."""
-    count, name = _largest(node), node.target._opname  # type: ignore[union-attr]
-    yield replace(_moving("softmax", node), flops=4 * count, transcendentals=count * (name != "_softmax_backward_data"))
+    count = _largest(node)
+    has_none = node.target is aten._softmax_backward_data.default
+    yield replace(_moving("softmax", node), flops=4 * count, transcendentals=0 if has_none else count)
 
 
 @_family("nll_loss_forward.default", "nll_loss2d_forward.default")

@@ -21,8 +21,6 @@ from zgraph.program import Program, operand
 
 aten = torch.ops.aten
 
-_VIEWS_IF_CONTIGUOUS = frozenset({aten.reshape.default, aten.contiguous.default, aten._reshape_alias.default})
-
 
 def owners(program: Program) -> dict[fx.Node, fx.Node]:
     """For every node, the node that allocated the memory of its value, in whatever order they stand."""
@@ -45,8 +43,8 @@ def _lies_in(node: fx.Node) -> fx.Node | None:
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node):
         return _written_over(node) if ops.may_write(node.target) else None
-    if ops.view_of(node) is not None or (node.target in _VIEWS_IF_CONTIGUOUS and _lies_as_asked(node, source)):
-        return source
+    if ops.view_of(node) is not None:
+        return None if _copies(node, source) else source
     if node.target is ops.wait:
         out = source.kwargs.get("out")
         return out if isinstance(out, fx.Node) else source
@@ -74,10 +72,19 @@ def _written_over(node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _lies_as_asked(node: fx.Node, source: fx.Node) -> bool:
-    """Whether what is to be made contiguous is so."""
-    asked: torch.memory_format = node.kwargs.get("memory_format", torch.contiguous_format)  # type: ignore[assignment]
-    return source.meta["val"].is_contiguous(memory_format=asked)  # type: ignore[no-any-return]
+def _copies(node: fx.Node, source: fx.Node) -> bool:
+    """Whether an operator that may give a view has to give a copy."""
+    val = source.meta["val"]
+    if node.target is aten.contiguous.default:
+        asked = node.kwargs.get("memory_format", torch.contiguous_format)
+        return not val.is_contiguous(memory_format=asked)
+    if node.target is not aten.reshape.default or val.is_contiguous():
+        return False
+    try:
+        val.view(node.meta["val"].shape)
+    except (RuntimeError, ValueError):
+        return True
+    return False
 
 
 def written(node: fx.Node) -> list[fx.Node]:
