@@ -195,7 +195,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("recompute", ["blocks", *slow("operators", ["*"])])
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", ["ZeRO-3", *slow(*[name for name in OPTIONS if name != "ZeRO-3"])])
 @pytest.mark.parametrize("case", ["gpt_dropout", *slow("resnet", "gpt_tied", "llama", "experts", "recurrent", "unet")])
 def test_no_bit_changes(case: str, options: str, recompute: Any) -> None:
     if recompute != ["*"] and case in ("experts", "recurrent", "unet"):
@@ -208,7 +208,7 @@ def test_no_bit_changes(case: str, options: str, recompute: Any) -> None:
             torch.optim.AdamW(model.parameters(), lr=1e-2),
             world_size=2,
             loss=CASES[case].loss,
-            metrics={"loss again": (lambda *_, **__: torch.ones(()), "sum")},
+            metrics={"ones": (lambda *_, **__: torch.ones(()), "sum")},
             **OPTIONS[options],
             **added,
         )
