@@ -65,7 +65,7 @@ class FormBuckets(Pass):
 
     def rewrite(self, program: Program) -> None:
         updates = Updates(program)
-        specs = _specs(program, updates)
+        specs = param_specs(program, updates)
         if self.layout is not None and _fits(self.layout, specs):
             layout = self.layout
         else:
@@ -111,7 +111,7 @@ def _fits(layout: Layout, specs: list[ParamSpec]) -> bool:
     return True
 
 
-def _specs(program: Program, updates: Updates) -> list[ParamSpec]:
+def param_specs(program: Program, updates: Updates) -> list[ParamSpec]:
     """All parameters in the order in which forward first reads them; unread ones last."""
     position = {node: i for i, node in enumerate(program.graph.nodes)}
     found = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import operator
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -53,24 +54,28 @@ class RecomputeModules(Pass):
                                                 gh = tanh_backward(gy, y2)
 
     Each call is made again right before the first in backward that needs it. What has to be kept in any case, since
-    it goes into another module, say, is read and not made again; nor is what draws random numbers, nor what travels.
+    it goes into another module, say, is read and not made again; nor is what draws random numbers (attention with dropout
+    does), nor what travels.
     Where a module would have to keep as many bytes as it frees, it is left alone.
 
     Args:
         modules: patterns of module paths, such as ``blocks.*``; all calls of a module that matches and of those in it
             are one block. Without any, the members of lists of like modules.
         keep: operators whose results are kept, too, by name: ``aten.mm.default``.
+        every_second: of these operators in ``keep``, the second, fourth and so on of each block are made again all
+            the same.
     """
 
     modules: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
+    every_second: tuple[str, ...] = ()
 
     takes, gives = Stage.CAPTURED, Stage.CAPTURED
 
     def rewrite(self, program: Program) -> None:
         patterns = self.modules or _lists_of_like_modules(program)
         _check_patterns(program, patterns)
-        _Recomputation(program, patterns, frozenset(self.keep)).run()
+        _Recomputation(program, patterns, frozenset(self.keep), frozenset(self.every_second)).run()
 
 
 class _Recomputation:
@@ -79,13 +84,16 @@ class _Recomputation:
     A value is kept if memory that it lies in is, so a view of what is kept costs nothing.
     """
 
-    def __init__(self, program: Program, patterns: tuple[str, ...], keep: frozenset[str]) -> None:
-        self.program, self.patterns, self.keep = program, patterns, keep
+    def __init__(
+        self, program: Program, patterns: tuple[str, ...], keep: frozenset[str], every_second: frozenset[str]
+    ) -> None:
+        self.program, self.patterns = program, patterns
         self.owner = owners(program)
         self.paths: dict[str, str | None] = {}
         self.position = {node: i for i, node in enumerate(program.graph.nodes)}
         self.blocks = list(self._find_blocks())
         self.block_of = {node: block for block in self.blocks for node in block.members}
+        self.keep = set(self._find_kept(keep, every_second))
         self.kept: set[fx.Node] = set()  # calls whose memory lasts until backward, whatever is made again
         self.again: set[fx.Node] = set()  # calls that are made again
 
@@ -122,6 +130,16 @@ class _Recomputation:
         if last is not None:
             yield last
 
+    def _find_kept(self, keep: frozenset[str], every_second: frozenset[str]) -> Iterator[fx.Node]:
+        """The calls of blocks whose results are kept because of their operator."""
+        for block in self.blocks:
+            counts: Counter[str] = Counter()
+            for node in block.members:
+                name = target_name(node.target)
+                counts[name] += 1
+                if name in keep and not (name in every_second and counts[name] % 2 == 0):
+                    yield node
+
     def _path_of(self, node: fx.Node) -> str | None:
         """The outermost module that a call belongs to and that is asked for."""
         module: str = node.meta["origin"].module
@@ -140,13 +158,15 @@ class _Recomputation:
         return self._path_of(reader) == self.block_of[source].path and self._can_be_made(source)
 
     def _can_be_made(self, node: fx.Node) -> bool:
-        """Whether a value of a block can be made from others: not what lies in memory from outside, or that is kept."""
-        memory = self.owner[node]
-        if memory is not node and self.block_of.get(memory) is not self.block_of[node]:
-            return False
-        target = (operand(memory) if memory.target is operator.getitem else memory).target
-        is_plain = not ops.is_random(target) and not ops.may_write(target)
-        return is_plain and target not in (*ops.STARTS, ops.wait) and target_name(target) not in self.keep
+        """Whether a value of a block can be made from others: where it lies in a kept one's memory, it need not be."""
+        block = self.block_of[node]
+        while (memory := self.owner[node]) is not node:
+            if self.block_of.get(memory) is not block:
+                return False
+            node = memory
+        source = operand(node) if node.target is operator.getitem else node
+        is_plain = not ops.draws(source) and not ops.may_write(source.target)
+        return is_plain and source.target not in (*ops.STARTS, ops.wait) and source not in self.keep
 
     def _plan(self, wanted: set[fx.Node]) -> None:
         """Decide which values of one block are made again so that backward has those that are ``wanted``."""

@@ -123,8 +123,8 @@ class Config:
             ``nn.Sequential``) of which two or more compute alike. ``"operators"``: the same, but for the results of
             matrix products, convolutions and attention, which are kept, too, as they take most of the time. A list of
             patterns of module paths, such as ``["encoder", "decoder.layers.*"]``: each of these modules is a block.
-            What draws random numbers, as dropout and attention do, never runs again: its results are kept. By default
-            all is kept.
+            What draws random numbers, as dropout and attention with dropout do, never runs again: its results are kept.
+            By default all is kept.
         accumulate: how many micro-batches a step has. Their gradients add up, and the update reads the mean.
         keep_gathered: with ZeRO-3 and several micro-batches: gather parameters once for all micro-batches of a step and
             keep them whole until its update, instead of twice for each micro-batch. It takes the memory of all

@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from zgraph import ops
+from zgraph.fusion import Fusion
 from zgraph.liveness import lifetimes
 from zgraph.ops import root_of
 from zgraph.program import FlatGradient, Phase, Program, Role, operand, target_name
@@ -114,12 +115,13 @@ class Footprint:
         return found
 
 
-def footprint(program: Program, *, staged: bool = True) -> Footprint:
+def footprint(program: Program, *, staged: bool = True, fusion: Fusion | None = None) -> Footprint:
     """What a program holds.
 
     Args:
         program: at any stage.
         staged: see ``zgraph.liveness.lifetimes``.
+        fusion: which calls are one kernel, so that what lies between them is not held; none if None.
     """
     nodes = list(program.graph.nodes)
     found = []
@@ -128,7 +130,9 @@ def footprint(program: Program, *, staged: bool = True) -> Footprint:
         if isinstance(val, torch.Tensor):
             kind = _OF_ROLE.get(what.role, Kind.BUFFERS)
             found.append(Holding(str(what), kind, val.nbytes, 0, len(nodes) - 1))
-    for life in lifetimes(program, staged=staged):
+    for life in lifetimes(program, staged=staged, also_reads=fusion.reads if fusion else {}):
+        if fusion is not None and life.node in fusion.internal:
+            continue
         origin = life.node.meta["origin"]
         if life.num_bytes:
             kind = Kind.COMMUNICATION if life.is_received else _kind(life.node, nodes[life.last])

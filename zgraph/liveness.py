@@ -8,9 +8,10 @@ in the emitted code.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -115,13 +116,19 @@ class Lifetime:
     is_received: bool = False
 
 
-def lifetimes(program: Program, *, staged: bool = True) -> list[Lifetime]:
+def lifetimes(
+    program: Program,
+    *,
+    staged: bool = True,
+    also_reads: Mapping[fx.Node, Iterable[fx.Node]] = MappingProxyType({}),
+) -> list[Lifetime]:
     """Every temporary of a program, in order of allocation.
 
     Several results of a call are there from the call on, and those that nothing unpacks, or not yet, for as long as
     others are being unpacked. What is sent is held until the wait; but an all-reduce sends a copy.
 
     Args:
+        also_reads: what calls read beside their arguments (``zgraph.fusion``).
         staged: collectives are zgraph's own transfers (gloo), where a reduction first receives every other rank's part
             and adds them up; a backend that reduces on the way (NCCL) allocates the result alone.
     """
@@ -142,7 +149,7 @@ def lifetimes(program: Program, *, staged: bool = True) -> list[Lifetime]:
                     del first[node]
                     owner[node] = same
         last[owner[node]] = index
-        for source in node.all_input_nodes:
+        for source in (*node.all_input_nodes, *also_reads.get(node, ())):
             last[_memory(owner, source)] = index
             if node.target is ops.wait and source.target is not ops.all_reduce:
                 for sent in source.all_input_nodes:  # what travels is held until it has arrived

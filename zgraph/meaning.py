@@ -236,7 +236,7 @@ class _Interpreter:
         """A call that only its name and its arguments are known of."""
         shape, dtype = form(node.meta.get("val"))
         key = args + tuple(sorted(kwargs.items()))
-        is_random = ops.is_random(target)
+        is_random = ops.draws(node)
         if is_random or target in ops.BY_PLACE:  # then it matters how arguments lie in memory: masks are drawn so
             key += tuple(_strides(source) for source in node.all_input_nodes)
         if is_random:

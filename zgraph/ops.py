@@ -176,6 +176,18 @@ def is_random(target: torch._ops.OpOverload) -> bool:
     return torch.Tag.nondeterministic_seeded in target.tags
 
 
+def draws(node: fx.Node) -> bool:
+    """Whether a call draws from a random generator: attention whose ``dropout_p`` is 0 does not, though others do."""
+    if not is_random(node.target):
+        return False
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    if "dropout_p" not in names:
+        return True
+    index = names.index("dropout_p")
+    given = node.kwargs.get("dropout_p", node.args[index] if index < len(node.args) else 0.0)
+    return isinstance(given, fx.Node) or given != 0
+
+
 def may_write(target: Any) -> bool:
     """Whether a call may write over its arguments: a kernel, or an operator that torch calls mutable."""
     return hasattr(target, "writes") or _is_mutable(target)

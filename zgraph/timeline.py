@@ -14,8 +14,9 @@ CPU issues and computes in turns, so there ``starved_s`` is all the time that is
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -69,6 +70,37 @@ class Timeline:
     unknown: Counter[str]
 
 
+@dataclass(frozen=True)
+class Issued:
+    """A call as a timeline sees it.
+
+    Attributes:
+        node: which call.
+        cost: what it costs.
+        lane: where it runs: ``compute``, or an axis of the mesh.
+        waits_for: of a wait, which of the calls issued before it starts what it waits for.
+    """
+
+    node: Any
+    cost: Cost
+    lane: str = COMPUTE
+    waits_for: int | None = None
+
+
+def issued(program: Program, cost_of: Callable[[fx.Node], Cost]) -> list[Issued]:
+    """A program's calls, in order."""
+    found: list[Issued] = []
+    index: dict[fx.Node, int] = {}
+    for node in program.graph.nodes:
+        if node.op != "call_function":
+            continue
+        index[node] = len(found)
+        lane = str(program.mesh.axis) if node.target in ops.STARTS else COMPUTE
+        waits_for = index[operand(node)] if node.target is ops.wait else None
+        found.append(Issued(node, cost_of(node), lane, waits_for))
+    return found
+
+
 def play(program: Program, hardware: Hardware, *, cost_of: Callable[[fx.Node], Cost] | None = None) -> Timeline:
     """Run a program's calls, in order, on the lanes of a machine.
 
@@ -77,45 +109,49 @@ def play(program: Program, hardware: Hardware, *, cost_of: Callable[[fx.Node], C
         hardware: the machine.
         cost_of: what a call costs; ``zgraph.cost.Costs`` of this program and machine if None.
     """
-    cost_of = cost_of or Costs(program, hardware).of
+    return play_issued(issued(program, cost_of or Costs(program, hardware).of), hardware)
+
+
+def play_issued(calls: Iterable[Issued], hardware: Hardware) -> Timeline:
+    """Run calls, in order, on the lanes of a machine."""
     is_ahead = hardware.device_type != "cpu"  # the host issues to a queue
     issued, computed = 0.0, 0.0  # when each lane is free
     links: dict[str, float] = {}
     busy: dict[str, float] = defaultdict(float)
-    ends: dict[fx.Node, float] = {}
+    ends: list[float] = []
     unknown: Counter[str] = Counter()
     events: list[Event] = []
     exposed, starved, flops = 0.0, 0.0, 0
-    for node in program.graph.nodes:
-        if node.op != "call_function":
-            continue
-        cost = cost_of(node)
-        if node.target is ops.wait:
+    for call in calls:
+        cost = call.cost
+        if call.waits_for is not None:
             start = max(computed, issued)
             starved += start - computed
-            computed = max(start, ends[operand(node)])
+            computed = max(start, ends[call.waits_for])
             exposed += computed - start
-            events.append(Event(node, COMPUTE, start, computed, cost))
+            events.append(Event(call.node, COMPUTE, start, computed, cost))
+            ends.append(computed)
             continue
-        if not cost.num_calls and node.target not in ops.STARTS:
+        if not cost.num_calls and call.lane == COMPUTE:
+            ends.append(computed)
             continue
         if not cost.is_known:
-            unknown[target_name(node.target)] += 1
+            unknown[target_name(call.node.target)] += 1
         flops += sum(work.flops for work in cost.works if work.unit in (MATRIX, ATTENTION))
         launching = hardware.launch_s * cost.num_calls
         busy[ISSUE] += launching
         issued = issued + launching if is_ahead else computed + launching
-        if not is_ahead or node.target not in ops.STARTS:
+        if not is_ahead or call.lane == COMPUTE:
             starved += max(issued - computed, 0.0)
             computed = max(issued, computed)
-        if node.target in ops.STARTS:
-            lane = str(program.mesh.axis)
-            start = max(issued, computed, links.get(lane, 0.0))  # what is sent has been computed
-            ends[node] = links[lane] = start + cost.seconds
+        if call.lane != COMPUTE:
+            start = max(issued, computed, links.get(call.lane, 0.0))  # what is sent has been computed
+            links[call.lane] = start + cost.seconds
         else:
-            lane, start = COMPUTE, computed
+            start = computed
             computed += cost.seconds
-        busy[lane] += cost.seconds
-        events.append(Event(node, lane, start, start + cost.seconds, cost))
+        busy[call.lane] += cost.seconds
+        ends.append(start + cost.seconds)
+        events.append(Event(call.node, call.lane, start, start + cost.seconds, cost))
     step = max(issued, computed, *links.values())
     return Timeline(tuple(events), step, dict(busy), exposed, starved, flops, unknown)

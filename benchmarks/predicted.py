@@ -1,0 +1,91 @@
+"""Seconds and bytes of a published step, from its trace and a few constants of machines and of software.
+
+``Constants`` are what zgraph's presets do not say: benchmarks/fit_published.py fitted them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from peers_predicted import Case
+from traces import Step
+
+from zgraph.allocator import reserved_bytes
+from zgraph.cost import ATTENTION, LINK, MATRIX, Cost, Work, seconds
+from zgraph.hardware import Hardware
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What whole steps show beside what zgraph's presets say, which are fitted to single operators.
+
+    Each is fitted by benchmarks/fit_published.py to the half of the configurations that it names.
+
+    Attributes:
+        matrix: how much longer products of matrices take in a step than alone: a device that works without a pause
+            runs at the clock that its power allows, which short measurements do not see.
+        attention: likewise fused attention.
+        vector: likewise everything that moves memory.
+        link: likewise collectives, beside which compute runs.
+        fragments: what the allocator reserves beyond its rules for one stream: memory of communication is of other
+            streams, whose free blocks are not used for anything else.
+    """
+
+    matrix: float = 1.0
+    attention: float = 1.0
+    vector: float = 1.0
+    link: float = 1.0
+    fragments: float = 1.0
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Of a step of one device."""
+
+    step_s: float
+    exposed_s: float
+    tokens_s: float
+    live_gib: float
+    reserved_gib: float
+
+
+def predicted(case: Case, step: Step, constants: Constants, *, memory: bool = True) -> Predicted:
+    """Play a step on its machine; without ``memory``, its seconds alone."""
+    hardware = case.hardware()
+    cost_of = costs_of(case, hardware, constants)
+    step_s = exposed_s = 0.0
+    live = reserved = 0
+    for program, times in zip(step.whole, step.repeats, strict=True):
+        timeline = program.play(cost_of, hardware)
+        step_s += times * timeline.step_s
+        exposed_s += times * timeline.exposed_s
+        if memory and case.peak_gib is not None:
+            live = max(live, program.footprint.peak_bytes)
+            if case.peak_kind == "reserved":
+                reserved = max(reserved, reserved_bytes(program.holdings))
+    return Predicted(
+        step_s,
+        exposed_s,
+        case.batch * case.seq * case.accumulate / step_s,
+        live / GIB,
+        reserved / GIB * constants.fragments,
+    )
+
+
+def costs_of(case: Case, hardware: Hardware, constants: Constants) -> Callable[[tuple[Work, ...], bool], Cost]:
+    """What works cost on a machine; equal ones are worked out once."""
+    factors = {MATRIX: constants.matrix, ATTENTION: constants.attention, LINK: constants.link}
+    known: dict[tuple[tuple[Work, ...], bool], Cost] = {}
+
+    def cost_of(done: tuple[Work, ...], is_update: bool) -> Cost:
+        key = done, is_update
+        if key not in known:
+            passes = case.software.optimizer_passes if is_update else 1.0
+            took = sum(factors.get(work.unit, constants.vector) * seconds(work, hardware) for work in done)
+            known[key] = Cost(passes * took, done)
+        return known[key]
+
+    return cost_of
