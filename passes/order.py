@@ -31,7 +31,7 @@ def arrange(program: Program, wishes: Mapping[fx.Node, Any]) -> None:
     calls = [node for node in program.graph.nodes if node.op == "call_function"]
     place = {node: i for i, node in enumerate(calls)}
     behind: dict[fx.Node, set[fx.Node]] = {node: {user for user in node.users if user in place} for node in calls}
-    draws = [node for node in calls if ops.is_random(node.target)]
+    draws = [node for node in calls if ops.draws(node)]
     for earlier, later in (*itertools.pairwise(draws), *_overwritten(program, calls)):
         behind[earlier].add(later)
     waiting = dict.fromkeys(calls, 0)

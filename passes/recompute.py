@@ -54,9 +54,8 @@ class RecomputeModules(Pass):
                                                 gh = tanh_backward(gy, y2)
 
     Each call is made again right before the first in backward that needs it. What has to be kept in any case, since
-    it goes into another module, say, is read and not made again; nor is what draws random numbers (attention with dropout
-    does), nor what travels.
-    Where a module would have to keep as many bytes as it frees, it is left alone.
+    it goes into another module, say, is read and not made again; nor is what draws random numbers (attention with
+    dropout does), nor what travels. Where a module would have to keep as many bytes as it frees, it is left alone.
 
     Args:
         modules: patterns of module paths, such as ``blocks.*``; all calls of a module that matches and of those in it

@@ -42,7 +42,7 @@ class Tidy(Pass):
 def remove_dead(program: Program) -> None:
     """Erase calls that nothing reads, except random ones."""
     for node in reversed(program.graph.nodes):
-        if node.op == "call_function" and not node.users and not ops.is_random(node.target):
+        if node.op == "call_function" and not node.users and not ops.draws(node):
             program.graph.erase_node(node)
 
 

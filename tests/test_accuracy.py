@@ -33,7 +33,10 @@ NOT_USED = {
     "X-5": ({"category": "bandwidth"}, "not a training step"),
     "X-6": ({"offload": "optimizer->CPU"}, "offload"),
     "X-7": ({"software": "something"}, "unknown software (something)"),
-    "X-8": ({"tokens_s_gpu": "", "peak_mem_kind": "nvidia-smi used"}, "neither throughput nor allocator's peak is given"),
+    "X-8": (
+        {"tokens_s_gpu": "", "peak_mem_kind": "nvidia-smi used"},
+        "neither throughput nor allocator's peak is given",
+    ),
     "X-9": ({"trust": "C"}, "trust C was not asked for"),
     "X-10": ({"params": "1000000000"}, "shape and number of parameters do not agree"),
 }
@@ -111,7 +114,15 @@ def test_network(bench: dict[str, ModuleType], text: str, rate: float | None) ->
 
 def test_shape_follows_the_number_of_parameters(bench: dict[str, ModuleType]) -> None:
     peers = bench["peers_predicted"]
-    row = {**ROW, "model": "qwen3-1.7b", "layers": "28", "hidden": "2048", "heads": "16", "kv_heads": "8", "ffn": "6144"}
+    row = {
+        **ROW,
+        "model": "qwen3-1.7b",
+        "layers": "28",
+        "hidden": "2048",
+        "heads": "16",
+        "kv_heads": "8",
+        "ffn": "6144",
+    }
     case = peers.case_of(peers.complete({**row, "vocab": "151936", "params": "1720574976"}))
     assert case.model.tied
     assert case.model.qk_norm

@@ -51,7 +51,9 @@ class Chains:
 def test_a_chain_reads_and_writes_once() -> None:
     chains = Chains(2)
     x, y = chains.values
-    program = chains.returned(chains.call(aten.exp.default, chains.call(aten.mul.Tensor, chains.call(aten.neg.default, x), y)))
+    program = chains.returned(
+        chains.call(aten.exp.default, chains.call(aten.mul.Tensor, chains.call(aten.neg.default, x), y))
+    )
     (region,) = regions(program)
     assert (len(region.nodes), region.inputs, len(region.outputs)) == (3, (x, y), 1)
     assert moved(program, fused=True) == 3 * NUM_BYTES

@@ -101,6 +101,38 @@ def test_what_draws_random_numbers_is_kept() -> None:
     assert all(any(phase_of(user) is Phase.BACKWARD for user in mask.users) for mask in draws)
 
 
+class Attends(nn.Module):
+    """Something to compute before attention and something to keep behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        return nn.functional.scaled_dot_product_attention(y, y.sin(), y.cos(), is_causal=True)
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attends = Attends()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attends(x).exp().sum()
+
+
+def test_attention_runs_again_where_it_does_not_draw() -> None:
+    model = Outer()
+    program = capture(model, torch.optim.SGD(model.parameters()), (torch.randn(1, 2, 4, 8),), {})
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    phases = [
+        phase_of(node)
+        for node in RecomputeModules(("attends",))(program).graph.find_nodes(op="call_function", target=attention)
+    ]
+    assert phases == [Phase.FORWARD, Phase.BACKWARD]
+
+
 def test_a_clone_is_of_backward_and_of_the_module_and_line_that_it_repeats() -> None:
     program = RECOMPUTED(blocks(1))
     (mm, tanh) = made_again(program)

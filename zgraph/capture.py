@@ -200,7 +200,7 @@ def capture(
     own_memory_by_place(graph, mode)
     written = {node.meta["input"]: value for node, value in mutated.items()}
     for node in graph.nodes:
-        if ops.is_random(node.target) and node.meta["origin"].phase is Phase.BACKWARD:
+        if ops.draws(node) and node.meta["origin"].phase is Phase.BACKWARD:
             raise CaptureError(
                 f"{node.target} draws random numbers in the backward pass, which only forward may do",
                 where=quoted(node.meta["origin"].source),

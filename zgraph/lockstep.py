@@ -154,7 +154,7 @@ def _evaluate(node: fx.Node, env: Mapping[fx.Node, Any], rank: int, world: int, 
     if isinstance(node.target, OwnedUpdate) and node.target.is_divided(args):
         kwargs = {"rank": rank}
     try:
-        if ops.is_random(node.target):
+        if ops.draws(node):
             drawn = next(val for val in pytree.tree_leaves(node.meta["val"]) if isinstance(val, torch.Tensor))
             with stream.drawn_from(drawn.device):
                 return node.target(*args, **kwargs)

@@ -185,7 +185,7 @@ def draws(node: fx.Node) -> bool:
         return True
     index = names.index("dropout_p")
     given = node.kwargs.get("dropout_p", node.args[index] if index < len(node.args) else 0.0)
-    return isinstance(given, fx.Node) or given != 0
+    return isinstance(given, fx.Node) or bool(given != 0)
 
 
 def may_write(target: Any) -> bool:
