@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from tests.programs import Builder, few_examples, one_layer, rewritten, two_layers
 from tests.recipes import Recipe, build, recipes
 from zgraph import ops
+from zgraph.codegen.owned import OwnedUpdate
 from zgraph.footprint import footprint
 from zgraph.liveness import Lifetime, alive_bytes, last_uses, lifetimes, owners, shares_memory, written
 from zgraph.lockstep import part_of
@@ -263,6 +264,8 @@ class Counted:
             return Sent(parts[0], [args[0], *parts[1:]])
         if node.target is ops.wait:
             return args[0].result
+        if isinstance(node.target, OwnedUpdate) and node.target.is_divided(args):
+            kwargs = {"rank": 0}
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
