@@ -13,20 +13,29 @@ import argparse
 import random
 import statistics
 import sys
-from collections.abc import Sequence
-from dataclasses import astuple, fields
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 
 from accuracy import as_text, read, results_of
 from peers_predicted import Case
-from predicted import Constants, predicted
+from predicted import Constants, costs_of, predicted
 from traces import Step, steps_of
 
+from zgraph.cost import ATTENTION, MATRIX, VECTOR
 from zgraph.fitting import fit
 
 SEED = 0
-BOUNDS = {"matrix": (0.8, 1.6), "attention": (0.5, 2.0), "vector": (0.6, 2.0), "link": (0.7, 2.5)}
-STEPS = 5
+BOUNDS = {
+    "hopper": (0.9, 1.6),
+    "ampere": (0.9, 1.6),
+    "flash_1": (1.0, 3.0),
+    "vector": (0.7, 1.6),
+    "link": (0.8, 2.5),
+    "broadcast_s": (1e-5, 1e-1),
+}
+START = Constants(broadcast_s=1e-3)
 
 
 def is_fitted(case: Case) -> bool:
@@ -35,17 +44,56 @@ def is_fitted(case: Case) -> bool:
     return random.Random(f"{SEED} {key}").random() < 0.5
 
 
+@dataclass(frozen=True)
+class Parts:
+    """Seconds of a step by what does the work, as the presets have it, and what of them waits for communication."""
+
+    busy: Mapping[str, float]
+    rest_s: float
+
+    def seconds(self, case: Case, constants: Constants) -> float:
+        """The step with other constants, while what waits stays what it is but for the speed of links."""
+        factors = constants.factors(case)
+        working = sum(factors[unit] * seconds for unit, seconds in self.busy.items())
+        sent = constants.broadcast_s * case.world if case.software.broadcasts else 0
+        return working + self.rest_s * constants.link + sent
+
+
+def parts_of(case: Case, step: Step) -> Parts:
+    """Play a step once, and take it apart."""
+    hardware = case.hardware()
+    cost_of = costs_of(case, hardware, Constants())
+    busy: Counter[str] = Counter()
+    for program, times in zip(step.programs, step.repeats, strict=True):
+        for call in program.calls:
+            for work in call.works if not call.is_start else ():
+                unit = work.unit if work.unit in (MATRIX, ATTENTION) else VECTOR
+                busy[unit] += times * cost_of((work,), call.is_update).seconds
+    return Parts(busy, predicted(case, step, Constants(), memory=False).step_s - sum(busy.values()))
+
+
 def fit_times(cases: Sequence[Case], steps: Sequence[Step]) -> Constants:
-    """The constants with which times come nearest."""
-    whole = [step.whole_step() for step in steps]
+    """The constants with which times come nearest; see ``Parts``."""
+    parts = [parts_of(case, step.whole_step()) for case, step in zip(cases, steps, strict=True)]
 
     def times(values: Sequence[float]) -> list[float]:
         constants = Constants(*values)
-        return [predicted(case, step, constants, memory=False).step_s for case, step in zip(cases, whole, strict=True)]
+        return [part.seconds(case, constants) for case, part in zip(cases, parts, strict=True)]
 
     measured = [case.batch * case.seq * case.accumulate / (case.tokens_s or 1) for case in cases]
-    found = fit(times, measured, list(astuple(Constants()))[: len(BOUNDS)], list(BOUNDS.values()), STEPS)
+    found = fit(times, measured, list(astuple(START))[: len(BOUNDS)], list(BOUNDS.values()))
     return Constants(*(float(f"{value:.3g}") for value in found))
+
+
+def fitted(pairs: Sequence[tuple[Case, Step]]) -> Constants:
+    """All constants, of these rows."""
+    timed = [(case, step) for case, step in pairs if case.tokens_s is not None]
+    constants = fit_times([case for case, _ in timed], [step for _, step in timed])
+    held = [(case, step) for case, step in pairs if case.peak_gib is not None and case.peak_kind == "reserved"]
+    results = results_of([case for case, _ in held], [step for _, step in held], constants)
+    ratios = [r.measured_peak_gib / r.peak_gib for r in results if r.measured_peak_gib is not None]
+    fragments = float(f"{statistics.median(ratios):.3g}") if ratios else 1.0
+    return replace(constants, fragments=fragments)
 
 
 def main() -> int:
@@ -58,13 +106,7 @@ def main() -> int:
     steps, failed = steps_of(cases, options.processes)
     cases = [case for case in cases if case.id not in failed]
     pairs = [(case, step) for case, step in zip(cases, steps, strict=True) if case.is_complete]
-    timed = [(case, step) for case, step in pairs if case.tokens_s is not None and is_fitted(case)]
-    constants = fit_times([case for case, _ in timed], [step for _, step in timed])
-    held = [r for r in results_of(*zip(*pairs, strict=True), constants) if r.measured_peak_gib and r.peak_kind == "reserved"]
-    mine = {case.id for case, _ in pairs if is_fitted(case)}
-    ratios = [(r.measured_peak_gib or 0) / r.peak_gib for r in held if r.id in mine]
-    if ratios:
-        constants = Constants(*astuple(constants)[: len(BOUNDS)], fragments=float(f"{statistics.median(ratios):.3g}"))
+    constants = fitted([pair for pair in pairs if is_fitted(pair[0])])
     print({field.name: getattr(constants, field.name) for field in fields(constants)})
     for name, chosen in (("fitted", True), ("held out", False)):
         half = [(case, step) for case, step in pairs if is_fitted(case) is chosen]

@@ -25,18 +25,20 @@ class Software:
 
     Attributes:
         name: of the class that errors are told for.
-        fused: a compiler fuses pointwise operators.
+        fused: a compiler fuses pointwise operators: of ``all`` the step, of ``blocks`` alone, or of nothing.
         clip: gradients are clipped by their norm.
         reduce: the dtype in which gradients are averaged.
         copies_out: what is gathered is copied from the flat buffer to each parameter (FSDP2, per-parameter sharding).
         every_second: selective recomputation keeps every second matrix product only (torchtitan).
         optimizer_passes: reads and writes of an element's state by the optimizer beside those of one fused kernel.
         gathers_half: what ZeRO-1 gathers after the update is bfloat16.
+        flash_1: attention is FlashAttention's first version.
+        broadcasts: each rank sends what it has updated to all others, one rank after the other.
         reduces_last: gradients are averaged over the ranks with the last micro-batch only.
     """
 
     name: str
-    fused: bool = False
+    fused: str = ""
     clip: bool = True
     reduce: str = "float32"
     copies_out: bool = False
@@ -44,6 +46,8 @@ class Software:
     optimizer_passes: float = 1.0
     gathers_half: bool = False
     reduces_last: bool = False
+    flash_1: bool = False
+    broadcasts: bool = False
 
 
 @dataclass(frozen=True)
@@ -235,21 +239,24 @@ def _software(row: Row) -> Software:
     if "torchtitan" in name:
         # Of graph_trainer, only rows that say so ran inductor. FSDP1 keeps parameters as views of the flat buffer.
         copies = "fsdp1" not in text and "single" not in text
-        return Software("torchtitan compile" if compiled else "torchtitan eager", compiled, copies_out=copies,
-                        every_second=True)  # fmt: skip
+        # Each block is compiled; embedding, head and loss are not.
+        return Software("torchtitan compile" if compiled else "torchtitan eager", "blocks" if compiled else "",
+                        copies_out=copies, every_second=True)  # fmt: skip
     if "llm-foundry" in name:
-        # Its optimizer is a loop over parameters in Python, an operator at a time.
+        # Its optimizer is a loop over parameters in Python, an operator at a time; its attention, FlashAttention 1.
         return Software("llm-foundry", reduce="bfloat16" if "PURE" in row["precision"] else "float32",
-                        optimizer_passes=2.5)  # fmt: skip
+                        optimizer_passes=2.5, flash_1=True)  # fmt: skip
     if "internevo" in name:
-        return Software("InternEvo", reduce="bfloat16", gathers_half=True, reduces_last=True)
+        return Software("InternEvo", reduce="bfloat16", gathers_half=True, reduces_last=True, broadcasts=True)
     if "deepspeed" in name:
         if "fsdp" in text:
             return Software("FSDP of accelerate", reduce="bfloat16")
-        compiled = "compile" in text
-        return Software("DeepCompile" if "deepcompile" in text else "DeepSpeed", compiled, reduce="bfloat16")
+        if "deepcompile" in text:
+            return Software("DeepCompile", "all", reduce="bfloat16")
+        # ZeRO-3's hooks break the graph at every module, so that torch.compile finds nothing to fuse.
+        return Software("DeepSpeed", reduce="bfloat16")
     if "fsdp1+compile" in name:
-        return Software("fms-fsdp", fused=True, reduce="bfloat16")
+        return Software("fms-fsdp", "blocks", reduce="bfloat16")
     raise NotUsed(f"unknown software ({row['software'] or 'not stated'})")
 
 

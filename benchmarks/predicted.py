@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from peers_predicted import Case
 from traces import Step
 
-from zgraph.allocator import reserved_bytes
-from zgraph.cost import ATTENTION, LINK, MATRIX, Cost, Work, seconds
+from zgraph.cost import ATTENTION, LINK, MATRIX, VECTOR, Cost, Work, seconds
 from zgraph.hardware import Hardware
 
 GIB = 2**30
@@ -25,20 +24,29 @@ class Constants:
     Each is fitted by benchmarks/fit_published.py to the half of the configurations that it names.
 
     Attributes:
-        matrix: how much longer products of matrices take in a step than alone: a device that works without a pause
-            runs at the clock that its power allows, which short measurements do not see.
-        attention: likewise fused attention.
-        vector: likewise everything that moves memory.
+        hopper: how much longer products of matrices take in a step on an H100 of 700 W than alone: a device that works
+            without a pause runs at the clock that its power allows, which short measurements do not see. ``ampere``
+            likewise on an A100.
+        flash_1: how much longer FlashAttention 1 takes than version 2.
+        vector: how much longer everything takes that moves memory.
         link: likewise collectives, beside which compute runs.
-        fragments: what the allocator reserves beyond its rules for one stream: memory of communication is of other
-            streams, whose free blocks are not used for anything else.
+        broadcast_s: seconds of each rank's broadcast of what it has updated, where one follows the other.
+        fragments: what the allocator reserves beyond its rules.
     """
 
-    matrix: float = 1.0
-    attention: float = 1.0
+    hopper: float = 1.0
+    ampere: float = 1.0
+    flash_1: float = 1.0
     vector: float = 1.0
     link: float = 1.0
+    broadcast_s: float = 0.0
     fragments: float = 1.0
+
+    def factors(self, case: Case) -> dict[str, float]:
+        """By what does the work; of all else, ``vector``."""
+        matrix = {"H100": self.hopper, "H200": self.hopper, "A100-40": self.ampere, "A100-80": self.ampere}
+        attention = self.flash_1 if case.software.flash_1 else 1.0
+        return {MATRIX: matrix.get(case.machine, 1.0), ATTENTION: attention, LINK: self.link, VECTOR: self.vector}
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,8 @@ def predicted(case: Case, step: Step, constants: Constants, *, memory: bool = Tr
         if memory and case.peak_gib is not None:
             live = max(live, program.footprint.peak_bytes)
             if case.peak_kind == "reserved":
-                reserved = max(reserved, reserved_bytes(program.holdings))
+                reserved = max(reserved, program.reserved_bytes())
+    step_s += constants.broadcast_s * case.world if case.software.broadcasts else 0
     return Predicted(
         step_s,
         exposed_s,
@@ -77,7 +86,7 @@ def predicted(case: Case, step: Step, constants: Constants, *, memory: bool = Tr
 
 def costs_of(case: Case, hardware: Hardware, constants: Constants) -> Callable[[tuple[Work, ...], bool], Cost]:
     """What works cost on a machine; equal ones are worked out once."""
-    factors = {MATRIX: constants.matrix, ATTENTION: constants.attention, LINK: constants.link}
+    factors = constants.factors(case)
     known: dict[tuple[tuple[Work, ...], bool], Cost] = {}
 
     def cost_of(done: tuple[Work, ...], is_update: bool) -> Cost:

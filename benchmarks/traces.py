@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +21,7 @@ from torch import fx, nn
 
 from zgraph import ops
 from zgraph.accumulation import micro_step
+from zgraph.allocator import reserved_bytes
 from zgraph.capture import capture
 from zgraph.config import Config
 from zgraph.codegen.kernel import Kernel
@@ -42,6 +44,9 @@ from zgraph.timeline import COMPUTE, Issued, Timeline, play_issued
 DEPTH = 4
 """Blocks that a step is captured with. The first and the last differ from those in between, of which ``repeated`` needs
 two: one to repeat, and one to see that it is like its neighbour."""
+
+GATHER, REDUCE = "gather", "reduce"
+"""Streams of communication, whose memory is of pools of their own; named as the module of what is held."""
 
 REPEATED = 1
 """The block that stands for all that are left out."""
@@ -128,6 +133,15 @@ class Trace:
     def footprint(self) -> Footprint:
         """What it holds."""
         return Footprint(self.holdings, self.runs[-1].stop)
+
+    def reserved_bytes(self) -> int:
+        """What the caching allocator takes: a stream uses nothing that is free in another stream's segments."""
+        last = self.runs[-1].stop - 1
+        ends = Holding("end", Kind.BUFFERS, 0, last, last)
+        pools: dict[str, list[Holding]] = {}
+        for held in self.holdings:
+            pools.setdefault(held.module if held.module in (GATHER, REDUCE) else "", []).append(held)
+        return sum(reserved_bytes([*pool, ends]) for pool in pools.values())
 
     def play(self, cost_of: Callable[[tuple[Work, ...], bool], Cost], hardware: Hardware) -> Timeline:
         """Run it on a machine, where works, of the update or not, cost so much."""
@@ -370,12 +384,28 @@ def _part_of(name: str) -> str:
 
 def _trace(program: Program, case: Case, *, is_last: bool) -> Trace:
     software = case.software
-    fusion = fuse(program, any_call if software.fused else _is_copy_in)
+    choices = {"all": any_call, "blocks": _is_of_block_or_copy_in, "": _is_copy_in}
+    fusion = fuse(program, choices[software.fused])
     calls: list[Call] = []
     holdings = []
+    nodes = list(program.graph.nodes)
+    runs = _runs(program)
+    until = _cached(nodes, runs) if software.every_second and not software.fused and case.recompute == "operators" else {}
     for held in footprint(program, staged=False, fusion=fusion).holdings:
-        bucket = re.search(r"bucket\d+", held.what) if held.first == 0 else None
-        holdings.append(replace(held, module=bucket[0] if bucket else held.module))
+        node = nodes[held.first]
+        if held.first == 0 and node.op == "placeholder":
+            bucket = re.search(r"bucket\d+", held.what)
+            holdings.append(replace(held, module=bucket[0] if bucket else held.module))
+        elif node.target is ops.all_gather and phase_of(node) is not Phase.UPDATE:
+            # What is gathered is memory of the stream that gathers; FSDP2 copies it from there to each parameter.
+            arrived = next(i for i in range(held.first, held.last + 1) if nodes[i] in node.users)
+            holdings.append(replace(held, module=GATHER, last=arrived if software.copies_out else held.last))
+            if software.copies_out:
+                holdings.append(replace(held, first=arrived))
+        elif isinstance(node.meta.get("holds"), FlatGradient) or node.target is ops.reduce_scatter:
+            holdings.append(replace(held, module=REDUCE))
+        else:
+            holdings.append(replace(held, last=max(held.last, until.get(held.first, 0))))
     position = {node: i for i, node in enumerate(program.graph.nodes)}
     for node, place in position.items():
         if node.op != "call_function":
@@ -389,7 +419,6 @@ def _trace(program: Program, case: Case, *, is_last: bool) -> Trace:
             if software.copies_out and start.target is ops.all_gather and not is_update:
                 size = num_bytes_of(node.meta["val"])
                 calls.append(Call(place, (Work("copy", read_bytes=size, written_bytes=size),)))
-                holdings.append(Holding("copy out", Kind.GATHERED, size, place, place))
             continue
         done = fusion.works.get(node) or works(node, case.world)
         if node.target in ops.STARTS:
@@ -398,7 +427,24 @@ def _trace(program: Program, case: Case, *, is_last: bool) -> Trace:
         elif any(work.unit != NOTHING for work in done):
             calls.append(Call(place, done, is_update=is_update))
     holdings.sort(key=lambda holding: holding.first)
-    return Trace(tuple(calls), tuple(holdings), tuple(_runs(program)), _blocks(program))
+    return Trace(tuple(calls), tuple(holdings), tuple(runs), _blocks(program))
+
+
+def _cached(nodes: Sequence[fx.Node], runs: Sequence[Run]) -> dict[int, int]:
+    """Positions of the products whose results eager selective checkpointing keeps, and until when.
+
+    It keeps every second one until its block is computed again, whether backward reads it or not.
+    """
+    begins = {run.block: run.start for run in runs if run.kind == "backward"}
+    counts: Counter[int] = Counter()
+    until: dict[int, int] = {}
+    for position, node in enumerate(nodes):
+        if node.target is torch.ops.aten.mm.default and phase_of(node) is Phase.FORWARD:
+            block = _block_of(node.meta["origin"].module)
+            counts[block] += 1
+            if block in begins and block >= 0 and counts[block] % 2:
+                until[position] = begins[block]
+    return until
 
 
 def _runs(program: Program) -> list[Run]:
@@ -452,6 +498,10 @@ def _is_copy_in(node: fx.Node) -> bool:
     if isinstance(node.meta.get("holds"), FlatGradient):
         return True
     return node.target is torch.ops.aten._to_copy.default and all(_goes_in(user) for user in node.users)
+
+
+def _is_of_block_or_copy_in(node: fx.Node) -> bool:
+    return _block_of(node.meta["origin"].module) >= 0 or _is_copy_in(node)
 
 
 def _goes_in(user: fx.Node) -> bool:
