@@ -12,12 +12,14 @@ each time, and operators are called as emitted steps call them. ``zgraph.calibra
 from __future__ import annotations
 
 import errno
+import itertools
 import mmap
 import os
 import platform
 import statistics
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -69,6 +71,9 @@ MOST_OPERATIONS = {"cpu": {torch.float16: 2 * 64**3, torch.float64: 2 * 512**3},
 DISK_BYTES = 64 * MIB
 
 PASSES = 3
+
+COLD_BYTES, MOST_OPERANDS = 128 * MIB, 64
+"""Operands that are gone through in turns: more bytes than a cache holds, or so many of small ones."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +171,7 @@ def _rank(ranks: int, budget_s: float, directory: Path) -> Run:
     if ranks > 1:
         dist.init_process_group(default_backend() if bench.device.type == "cuda" else "gloo")
     try:
-        return shortest([_pass(bench, directory) for _ in range(PASSES)])
+        return middle([_pass(bench, directory) for _ in range(PASSES)])
     finally:
         if ranks > 1:
             dist.destroy_process_group()
@@ -189,16 +194,17 @@ def _pass(bench: _Bench, directory: Path) -> Run:
     )
 
 
-def shortest(passes: Sequence[Run]) -> Run:
-    """Of passes over the same points, the shortest time of each point."""
+def middle(passes: Sequence[Run]) -> Run:
+    """Of passes over the same points, the median time of each point."""
 
     def of(values: Sequence[Any]) -> Any:
         first = values[0]
         if isinstance(first, dict):
             return {key: of([value[key] for value in values]) for key in first}
         if isinstance(first, list):
-            return [[*points[0][:-1], min(point[-1] for point in points)] for points in zip(*values, strict=True)]
-        return min(values)
+            same = zip(*values, strict=True)
+            return [[*points[0][:-1], statistics.median(point[-1] for point in points)] for points in same]
+        return statistics.median(values) if isinstance(first, float) else first
 
     return Run(**{each.name: of([getattr(run, each.name) for run in passes]) for each in fields(Run)})
 
@@ -233,22 +239,36 @@ class _Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def seconds(self, work: Callable[[], Any], *, least: int = 2) -> float:
-        """Shortest time of one piece of work, which is repeated for the time that there is.
+    def seconds(self, make: Callable[[], Callable[[], Any]], num_bytes: int) -> float:
+        """Median time of one piece of work, which is repeated for the time that there is.
 
-        On a GPU, repetitions are recorded once and played back, so that no launch by Python is in them.
+        On a CPU as in a step: operands have left the cache since they were made, and results take the place of others
+        that died long ago. On a GPU, repetitions are recorded once and played back, so that no launch by Python is in
+        them.
+
+        Args:
+            make: the work on operands of its own.
+            num_bytes: of these, about.
         """
-        work()
-        repeated, per_sample = self._recorded(work) if self.device.type == "cuda" else (work, 1)
+        if self.device.type == "cuda":
+            repeated, per_sample = self._recorded(make())
+            works = [repeated]
+        else:
+            works, per_sample = [make() for _ in range(min(max(COLD_BYTES // num_bytes, 1), MOST_OPERANDS))], 1
+        results: deque[Any] = deque(maxlen=len(works))
+        for work in works:
+            results.append(work())
         self.together()
         samples: list[float] = []
         end = time.perf_counter() + self.window_s
-        while len(samples) < least or time.perf_counter() < end:
+        for work in itertools.cycle(works):
             start = time.perf_counter()
-            repeated()
+            results.append(work())
             self.finish()
             samples.append((time.perf_counter() - start) / per_sample)
-        return min(samples)
+            if len(samples) > 2 and time.perf_counter() > end:
+                return statistics.median(samples)
+        raise AssertionError("there is always work")
 
     def _recorded(self, work: Callable[[], Any], count: int = 20) -> tuple[Callable[[], Any], int]:
         graph = torch.cuda.CUDAGraph()
@@ -307,13 +327,15 @@ def _products_of(bench: _Bench, dtype: torch.dtype, most: int | None) -> list[li
     for batch, m, n, k in CPU_SHAPES if bench.device.type == "cpu" else GPU_SHAPES:
         if most is not None and 2 * batch * m * n * k > most:
             continue
-        left, right = bench.tensor(batch, m, k, dtype=dtype), bench.tensor(batch, k, n, dtype=dtype)
-        if batch == 1:
-            left, right = left[0], right[0]
-            seconds = bench.seconds(partial(aten.mm.default, left, right))
-        else:
-            seconds = bench.seconds(partial(aten.bmm.default, left, right))
-        rows.append([batch, m, n, k, seconds])
+
+        def product(batch: int = batch, m: int = m, n: int = n, k: int = k) -> Callable[[], torch.Tensor]:
+            left, right = bench.tensor(batch, m, k, dtype=dtype), bench.tensor(batch, k, n, dtype=dtype)
+            if batch == 1:
+                return partial(aten.mm.default, left[0], right[0])
+            return partial(aten.bmm.default, left, right)
+
+        num_bytes = batch * (m * k + k * n + m * n) * dtype.itemsize
+        rows.append([batch, m, n, k, bench.seconds(product, num_bytes)])
     return rows
 
 
@@ -322,8 +344,11 @@ def _streams(bench: _Bench, *, in_place: bool) -> list[list[float]]:
     rows = []
     operator = aten.add_.Tensor if in_place else aten.add.Tensor
     for size in SIZES:
-        x = bench.tensor(size // 4)
-        rows.append([2 * size, bench.seconds(partial(operator, x, 1.0))])
+
+        def stream(size: int = size) -> Callable[[], torch.Tensor]:
+            return partial(operator, bench.tensor(size // 4), 1.0)
+
+        rows.append([2 * size, bench.seconds(stream, size if in_place else 2 * size)])
     return rows
 
 
@@ -333,7 +358,8 @@ def _arithmetic(bench: _Bench) -> dict[str, list[list[float]]]:
     numel = 64 * KIB if bench.device.type == "cpu" else 4 * MIB
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         x, y = bench.tensor(numel, dtype=dtype), bench.tensor(numel, dtype=dtype)
-        found[_name(dtype)] = [[2 * numel, bench.seconds(partial(aten.addcmul_.default, x, y, y))]]
+        work = partial(aten.addcmul_.default, x, y, y)  # the same operands each time, in cache
+        found[_name(dtype)] = [[2 * numel, bench.seconds(lambda work=work: work, numel * 8)]]
     return found
 
 
@@ -342,7 +368,8 @@ def _exponentials(bench: _Bench) -> list[list[float]]:
     rows = []
     for numel in (4 * KIB, 64 * KIB, MIB, 4 * MIB):
         x, out = bench.tensor(numel), bench.tensor(numel)
-        rows.append([numel, bench.seconds(partial(aten.exp.out, x, out=out))])
+        work = partial(aten.exp.out, x, out=out)
+        rows.append([numel, bench.seconds(lambda work=work: work, numel * 8)])
     return rows
 
 
@@ -353,22 +380,29 @@ def _lookups(bench: _Bench, width: int = 256, vocabulary: int = 32 * KIB) -> lis
     for count in (16, 256, 4 * KIB, 32 * KIB):
         # A step prime to the vocabulary visits rows far apart, each once.
         index = (torch.arange(count, device=bench.device) * 12347) % vocabulary
-        seconds = bench.seconds(partial(aten.embedding.default, table, index))
-        rows.append([2 * count * width * 4, seconds])
+        work = partial(aten.embedding.default, table, index)
+        rows.append([2 * count * width * 4, bench.seconds(lambda work=work: work, 2 * count * width * 4)])
     return rows
 
 
 def _attention(bench: _Bench) -> dict[str, list[list[float]]]:
-    """Operations and seconds of fused attention forward, by name of dtype: 4 * batch * heads * tokens**2 * width."""
+    """Operations and seconds of fused causal attention forward, by name of dtype.
+
+    Two products over all pairs of tokens, of which causality leaves half: 2 * heads * tokens**2 * width operations.
+    """
     found = {}
     on_cpu = bench.device.type == "cpu"
     heads, width = (8, 64) if on_cpu else (32, 128)
     for dtype in (torch.float32, torch.bfloat16):
         rows: list[list[float]] = []
         for tokens in (32, 128, 512) if on_cpu else (128, 512, 2048, 8192):
-            x = bench.tensor(1, heads, tokens, width, dtype=dtype)
-            seconds = bench.seconds(partial(F.scaled_dot_product_attention, x, x, x))
-            rows.append([4 * heads * tokens**2 * width, seconds])
+
+            def attend(tokens: int = tokens, dtype: torch.dtype = dtype) -> Callable[[], torch.Tensor]:
+                x = bench.tensor(1, heads, tokens, width, dtype=dtype)
+                return partial(F.scaled_dot_product_attention, x, x, x, is_causal=True)
+
+            num_bytes = 2 * heads * tokens * width * dtype.itemsize
+            rows.append([2 * heads * tokens**2 * width, bench.seconds(attend, num_bytes)])
         found[_name(dtype)] = rows
     return found
 
