@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from peers_predicted import Case, NotUsed, Row, case_of, complete
+from peers_predicted import Case, NotUsedError, case_of, complete
 from predicted import Constants, predicted
 from traces import Step, steps_of
 
@@ -73,7 +73,7 @@ def read(path: Path, trust: str = "ABCD") -> tuple[list[Case], Counter[str]]:
         for row in csv.DictReader(file):
             try:
                 case = case_of(complete(row))
-            except NotUsed as reason:
+            except NotUsedError as reason:
                 reasons[str(reason)] += 1
                 continue
             if case.trust not in trust:
@@ -90,10 +90,20 @@ def results_of(cases: Sequence[Case], steps: Sequence[Step], constants: Constant
         made = predicted(case, step, constants or Constants())
         found.append(
             Result(
-                case.id, case.source, case.software.name, case.machine, case.trust, case.is_complete,
-                made.tokens_s, case.tokens_s, made.reserved_gib if case.peak_kind == "reserved" else made.live_gib,
-                case.peak_gib, case.peak_kind, made.step_s, made.exposed_s,
-            )  # fmt: skip
+                case.id,
+                case.source,
+                case.software.name,
+                case.machine,
+                case.trust,
+                case.is_complete,
+                made.tokens_s,
+                case.tokens_s,
+                made.reserved_gib if case.peak_kind == "reserved" else made.live_gib,
+                case.peak_gib,
+                case.peak_kind,
+                made.step_s,
+                made.exposed_s,
+            )
         )
     return found
 
@@ -133,8 +143,8 @@ def rows_table(results: Sequence[Result]) -> str:
     """Every row, by source."""
     lines: list[str] = []
     for source, mine in _by(results, lambda result: result.source).items():
-        lines += ["", source, f"  {'row':9} {'software':19} {'machine':8} {'tokens/s':>9} {'measured':>9} {'error':>7}"
-                  f"   {'GiB':>6} {'measured':>8} {'error':>7}"]  # fmt: skip
+        head = f"  {'row':9} {'software':19} {'machine':8} {'tokens/s':>9} {'measured':>9} {'error':>7}"
+        lines += ["", source, f"{head}   {'GiB':>6} {'measured':>8} {'error':>7}"]
         lines += [
             f"  {r.id:9} {r.software:19} {r.machine:8} {r.tokens_s:9.0f} {_shown(r.measured_tokens_s, '9.0f')} "
             f"{_shown(r.time_error, '+7.1%')}   {_shown(r.peak_gib if r.measured_peak_gib else None, '6.1f')} "
@@ -226,10 +236,8 @@ def write_between_marks(path: Path, text: str) -> None:
 def plot(results: Sequence[Result]) -> str:
     """Predicted over measured as an SVG: throughput on the left, memory on the right, both axes logarithmic."""
     size, gap = 300, 56
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * (size + gap) + 20} {size + 2 * gap}" '
-        'font-family="sans-serif" font-size="11">'
-    ]
+    box = f"0 0 {2 * (size + gap) + 20} {size + 2 * gap}"
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}" font-family="sans-serif" font-size="11">']
     classes = sorted({r.software for r in results})
     colours = {name: f"hsl({360 * i // max(len(classes), 1)},65%,45%)" for i, name in enumerate(classes)}
     panels = (
@@ -264,7 +272,9 @@ def plot(results: Sequence[Result]) -> str:
         ]
     for i, name in enumerate(classes):
         x, y = gap + (i % 4) * 160, size + 20 + 52 + 14 * (i // 4)
-        parts.append(f'<circle cx="{x}" cy="{y - 4}" r="3" fill="{colours[name]}"/><text x="{x + 8}" y="{y}">{name}</text>')
+        parts.append(
+            f'<circle cx="{x}" cy="{y - 4}" r="3" fill="{colours[name]}"/><text x="{x + 8}" y="{y}">{name}</text>'
+        )
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -272,7 +282,9 @@ def main() -> int:
     """Predict a collection, and tell how far off."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--published", type=Path, required=True, metavar="FILE", help="a collection of measurements")
-    parser.add_argument("--trust", default="ABCD", metavar="GRADES", help="use only rows of these grades, such as A or AB")
+    parser.add_argument(
+        "--trust", default="ABCD", metavar="GRADES", help="use only rows of these grades, such as A or AB"
+    )
     parser.add_argument("--json", type=Path, metavar="OUT", help="write every row here, one JSON object a line")
     parser.add_argument("--markdown", type=Path, metavar="DOC", help="write the tables between the marks of a document")
     parser.add_argument("--plot", type=Path, metavar="OUT", help="draw predicted over measured, as SVG")

@@ -1,4 +1,4 @@
-"""Fit the few constants of whole steps to published ones, and say how far off they are on those they were not fitted to.
+"""Fit the few constants of whole steps to published ones, and say how far off they are on the others.
 
     python benchmarks/fit_published.py --published FILE.csv
 
@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import argparse
 import random
-import statistics
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 from accuracy import as_text, read, results_of
@@ -35,7 +34,10 @@ BOUNDS = {
     "link": (0.8, 2.5),
     "broadcast_s": (1e-5, 1e-1),
 }
-START = Constants(broadcast_s=1e-3)
+
+
+UNFITTED = Constants(1.0, 1.0, 1.0, 1.0, 1.0, 1e-3)
+"""The presets as they are, and a first guess of what a broadcast takes."""
 
 
 def is_fitted(case: Case) -> bool:
@@ -62,14 +64,15 @@ class Parts:
 def parts_of(case: Case, step: Step) -> Parts:
     """Play a step once, and take it apart."""
     hardware = case.hardware()
-    cost_of = costs_of(case, hardware, Constants())
+    cost_of = costs_of(case, hardware, UNFITTED)
     busy: Counter[str] = Counter()
     for program, times in zip(step.programs, step.repeats, strict=True):
         for call in program.calls:
             for work in call.works if not call.is_start else ():
                 unit = work.unit if work.unit in (MATRIX, ATTENTION) else VECTOR
                 busy[unit] += times * cost_of((work,), call.is_update).seconds
-    return Parts(busy, predicted(case, step, Constants(), memory=False).step_s - sum(busy.values()))
+    sent = UNFITTED.broadcast_s * case.world if case.software.broadcasts else 0
+    return Parts(busy, predicted(case, step, UNFITTED, memory=False).step_s - sent - sum(busy.values()))
 
 
 def fit_times(cases: Sequence[Case], steps: Sequence[Step]) -> Constants:
@@ -81,19 +84,8 @@ def fit_times(cases: Sequence[Case], steps: Sequence[Step]) -> Constants:
         return [part.seconds(case, constants) for case, part in zip(cases, parts, strict=True)]
 
     measured = [case.batch * case.seq * case.accumulate / (case.tokens_s or 1) for case in cases]
-    found = fit(times, measured, list(astuple(START))[: len(BOUNDS)], list(BOUNDS.values()))
+    found = fit(times, measured, list(astuple(UNFITTED)), list(BOUNDS.values()))
     return Constants(*(float(f"{value:.3g}") for value in found))
-
-
-def fitted(pairs: Sequence[tuple[Case, Step]]) -> Constants:
-    """All constants, of these rows."""
-    timed = [(case, step) for case, step in pairs if case.tokens_s is not None]
-    constants = fit_times([case for case, _ in timed], [step for _, step in timed])
-    held = [(case, step) for case, step in pairs if case.peak_gib is not None and case.peak_kind == "reserved"]
-    results = results_of([case for case, _ in held], [step for _, step in held], constants)
-    ratios = [r.measured_peak_gib / r.peak_gib for r in results if r.measured_peak_gib is not None]
-    fragments = float(f"{statistics.median(ratios):.3g}") if ratios else 1.0
-    return replace(constants, fragments=fragments)
 
 
 def main() -> int:
@@ -106,7 +98,8 @@ def main() -> int:
     steps, failed = steps_of(cases, options.processes)
     cases = [case for case in cases if case.id not in failed]
     pairs = [(case, step) for case, step in zip(cases, steps, strict=True) if case.is_complete]
-    constants = fitted([pair for pair in pairs if is_fitted(pair[0])])
+    timed = [(case, step) for case, step in pairs if case.tokens_s is not None and is_fitted(case)]
+    constants = fit_times([case for case, _ in timed], [step for _, step in timed])
     print({field.name: getattr(constants, field.name) for field in fields(constants)})
     for name, chosen in (("fitted", True), ("held out", False)):
         half = [(case, step) for case, step in pairs if is_fitted(case) is chosen]

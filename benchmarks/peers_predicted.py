@@ -15,7 +15,7 @@ from zgraph.hardware import Hardware, find_hardware
 from zgraph.presets import ALL_BIASES, ModelConfig, num_params
 
 
-class NotUsed(Exception):
+class NotUsedError(Exception):
     """Why a row is not predicted."""
 
 
@@ -103,9 +103,9 @@ Row = Mapping[str, str]
 
 COLUMNS = (
     "id", "category", "model", "params", "layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq_len",
-    "micro_batch", "global_batch", "grad_accum", "precision", "activation_ckpt", "parallelism", "shard_degree", "offload",
-    "gpu", "n_gpus", "n_nodes", "interconnect", "software", "step_time_s", "tokens_s_gpu", "peak_mem", "peak_mem_unit",
-    "peak_mem_kind", "trust", "source",
+    "micro_batch", "global_batch", "grad_accum", "precision", "activation_ckpt", "parallelism", "shard_degree",
+    "offload", "gpu", "n_gpus", "n_nodes", "interconnect", "software", "step_time_s", "tokens_s_gpu", "peak_mem",
+    "peak_mem_unit", "peak_mem_kind", "trust", "source",
 )  # fmt: skip
 """What is read of a row; others are ignored, and one that is missing is as if it were blank."""
 
@@ -113,6 +113,7 @@ COLUMNS = (
 def complete(row: Mapping[str | None, str | None]) -> Row:
     """A row with all columns, none of them None, and no blanks around values."""
     return {name: (row.get(name) or "").strip() for name in COLUMNS}
+
 
 _MACHINES = (
     (r"H100-96GB", "H100-96"),
@@ -132,31 +133,31 @@ def case_of(row: Row) -> Case:
     """What to predict of a row.
 
     Raises:
-        NotUsed: zgraph has no model of it, or it does not say enough.
+        NotUsedError: zgraph has no model of it, or it does not say enough.
     """
     if row["category"] != "train":
-        raise NotUsed("not a training step")
+        raise NotUsedError("not a training step")
     tokens_s, peak_gib, peak_kind = _measured(row)
     _check_kind(row)
     count = {name: _integer(row, name) for name in ("layers", "hidden", "heads", "vocab", "seq_len", "micro_batch")}
     missing = [name for name, value in count.items() if value is None]
     ffn = row["ffn"]
     if "exp" in ffn:
-        raise NotUsed("mixture of experts")
+        raise NotUsedError("mixture of experts")
     if missing or not ffn.isdigit():
-        raise NotUsed("incomplete configuration")
+        raise NotUsedError("incomplete configuration")
     ranks, batch, seq = _integer(row, "n_gpus"), count["micro_batch"] or 0, count["seq_len"] or 0
     if ranks is None:
-        raise NotUsed("incomplete configuration")
+        raise NotUsedError("incomplete configuration")
     accumulate = _integer(row, "grad_accum")
     whole = _integer(row, "global_batch")
     if accumulate is None:
         if whole is None or whole % (batch * ranks):
-            raise NotUsed("incomplete configuration")
+            raise NotUsedError("incomplete configuration")
         accumulate = whole // (batch * ranks)
     machine = next((name for pattern, name in _MACHINES if re.search(pattern, row["gpu"])), None)
     if machine is None:
-        raise NotUsed("unknown GPU")
+        raise NotUsedError("unknown GPU")
     software = _software(row)
     zero, world = _sharding(row, ranks)
     nodes = _integer(row, "n_nodes") or -(-ranks // 8)
@@ -196,7 +197,7 @@ def _measured(row: Row) -> tuple[float | None, float | None, str]:
         # torch's own counters are told in GiB, whatever the unit is called, unless the row says 1e9.
         peak = peak * 1e9 / 2**30 if "1e9" in row["peak_mem_unit"] else peak
     if tokens_s is None and peak is None:
-        raise NotUsed("neither throughput nor allocator's peak is given")
+        raise NotUsedError("neither throughput nor allocator's peak is given")
     return tokens_s, peak, name
 
 
@@ -204,17 +205,17 @@ def _check_kind(row: Row) -> None:
     """Refuse what zgraph does not do."""
     text, precision = row["parallelism"].lower(), row["precision"].lower()
     if re.search(r"\b(tp|pp|ep|cp|sp|dp\d+ x )[2-9]|\b(tp|pp|cp)\d\d|ulysses|async", text):
-        raise NotUsed("tensor, context, pipeline or expert parallel")
+        raise NotUsedError("tensor, context, pipeline or expert parallel")
     if re.search(r"\btp1\b", text) is None and re.search(r"cp[1-9]|\btp ", text):
-        raise NotUsed("tensor, context, pipeline or expert parallel")
+        raise NotUsedError("tensor, context, pipeline or expert parallel")
     if re.search(r"fp8|float8|mxfp|nvfp", precision):
-        raise NotUsed("float8 or narrower")
+        raise NotUsedError("float8 or narrower")
     if "bf16 master" in precision:
-        raise NotUsed("bfloat16 master weights")
+        raise NotUsedError("bfloat16 master weights")
     if row["offload"] not in ("", "none") or "offload" in text:
-        raise NotUsed("offload")
+        raise NotUsedError("offload")
     if row["activation_ckpt"] in ("ILP", "see doc", "on", "none/unstated") or "offload" in row["activation_ckpt"]:
-        raise NotUsed("recomputation is not stated")
+        raise NotUsedError("recomputation is not stated")
 
 
 def _sharding(row: Row, ranks: int) -> tuple[int, int]:
@@ -226,9 +227,9 @@ def _sharding(row: Row, ranks: int) -> tuple[int, int]:
     found = re.search(r"ZeRO-([0-3])", text)
     stage = int(found[1]) if found and "FSDP" not in text else 3 if re.search(r"FSDP|DeepCompile", text) else None
     if stage is None:
-        raise NotUsed("unknown way to share state")
+        raise NotUsedError("unknown way to share state")
     if "HYBRID" in text or "HSDP" in text or (shared != ranks and stage != 1):
-        raise NotUsed("hybrid sharding")
+        raise NotUsedError("hybrid sharding")
     return stage, shared
 
 
@@ -240,8 +241,9 @@ def _software(row: Row) -> Software:
         # Of graph_trainer, only rows that say so ran inductor. FSDP1 keeps parameters as views of the flat buffer.
         copies = "fsdp1" not in text and "single" not in text
         # Each block is compiled; embedding, head and loss are not.
-        return Software("torchtitan compile" if compiled else "torchtitan eager", "blocks" if compiled else "",
-                        copies_out=copies, every_second=True)  # fmt: skip
+        kind = "graph_trainer" if "graph_trainer" in name else "compile" if compiled else "eager"
+        return Software(f"torchtitan {kind}", "blocks" if compiled else "", copies_out=copies,
+                        every_second=True)  # fmt: skip
     if "llm-foundry" in name:
         # Its optimizer is a loop over parameters in Python, an operator at a time; its attention, FlashAttention 1.
         return Software("llm-foundry", reduce="bfloat16" if "PURE" in row["precision"] else "float32",
@@ -257,7 +259,7 @@ def _software(row: Row) -> Software:
         return Software("DeepSpeed", reduce="bfloat16")
     if "fsdp1+compile" in name:
         return Software("fms-fsdp", "blocks", reduce="bfloat16")
-    raise NotUsed(f"unknown software ({row['software'] or 'not stated'})")
+    raise NotUsedError(f"unknown software ({row['software'] or 'not stated'})")
 
 
 def _recompute(row: Row, software: Software) -> str | None:
@@ -267,11 +269,11 @@ def _recompute(row: Row, software: Software) -> str | None:
         return "blocks"
     if text.startswith("selective"):
         if software.name == "fms-fsdp":
-            raise NotUsed("recomputation is not stated")  # of some blocks, it does not say of how many
+            raise NotUsedError("recomputation is not stated")  # of some blocks, it does not say of how many
         return "operators"
     if text.startswith("none"):
         return "compiler" if software.fused else None
-    raise NotUsed("recomputation is not stated")
+    raise NotUsedError("recomputation is not stated")
 
 
 def _nic(text: str) -> tuple[float | None, bool]:
@@ -287,7 +289,7 @@ def _model(row: Row, seq: int) -> ModelConfig:
     """The shape, from the columns; what they leave open is what gives the stated number of parameters.
 
     Raises:
-        NotUsed: nothing gives it within 2 %.
+        NotUsedError: nothing gives it within 2 %.
     """
     name = row["model"]
     layers, hidden, heads, vocab = (int(row[key]) for key in ("layers", "hidden", "heads", "vocab"))
@@ -312,5 +314,5 @@ def _model(row: Row, seq: int) -> ModelConfig:
         return open_[0]
     best = min(open_, key=lambda config: abs(num_params(config) - stated))
     if abs(num_params(best) / stated - 1) > 0.02:
-        raise NotUsed("shape and number of parameters do not agree")
+        raise NotUsedError("shape and number of parameters do not agree")
     return best

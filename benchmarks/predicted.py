@@ -21,26 +21,25 @@ GIB = 2**30
 class Constants:
     """What whole steps show beside what zgraph's presets say, which are fitted to single operators.
 
-    Each is fitted by benchmarks/fit_published.py to the half of the configurations that it names.
+    Fitted by benchmarks/fit_published.py to half of the configurations of trust A; docs/accuracy.md has the errors of
+    the other half.
 
     Attributes:
         hopper: how much longer products of matrices take in a step on an H100 of 700 W than alone: a device that works
             without a pause runs at the clock that its power allows, which short measurements do not see. ``ampere``
             likewise on an A100.
         flash_1: how much longer FlashAttention 1 takes than version 2.
-        vector: how much longer everything takes that moves memory.
+        vector: how much longer everything takes that moves memory; below 1 since part of it is still in cache.
         link: likewise collectives, beside which compute runs.
         broadcast_s: seconds of each rank's broadcast of what it has updated, where one follows the other.
-        fragments: what the allocator reserves beyond its rules.
     """
 
-    hopper: float = 1.0
-    ampere: float = 1.0
-    flash_1: float = 1.0
-    vector: float = 1.0
-    link: float = 1.0
-    broadcast_s: float = 0.0
-    fragments: float = 1.0
+    hopper: float = 1.34
+    ampere: float = 1.15
+    flash_1: float = 1.95
+    vector: float = 0.764
+    link: float = 1.12
+    broadcast_s: float = 2.29e-3
 
     def factors(self, case: Case) -> dict[str, float]:
         """By what does the work; of all else, ``vector``."""
@@ -80,7 +79,7 @@ def predicted(case: Case, step: Step, constants: Constants, *, memory: bool = Tr
         exposed_s,
         case.batch * case.seq * case.accumulate / step_s,
         live / GIB,
-        reserved / GIB * constants.fragments,
+        reserved / GIB,
     )
 
 

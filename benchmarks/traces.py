@@ -23,8 +23,8 @@ from zgraph import ops
 from zgraph.accumulation import micro_step
 from zgraph.allocator import reserved_bytes
 from zgraph.capture import capture
-from zgraph.config import Config
 from zgraph.codegen.kernel import Kernel
+from zgraph.config import Config
 from zgraph.cost import NOTHING, Cost, Work, num_bytes_of, works
 from zgraph.errors import ZgraphError
 from zgraph.footprint import Footprint, Holding, Kind, footprint
@@ -390,7 +390,9 @@ def _trace(program: Program, case: Case, *, is_last: bool) -> Trace:
     holdings = []
     nodes = list(program.graph.nodes)
     runs = _runs(program)
-    until = _cached(nodes, runs) if software.every_second and not software.fused and case.recompute == "operators" else {}
+    until = (
+        _cached(nodes, runs) if software.every_second and not software.fused and case.recompute == "operators" else {}
+    )
     for held in footprint(program, staged=False, fusion=fusion).holdings:
         node = nodes[held.first]
         if held.first == 0 and node.op == "placeholder":

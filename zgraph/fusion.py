@@ -158,10 +158,10 @@ class _Fusion:
                 continue
             readers = list(_readers(node))
             homes = {self._find(reader) if reader in self.fusable else None for reader in readers}
-            if len(homes) == 1 and (home := homes.pop()) is not None:
-                if all(phase_of(reader) is phase_of(node) for reader in readers):
-                    sizes[home] += sizes[node]
-                    self.parent[node] = home
+            home = homes.pop() if len(homes) == 1 else None
+            if home is not None and all(phase_of(reader) is phase_of(node) for reader in readers):
+                sizes[home] += sizes[node]
+                self.parent[node] = home
 
     def _region(self, nodes: list[fx.Node]) -> Region:
         inside = set(nodes)
@@ -207,14 +207,14 @@ class _Fusion:
         while stack:
             source = stack.pop()
             memory = ops.root_of(source)
-            if source in cone or (memory in cone and cone[memory]):
+            if source in cone or cone.get(memory):
                 continue
             # The first call is made again in any case, and those before it if they are in the same region.
             made = memory is value or (self._is_plain(memory) and self._find(memory) is self._find(value))
             cone[memory if made else source] = made
             if made:
                 stack.extend(memory.all_input_nodes)
-            elif memory.op == "placeholder" or memory in self.fusable or memory.op == "call_function":
+            else:
                 num_bytes += num_bytes_of(source.meta["val"])
             if len(cone) > _LARGEST_CONE:
                 return None
@@ -258,13 +258,13 @@ def _is_last(node: fx.Node) -> bool:
     if node.target in _LAST:
         return True
     assert isinstance(node.target, torch._ops.OpOverload)
-    if not _is_sum(node) and torch.Tag.reduction not in node.target.tags or node.target in _ROWS:
+    if node.target in _ROWS or not (_is_sum(node) or torch.Tag.reduction in node.target.tags):
         return False
     dims = node.args[1] if len(node.args) > 1 else None
     source = node.all_input_nodes[0].meta["val"]
     if not isinstance(dims, (list, tuple)) or not all(isinstance(dim, int) for dim in dims):
         return True
-    return {dim % source.dim() for dim in dims} != {source.dim() - 1}  # type: ignore[operator]
+    return {dim % source.dim() for dim in dims} != {source.dim() - 1}
 
 
 def _length(node: fx.Node) -> int:
@@ -328,10 +328,7 @@ class FusedCosts:
 def kernel_of(region: Region) -> Work:
     """What the kernel of a region does."""
     parts = [
-        work
-        for node in (*region.nodes, *region.again)
-        for work in works(node, 1)
-        if work.unit not in (NOTHING, LINK)
+        work for node in (*region.nodes, *region.again) for work in works(node, 1) if work.unit not in (NOTHING, LINK)
     ]
     return Work(
         "fused",
