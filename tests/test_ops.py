@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from torch import fx
 
 from zgraph.ops import draws, is_elementwise, is_random, is_view, may_write
