@@ -70,6 +70,7 @@ class Case:
         peak_gib: measured; None if it was not, or not in a way that can be predicted.
         peak_kind: ``reserved`` or ``allocated``.
         is_complete: the network between nodes is stated, or there is one node.
+        dtype: that the model computes in.
         keeps_gathered: parameters stay whole from forward to backward (SHARD_GRAD_OP).
     """
 
@@ -93,6 +94,7 @@ class Case:
     peak_kind: str
     is_complete: bool = True
     keeps_gathered: bool = False
+    dtype: str = "bfloat16"
 
     def hardware(self) -> Hardware:
         """The machine."""
@@ -166,6 +168,7 @@ def case_of(row: Row) -> Case:
         row["id"], row["source"], row["trust"], _model(row, seq), batch, seq, accumulate, zero, world, ranks,
         _recompute(row, software), software, machine, max(ranks // nodes, 1), nic, tokens_s, peak_gib, peak_kind,
         is_complete=is_stated or nodes == 1,
+        dtype="bfloat16" if "bf16" in row["precision"] and machine != "V100-32" else "float16",
         keeps_gathered=zero == 3 and ("SHARD_GRAD_OP" in row["parallelism"] or "reshard=never" in row["software"]),
     )  # fmt: skip
 
@@ -210,6 +213,8 @@ def _check_kind(row: Row) -> None:
         raise NotUsedError("tensor, context, pipeline or expert parallel")
     if re.search(r"fp8|float8|mxfp|nvfp", precision):
         raise NotUsedError("float8 or narrower")
+    if not re.search("bf16|fp16|float16", precision):
+        raise NotUsedError("precision is neither bfloat16 nor float16, or not stated")
     if "bf16 master" in precision:
         raise NotUsedError("bfloat16 master weights")
     if row["offload"] not in ("", "none") or "offload" in text:

@@ -26,7 +26,7 @@ from zgraph.capture import capture
 from zgraph.codegen.kernel import Kernel
 from zgraph.config import Config
 from zgraph.cost import NOTHING, Cost, Work, num_bytes_of, works
-from zgraph.errors import ZgraphError
+from zgraph.errors import CaptureError, ZgraphError
 from zgraph.footprint import Footprint, Holding, Kind, footprint
 from zgraph.fusion import any_call, fuse
 from zgraph.hardware import Hardware
@@ -55,21 +55,22 @@ UNLIMITED = 2**60
 
 
 class _Half:
-    """A module as its own ``forward`` finds it, with parameters in bfloat16."""
+    """A module as its own ``forward`` finds it, with parameters in 16 bits."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        self._dtype = dtype
         self._module, self._cast = module, {name for name, p in module._parameters.items() if p is not None}
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._module, name)
-        return value.bfloat16() if name in self._cast else value
+        return value.to(self._dtype) if name in self._cast else value
 
 
-def in_half(model: nn.Module) -> nn.Module:
+def in_half(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Let every module cast its parameters where it reads them, as FSDP's mixed precision and DeepSpeed have it."""
     for module in model.modules():
         if module._parameters:
-            module.forward = partial(type(module).forward, _Half(module))
+            module.forward = partial(type(module).forward, _Half(module, dtype))
     return model
 
 
@@ -195,8 +196,6 @@ def repeated(trace: Trace, layers: int) -> Trace:
         times = range(copies) if run.block == REPEATED else range(1)
         if run.block == REPEATED:
             neighbour = by_name[run.kind, REPEATED + 1]
-            if neighbour.stop - neighbour.start != run.stop - run.start:
-                raise ValueError(f"blocks {REPEATED} and {REPEATED + 1} differ in {run.kind}")
             times = times if neighbour.start > run.start else reversed(times)
         for copy in times:
             start = len(new)
@@ -278,13 +277,25 @@ def steps_of(cases: Sequence[Case], processes: int = 2) -> tuple[list[Step], dic
 def _attempt(cases: Sequence[Case]) -> list[Step] | str:
     """Steps of cases that are captured alike, or why there are none."""
     try:
-        return _steps_of_group(cases)
+        steps = _steps_of_group(cases)
+        for step in steps:
+            _check_alike(step)
     except ZgraphError as error:
         return f"zgraph refuses it: {error.what}"
+    return steps
+
+
+def _check_alike(step: Step) -> None:
+    """Refuse a step whose blocks cannot be repeated."""
+    for program in step.programs:
+        lengths = {(run.kind, run.block): run.stop - run.start for run in program.runs}
+        for (kind, block), length in lengths.items():
+            if block == REPEATED and step.layers > DEPTH and lengths.get((kind, REPEATED + 1)) != length:
+                raise CaptureError(f"blocks {REPEATED} and {REPEATED + 1} differ in {kind}")
 
 
 def _capture_key(case: Case) -> Any:
-    return replace(case.model, layers=0), case.batch, case.seq, case.accumulate > 1, case.software.clip
+    return replace(case.model, layers=0), case.batch, case.seq, case.accumulate > 1, case.software.clip, case.dtype
 
 
 def _steps_of_group(cases: Sequence[Case]) -> list[Step]:
@@ -309,7 +320,7 @@ def _traces(captured: Program, case: Case) -> tuple[Trace, ...]:
 
 def _captured(case: Case, depth: int) -> Program:
     with torch.device("meta"):
-        model = in_half(Decoder(case.model, depth))
+        model = in_half(Decoder(case.model, depth), getattr(torch, case.dtype))
     optimizer = Adam(model.parameters())
     tokens = torch.empty(case.batch, case.seq, dtype=torch.int64)
     return capture(model, optimizer, (tokens, tokens), {}, config=_config(case), device=torch.device("cpu"))
