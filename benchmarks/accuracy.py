@@ -5,6 +5,7 @@
     python benchmarks/accuracy.py --published FILE.csv --json OUT      and every row as one JSON object a line
     python benchmarks/accuracy.py --published FILE.csv --markdown DOC  and the tables into DOC, between its marks
     python benchmarks/accuracy.py --published FILE.csv --plot OUT.svg  and predicted over measured
+    python benchmarks/accuracy.py --here                               steps on this machine: see benchmarks/here.py
 
 FILE.csv is any collection with the columns of ``peers_predicted.COLUMNS``. Seconds are told as tokens per second and
 device, bytes as GiB of what the allocator reserved or what was live, whichever was published. What is not predicted is
@@ -18,17 +19,17 @@ import csv
 import json
 import math
 import statistics
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from peers_predicted import Case, NotUsedError, case_of, complete
+from peers_predicted import Case, NotUsedError, case_of, complete, is_fitted
 from predicted import Constants, predicted
+from tables import ninth_decile, spearman, write_between_marks, write_expected
 from traces import Step, steps_of
-
-BEGIN, END = "<!-- accuracy: begin -->", "<!-- accuracy: end -->"
 
 
 @dataclass(frozen=True)
@@ -112,28 +113,6 @@ def errors(results: Iterable[Result], what: str) -> list[float]:
     """Absolute relative errors of ``time`` or ``memory``, where it was measured."""
     values = (getattr(result, f"{what}_error") for result in results)
     return [abs(value) for value in values if value is not None]
-
-
-def ninth_decile(values: Sequence[float]) -> float:
-    """The 90th percentile: the smallest that nine tenths are not above."""
-    return sorted(values)[max(math.ceil(0.9 * len(values)) - 1, 0)]
-
-
-def spearman(pairs: Sequence[tuple[float, float]]) -> float | None:
-    """Rank correlation, ties sharing their mean rank (Spearman 1904); None for fewer than three pairs."""
-    if len(pairs) < 3:
-        return None
-    first, second = (_ranks([pair[i] for pair in pairs]) for i in range(2))
-    if len(set(first)) == 1 or len(set(second)) == 1:
-        return None
-    return statistics.correlation(first, second)
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    order = sorted(values)
-    first = {value: index for index, value in reversed(list(enumerate(order)))}
-    counts = Counter(order)
-    return [first[value] + (counts[value] - 1) / 2 for value in values]
 
 
 # -- telling ----------------------------------------------------------------------------------------------------
@@ -226,13 +205,6 @@ def as_markdown(results: Sequence[Result], reasons: Counter[str]) -> str:
     return "\n".join(lines)
 
 
-def write_between_marks(path: Path, text: str) -> None:
-    """Replace what a document has between its two marks."""
-    before, _, rest = path.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
-
-
 def plot(results: Sequence[Result]) -> str:
     """Predicted over measured as an SVG: throughput on the left, memory on the right, both axes logarithmic."""
     size, gap = 300, 56
@@ -281,15 +253,26 @@ def plot(results: Sequence[Result]) -> str:
 def main() -> int:
     """Predict a collection, and tell how far off."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--published", type=Path, required=True, metavar="FILE", help="a collection of measurements")
+    parser.add_argument("--published", type=Path, metavar="FILE", help="a collection of measurements")
+    parser.add_argument("--here", action="store_true", help="steps on this machine instead: benchmarks/here.py")
     parser.add_argument(
         "--trust", default="ABCD", metavar="GRADES", help="use only rows of these grades, such as A or AB"
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="write every row here, one JSON object a line")
     parser.add_argument("--markdown", type=Path, metavar="DOC", help="write the tables between the marks of a document")
     parser.add_argument("--plot", type=Path, metavar="OUT", help="draw predicted over measured, as SVG")
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="let plans on GPUs quote the errors of complete rows that were not fitted",
+    )
     parser.add_argument("--processes", type=int, default=2, help="how many capture steps at once (default: 2)")
-    options = parser.parse_args()
+    options, others = parser.parse_known_args()
+    if options.here:
+        given = [argument for argument in sys.argv[1:] if argument != "--here"]
+        return subprocess.run([sys.executable, Path(__file__).with_name("here.py"), *given], check=False).returncode
+    if others or options.published is None:
+        parser.error(f"unknown: {' '.join(others)}" if others else "give --published FILE, or --here")
     cases, reasons = read(options.published, options.trust)
     steps, failed = steps_of(cases, options.processes)
     reasons.update(failed.values())
@@ -305,7 +288,11 @@ def main() -> int:
         lines = (json.dumps(asdict(result) | more) for result, more in zip(results, extra, strict=True))
         options.json.write_text("".join(f"{line}\n" for line in lines))
     if options.markdown:
-        write_between_marks(options.markdown, as_markdown(results, reasons))
+        write_between_marks(options.markdown, as_markdown(results, reasons), "accuracy")
+    if options.write:
+        unseen = [r for case, r in zip(cases, results, strict=True) if r.is_complete and not is_fitted(case)]
+        both = (errors(unseen, "memory"), errors(unseen, "time"))
+        write_expected("cuda", *both, "published steps of other trainers that nothing was fitted to")
     if options.plot:
         options.plot.write_text(plot(results))
     return 0

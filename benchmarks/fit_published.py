@@ -10,7 +10,6 @@ benchmarks/predicted.py has, so that errors of the other half are of rows that n
 from __future__ import annotations
 
 import argparse
-import random
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,14 +17,13 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 from accuracy import as_text, read, results_of
-from peers_predicted import Case
-from predicted import Constants, costs_of, predicted
+from peers_predicted import Case, is_fitted
+from predicted import Constants, alone, costs_of, predicted
 from traces import Step, steps_of
 
 from zgraph.cost import ATTENTION, MATRIX, VECTOR
 from zgraph.fitting import fit
 
-SEED = 0
 BOUNDS = {
     "hopper": (0.9, 1.6),
     "ampere": (0.9, 1.6),
@@ -38,12 +36,6 @@ BOUNDS = {
 
 UNFITTED = Constants(1.0, 1.0, 1.0, 1.0, 1.0, 1e-3)
 """The presets as they are, and a first guess of what a broadcast takes."""
-
-
-def is_fitted(case: Case) -> bool:
-    """Whether constants are fitted to a row: to half of the configurations, drawn by a fixed seed."""
-    key = (case.source, case.model.name, case.machine, case.seq, case.recompute)
-    return random.Random(f"{SEED} {key}").random() < 0.5
 
 
 @dataclass(frozen=True)
@@ -63,7 +55,7 @@ class Parts:
 
 def parts_of(case: Case, step: Step) -> Parts:
     """Play a step once, and take it apart."""
-    hardware = case.hardware()
+    hardware = alone(case.hardware())
     cost_of = costs_of(case, hardware, UNFITTED)
     busy: Counter[str] = Counter()
     for program, times in zip(step.programs, step.repeats, strict=True):

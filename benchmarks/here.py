@@ -1,119 +1,40 @@
-"""Predictions beside measurements on this machine: seconds and bytes of real steps.
+"""Predictions beside real steps on this machine: seconds, live and resident bytes.
 
-Every pair of a model and options is trained for some rounds on real ranks, and planned with the same options fixed.
-Seconds are medians over rounds; bytes are the largest that a rank held, above imports and process group.
+    python benchmarks/here.py                  17 pairs of model and options, one and two ranks, in about 8 minutes
+    python benchmarks/here.py --quick          two tiny ones, in half a minute: does everything run?
+    python benchmarks/here.py --markdown DOC   and the table into DOC, between its marks
+    python benchmarks/here.py --write          and the errors into zgraph, where plans quote them
+
+Run ``zgraph calibrate`` on the quiet machine before: predictions of seconds rest on it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from statistics import median
-from typing import Any
+import argparse
+import sys
+from pathlib import Path
 
-import torch
-from comparison import Entry, Settings, compare, note
-from models import GPT, SHAPES, Shape, build_batch
-from network import enter_private_network
-from peers import ADAMW, parse_peer
-
-import zgraph
+from memory import load_malloc_counter
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A model and options.
+def main() -> int:
+    """Get the allocation counter in place, which starts the program anew, and only then import torch."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two tiny pairs")
+    parser.add_argument("--rounds", type=int, default=5, help="measured steps of each pair (default: 5)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write every pair here, one JSON object a line")
+    parser.add_argument("--markdown", type=Path, metavar="DOC", help="write the table between the marks of a document")
+    parser.add_argument("--write", action="store_true", help="let plans on a CPU quote these errors")
+    options = parser.parse_args()
+    try:
+        load_malloc_counter({"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu"})
+    except RuntimeError as error:
+        print(f"here.py: {error}", file=sys.stderr)
+        return 2
+    from pairs import report
 
-    Attributes:
-        shape: of a GPT, and of one rank's batch.
-        peer: as ``benchmarks/step.py`` takes it: ``zgraph-3:precision=bf16``.
-        num_ranks: on this machine.
-    """
-
-    shape: Shape
-    peer: str
-    num_ranks: int
-
-
-WIDE = Shape(width=512, layers=6, heads=8, tokens=128, vocabulary=4096, sequences=4)
-
-PAIRS = (
-    *(Pair(SHAPES["small"], f"zgraph-{zero}", 2) for zero in range(4)),
-    Pair(SHAPES["small"], "zgraph-3:precision=bf16", 2),
-    Pair(SHAPES["small"], "zgraph-3:clip_norm=1.0", 2),
-    Pair(SHAPES["small"], "zgraph-3:accumulate=2", 2),
-    Pair(SHAPES["small"], "zgraph-3:recompute=blocks", 2),
-    Pair(SHAPES["small"], "zgraph-0", 1),
-    Pair(SHAPES["small"], "zgraph-0:recompute=operators", 1),
-    *(Pair(WIDE, f"zgraph-{zero}", 2) for zero in (0, 2, 3)),
-    Pair(WIDE, "zgraph-0", 1),
-    Pair(SHAPES["narrow"], "zgraph-3", 2),
-    Pair(SHAPES["medium"], "zgraph-3", 2),
-    Pair(SHAPES["medium"], "zgraph-0", 1),
-)
-QUICK_PAIRS = (Pair(SHAPES["tiny"], "zgraph-3", 2), Pair(SHAPES["tiny"], "zgraph-0", 1))
+    return report(options)
 
 
-@dataclass(frozen=True)
-class Row:
-    """What was predicted and what was measured of a pair."""
-
-    model: str
-    options: str
-    num_ranks: int
-    predicted_s: float
-    measured_s: float
-    predicted_live_bytes: int
-    measured_live_bytes: int
-    predicted_resident_bytes: int
-    measured_resident_bytes: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-
-def rows(pairs: Sequence[Pair], rounds: int, timeout_s: float) -> Iterable[Row]:
-    """Measure pairs, those of one model and number of ranks in turns, and predict them.
-
-    Raises:
-        RuntimeError: a pair does not train.
-    """
-    private = enter_private_network()
-    alike: dict[tuple[Shape, int], list[Pair]] = {}
-    for pair in pairs:
-        alike.setdefault((pair.shape, pair.num_ranks), []).append(pair)
-    for (shape, num_ranks), together in alike.items():
-        settings = Settings(num_ranks, rounds, torch.get_num_threads(), timeout_s, private)
-        entries = [Entry(pair.peer, parse_peer(pair.peer)) for pair in together]
-        for pair, result in zip(together, compare(entries, shape, settings), strict=True):
-            if result.problem is not None:
-                raise RuntimeError(f"{pair.peer} on {shape}: {result.problem}")
-            made = predict(pair)
-            note(f"{shape} {pair.peer} on {num_ranks}: {made.chosen.step_s:.3f} s, took {median(result.step_s):.3f} s")
-            yield Row(
-                model=str(shape),
-                options=pair.peer,
-                num_ranks=num_ranks,
-                predicted_s=made.chosen.step_s,
-                measured_s=median(result.step_s),
-                predicted_live_bytes=made.chosen.peak_bytes,
-                measured_live_bytes=result.live_peak_bytes,
-                predicted_resident_bytes=made.chosen.reserved_bytes,
-                measured_resident_bytes=result.resident_peak_bytes,
-            )
-
-
-def predict(pair: Pair) -> zgraph.Plan:
-    """The plan of a pair, its options fixed."""
-    peer = parse_peer(pair.peer)
-    options = dict(peer.build.keywords)  # type: ignore[attr-defined]
-    open_options = {"bucket_bytes": 16 * 2**20, "prefetch": 1, "accumulate": 1, "recompute": None}
-    return zgraph.plan(
-        lambda: GPT(pair.shape),
-        lambda params: torch.optim.AdamW(params, **ADAMW),
-        batch=build_batch(pair.shape, 1, range(1)),
-        world_size=pair.num_ranks,
-        hardware="here",
-        **{**open_options, **options},
-    )
+if __name__ == "__main__":
+    sys.exit(main())

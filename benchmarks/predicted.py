@@ -6,23 +6,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peers_predicted import Case
 from traces import Step
 
 from zgraph.cost import ATTENTION, LINK, MATRIX, VECTOR, Cost, Work, seconds
 from zgraph.hardware import Hardware
+from zgraph.machines import BESIDE, CACHED, SUSTAINED
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Constants:
-    """What whole steps show beside what zgraph's presets say, which are fitted to single operators.
+    """What whole steps show beside what single operators do. Machines have the first four in their presets, too.
 
-    Fitted by benchmarks/fit_published.py to half of the configurations of trust A; docs/accuracy.md has the errors of
-    the other half.
+    Fitted by benchmarks/fit_published.py to half of the configurations of trust A, and then written into
+    zgraph/machines.py; docs/accuracy.md has the errors of the other half.
 
     Attributes:
         hopper: how much longer products of matrices take in a step on an H100 of 700 W than alone: a device that works
@@ -34,11 +35,11 @@ class Constants:
         broadcast_s: seconds of each rank's broadcast of what it has updated, where one follows the other.
     """
 
-    hopper: float = 1.34
-    ampere: float = 1.15
+    hopper: float = SUSTAINED["H100"]
+    ampere: float = SUSTAINED["A100-80"]
     flash_1: float = 1.95
-    vector: float = 0.764
-    link: float = 1.12
+    vector: float = CACHED
+    link: float = BESIDE
     broadcast_s: float = 2.29e-3
 
     def factors(self, case: Case) -> dict[str, float]:
@@ -61,7 +62,7 @@ class Predicted:
 
 def predicted(case: Case, step: Step, constants: Constants, *, memory: bool = True) -> Predicted:
     """Play a step on its machine; without ``memory``, its seconds alone."""
-    hardware = case.hardware()
+    hardware = alone(case.hardware())
     cost_of = costs_of(case, hardware, constants)
     step_s = exposed_s = 0.0
     live = reserved = 0
@@ -81,6 +82,11 @@ def predicted(case: Case, step: Step, constants: Constants, *, memory: bool = Tr
         live / GIB,
         reserved / GIB,
     )
+
+
+def alone(hardware: Hardware) -> Hardware:
+    """A machine as single operators find it: what steps show beside that is in ``Constants``."""
+    return replace(hardware, in_step={})
 
 
 def costs_of(case: Case, hardware: Hardware, constants: Constants) -> Callable[[tuple[Work, ...], bool], Cost]:

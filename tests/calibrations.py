@@ -43,7 +43,7 @@ def _run(cpu: bool, ranks: int, slower: float) -> Run:
         matmul=dict.fromkeys(("float32", "bfloat16", "float16", "float64"), products),
         memory=line(4e9, 2**13, 2**20, 2**27),
         memory_in_place=line(1e10, 2**13, 2**20, 2**27),
-        vector={dtype: line(1e10, 2**17) for dtype in ("float32", "bfloat16", "float16", "float64")},
+        vector={dtype: line(1e10, 2**11, 2**17) for dtype in ("float32", "bfloat16", "float16", "float64")},
         transcendental=line(1e9, 2**12, 2**20),
         gather=line(3e9, 2**15, 2**25),
         attention={dtype: line(5e10, 2**21, 2**29) for dtype in ("float32", "bfloat16")},

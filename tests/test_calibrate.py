@@ -8,6 +8,7 @@ import math
 import runpy
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,12 +184,11 @@ def test_a_directory_that_cannot_be_written_to_is_refused(tmp_path: Path) -> Non
         calibrate.measure(calibrate.Options(1, directory=tmp_path / "missing"))
 
 
-def test_the_shortest_of_passes_is_kept() -> None:
-    first, second = made_up().runs[1], made_up().runs[2]
-    assert calibrate.shortest([second.__class__(**{**vars(first), "launch_s": 1.0}), first]) == first
-    halves = [[[1.0, 5.0], [2.0, 3.0]], [[1.0, 4.0], [2.0, 6.0]]]
-    runs = [first.__class__(**{**vars(first), "memory": rows}) for rows in halves]
-    assert calibrate.shortest(runs).memory == [[1.0, 4.0], [2.0, 3.0]]
+def test_the_median_of_passes_is_kept() -> None:
+    first = made_up().runs[1]
+    thirds = [[[1.0, 5.0], [2.0, 3.0]], [[1.0, 4.0], [2.0, 6.0]], [[1.0, 9.0], [2.0, 1.0]]]
+    runs = [replace(first, memory=rows, launch_s=float(i)) for i, rows in enumerate(thirds, 1)]
+    assert calibrate.middle(runs) == replace(first, memory=[[1.0, 5.0], [2.0, 3.0]], launch_s=2.0)
 
 
 @pytest.mark.slow

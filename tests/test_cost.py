@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.calibrations import made_up
 from tests.models import CASES
 from tests.programs import Builder, few_examples, one_layer, rewritten, two_layers
 from zgraph import ops
@@ -32,7 +33,7 @@ from zgraph.predict import predict
 from zgraph.program import Mesh, Program, Role
 
 aten = torch.ops.aten
-H100 = preset("H100")
+H100 = replace(preset("H100"), in_step={})
 F32, F64, BF16, I64 = torch.float32, torch.float64, torch.bfloat16, torch.int64
 
 
@@ -453,8 +454,8 @@ def test_a_kernel_moves_each_argument_and_result_once_and_computes_all_its_opera
     assert work.read_bytes == sum(val.nbytes for val in sources)
     assert work.written_bytes == sum(val.nbytes for val in node.meta["val"])
     assert work.in_place == (None not in node.target.writes)
-    assert work.flops == 2 * max(val.numel() for val in sources)
-    assert cost_of(node).num_calls == 1
+    assert work.flops == 2 * 2 * max(val.numel() for val in sources)  # at least two additions each
+    assert cost_of(node).num_calls == 2
 
 
 def owned(numel: int, *, divided: bool, writes: tuple[int | None, ...] = (0,)) -> fx.Node:
@@ -637,3 +638,27 @@ def test_a_program_of_two_layers_costs_on_any_number_of_ranks() -> None:
         starts = [costs.of(node) for node in program.graph.nodes if node.target in ops.STARTS]
         assert starts
         assert all(cost.works[0].world == world and cost.seconds > 0 for cost in starts)
+
+
+@pytest.mark.parametrize("unit", ["matrix", "attention", "vector", "lookup", "link"])
+def test_what_work_takes_longer_in_a_step_is_said_by_unit(unit: str) -> None:
+    work = Work("any", unit, 10**9, 0, 10**6, 10**6, shape=(1, 64, 64, 64), collective="all_gather", world=4)
+    slower = replace(H100, in_step={unit: 3.0})
+    assert seconds(work, slower) == 3 * seconds(work, H100)
+    assert seconds(work, replace(H100, in_step={"another": 3.0})) == seconds(work, H100)
+
+
+@pytest.mark.parametrize(("numel", "slices"), [(0, 1), (1, 1), (65536, 1), (65537, 2), (10**6, 16)])
+def test_a_kernel_is_as_many_calls_as_operators_and_slices(numel: int, slices: int) -> None:
+    work = Work("kernel", num_operators=5, sliced_numel=numel)
+    assert work.num_calls == 5 * slices
+    assert replace(work, slice_numel=64 * 65536).num_calls == 5
+
+
+def test_on_a_cpu_only_what_is_written_needs_new_memory() -> None:
+    cpu = made_up().hardware()
+    reading = seconds(Work("sum", read_bytes=2**26, written_bytes=4), cpu)
+    both = seconds(Work("copy", read_bytes=2**26, written_bytes=2**26), cpu)
+    assert reading < both / 2
+    assert both == pytest.approx(cpu.memory_s(2**27))
+    assert seconds(Work("update", read_bytes=2**26, written_bytes=2**26, in_place=True), cpu) < both

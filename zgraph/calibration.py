@@ -114,7 +114,7 @@ class Calibration:
 
         Of a GPU, whose work is recorded and played back, there is no such part.
         """
-        launch_s = run.launch_s if self.device_type == "cpu" else 0.0
+        launch_s = min(run.launch_s, *(row[-1] for row in rows)) if self.device_type == "cpu" else 0.0
         return [(size, max(seconds - launch_s, seconds / 20)) for size, seconds in rows]
 
     def _of_run(self, run: Run, several: Run, disk: Mapping[str, Rows]) -> Hardware:
@@ -141,7 +141,7 @@ class Calibration:
             launch_s=run.launch_s,
             host_memory_bytes=self.host_memory_bytes,
             peak_flops=best,
-            vector_flops={name: _rate(self._without_launch(run, rows)) for name, rows in run.vector.items()},
+            vector_flops={name: _rate(rows) for name, rows in run.vector.items()},
             matmuls={name: self._matmul(name, rows, launch_s) for name, rows in run.matmul.items()},
             attention={name: Curve.through(self._without_launch(run, rows)) for name, rows in run.attention.items()},
             memory=Curve.through(self._without_launch(run, run.memory)),
@@ -188,9 +188,10 @@ class Calibration:
         return make(fit(times, [row[4] for row in rows], start, bounds))
 
 
-def _rate(points: Sequence[tuple[float, float]]) -> float:
-    size, seconds = points[-1]
-    return size / seconds
+def _rate(rows: Rows) -> float:
+    """By how much more is done in the largest measurement than in the smallest, and how much longer it takes."""
+    (least, first_s), (most, last_s) = rows[0], rows[-1]
+    return (most - least) / max(last_s - first_s, last_s / 20)
 
 
 def _line(rows: Rows) -> tuple[float, float]:

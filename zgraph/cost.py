@@ -18,9 +18,9 @@ import torch
 from torch import fx
 
 from zgraph import ops
-from zgraph.codegen.kernel import Kernel
+from zgraph.codegen.kernel import SLICE, Kernel, slice_on
 from zgraph.codegen.owned import OwnedUpdate
-from zgraph.curves import maximum, minimum
+from zgraph.curves import ceiling_of, maximum, minimum
 from zgraph.hardware import Hardware
 from zgraph.liveness import shares_memory
 from zgraph.program import Program, operand
@@ -50,6 +50,9 @@ class Work:
         collective: ``all_gather``, ``reduce_scatter`` or ``all_reduce``, whose ``read_bytes`` are those of the whole.
         world: ranks that a collective is among.
         is_known: whether a family claims the operator.
+        num_operators: that are started; of a kernel, those of its body, for each slice of it.
+        sliced_numel: elements that a kernel goes over slice by slice; 0 of all else.
+        slice_numel: elements of a slice.
     """
 
     family: str
@@ -64,6 +67,16 @@ class Work:
     collective: str = ""
     world: Size = 1
     is_known: bool = True
+    num_operators: int = 1
+    sliced_numel: Size = 0
+    slice_numel: int = SLICE
+
+    @property
+    def num_calls(self) -> Size:
+        """Calls that the host makes."""
+        if self.unit == NOTHING:
+            return 0
+        return self.num_operators * (ceiling_of(self.sliced_numel / self.slice_numel) if self.sliced_numel != 0 else 1)
 
     @property
     def num_bytes(self) -> Size:
@@ -97,9 +110,9 @@ class Cost:
         return sum(work.num_bytes for work in self.works)
 
     @property
-    def num_calls(self) -> int:
-        """Operators that are started."""
-        return sum(work.unit != NOTHING for work in self.works)
+    def num_calls(self) -> Size:
+        """Calls that the host makes: operators that are started."""
+        return sum(work.num_calls for work in self.works)
 
     @property
     def is_known(self) -> bool:
@@ -127,7 +140,8 @@ class Costs:
             return Cost(0, (_FREE,))
         key = (self._program.form_of(node.meta["val"]), self._program.call_key(node))
         if key not in self._known:
-            done = works(node, self._world)
+            slice_numel = slice_on(self._hardware.device_type)
+            done = tuple(replace(work, slice_numel=slice_numel) for work in works(node, self._world))
             self._known[key] = Cost(sum(seconds(work, self._hardware) for work in done), done)
         return self._known[key]
 
@@ -141,6 +155,11 @@ def seconds(work: Work, hardware: Hardware) -> Size:
     """
     if work.unit == NOTHING:
         return 0
+    return hardware.in_step.get(work.unit, 1) * _alone(work, hardware)
+
+
+def _alone(work: Work, hardware: Hardware) -> Size:
+    """Seconds of some work that nothing precedes."""
     if work.unit == LINK:
         return hardware.collective_s(work.collective, work.read_bytes, work.world)
     if work.unit == LOOKUP:
@@ -151,7 +170,20 @@ def seconds(work: Work, hardware: Hardware) -> Size:
     if work.unit == ATTENTION:
         return hardware.attention_s(dtype, work.flops, work.num_bytes)
     computing = hardware.vector_s(dtype, work.flops) + hardware.transcendental_s(work.transcendentals)
-    return maximum(hardware.memory_s(work.num_bytes, in_place=work.in_place), computing)
+    moving = _moving_s(work, hardware)
+    if work.sliced_numel != 0 and hardware.device_type == "cpu":
+        return moving + computing  # a slice is fetched, worked on in cache, and put back, one after the other
+    return maximum(moving, computing)
+
+
+def _moving_s(work: Work, hardware: Hardware) -> Size:
+    """Seconds to read and write: what is written may need memory that nothing was written to before."""
+    if work.in_place or hardware.device_type != "cpu":
+        return hardware.memory_s(work.num_bytes, in_place=work.in_place)
+    both = minimum(work.read_bytes, work.written_bytes)
+    more_read, more_written = work.read_bytes - both, work.written_bytes - both
+    seconds = hardware.memory_s(2 * both + 2 * more_written)
+    return seconds + hardware.memory_s(more_read, in_place=True) - hardware.memory_s(0, in_place=True)
 
 
 def rate_of(dtype: torch.dtype) -> torch.dtype:
@@ -293,20 +325,21 @@ def _family(*targets: str) -> Callable[[Callable[[fx.Node], Iterable[Work]]], Ca
 _NOTHING = frozenset({ops.wait, operator.getitem, aten.detach.default, aten.alias.default, aten.sym_size.int})
 
 _OPERATIONS: dict[str, tuple[int, int]] = {
-    **dict.fromkeys(("div", "reciprocal", "sqrt", "rsqrt", "addcdiv", "remainder", "fmod"), (4, 0)),
+    **dict.fromkeys(("div", "reciprocal", "addcdiv", "remainder", "fmod"), (3, 0)),
+    **dict.fromkeys(("sqrt", "rsqrt"), (8, 0)),
     **dict.fromkeys(("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "erf", "erfc"), (0, 1)),
     **dict.fromkeys(("tanh", "atan2", "asin", "acos", "sinh", "cosh", "lgamma", "digamma", "erfinv", "pow"), (4, 1)),
     **dict.fromkeys(("sigmoid", "silu", "softplus", "gelu", "elu", "mish", "logit", "log_sigmoid_forward"), (5, 1)),
     **dict.fromkeys(("silu_backward", "softplus_backward", "elu_backward", "mish_backward"), (9, 1)),
     **dict.fromkeys(("gelu_backward",), (9, 2)),
-    **dict.fromkeys(("sigmoid_backward", "tanh_backward", "addcmul", "lerp"), (3, 0)),
+    **dict.fromkeys(("sigmoid_backward", "tanh_backward", "addcmul", "lerp"), (2, 0)),
     **dict.fromkeys(("native_dropout", "bernoulli", "rand", "rand_like", "randint", "randperm", "uniform"), (10, 0)),
     **dict.fromkeys(("randn", "randn_like", "normal", "normal_functional", "exponential"), (10, 2)),
 }
 """Additions and transcendental functions that an operator computes for each element; one addition if not said.
 
-Divisions and roots take about four additions on vector units (Fog, instruction tables). A random number from a
-counter-based generator takes ten rounds (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011).
+Divisions take about three additions on vector units, and roots about eight (Fog, instruction tables). A random number
+from a counter-based generator takes ten rounds (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011).
 """
 
 
@@ -343,10 +376,20 @@ def _kernel(node: fx.Node, target: Kernel) -> Work:
     """A fused kernel reads and writes each of its arguments once, and computes every operator of its body."""
     length = max((numel(val) for val in _sources(node)), default=0, key=_rank_of_size)
     work = replace(_moving("kernel", node), in_place=None not in target.writes)
-    for inner in target.body.nodes:
-        if inner.op == "call_function" and isinstance(inner.meta["val"], torch.Tensor) and inner.meta["val"].dim():
-            work = _computing(work, inner.target, length)
-    return work
+    inner = [node for node in target.body.nodes if node.op == "call_function" and _is_vector(node.meta["val"])]
+    for one in inner:
+        flops, transcendentals = _operations(one.target)
+        more = max(flops, _LEAST_IN_CACHE) * length
+        work = replace(work, flops=work.flops + more, transcendentals=work.transcendentals + transcendentals * length)
+    return replace(work, num_operators=len(inner), sliced_numel=length)
+
+
+_LEAST_IN_CACHE = 2
+"""Additions that take a CPU as long as it takes to go over a slice that lies in its cache."""
+
+
+def _is_vector(val: Any) -> bool:
+    return isinstance(val, torch.Tensor) and val.dim() > 0
 
 
 def _owned(node: fx.Node, target: OwnedUpdate, world: Size) -> Iterator[Work]:

@@ -39,7 +39,10 @@ class Kind(enum.Enum):
     ACTIVATIONS = "activations"
     COMMUNICATION = "communication buffers"
     TEMPORARIES = "temporaries"
+    SCRATCH = "scratch of libraries"
 
+
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
 _OF_ROLE = {
     Role.PARAM: Kind.PARAMS,
@@ -47,6 +50,11 @@ _OF_ROLE = {
     Role.GRADIENT: Kind.GRADIENTS,
     Role.GATHERED: Kind.GATHERED,
 }
+
+
+SCRATCH_BYTES = 10 * 2**20
+"""What libraries for products of matrices on a CPU keep at most to pack an operand in; less where all are smaller.
+Measured on GPTs (``benchmarks/accuracy.py --here``): 0.4 to 11 MB."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +147,23 @@ def footprint(program: Program, *, staged: bool = True, fusion: Fusion | None = 
             name = _maker(life.node)
             found.append(Holding(name, kind, life.num_bytes, life.first, life.last, origin.module, origin.source))
     return Footprint(tuple(found), len(nodes))
+
+
+def with_scratch(found: Footprint, program: Program) -> Footprint:
+    """And what libraries hold on a CPU, where it lies in the memory that tensors lie in.
+
+    Args:
+        found: of the program.
+        program: whose products are looked at.
+    """
+    packed = [
+        operand(node, len(node.args) - 1).meta["val"].nbytes
+        for target in _PRODUCTS
+        for node in program.graph.find_nodes(op="call_function", target=target)
+    ]
+    num_bytes = min(max(packed, default=0), SCRATCH_BYTES)
+    scratch = Holding("matrix products", Kind.SCRATCH, num_bytes, 0, found.num_positions - 1)
+    return Footprint((scratch, *found.holdings), found.num_positions)
 
 
 def _maker(node: fx.Node) -> str:

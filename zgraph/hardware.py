@@ -66,6 +66,8 @@ class Hardware:
         collectives: inside a node, by kind.
         network: between nodes.
         host_link, disk: beyond the device.
+        in_step: how much longer work takes in a step than its measurement alone says, by what does it (units of
+            ``zgraph.cost``); 1 where not said.
         sources: where the numbers are from.
         variants: on a CPU that was calibrated, the machine as each of so many ranks at once finds it.
     """
@@ -89,6 +91,7 @@ class Hardware:
     network: Network
     host_link: HostLink
     disk: Disk
+    in_step: Mapping[str, float] = field(default_factory=dict, hash=False)
     sources: str = ""
     variants: Mapping[int, Hardware] = field(default_factory=dict, hash=False)
 

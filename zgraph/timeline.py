@@ -8,7 +8,8 @@ Of the compute lane, from the start to the end of the last call on it, every sec
 (``busy_s["compute"]``), waiting for communication (``exposed_s``), and waiting for the host (``starved_s``). Before a
 GPU the host runs ahead and issues to a queue, so computing waits for it only where calls are shorter than issuing them;
 until a wait has been issued it holds up nothing, so that a second in which the host is late is not exposed as well. A
-CPU issues and computes in turns, so there ``starved_s`` is all the time that issuing takes.
+CPU issues and computes in turns, so there ``starved_s`` is all the time that issuing takes. Its cores move what
+travels, too: what is sent early takes as much from what is computed meanwhile, so all communication is exposed.
 """
 
 from __future__ import annotations
@@ -119,6 +120,7 @@ def play_issued(calls: Iterable[Issued], hardware: Hardware) -> Timeline:
     links: dict[str, float] = {}
     busy: dict[str, float] = defaultdict(float)
     ends: list[float] = []
+    took: list[float] = []
     unknown: Counter[str] = Counter()
     events: list[Event] = []
     exposed, starved, flops = 0.0, 0.0, 0
@@ -127,13 +129,15 @@ def play_issued(calls: Iterable[Issued], hardware: Hardware) -> Timeline:
         if call.waits_for is not None:
             start = max(computed, issued)
             starved += start - computed
-            computed = max(start, ends[call.waits_for])
+            computed = max(start + (0.0 if is_ahead else took[call.waits_for]), ends[call.waits_for])
             exposed += computed - start
             events.append(Event(call.node, COMPUTE, start, computed, cost))
             ends.append(computed)
+            took.append(0.0)
             continue
         if not cost.num_calls and call.lane == COMPUTE:
             ends.append(computed)
+            took.append(0.0)
             continue
         if not cost.is_known:
             unknown[target_name(call.node.target)] += 1
@@ -152,6 +156,7 @@ def play_issued(calls: Iterable[Issued], hardware: Hardware) -> Timeline:
             computed += cost.seconds
         busy[call.lane] += cost.seconds
         ends.append(start + cost.seconds)
+        took.append(cost.seconds)
         events.append(Event(call.node, call.lane, start, start + cost.seconds, cost))
     step = max(issued, computed, *links.values())
     return Timeline(tuple(events), step, dict(busy), exposed, starved, flops, unknown)
