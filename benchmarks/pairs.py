@@ -142,8 +142,13 @@ def report(options: argparse.Namespace) -> int:
     if options.markdown is not None:
         write_between_marks(options.markdown, text, "here")
     if options.write:
-        errors = ([row.live_error for row in found], [row.time_error for row in found])
-        write_expected("cpu", *errors, "pairs of GPTs and options on one CPU")
+        write_expected(
+            "cpu",
+            "pairs of GPTs and options on one calibrated CPU",
+            live=[row.live_error for row in found],
+            reserved=[row.resident_error for row in found],
+            time=[row.time_error for row in found],
+        )
     return 0
 
 

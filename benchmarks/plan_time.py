@@ -1,11 +1,11 @@
 """How long ``zgraph.plan`` takes as models get deeper and jobs get wider: seconds, choices and memory.
 
-    python benchmarks/plan_time.py                    Llama-3 shapes of 8 to 128 layers; 2 to 1024 ranks
-    python benchmarks/plan_time.py --models           a 70B model on 1,024 H100s and a 405B one on 4,096
+    python benchmarks/plan_time.py                    Llama-3 shapes of 8 to 128 layers; 2 to 1024 ranks; one stage
+    python benchmarks/plan_time.py --models           a 70B model on 1,024 H100s, a 405B one on 4,096, searched
     python benchmarks/plan_time.py --plot FILE.svg    draw seconds over layers and ranks, too (needs matplotlib)
 
-Every plan is made in a process of its own, the whole search included, so that its time and memory are its own. Both
-should grow with layers in a line, and not with ranks.
+Every plan is made in a process of its own, so that its time and memory are its own. Both should grow with layers in a
+line, and not with ranks. For that, the stage and what is recomputed are given, so that all plans try as many choices.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from typing import Any
 import torch
 
 LAYERS, WORLDS = (8, 16, 32, 64, 128), (2, 16, 128, 1024)
+GIVEN = {"zero": 3, "recompute": "blocks", "accumulate": 1}
 MODELS = (("llama3-70b", 80, 1024), ("llama3-405b", 126, 4096))
 
 
-def measure(name: str, num_layers: int, world: int) -> dict[str, Any]:
+def measure(name: str, num_layers: int, world: int, given: dict[str, Any]) -> dict[str, Any]:
     """Plan one model in this process."""
     import zgraph
     from zgraph.presets import Decoder, find_model
@@ -41,6 +42,7 @@ def measure(name: str, num_layers: int, world: int) -> dict[str, Any]:
         hardware="h100",
         precision="bf16",
         clip_norm=1.0,
+        **given,
     )
     return {
         "model": name,
@@ -79,13 +81,14 @@ def main() -> int:
     options = parser.parse_args()
     if options.one is not None:
         name, num_layers, world = options.one
-        print(json.dumps(measure(name, int(num_layers), int(world))))
+        print(json.dumps(measure(name, int(num_layers), int(world), {} if options.models else GIVEN)))
         return 0
     growth = [("llama3-8b", layers, 64) for layers in LAYERS] + [("llama3-8b", 32, world) for world in WORLDS]
     rows = []
     print(f"{'model':12} {'layers':>6} {'ranks':>6} {'plan s':>7} {'peak GB':>8}  chosen")
     for name, num_layers, world in MODELS if options.models else growth:
         command = [sys.executable, __file__, "--one", name, str(num_layers), str(world)]
+        command += ["--models"] if options.models else []
         row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         rows.append(row)
         chosen = ", ".join(f"{key}={value!r}" for key, value in row["options"].items())

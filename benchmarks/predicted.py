@@ -13,17 +13,18 @@ from traces import Step
 
 from zgraph.cost import ATTENTION, LINK, MATRIX, VECTOR, Cost, Work, seconds
 from zgraph.hardware import Hardware
-from zgraph.machines import BESIDE, CACHED, SUSTAINED
+from zgraph.machines import BESIDE, SUSTAINED
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Constants:
-    """What whole steps show beside what single operators do. Machines have the first four in their presets, too.
+    """What whole steps show beside what single operators do. Presets have ``hopper``, ``ampere`` and ``link``, too.
 
-    Fitted by benchmarks/fit_published.py to half of the configurations of trust A, and then written into
-    zgraph/machines.py; docs/accuracy.md has the errors of the other half.
+    Fitted by benchmarks/fit_published.py to half of the configurations of trust A; docs/accuracy.md has the errors of
+    the other half. What presets have is then written into zgraph/machines.py. ``vector`` is not: it stands for kernels
+    that those trainers fuse and zgraph's steps do not yet.
 
     Attributes:
         hopper: how much longer products of matrices take in a step on an H100 of 700 W than alone: a device that works
@@ -38,7 +39,7 @@ class Constants:
     hopper: float = SUSTAINED["H100"]
     ampere: float = SUSTAINED["A100-80"]
     flash_1: float = 1.95
-    vector: float = CACHED
+    vector: float = 0.764
     link: float = BESIDE
     broadcast_s: float = 2.29e-3
 

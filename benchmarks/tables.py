@@ -41,12 +41,14 @@ def write_between_marks(path: Path, text: str, name: str) -> None:
     path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
-def write_expected(device_type: str, memory: Sequence[float], time: Sequence[float], measured_on: str) -> None:
-    """Let plans for a type of device quote these relative errors (``zgraph.expected_error``)."""
+def write_expected(device_type: str, measured_on: str, **errors: Sequence[float]) -> None:
+    """Let plans for a type of device quote these relative errors (``zgraph.expected_error``): none, where none is."""
     path = Path(str(resources.files("zgraph").joinpath("expected_error.json")))
     table = json.loads(path.read_text())
     entry: dict[str, object] = {"measured_on": measured_on}
-    for name, errors in (("memory", memory), ("time", time)):
-        sizes = [abs(error) for error in errors]
-        entry |= {name: statistics.median(sizes), f"{name}_90": ninth_decile(sizes), f"num_{name}": len(sizes)}
+    for name, values in errors.items():
+        if values:
+            sizes = [abs(value) for value in values]
+            median, most = statistics.median(sizes), ninth_decile(sizes)
+            entry[name] = {"median": round(median, 4), "ninth_decile": round(most, 4), "num": len(sizes)}
     path.write_text(json.dumps({**table, device_type: entry}, indent=2) + "\n")

@@ -226,11 +226,6 @@ class _Block:
     members: list[fx.Node]
 
 
-def _or_itself(read: dict[fx.Node, fx.Node], source: fx.Node) -> fx.Node:
-    """What is read instead of a value, if anything is."""
-    return read.get(source, source)
-
-
 def _num_bytes(memories: Iterable[fx.Node]) -> int:
     vals = [memory.meta["val"] for memory in memories]
     return sum(val.nbytes for val in vals if isinstance(val, torch.Tensor))

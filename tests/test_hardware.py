@@ -18,7 +18,7 @@ from tests.calibrations import made_up
 from zgraph import machines
 from zgraph.curves import Collective, Curve, ceiling_of, logarithm_of, maximum, minimum
 from zgraph.errors import OptionError, StateError
-from zgraph.hardware import KINDS, TIERS, Hardware, find_hardware
+from zgraph.hardware import KINDS, TIERS, Hardware, find_hardware, preset_of
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 MIB, GIB = 2**20, 2**30
@@ -376,3 +376,27 @@ def test_helpers_keep_numbers_numbers_and_symbols_symbols() -> None:
     assert ceiling_of(x) == x
     assert float(logarithm_of(x).subs({x: 8})) == pytest.approx(3)
     assert maximum(sympy.Integer(2), 3) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "gibibytes", "preset"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 79.3, "A100-80"),
+        ("NVIDIA A100-SXM4-40GB", 39.4, "A100-40"),
+        ("Tesla V100-SXM2-32GB", 31.7, "V100-32"),
+        ("Tesla V100-SXM2-16GB", 15.8, None),
+        ("NVIDIA H100 80GB HBM3", 79.1, "H100"),
+        ("NVIDIA H100 PCIe", 79.1, None),
+        ("NVIDIA H200", 139.8, "H200"),
+        ("NVIDIA GH200 480GB", 95.0, None),
+        ("NVIDIA L4", 22.0, "L4"),
+        ("NVIDIA L40", 44.5, None),
+        ("NVIDIA L40S", 44.5, "L40S"),
+        ("NVIDIA GeForce RTX 4090", 23.6, "RTX-4090"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 15.6, None),
+        ("NVIDIA GeForce RTX 5090", 31.4, "RTX-5090"),
+        ("AMD Instinct MI300X", 191.7, "MI300X"),
+    ],
+)
+def test_a_gpu_is_known_by_the_name_that_its_driver_gives(name: str, gibibytes: float, preset: str | None) -> None:
+    assert preset_of(name, int(gibibytes * 2**30)) == preset

@@ -27,6 +27,15 @@ def build(batch):
 
 def nothing():
     return None
+
+def three():
+    return 1, 2, 3
+
+def boom():
+    raise ValueError("no such thing")
+
+def needs(what):
+    return what
 """
 
 
@@ -41,7 +50,7 @@ def test_a_config_is_planned_as_a_table(config: str, capsys: pytest.CaptureFixtu
     arguments = ["plan", "--hf", config, "--world", "4", "--hardware", "h100", "--batch", "2", "--seq", "16", *FIXED]
     assert cli.main(arguments) == 0
     printed = capsys.readouterr()
-    for part in ("4 x H100", "fits, with", "peak memory", "tokens/s on each", "optimizer state"):
+    for part in ("4 x H100", "fits, with", "live peak", "tokens/s on each", "optimizer state"):
         assert part in printed.out
     assert not printed.err
 
@@ -63,7 +72,13 @@ def test_a_function_gives_a_model_and_its_batch(
     assert cli.main(["plan", "--model", "given_model:build", *arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["num_params"], found["num_examples"]) == (16 * 16 + 16, 6)
-    for name, says in (("nothing", "returned a NoneType"), ("absent", "no function 'absent'")):
+    for name, says in (
+        ("nothing", "returned a NoneType"),
+        ("absent", "no function 'absent'"),
+        ("three", "returned a tuple"),
+        ("boom", "ValueError: no such thing at"),
+        ("needs", "missing 1 required positional argument"),
+    ):
         assert cli.main(["plan", "--model", f"given_model:{name}", *arguments]) == 2
         assert says in capsys.readouterr().err
 

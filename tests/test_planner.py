@@ -72,7 +72,7 @@ def test_of_all_choices_the_fastest_that_fits_is_taken(monkeypatch: pytest.Monke
         for recompute in (None, "operators", "blocks")
     ]
     found = [predicted(**choice) for choice in choices]
-    for budget in (max(taken for _, taken in found), sorted(taken for _, taken in found)[5]):
+    for budget in sorted({taken for _, taken in found}):
         plan = planned(memory=budget)
         assert plan.fits
         assert plan.chosen.step_s == pytest.approx(min(step_s for step_s, taken in found if taken <= budget))
@@ -114,8 +114,18 @@ def test_ways_out_fit_and_the_cheapest_comes_first() -> None:
     assert 1 <= len(plan.ways_out) <= 3
     assert [way.cost for way in plan.ways_out] == sorted(way.cost for way in plan.ways_out)
     for way in plan.ways_out:
-        if not way.change.startswith("hardware"):
+        if not way.change.startswith(("hardware", "memory")):
             assert way.reserved_bytes <= plan.budget_bytes, way
+
+
+def test_a_way_out_is_what_planning_with_it_gives() -> None:
+    plan = planned(memory="450KiB", **{**FIXED, "zero": 0})
+    for way in plan.ways_out:
+        if way.change.startswith("world_size"):
+            world = int(way.change.partition("=")[2])
+            assert planned(memory="450KiB", world_size=world, **{**FIXED, "zero": 0}).fits
+    (needed,) = [way.change.split("'")[1] for way in plan.ways_out if way.change.startswith("memory=")]
+    assert planned(memory=needed, **{**FIXED, "zero": 0}).fits
 
 
 def test_a_plan_that_does_not_fit_is_not_compiled() -> None:
@@ -152,6 +162,14 @@ def test_a_plan_for_other_ranks_or_with_other_options_is_refused() -> None:
         zgraph.compile(model, optimizer=optimizer, plan=planned(**FIXED))
     with pytest.raises(OptionError, match="zero=0, but the plan has zero=3"):
         zgraph.compile(model, optimizer=optimizer, plan=planned(**FIXED), zero=0)
+    alone = planned(world_size=1, **FIXED)
+    with pytest.raises(OptionError, match="accumulate=4, but the plan has accumulate=1"):
+        zgraph.compile(model, optimizer=optimizer, plan=alone, accumulate=4)
+    with pytest.raises(OptionError, match="precision='bf16', but the plan has precision=None"):
+        zgraph.compile(model, optimizer=optimizer, plan=alone, precision="bf16")
+    zgraph.compile(model, optimizer=optimizer, plan=alone, bucket_bytes="64KiB")  # the same in other words
+    with pytest.raises(OptionError, match="the plan is for a Stack of 16,704 parameters, and this model has 25,056"):
+        zgraph.compile(Stack(3), plan=alone)
     with pytest.raises(OptionError, match="plan is a dict"):
         zgraph.compile(model, optimizer=optimizer, plan={})  # type: ignore[arg-type]
 
@@ -204,6 +222,9 @@ def test_an_operator_of_no_family_is_named() -> None:
         ({"clip_norm": "auto"}, OptionError, "clip_norm='auto'"),
         ({"zero": 4}, OptionError, "zero=4"),
         ({"nonsense": 4}, OptionError, "unknown option 'nonsense'"),
+        ({"hardware": None}, OptionError, "hardware is a NoneType"),
+        ({"precision": "fp16", "loss_scale": "dynamic"}, OptionError, "loss_scale='dynamic'"),
+        ({"memory": "8 zettabytes"}, OptionError, "TiB"),
         ({"accumulate": 3}, ZgraphError, "3 micro-batches"),
     ],
 )
@@ -232,10 +253,6 @@ def test_blocks_that_repeat_are_planned_as_if_all_were_captured(tight: bool, mon
     monkeypatch.setattr(planner, "_SIZES", (100, 102))
     whole = deep(memory=memory)
     assert replace(folded, rejected=()) == replace(whole, rejected=())
-    for one, other in zip(folded.rejected, whole.rejected, strict=True) if not tight else ():
-        assert one.estimate.options == other.estimate.options
-        assert one.estimate.step_s == pytest.approx(other.estimate.step_s, rel=0.02)
-        assert one.estimate.peak_bytes == pytest.approx(other.estimate.peak_bytes, rel=0.02)
 
 
 def test_a_model_whose_blocks_are_not_alike_is_captured_whole_and_the_plan_says_so() -> None:

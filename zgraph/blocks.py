@@ -306,23 +306,6 @@ class _Repetition:
         origin: Origin = node.meta["origin"]
         return self.numbering.block(origin.module)
 
-    def _fill(self, labels: list[int | None], kinds: list[Hashable]) -> None:
-        """Let calls of no block, or of a module that all blocks have from the first one, belong where they stand."""
-        previous: int | None = None
-        for i, label in enumerate(labels):
-            if not label:
-                continue
-            if (
-                previous is not None
-                and label in self.plan.middle
-                and labels[previous] == label
-                and len(set(kinds[previous : i + 1])) == 1
-            ):
-                labels[previous + 1 : i] = [label] * (i - previous - 1)
-            previous = i
-
-    # -- the graph ---------------------------------------------------------------------------------------
-
     def run(self) -> Program:
         """The new program."""
 

@@ -106,6 +106,8 @@ class Calibration:
         several = self.runs[max(self.runs)]
         first = self.runs[min(self.runs)]
         found = {ranks: self._of_run(run, several, first.disk) for ranks, run in self.runs.items()}
+        if self.device_type == "cpu":  # ranks share the memory
+            found = {n: replace(one, memory_bytes=one.memory_bytes // n) for n, one in found.items()}
         alone = found[min(found)]
         return alone if self.device_type == "cuda" else replace(alone, variants=found)
 

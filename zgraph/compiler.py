@@ -108,7 +108,7 @@ def compile(  # noqa: A001
             )
     group = process_group()
     if plan is not None:
-        _check_plan(plan, group)
+        _check_plan(plan, group, model)
     runtime = _Runtime(model, optimizer, loss, weight, check_metrics(metrics), config, group, tuple(passes))
     model.__class__ = type(f"Compiled{type(model).__name__}", (CompiledModule, type(model)), {})
     model.__dict__["_zgraph"] = runtime
@@ -521,20 +521,27 @@ def _with_plan(plan: Plan | None, options: dict[str, Any]) -> dict[str, Any]:
     given: Any = plan
     if not isinstance(given, Plan):
         raise OptionError(f"plan is a {type(given).__name__}", fix="pass what zgraph.plan returns")
-    for name, value in options.items():
-        if name in plan.options and plan.options[name] != value:
+    wanted, planned = Config.from_options({**plan.options, **options}), plan.config
+    for name in options:
+        if getattr(wanted, name) != getattr(planned, name):
             raise OptionError(
-                f"{name}={value!r}, but the plan has {name}={plan.options[name]!r}",
-                fix=f"leave it out, or give {name}={value!r} to zgraph.plan",
+                f"{name}={options[name]!r}, but the plan has {name}={getattr(planned, name)!r}",
+                fix=f"leave it out, or give {name}={options[name]!r} to zgraph.plan",
             )
     return {**plan.options, **options}
 
 
-def _check_plan(plan: Plan, group: dist.ProcessGroup | None) -> None:
+def _check_plan(plan: Plan, group: dist.ProcessGroup | None, model: nn.Module) -> None:
     world = 1 if group is None else dist.get_world_size(group)
     if plan.world_size != world:
         raise OptionError(
             f"the plan is for {plan.world_size} ranks, and there are {world}", fix=f"plan with world_size={world}"
+        )
+    num_params = sum(p.numel() for p in model.parameters())
+    if plan.num_params != num_params:
+        raise OptionError(
+            f"the plan is for a {plan.model} of {plan.num_params:,} parameters, and this model has {num_params:,}",
+            fix="plan with this model",
         )
     if not plan.fits:
         over = show_bytes(plan.chosen.reserved_bytes - plan.budget_bytes)

@@ -14,7 +14,18 @@ import torch
 
 from zgraph.errors import OptionError
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
 
 
 def parse_bytes(value: int | str, option: str) -> int:
@@ -30,7 +41,7 @@ def parse_bytes(value: int | str, option: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise OptionError(
             f"{option}={value!r} is not a positive number of bytes",
-            fix=f"write an integer or a string such as {option}='16MiB'",
+            fix=f"write an integer or a string such as {option}='16MiB'; units are KiB, MiB, GiB, TiB, KB, MB, GB, TB",
         )
     return value
 
@@ -205,7 +216,8 @@ class Config:
             if name in options and config.precision != "fp16":
                 raise OptionError(f"{name} is for precision='fp16'", fix="leave it out")
         scale: float | None = config.loss_scale
-        if scale is None or not _TINY <= scale <= 1 / _TINY:
+        is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+        if not is_number or scale is None or not _TINY <= scale <= 1 / _TINY:
             raise OptionError(f"loss_scale={scale!r} is out of range", fix="give a number such as 65536.0")
         if config.keep_float32 and config.precision is None:
             raise OptionError("keep_float32 without a precision", fix="give precision='bf16', too, or leave it out")

@@ -169,7 +169,9 @@ def _alone(work: Work, hardware: Hardware) -> Size:
         return hardware.matmul_s(dtype, *work.shape)
     if work.unit == ATTENTION:
         return hardware.attention_s(dtype, work.flops, work.num_bytes)
-    computing = hardware.vector_s(dtype, work.flops) + hardware.transcendental_s(work.transcendentals)
+    computing = hardware.vector_s(dtype, work.flops)
+    if work.transcendentals != 0:
+        computing = computing + hardware.transcendental_s(work.transcendentals)
     moving = _moving_s(work, hardware)
     if work.sliced_numel != 0 and hardware.device_type == "cpu":
         return moving + computing  # a slice is fetched, worked on in cache, and put back, one after the other

@@ -1,6 +1,6 @@
 """How far predictions were off where both a prediction and a measurement exist.
 
-``expected_error.json`` is written by ``benchmarks/accuracy.py``; docs/plan.md has the tables behind it.
+``expected_error.json`` is written by ``benchmarks/accuracy.py --write``; docs/accuracy.md has the tables behind it.
 """
 
 from __future__ import annotations
@@ -12,42 +12,45 @@ from importlib import resources
 
 
 @dataclass(frozen=True)
+class Spread:
+    """Absolute relative errors, as fractions: the median, what nine in ten are not above, and how many there are."""
+
+    median: float
+    ninth_decile: float
+    num: int
+
+
+@dataclass(frozen=True)
 class ExpectedError:
-    """Absolute relative errors of one class of predictions, as fractions.
+    """Errors of one class of predictions; None where nothing was measured.
 
     Attributes:
         measured_on: what was measured, in words.
-        memory, time: the median; None where nothing was measured.
-        memory_90, time_90: what nine in ten are not above.
-        num_memory, num_time: measurements behind them.
+        live: of the bytes that tensors hold at the peak.
+        reserved: of the bytes that are taken for them: of a GPU by the allocator, on a CPU resident.
+        time: of seconds.
     """
 
     measured_on: str
-    memory: float | None = None
-    memory_90: float = 0.0
-    num_memory: int = 0
-    time: float | None = None
-    time_90: float = 0.0
-    num_time: int = 0
+    live: Spread | None = None
+    reserved: Spread | None = None
+    time: Spread | None = None
 
-    @property
-    def memory_words(self) -> str:
-        """For a reader of a prediction of bytes."""
-        return self._words(self.memory, self.memory_90, self.num_memory)
-
-    @property
-    def time_words(self) -> str:
-        """For a reader of a prediction of seconds."""
-        return self._words(self.time, self.time_90, self.num_time)
-
-    def _words(self, error: float | None, most: float, num: int) -> str:
-        if error is None:
+    def words(self, what: str) -> str:
+        """For the reader of a prediction of ``live``, ``reserved`` or ``time``."""
+        spread: Spread | None = getattr(self, what)
+        if spread is None:
             return "never compared with a measurement"
-        return f"±{error:.1%} in the median of {num} {self.measured_on}, ±{most:.0%} for nine in ten"
+        least, most = f"\N{PLUS-MINUS SIGN}{spread.median:.1%}", f"\N{PLUS-MINUS SIGN}{spread.ninth_decile:.0%}"
+        return f"{least} in the median of {spread.num} {self.measured_on}, {most} for nine in ten"
+
+
+NOTHING_MEASURED = ExpectedError("steps")
 
 
 @cache
 def expected_error(device_type: str) -> ExpectedError:
     """For a type of device, ``"cpu"`` or ``"cuda"``."""
-    table = json.loads(resources.files("zgraph").joinpath("expected_error.json").read_text())
-    return ExpectedError(**table[device_type])
+    entry = json.loads(resources.files("zgraph").joinpath("expected_error.json").read_text())[device_type]
+    spreads = {name: Spread(**entry[name]) for name in ("live", "reserved", "time") if name in entry}
+    return ExpectedError(entry["measured_on"], **spreads)

@@ -8,6 +8,7 @@ have the same methods. Each takes numbers and returns seconds, or takes sympy ex
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -235,6 +236,9 @@ def find_hardware(
     """
     from zgraph import calibration, machines  # both build on this module
 
+    given: object = name
+    if not isinstance(given, (str, Path, Hardware)):
+        raise OptionError(f"hardware is a {type(given).__name__}", fix="give a name, a path, or a zgraph.Hardware")
     if isinstance(name, Hardware):
         found = name
     elif isinstance(name, Path) or os.sep in name or name.endswith(".json"):
@@ -284,9 +288,31 @@ def hardware_of(device: torch.device, world: int) -> Hardware:
     saved = calibration.default_path()
     if saved.exists() and (measured := calibration.load(saved)).device_type == device.type:
         return measured
-    name = torch.cuda.get_device_name(device)
-    words = _plain(name)
-    for preset in sorted(machines.PRESETS, key=len, reverse=True):
-        if _plain(preset) in words:
-            return machines.preset(preset)
-    raise OptionError(f"{name} is not a GPU that is known", fix="run `zgraph calibrate` to measure it")
+    properties = torch.cuda.get_device_properties(device)
+    name = preset_of(properties.name, properties.total_memory)
+    if name is None:
+        raise OptionError(f"{properties.name} is not a GPU that is known", fix="run `zgraph calibrate` to measure it")
+    return machines.preset(name)
+
+
+def preset_of(name: str, memory_bytes: int) -> str | None:
+    """The preset of a GPU as its driver names it; None if it is another.
+
+    Args:
+        name: such as ``"NVIDIA A100-SXM4-80GB"``.
+        memory_bytes: which tells variants of one name apart.
+    """
+    words = set(re.split(r"[^A-Z0-9]+", name.upper()))
+    if words & {"LAPTOP", "MOBILE", "PCIE", "NVL", "MIG", "MAX"}:
+        return None  # slower than the preset of the same name
+    gibibytes = memory_bytes / 2**30
+    if "H100" in words:
+        return "H100-96" if gibibytes > 88 else "H100"
+    if "A100" in words:
+        return "A100-80" if gibibytes > 60 else "A100-40"
+    if "V100" in words:
+        return "V100-32" if gibibytes > 24 else None
+    exact = {"H200": "H200", "B200": "B200", "L4": "L4", "L40S": "L40S", "MI300X": "MI300X"}
+    exact |= {number: f"RTX-{number}" for number in ("3090", "4090", "5090")}
+    found = [preset for word, preset in exact.items() if word in words]
+    return found[0] if found and "TI" not in words else None

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import inspect
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from rich.console import Console
 from torch import nn
 
 from zgraph.config import PRECISIONS, RECOMPUTE, parse_bytes
-from zgraph.errors import OptionError
+from zgraph.errors import OptionError, first_line
 from zgraph.hardware import find_hardware
 from zgraph.planner import AUTO, plan
 from zgraph.presets import Decoder, ModelConfig, find_model, from_hf
@@ -115,7 +116,7 @@ def _model_and_batch(arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
         config = from_hf(arguments.hf)
     with torch.device("meta"):
         made = Decoder(config) if config is not None else _called(arguments)
-    model, batch = made if isinstance(made, tuple) else (made, (tokens, tokens))
+    model, batch = made if isinstance(made, tuple) and len(made) == 2 else (made, (tokens, tokens))
     if not isinstance(model, nn.Module):
         raise OptionError(
             f"{arguments.model} returned a {type(model).__name__}", fix="return a model, or a pair of it and its batch"
@@ -131,14 +132,23 @@ def _called(arguments: argparse.Namespace) -> Any:
     sys.path.insert(0, "")
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise OptionError(
-            f"--model {arguments.model}: {error}", fix="start where the module can be imported"
-        ) from error
+    except Exception as error:
+        raise _failed(arguments.model, error) from error
     finally:
         sys.path.remove("")
     function = getattr(module, name, None)
     if not callable(function):
         raise OptionError(f"--model {arguments.model}: {module_name} has no function {name!r}")
     sizes = {"batch": arguments.batch, "seq": arguments.seq}
-    return function(**{key: sizes[key] for key in inspect.signature(function).parameters if key in sizes})
+    try:
+        return function(**{key: sizes[key] for key in inspect.signature(function).parameters if key in sizes})
+    except Exception as error:
+        raise _failed(arguments.model, error) from error
+
+
+def _failed(name: str, error: Exception) -> OptionError:
+    """What went wrong in the user's file, with the last line of it that was running."""
+    where = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    theirs = [frame for frame in where if not frame.filename.startswith(("<", sys.prefix, sys.base_prefix))]
+    line = f" at {theirs[-1].filename}:{theirs[-1].lineno}" if theirs else ""
+    return OptionError(f"--model {name}: {type(error).__name__}: {first_line(error)}{line}")

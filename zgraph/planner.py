@@ -21,7 +21,7 @@ from zgraph.blocks import KEPT, Short, find_blocks, repeat_blocks, shorten
 from zgraph.capture import capture
 from zgraph.compiler import check_arguments
 from zgraph.config import Config, parse_bytes
-from zgraph.errors import CaptureError, OptimizerError, OptionError, ZgraphError
+from zgraph.errors import CaptureError, OptimizerError, OptionError
 from zgraph.hardware import Hardware, find_hardware
 from zgraph.lower import Lowered, lower
 from zgraph.machines import PRESETS, preset
@@ -42,10 +42,6 @@ _TUNED: dict[str, tuple[Any, ...]] = {
 }
 _SIZES = (KEPT, KEPT + 2)
 """Numbers of blocks that stand for a model with more of them."""
-
-_UNCERTAINTY, _UNCERTAIN_BYTES = 0.05, 32 * 2**20
-"""By how much of it and by how many bytes an estimate from few blocks may be above what the whole model takes: the
-allocator takes memory in steps of 2 and 20 MiB."""
 
 _NUM_REJECTED = 5
 _NUM_WAYS_OUT = 3
@@ -114,6 +110,8 @@ def _built(model: nn.Module | Callable[[], nn.Module], optimizer: Any) -> tuple[
             raise OptionError(f"model is a {type(model).__name__}", fix="pass a torch.nn.Module, or what builds one")
         with torch.device("meta"):
             model = model()
+        if not isinstance(model, nn.Module):
+            raise OptionError(f"model() gives a {type(model).__name__}", fix="give what builds a torch.nn.Module")
     if not isinstance(optimizer, torch.optim.Optimizer):
         if not callable(optimizer):
             raise OptimizerError(
@@ -240,10 +238,10 @@ class _Search:
         self.step.check_blocks(Config.from_options(self.fixed))
         while (uncertain := self._most_promising()) is not None:
             self._work_out(uncertain)
-        fitting = [tried for tried in self._tried.values() if self._fits(tried)]
+        fitting = [tried for tried in self._tried.values() if self._may_fit(tried)]
         if fitting:
             return self._told(min(fitting, key=_speed), ())
-        least = min(self._tried.values(), key=lambda tried: tried.estimate.reserved_bytes)
+        least = min(self._tried.values(), key=lambda tried: tried.estimate.peak_bytes)
         self._work_out(least)
         least = self._tried[_key(least.options)]
         return self._told(least, self._ways_out(least))
@@ -251,18 +249,12 @@ class _Search:
     def _most_promising(self) -> _Tried | None:
         """Of what is only estimated and may fit, the fastest, if that may be faster than all that is known to fit."""
         self._try_all()
-        fitting = [tried for tried in self._tried.values() if self._fits(tried)]
+        fitting = [tried for tried in self._tried.values() if self._may_fit(tried)]
         if fitting:
             self._tune(min(fitting, key=_speed))
-        known = [tried for tried in self._tried.values() if tried.is_exact and self._fits(tried)]
-        limit = self.budget * (1 + _UNCERTAINTY) + _UNCERTAIN_BYTES
-        open_ones = [
-            tried for tried in self._tried.values() if not tried.is_exact and tried.estimate.reserved_bytes <= limit
-        ]
-        best = min(open_ones, key=_speed, default=None)
-        if best is None or (known and _speed(best) >= min(map(_speed, known))):
-            return None
-        return best
+            best = min((tried for tried in self._tried.values() if self._may_fit(tried)), key=_speed)
+            return None if best.is_exact else best
+        return None
 
     def _work_out(self, tried: _Tried) -> None:
         """Replace an estimate by what the whole model's program gives."""
@@ -292,39 +284,38 @@ class _Search:
             before, after = float(getattr(few, name)), float(getattr(more, name))
             return before + beyond * (after - before)
 
-        return Estimate(
-            options,
-            extended("step_s"),
-            extended("exposed_s"),
-            round(extended("peak_bytes")),
-            round(extended("reserved_bytes")),
-        )
+        live = round(extended("peak_bytes"))
+        reserved = round(live * more.reserved_bytes / more.peak_bytes)
+        return Estimate(options, extended("step_s"), extended("exposed_s"), live, reserved)
 
     def _predict(self, options: dict[str, Any], num_blocks: int) -> tuple[Lowered, Prediction]:
         config = Config.from_options(options)
         lowered = lower(self.step.captured(config, num_blocks), config, Mesh(self.world), None, (), prove=False)
         return lowered, predict(lowered, self.hardware, config.accumulate)
 
-    def _fits(self, tried: _Tried) -> bool:
-        return tried.estimate.reserved_bytes <= self.budget
+    def _may_fit(self, tried: _Tried) -> bool:
+        """Whether it fits; of an estimate, whether what is live fits: bytes that are reserved do not grow in a line."""
+        estimate = tried.estimate
+        return (estimate.reserved_bytes if tried.is_exact else estimate.peak_bytes) <= self.budget
 
     def _try_all(self) -> None:
-        """Micro-batches, recomputation and stages: the first two not beyond what fits with less of both."""
-        fitting: list[tuple[int, int]] = []
+        """Stages, micro-batches and recomputation: of each stage, none that fits with less of both."""
+        fitting: list[tuple[int, int, int]] = []
+        stages = self._values("zero", _SEARCHED["zero"] if self.world > 1 else (0,))
         for i, accumulate in enumerate(self._values("accumulate", _divisors(self.step.num_rows))):
             for j, recompute in enumerate(self._values("recompute", _SEARCHED["recompute"])):
-                if any(a <= i and r <= j for a, r in fitting):
-                    continue
-                stages = self._values("zero", _SEARCHED["zero"] if self.world > 1 else (0,))
-                tried = [self._attempt(accumulate=accumulate, recompute=recompute, zero=zero) for zero in stages]
-                if any(one is not None and self._fits(one) for one in tried):
-                    fitting.append((i, j))
+                for zero in stages:
+                    if any(a <= i and r <= j and stage == zero for a, r, stage in fitting):
+                        continue
+                    tried = self._attempt(accumulate=accumulate, recompute=recompute, zero=zero)
+                    if tried is not None and self._may_fit(tried):
+                        fitting.append((i, j, zero))
 
     def _attempt(self, **options: Any) -> _Tried | None:
         """None if the model has no blocks to recompute, where that was not asked for."""
         try:
             return self.try_(**options)
-        except ZgraphError as error:
+        except OptionError as error:
             if options["recompute"] is None or "recompute" in self.fixed:
                 raise
             self._note(f"recompute={options['recompute']!r} was not considered: {error.what}")
@@ -343,15 +334,21 @@ class _Search:
             gathers = Config.from_options(best.options).zero == 3
             if self.world > 1 and name not in self.fixed and (gathers or name != "prefetch"):
                 others = [self.try_(**{**best.options, name: value}) for value in values]
-                best = min((tried for tried in (best, *others) if self._fits(tried)), key=_speed)
+                best = min((tried for tried in (best, *others) if self._may_fit(tried)), key=_speed)
 
     # -- ways out ---------------------------------------------------------------------------------------------
 
     def _ways_out(self, least: _Tried) -> tuple[WayOut, ...]:
         """Changes that make the choice which takes least memory fit, those that cost least first."""
         before = least.estimate.step_s
-        found = []
+        found: list[WayOut] = []
+        if least.estimate.reserved_bytes <= (most := default_budget(self.hardware)):
+            needed = f"{math.ceil(least.estimate.reserved_bytes / 2**20)}MiB"
+            words = f"memory={needed!r}, of {show_bytes(most)} that there is"
+            found.append(WayOut(words, before, least.estimate.reserved_bytes, 1.0))
         for change, hardware, world, options in self._changes(least):
+            if world > self.world and any(way.change.startswith("world_size") for way in found):
+                continue  # fewer ranks are enough
             budget = self.budget if hardware is self.hardware else default_budget(hardware)
             tried = _Search(self.step, hardware, world, budget, {**self.fixed, **options}).try_(**least.options)
             made = tried.estimate
@@ -377,8 +374,10 @@ class _Search:
         for doublings in range(1, 7):
             world = self.world << doublings
             if world <= _MOST_RANKS and self.hardware.device_type != "cpu":
-                yield f"world_size={world}", self.hardware, world, {"zero": 3}
-        for machine in _larger(self.hardware):
+                sharded: dict[str, Any] = {} if "zero" in self.fixed else {"zero": 3}
+                words = ", ".join([f"world_size={world}", *(f"{name}={value}" for name, value in sharded.items())])
+                yield words, self.hardware, world, sharded
+        for machine in _larger(self.hardware) if self.budget >= default_budget(self.hardware) else ():
             if default_budget(machine) >= least.estimate.reserved_bytes:
                 yield f"hardware={machine.name!r}", machine, self.world, {}
                 return
@@ -402,14 +401,14 @@ class _Search:
     def _runners_up(self, best: _Tried) -> list[_Tried]:
         """The best other choice of each stage, number of micro-batches and recomputation: those that fit come first."""
         found: dict[Any, _Tried] = {}
-        for tried in sorted(self._tried.values(), key=lambda tried: (not self._fits(tried), _speed(tried))):
+        for tried in sorted(self._tried.values(), key=lambda tried: (not self._may_fit(tried), _speed(tried))):
             config = Config.from_options(tried.options)
             if tried is not best:
                 found.setdefault((config.zero, config.accumulate, config.recompute), tried)
         return list(found.values())[:_NUM_REJECTED]
 
     def _why(self, tried: _Tried, best: _Tried) -> str:
-        if not self._fits(tried):
+        if not self._may_fit(tried):
             return f"{show_bytes(tried.estimate.reserved_bytes - self.budget)} too much"
         slower = tried.estimate.step_s / best.estimate.step_s - 1
         return f"{slower:.1%} slower" if slower > 5e-4 else "no faster"

@@ -14,7 +14,7 @@ from rich.text import Text
 from torch import nn
 
 from zgraph.config import Config
-from zgraph.expected_error import ExpectedError, expected_error
+from zgraph.expected_error import NOTHING_MEASURED, ExpectedError, expected_error
 from zgraph.footprint import Holding
 from zgraph.hardware import Hardware
 from zgraph.lower import Lowered
@@ -107,6 +107,7 @@ class Plan:
         num_tokens: elements of the largest integer tensor of that batch; 0 if there is none.
         world_size: ranks.
         hardware: the machine's name.
+        devices_per_node: how many of its devices share a node.
         budget_bytes: what one rank may take.
         chosen: the fastest choice that fits; if none does, the one that takes least memory.
         flops: floating-point operations of one rank's matrix products and attention in a step, recomputation included.
@@ -125,6 +126,7 @@ class Plan:
     num_tokens: int
     world_size: int
     hardware: str
+    devices_per_node: int
     budget_bytes: int
     chosen: Estimate
     flops: int
@@ -179,18 +181,17 @@ class Plan:
             verdict = f"does not fit: {show_bytes(self.chosen.reserved_bytes - self.budget_bytes)} too much"
         head = Table.grid(padding=(0, 2))
         head.add_row("model", f"{self.model}, {self.num_params:,} parameters")
-        head.add_row("machine", f"{self.world_size} x {self.hardware}, {show_bytes(self.budget_bytes)} for each rank")
+        nodes = -(-self.world_size // self.devices_per_node)
+        where = f" in {nodes} nodes of {self.devices_per_node}" if nodes > 1 else ""
+        machine = f"{self.world_size} x {self.hardware}{where}, {show_bytes(self.budget_bytes)} for each rank"
+        head.add_row("machine", machine)
         head.add_row("verdict", verdict)
         head.add_row("options", show_options(self.options) or "defaults")
-        took = (
-            ""
-            if self.chosen.reserved_bytes == self.chosen.peak_bytes
-            else (f", {show_bytes(self.chosen.reserved_bytes)} reserved")
-        )
-        head.add_row("peak memory", f"{show_bytes(self.chosen.peak_bytes)}{took} ({error.memory_words})")
+        head.add_row("live peak", f"{show_bytes(self.chosen.peak_bytes)} ({error.words('live')})")
+        head.add_row("taken for it", f"{show_bytes(self.chosen.reserved_bytes)} ({error.words('reserved')})")
         exposed = self.chosen.exposed_s / self.chosen.step_s
         head.add_row(
-            "step", f"{show_s(self.chosen.step_s)}, {exposed:.0%} of it waiting for links ({error.time_words})"
+            "step", f"{show_s(self.chosen.step_s)}, {exposed:.0%} of it waiting for links ({error.words('time')})"
         )
         rate = f"{self.examples_per_s:,.4g} examples/s on all ranks"
         if self.num_tokens:
@@ -262,6 +263,7 @@ def describe(
         num_tokens=num_calls * max(tokens, default=0),
         world_size=lowered.last.mesh.size,
         hardware=hardware.name,
+        devices_per_node=hardware.devices_per_node,
         budget_bytes=budget_bytes,
         chosen=Estimate.of(options, prediction),
         flops=prediction.flops,
@@ -269,10 +271,15 @@ def describe(
         owners=_owners(prediction.peak.held_at(prediction.peak.peak_position)),
         rejected=rejected,
         ways_out=ways_out,
-        error=expected_error(hardware.device_type),
+        error=expected_error(hardware.device_type) if _was_compared(hardware) else NOTHING_MEASURED,
         unknown=dict(prediction.unknown),
         notes=notes,
     )
+
+
+def _was_compared(hardware: Hardware) -> bool:
+    """Whether predictions for such a machine were compared with measurements: of CPUs, only for calibrated ones."""
+    return hardware.device_type != "cpu" or hardware.name != "cpu"
 
 
 def default_budget(hardware: Hardware) -> int:
