@@ -232,6 +232,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_no_bit_changes(case: str, options: str, recompute: Any) -> None:
     if recompute != ["*"] and case in ("experts", "recurrent", "unet"):
         pytest.skip("it has no blocks")
+    if case == "recurrent" and OPTIONS[options].get("precision") == "fp16":
+        pytest.skip("not every CPU has an LSTM in float16")
     found = []
     for added in ({}, {"recompute": recompute}):
         model = CASES[case].model()

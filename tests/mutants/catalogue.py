@@ -384,7 +384,7 @@ EDITS = [
     Edit(
         "a random operator that nothing reads is dropped",
         "tidy",
-        " and not ops.is_random(node.target)",
+        " and not ops.draws(node)",
         "",
         Refusal.DRAWS,
     ),
@@ -626,8 +626,8 @@ EDITS = [
     Edit(
         "a random operator runs again for backward",
         "recompute",
-        "is_plain = not ops.is_random(target) and not ops.may_write(target)",
-        "is_plain = not ops.may_write(target)",
+        "is_plain = not ops.draws(source) and not ops.may_write(source.target)",
+        "is_plain = not ops.may_write(source.target)",
         Refusal.DRAWS,
     ),
     Edit(
