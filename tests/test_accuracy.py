@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from tests.scripts import BENCHMARKS, scripts
 
 ROW = {
     "id": "X-1", "category": "train", "model": "llama-tiny", "layers": "6", "hidden": "64", "heads": "4",
@@ -46,16 +45,9 @@ NOT_USED = {
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[dict[str, ModuleType]]:
-    """The benchmark's modules by name, which leave ``sys.modules`` after."""
-    names = ["peers_predicted", "traces", "predicted", "accuracy"]
-    before = {name: sys.modules.pop(name, None) for name in names}
-    sys.path.insert(0, str(BENCHMARKS))
-    yield {name: importlib.import_module(name) for name in names}
-    sys.path.remove(str(BENCHMARKS))
-    for name, module in before.items():
-        del sys.modules[name]
-        if module is not None:
-            sys.modules[name] = module
+    """The benchmark's modules by name."""
+    with scripts(["peers_predicted", "traces", "predicted", "accuracy"]) as modules:
+        yield modules
 
 
 def write(path: Path, rows: list[dict[str, str]]) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -13,21 +12,14 @@ from types import ModuleType
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from tests.scripts import BENCHMARKS, scripts
 
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[dict[str, ModuleType]]:
-    """The benchmark's modules by name. They are scripts beside each other, so they leave ``sys.modules`` after."""
-    names = [path.stem for path in BENCHMARKS.glob("*.py")]
-    before = {name: sys.modules.pop(name, None) for name in names}
-    sys.path.insert(0, str(BENCHMARKS))
-    yield {name: importlib.import_module(name) for name in names}
-    sys.path.remove(str(BENCHMARKS))
-    for name, module in before.items():
-        del sys.modules[name]
-        if module is not None:
-            sys.modules[name] = module
+    """The benchmark's modules by name."""
+    with scripts(path.stem for path in BENCHMARKS.glob("*.py")) as modules:
+        yield modules
 
 
 def test_live_bytes_follow_each_allocation(bench: dict[str, ModuleType], tmp_path: Path) -> None:
