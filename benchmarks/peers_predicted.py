@@ -12,8 +12,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from zgraph.hardware import Hardware, find_hardware
+from zgraph.hardware import Hardware
 from zgraph.presets import ALL_BIASES, ModelConfig, num_params
+from zgraph.which_hardware import find_hardware
 
 
 class NotUsedError(Exception):

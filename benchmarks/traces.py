@@ -147,18 +147,16 @@ class Trace:
     def play(self, cost_of: Callable[[tuple[Work, ...], bool], Cost], hardware: Hardware) -> Timeline:
         """Run it on a machine, where works, of the update or not, cost so much."""
         index = {call.position: i for i, call in enumerate(self.calls) if call.is_start}
-        return play_issued(
-            (
-                Issued(
-                    call,
-                    cost_of(call.works, call.is_update),
-                    "data" if call.is_start else COMPUTE,
-                    None if call.waits_for is None else index[call.waits_for],
-                )
-                for call in self.calls
-            ),
-            hardware,
-        )
+        calls = [
+            Issued(
+                call,
+                cost_of(call.works, call.is_update),
+                "data" if call.is_start else COMPUTE,
+                None if call.waits_for is None else index[call.waits_for],
+            )
+            for call in self.calls
+        ]
+        return play_issued(calls, hardware)
 
 
 @dataclass(frozen=True)

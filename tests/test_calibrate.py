@@ -21,7 +21,7 @@ from zgraph import calibrate, calibration, cli, fitted, machines
 from zgraph.calibration import Calibration
 from zgraph.errors import OptionError, StateError
 from zgraph.fitting import fit
-from zgraph.hardware import find_hardware
+from zgraph.which_hardware import find_hardware
 
 F32 = torch.float32
 

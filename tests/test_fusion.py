@@ -14,8 +14,8 @@ from tests.programs import Builder, few_examples
 from zgraph.cost import NOTHING, Costs, num_bytes_of
 from zgraph.footprint import footprint
 from zgraph.fusion import FusedCosts, fuse, kernel_of, regions
-from zgraph.hardware import find_hardware
 from zgraph.program import Program, Role
+from zgraph.which_hardware import find_hardware
 
 aten = torch.ops.aten
 MACHINE = find_hardware("H100")

@@ -18,7 +18,8 @@ from tests.calibrations import made_up
 from zgraph import machines
 from zgraph.curves import Collective, Curve, ceiling_of, logarithm_of, maximum, minimum
 from zgraph.errors import OptionError, StateError
-from zgraph.hardware import KINDS, TIERS, Hardware, find_hardware, preset_of
+from zgraph.hardware import KINDS, TIERS, Hardware
+from zgraph.which_hardware import find_hardware, preset_of
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 MIB, GIB = 2**20, 2**30

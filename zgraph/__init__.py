@@ -12,13 +12,14 @@ from zgraph.errors import (
     VerifyError,
     ZgraphError,
 )
-from zgraph.hardware import Hardware, find_hardware
+from zgraph.hardware import Hardware
 from zgraph.pipeline import Pass
 from zgraph.planner import plan
 from zgraph.plans import Plan
 from zgraph.program import Program, Stage
 from zgraph.simulate import SimulatedRanks, simulate_ranks
 from zgraph.terms import Axiom
+from zgraph.which_hardware import find_hardware
 
 __all__ = [
     "Axiom",

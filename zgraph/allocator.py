@@ -13,7 +13,8 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+
+from zgraph.liveness import Held
 
 _ROUND = 512
 _SMALL = 2**20
@@ -21,17 +22,6 @@ _SMALL_SEGMENT = 2 * 2**20
 _LARGE_SEGMENT = 20 * 2**20
 _LARGE = 10 * 2**20
 _ROUND_LARGE = 2 * 2**20
-
-
-class _Held(Protocol):
-    """What has a size and a time."""
-
-    @property
-    def num_bytes(self) -> int: ...
-    @property
-    def first(self) -> int: ...
-    @property
-    def last(self) -> int: ...
 
 
 @dataclass(eq=False)
@@ -72,7 +62,6 @@ class CachingAllocator:
 
     def release(self, block: _Block) -> None:
         """Give a block back, to be used again."""
-        block.is_free = True
         for other in (block.before, block.after):
             if other is not None and other.is_free:
                 free = self._free[other.is_small]
@@ -107,7 +96,7 @@ class CachingAllocator:
         insort(self._free[block.is_small], (block.size, block.order, block))
 
 
-def reserved_bytes(held: Sequence[_Held], num_steps: int = 2) -> int:
+def reserved_bytes(held: Sequence[Held], num_steps: int = 2) -> int:
     """What the caching allocator has reserved after some steps.
 
     Args:

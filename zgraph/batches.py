@@ -100,3 +100,9 @@ def name_of(path: pytree.KeyPath) -> str:
     first, *rest = path
     assert isinstance(first, pytree.SequenceKey)
     return ("args", "kwargs")[first.idx] + pytree.keystr(tuple(rest))
+
+
+def common_rows(tensors: Iterable[torch.Tensor]) -> int:
+    """The first dimension that all tensors of a batch have; 1 if they have none in common."""
+    lengths = {_length(tensor) for tensor in tensors}
+    return (lengths.pop() or 1) if len(lengths) == 1 else 1

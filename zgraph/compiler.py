@@ -38,7 +38,6 @@ from zgraph.errors import CaptureError, OptimizerError, OptionError, StateError,
 from zgraph.execute import Executable
 from zgraph.facts import ARGUMENTS, ATTRIBUTES, STEP_COUNTS, Facts, hold, state_spec
 from zgraph.groups import process_group
-from zgraph.hardware import hardware_of
 from zgraph.heap import release_free_memory
 from zgraph.layout import Layout
 from zgraph.lower import Lowered, check_same_buckets, lower
@@ -51,6 +50,7 @@ from zgraph.skipping import GRADIENT_NORM, NUM_SKIPPED, report
 from zgraph.state import TrainingState
 from zgraph.tracing import forget
 from zgraph.update import check_step, hyperparameters
+from zgraph.which_hardware import hardware_of
 
 log = logging.getLogger("zgraph")
 

@@ -41,7 +41,7 @@ class Work:
     Attributes:
         family: of operators, in a word.
         unit: one of MATRIX, ATTENTION, VECTOR, LOOKUP, LINK and NOTHING.
-        flops: floating-point operations other than these:
+        flops: floating-point operations, but for ``transcendentals``.
         transcendentals: exponentials, logarithms, sines and the like.
         read_bytes, written_bytes: memory traffic, each argument read once.
         in_place: whether all that is written lies in memory that is in use already.

@@ -9,17 +9,16 @@ from __future__ import annotations
 import enum
 import operator
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 
 import torch
 from torch import fx
 
 from zgraph import ops
 from zgraph.fusion import Fusion
-from zgraph.liveness import lifetimes
+from zgraph.liveness import held_bytes, lifetimes
 from zgraph.ops import root_of
 from zgraph.program import FlatGradient, Phase, Program, Role, operand, target_name
 
@@ -94,11 +93,11 @@ class Footprint:
     @cached_property
     def alive_bytes(self) -> Sequence[int]:
         """Bytes held while each node of the graph runs."""
-        return _alive(self.holdings, self.num_positions)
+        return held_bytes(self.holdings, self.num_positions)
 
     def by_kind(self) -> dict[Kind, Sequence[int]]:
         """Bytes of each kind held while each node of the graph runs."""
-        return {kind: _alive((h for h in self.holdings if h.kind is kind), self.num_positions) for kind in Kind}
+        return {kind: held_bytes((h for h in self.holdings if h.kind is kind), self.num_positions) for kind in Kind}
 
     @cached_property
     def peak_bytes(self) -> int:
@@ -115,10 +114,15 @@ class Footprint:
         held = [h for h in self.holdings if h.first <= position <= h.last and h.num_bytes]
         return sorted(held, key=lambda holding: (-holding.num_bytes, holding.first))
 
+    @property
+    def peak_holdings(self) -> list[Holding]:
+        """What is held at the peak, largest first."""
+        return self.held_at(self.peak_position)
+
     def peak_by_kind(self) -> Counter[Kind]:
         """Bytes of each kind at the peak."""
         found: Counter[Kind] = Counter()
-        for holding in self.held_at(self.peak_position):
+        for holding in self.peak_holdings:
             found[holding.kind] += holding.num_bytes
         return found
 
@@ -205,11 +209,3 @@ def _is_gradient(node: fx.Node) -> bool:
                 seen.add(user)
                 reached.append(user)
     return False
-
-
-def _alive(holdings: Iterable[Holding], num_positions: int) -> list[int]:
-    change = [0] * (num_positions + 1)
-    for holding in holdings:
-        change[holding.first] += holding.num_bytes
-        change[holding.last + 1] -= holding.num_bytes
-    return list(accumulate(change))[:num_positions]

@@ -7,11 +7,8 @@ have the same methods. Each takes numbers and returns seconds, or takes sympy ex
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -49,7 +46,7 @@ class Hardware:
     """A cluster of one kind of device.
 
     Attributes:
-        name: as ``find_hardware`` knows it.
+        name: as ``zgraph.find_hardware`` knows it.
         device_type: ``"cuda"`` or ``"cpu"``. On a CPU a device is a rank: a process with a share of the cores.
         memory_bytes: of one device.
         memory_bandwidth: bytes per second of the device's memory as specified; what kernels reach is ``memory_s``.
@@ -217,102 +214,3 @@ def _slower(one: Hardware, factor: float) -> Hardware:
         transcendental=one.transcendental.scaled(factor),
         collectives={kind: inside.scaled(factor) for kind, inside in one.collectives.items()},
     )
-
-
-def find_hardware(
-    name: str | Hardware | Path, *, devices_per_node: int | None = None, nic_bytes_per_s: float | None = None
-) -> Hardware:
-    """The hardware of a name, or of a file that ``zgraph calibrate`` saved.
-
-    Args:
-        name: of a preset (``zgraph.machines.PRESETS``), in any case and with or without hyphens; ``"cpu"`` or
-            ``"here"``, this machine, as calibrated if it was; a path.
-        devices_per_node: instead of the usual number.
-        nic_bytes_per_s: of the network, one direction, per device; instead of the usual.
-
-    Raises:
-        OptionError: there is no such name, or the numbers are not positive.
-        StateError: the file cannot be read as a calibration.
-    """
-    from zgraph import calibration, machines  # both build on this module
-
-    given: object = name
-    if not isinstance(given, (str, Path, Hardware)):
-        raise OptionError(f"hardware is a {type(given).__name__}", fix="give a name, a path, or a zgraph.Hardware")
-    if isinstance(name, Hardware):
-        found = name
-    elif isinstance(name, Path) or os.sep in name or name.endswith(".json"):
-        found = calibration.load(Path(name))
-    else:
-        wanted = _plain(name)
-        presets = {_plain(preset): preset for preset in machines.PRESETS}
-        if wanted in ("cpu", "here"):
-            saved = calibration.default_path()
-            found = calibration.load(saved) if saved.exists() else machines.this_cpu()
-        elif wanted in presets:
-            found = machines.preset(presets[wanted])
-        else:
-            raise OptionError(
-                f"hardware {name!r} is unknown",
-                fix=f"one of {', '.join(machines.PRESETS)}, cpu, or a file that `zgraph calibrate` saved",
-            )
-    if devices_per_node is not None:
-        if devices_per_node < 1:
-            raise OptionError(f"devices_per_node={devices_per_node!r} is not a number of devices", fix="at least 1")
-        found = replace(found, devices_per_node=devices_per_node)
-    if nic_bytes_per_s is not None:
-        if not nic_bytes_per_s > 0:
-            raise OptionError(f"nic_bytes_per_s={nic_bytes_per_s!r} is not a rate", fix="bytes per second, above 0")
-        found = replace(found, network=replace(found.network, bytes_per_s=nic_bytes_per_s))
-    return found
-
-
-def _plain(name: str) -> str:
-    return "".join(character for character in name.lower() if character.isalnum())
-
-
-def hardware_of(device: torch.device, world: int) -> Hardware:
-    """The machine that this process runs on.
-
-    Args:
-        device: where it computes.
-        world: ranks; on a CPU, all of them share this machine.
-
-    Raises:
-        OptionError: it is a GPU that is neither known nor calibrated.
-    """
-    from zgraph import calibration, machines  # both build on this module
-
-    if device.type == "cpu":
-        return find_hardware("cpu").for_ranks(world)
-    saved = calibration.default_path()
-    if saved.exists() and (measured := calibration.load(saved)).device_type == device.type:
-        return measured
-    properties = torch.cuda.get_device_properties(device)
-    name = preset_of(properties.name, properties.total_memory)
-    if name is None:
-        raise OptionError(f"{properties.name} is not a GPU that is known", fix="run `zgraph calibrate` to measure it")
-    return machines.preset(name)
-
-
-def preset_of(name: str, memory_bytes: int) -> str | None:
-    """The preset of a GPU as its driver names it; None if it is another.
-
-    Args:
-        name: such as ``"NVIDIA A100-SXM4-80GB"``.
-        memory_bytes: which tells variants of one name apart.
-    """
-    words = set(re.split(r"[^A-Z0-9]+", name.upper()))
-    if words & {"LAPTOP", "MOBILE", "PCIE", "NVL", "MIG", "MAX"}:
-        return None  # slower than the preset of the same name
-    gibibytes = memory_bytes / 2**30
-    if "H100" in words:
-        return "H100-96" if gibibytes > 88 else "H100"
-    if "A100" in words:
-        return "A100-80" if gibibytes > 60 else "A100-40"
-    if "V100" in words:
-        return "V100-32" if gibibytes > 24 else None
-    exact = {"H200": "H200", "B200": "B200", "L4": "L4", "L40S": "L40S", "MI300X": "MI300X"}
-    exact |= {number: f"RTX-{number}" for number in ("3090", "4090", "5090")}
-    found = [preset for word, preset in exact.items() if word in words]
-    return found[0] if found and "TI" not in words else None

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
@@ -98,6 +98,17 @@ def written(node: fx.Node) -> list[fx.Node]:
     return [operand(node, index) for index in writes if index is not None]
 
 
+class Held(Protocol):
+    """Bytes, and the first and last position in a graph at which they are held."""
+
+    @property
+    def num_bytes(self) -> int: ...
+    @property
+    def first(self) -> int: ...
+    @property
+    def last(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Lifetime:
     """Temporary memory that a call allocates.
@@ -181,11 +192,16 @@ def alive_bytes(program: Program, *, staged: bool = True) -> Iterator[tuple[fx.N
         staged: see ``lifetimes``.
     """
     nodes = list(program.graph.nodes)
-    change = [0] * (len(nodes) + 1)
-    for life in lifetimes(program, staged=staged):
-        change[life.first] += life.num_bytes
-        change[life.last + 1] -= life.num_bytes
-    yield from zip(nodes, accumulate(change), strict=False)
+    yield from zip(nodes, held_bytes(lifetimes(program, staged=staged), len(nodes)), strict=True)
+
+
+def held_bytes(held: Iterable[Held], num_positions: int) -> list[int]:
+    """Bytes of all that is held together, at each position of a graph."""
+    change = [0] * (num_positions + 1)
+    for each in held:
+        change[each.first] += each.num_bytes
+        change[each.last + 1] -= each.num_bytes
+    return list(accumulate(change))[:num_positions]
 
 
 def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

@@ -17,9 +17,9 @@ from torch import nn
 
 from zgraph.config import PRECISIONS, RECOMPUTE, parse_bytes
 from zgraph.errors import OptionError, first_line
-from zgraph.hardware import find_hardware
 from zgraph.planner import AUTO, plan
 from zgraph.presets import Decoder, ModelConfig, find_model, from_hf
+from zgraph.which_hardware import find_hardware
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,

@@ -16,19 +16,20 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from zgraph.batches import Call, call_of, micro_batches
+from zgraph.batches import Call, call_of, common_rows, micro_batches
 from zgraph.blocks import KEPT, Short, find_blocks, repeat_blocks, shorten
 from zgraph.capture import capture
 from zgraph.compiler import check_arguments
 from zgraph.config import Config, parse_bytes
 from zgraph.errors import CaptureError, OptimizerError, OptionError
-from zgraph.hardware import Hardware, find_hardware
+from zgraph.hardware import Hardware
 from zgraph.lower import Lowered, lower
 from zgraph.machines import PRESETS, preset
 from zgraph.metrics import Metric, check_metrics
 from zgraph.plans import Estimate, Plan, Rejected, WayOut, default_budget, describe, show_bytes
 from zgraph.predict import Prediction, predict
 from zgraph.program import Mesh, Program
+from zgraph.which_hardware import find_hardware
 
 AUTO = "auto"
 
@@ -158,10 +159,8 @@ class _Step:
 
     @property
     def num_rows(self) -> int:
-        """The first dimension that all tensors of the batch have; 1 if they have none in common."""
-        leaves = [leaf for leaf in pytree.tree_leaves(self.call) if isinstance(leaf, torch.Tensor)]
-        lengths = {leaf.shape[0] if leaf.dim() else None for leaf in leaves}
-        return (lengths.pop() or 1) if len(lengths) == 1 else 1
+        """What accumulation can divide."""
+        return common_rows(leaf for leaf in pytree.tree_leaves(self.call) if isinstance(leaf, torch.Tensor))
 
     def captured(self, config: Config, num_blocks: int) -> Program:
         """The step on the last micro-batch, of the model with so many blocks.
@@ -231,6 +230,7 @@ class _Search:
     def __init__(self, step: _Step, hardware: Hardware, world: int, budget: int, fixed: dict[str, Any]) -> None:
         self.step, self.hardware, self.world, self.budget, self.fixed = step, hardware, world, budget, fixed
         self._tried: dict[tuple[Any, ...], _Tried] = {}
+        self._last: tuple[tuple[Any, ...], tuple[Lowered, Prediction]] | None = None
         self._notes: list[str] = []
 
     def plan(self) -> Plan:
@@ -258,8 +258,15 @@ class _Search:
 
     def _work_out(self, tried: _Tried) -> None:
         """Replace an estimate by what the whole model's program gives."""
-        made = self._predict(tried.options, self.step.num_blocks)[1]
+        made = self._in_full(tried.options)[1]
         self._tried[_key(tried.options)] = _Tried(tried.options, Estimate.of(tried.options, made), is_exact=True)
+
+    def _in_full(self, options: dict[str, Any]) -> tuple[Lowered, Prediction]:
+        """Of the whole model; that of the last options is kept, as they are mostly those that are chosen."""
+        if self._last is None or self._last[0] != _key(options):
+            self._last = None  # its programs may be large
+            self._last = _key(options), self._predict(options, self.step.num_blocks)
+        return self._last[1]
 
     # -- trying -----------------------------------------------------------------------------------------------
 
@@ -385,7 +392,7 @@ class _Search:
     # -- telling ----------------------------------------------------------------------------------------------
 
     def _told(self, best: _Tried, ways_out: tuple[WayOut, ...]) -> Plan:
-        lowered, prediction = self._predict(best.options, self.step.num_blocks)
+        lowered, prediction = self._in_full(best.options)
         return describe(
             self.step.model,
             lowered,

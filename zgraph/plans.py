@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from io import StringIO
 from typing import Any
 
@@ -13,11 +13,13 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from zgraph.batches import common_rows
 from zgraph.config import Config
 from zgraph.expected_error import NOTHING_MEASURED, ExpectedError, expected_error
 from zgraph.footprint import Holding
 from zgraph.hardware import Hardware
 from zgraph.lower import Lowered
+from zgraph.machines import ASSUMED
 from zgraph.predict import Prediction
 from zgraph.program import Role
 
@@ -165,7 +167,7 @@ class Plan:
 
     def to_json(self) -> str:
         """All of it as a JSON object; bytes and seconds are numbers."""
-        return json.dumps({"version": VERSION, "fits": self.fits, **_plain(self)}, indent=2)
+        return json.dumps({"version": VERSION, "fits": self.fits, **asdict(self)}, indent=2)
 
     def __str__(self) -> str:
         console = Console(file=StringIO(), width=110, force_terminal=False)
@@ -254,12 +256,11 @@ def describe(
     """
     num_calls = sum(prediction.repeats)
     batch = [node.meta["val"] for node in lowered.last.inputs(Role.BATCH).values()]
-    rows = {val.shape[0] if val.dim() else None for val in batch}
     tokens = [val.numel() for val in batch if val.dim() > 1 and not val.dtype.is_floating_point]
     return Plan(
         model=type(model).__name__,
         num_params=sum(p.numel() for p in model.parameters()),
-        num_examples=num_calls * ((rows.pop() or 1) if len(rows) == 1 else 1),
+        num_examples=num_calls * common_rows(batch),
         num_tokens=num_calls * max(tokens, default=0),
         world_size=lowered.last.mesh.size,
         hardware=hardware.name,
@@ -267,8 +268,8 @@ def describe(
         budget_bytes=budget_bytes,
         chosen=Estimate.of(options, prediction),
         flops=prediction.flops,
-        by_kind={kind.value: num_bytes for kind, num_bytes in prediction.peak_by_kind().most_common()},
-        owners=_owners(prediction.peak.held_at(prediction.peak.peak_position)),
+        by_kind={kind.value: num_bytes for kind, num_bytes in prediction.peak.peak_by_kind().most_common()},
+        owners=_owners(prediction.peak.peak_holdings),
         rejected=rejected,
         ways_out=ways_out,
         error=expected_error(hardware.device_type) if _was_compared(hardware) else NOTHING_MEASURED,
@@ -278,8 +279,8 @@ def describe(
 
 
 def _was_compared(hardware: Hardware) -> bool:
-    """Whether predictions for such a machine were compared with measurements: of CPUs, only for calibrated ones."""
-    return hardware.device_type != "cpu" or hardware.name != "cpu"
+    """Whether predictions for such a machine were compared with measurements: not where its numbers are assumed."""
+    return hardware.sources != ASSUMED
 
 
 def default_budget(hardware: Hardware) -> int:
@@ -315,14 +316,3 @@ def show_options(options: Mapping[str, Any]) -> str:
     if "bucket_bytes" in shown:
         shown["bucket_bytes"] = show_bytes(shown["bucket_bytes"]).replace(" ", "")
     return ", ".join(f"{name}={value!r}" for name, value in shown.items())
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it."""
-    if hasattr(value, "__dataclass_fields__"):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-from torch import fx
-
 from zgraph.allocator import reserved_bytes
-from zgraph.cost import Cost, Costs
-from zgraph.footprint import Footprint, Holding, Kind, footprint, with_scratch
+from zgraph.footprint import Footprint, footprint, with_scratch
 from zgraph.hardware import Hardware
 from zgraph.lower import Lowered
-from zgraph.program import Program
 from zgraph.timeline import Timeline, play
 
 HOLES = 0.1
@@ -82,33 +77,17 @@ class Prediction:
             found.update({name: count * times for name, count in timeline.unknown.items()})
         return found
 
-    def peak_by_kind(self) -> Counter[Kind]:
-        """Bytes at the peak by what they are for."""
-        return self.peak.peak_by_kind()
 
-    def peak_owners(self, num: int = 10) -> list[Holding]:
-        """What holds most at the peak, largest first."""
-        return self.peak.held_at(self.peak.peak_position)[:num]
-
-
-def predict(
-    lowered: Lowered,
-    hardware: Hardware,
-    accumulate: int = 1,
-    *,
-    costs: Callable[[Program], Callable[[fx.Node], Cost]] | None = None,
-) -> Prediction:
+def predict(lowered: Lowered, hardware: Hardware, accumulate: int = 1) -> Prediction:
     """Play the programs of a step on a machine.
 
     Args:
         lowered: the programs after all passes.
         hardware: the machine.
         accumulate: how many micro-batches a step has.
-        costs: what calls of a program cost; those of ``zgraph.cost`` if None.
     """
     staged = hardware.device_type == "cpu"
-    cost_of = costs or (lambda program: Costs(program, hardware).of)
-    timelines = tuple(play(program, hardware, cost_of=cost_of(program)) for program in lowered.programs)
+    timelines = tuple(play(program, hardware) for program in lowered.programs)
     footprints = tuple(footprint(program, staged=staged) for program in lowered.programs)
     if staged:
         both = zip(footprints, lowered.programs, strict=True)

@@ -15,7 +15,7 @@ travels, too: what is sent early takes as much from what is computed meanwhile, 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,14 +113,13 @@ def play(program: Program, hardware: Hardware, *, cost_of: Callable[[fx.Node], C
     return play_issued(issued(program, cost_of or Costs(program, hardware).of), hardware)
 
 
-def play_issued(calls: Iterable[Issued], hardware: Hardware) -> Timeline:
+def play_issued(calls: Sequence[Issued], hardware: Hardware) -> Timeline:
     """Run calls, in order, on the lanes of a machine."""
     is_ahead = hardware.device_type != "cpu"  # the host issues to a queue
     issued, computed = 0.0, 0.0  # when each lane is free
     links: dict[str, float] = {}
     busy: dict[str, float] = defaultdict(float)
     ends: list[float] = []
-    took: list[float] = []
     unknown: Counter[str] = Counter()
     events: list[Event] = []
     exposed, starved, flops = 0.0, 0.0, 0
@@ -129,15 +128,14 @@ def play_issued(calls: Iterable[Issued], hardware: Hardware) -> Timeline:
         if call.waits_for is not None:
             start = max(computed, issued)
             starved += start - computed
-            computed = max(start + (0.0 if is_ahead else took[call.waits_for]), ends[call.waits_for])
+            meanwhile = 0.0 if is_ahead else calls[call.waits_for].cost.seconds
+            computed = max(start + meanwhile, ends[call.waits_for])
             exposed += computed - start
             events.append(Event(call.node, COMPUTE, start, computed, cost))
             ends.append(computed)
-            took.append(0.0)
             continue
         if not cost.num_calls and call.lane == COMPUTE:
             ends.append(computed)
-            took.append(0.0)
             continue
         if not cost.is_known:
             unknown[target_name(call.node.target)] += 1
@@ -156,7 +154,6 @@ def play_issued(calls: Iterable[Issued], hardware: Hardware) -> Timeline:
             computed += cost.seconds
         busy[call.lane] += cost.seconds
         ends.append(start + cost.seconds)
-        took.append(cost.seconds)
         events.append(Event(call.node, call.lane, start, start + cost.seconds, cost))
     step = max(issued, computed, *links.values())
     return Timeline(tuple(events), step, dict(busy), exposed, starved, flops, unknown)
