@@ -94,6 +94,8 @@ def test_a_function_gives_a_model_and_its_batch(
         (["--preset", "gpt2", "--world", "1", "--seq", "4096"], "1024 positions"),
         (["--preset", "gpt2", "--world", "1", "--zero", "three"], "--zero three"),
         (["--preset", "gpt2", "--world", "1", "--nic", "fast"], "nic='fast'"),
+        (["--preset", "gpt2", "--world", "1", "--nic", "1GB"], "--nic"),
+        (["--preset", "gpt2", "--world", "1", "--devices-per-node", "2"], "--devices-per-node"),
         (["--hf", "absent.json", "--world", "1"], "absent.json"),
         (["--model", "absent_module:build", "--world", "1"], "absent_module"),
         (["--model", "no_colon", "--world", "1"], "no colon"),

@@ -74,6 +74,8 @@ def run(arguments: argparse.Namespace) -> bool:
             raise OptionError(f"--{name} {getattr(arguments, name)} is not a positive number")
     nic = float(parse_bytes(arguments.nic, "nic")) if arguments.nic is not None else None
     hardware = find_hardware(arguments.hardware, devices_per_node=arguments.devices_per_node, nic_bytes_per_s=nic)
+    if hardware.device_type == "cpu" and (nic is not None or arguments.devices_per_node is not None):
+        raise OptionError("--nic and --devices-per-node are for GPUs: all ranks of a CPU share one machine")
     options: dict[str, Any] = {
         "zero": _integer(arguments.zero, "zero"),
         "accumulate": _integer(arguments.accumulate, "accumulate"),
