@@ -295,16 +295,6 @@ def _all(val: Any) -> Sequence[Any]:
     return val if isinstance(val, (tuple, list)) else (val,)
 
 
-def _argument(node: fx.Node, name: str, default: Any = None) -> Any:
-    """An argument by its name in the operator's schema."""
-    if name in node.kwargs:
-        return node.kwargs[name]
-    assert isinstance(node.target, torch._ops.OpOverload)
-    names = [argument.name for argument in node.target._schema.arguments]
-    index = names.index(name) if name in names else len(node.args)
-    return node.args[index] if index < len(node.args) else default
-
-
 # -- families ---------------------------------------------------------------------------------------------------
 
 _FAMILIES: dict[Any, Callable[[fx.Node], Iterable[Work]]] = {}
@@ -476,9 +466,9 @@ def _attention_backward(node: fx.Node) -> Iterable[Work]:
 
 def _attends(family: str, node: fx.Node, of_keys: int, of_values: int) -> Work:
     """So many products as wide as keys, and as values."""
-    query, key, value = (_argument(node, name).meta["val"] for name in ("query", "key", "value"))
+    query, key, value = (ops.argument(node, name).meta["val"] for name in ("query", "key", "value"))
     *outer, queries, width = map(size_of, query.shape)
-    each = 1 if _argument(node, "is_causal", default=False) else 2
+    each = 1 if ops.argument(node, "is_causal", default=False) else 2
     widths = of_keys * width + of_values * size_of(value.shape[-1])
     flops = each * _product(outer) * queries * size_of(key.shape[-2]) * widths
     return replace(_moving(family, node), unit=ATTENTION, flops=flops, dtype=query.dtype)
@@ -490,9 +480,9 @@ def _convolution(node: fx.Node) -> Iterable[Work]:
 
     Of a transposed one, every element of the input, not of the result, meets the kernel.
     """
-    weight = _argument(node, "weight").meta["val"]
-    many = operand(node).meta["val"] if _argument(node, "transposed") else _result(node)
-    groups, pixels, n, inner = _convolves(many, weight, _argument(node, "groups", 1))
+    weight = ops.argument(node, "weight").meta["val"]
+    many = operand(node).meta["val"] if ops.argument(node, "transposed") else _result(node)
+    groups, pixels, n, inner = _convolves(many, weight, ops.argument(node, "groups", 1))
     moved = _moving("convolution", node)
     shape = (groups, pixels, n, inner)
     yield _product_of_matrices("convolution", weight.dtype, shape, moved.read_bytes, moved.written_bytes)
@@ -504,10 +494,10 @@ def _convolution_backward(node: fx.Node) -> Iterable[Work]:
 
     Each reads the gradient of the result; the input's reads the weight, too, and the weight's the input.
     """
-    grad, inputs, weight = (_argument(node, name).meta["val"] for name in ("grad_output", "input", "weight"))
-    many = inputs if _argument(node, "transposed") else grad
-    groups, pixels, n, inner = _convolves(many, weight, _argument(node, "groups"))
-    asked = _argument(node, "output_mask")
+    grad, inputs, weight = (ops.argument(node, name).meta["val"] for name in ("grad_output", "input", "weight"))
+    many = inputs if ops.argument(node, "transposed") else grad
+    groups, pixels, n, inner = _convolves(many, weight, ops.argument(node, "groups"))
+    asked = ops.argument(node, "output_mask")
     read = num_bytes_of(grad)
     if asked[0]:
         size = (read + num_bytes_of(weight), num_bytes_of(inputs))
@@ -571,9 +561,9 @@ def _lookup_backward(node: fx.Node) -> Iterable[Work]:
 def _scattering(node: fx.Node) -> Iterable[Work]:
     """Copies what it writes into, and then writes the rest of its arguments over some of it, or adds them there."""
     work, into = _moving("scatter", node), operand(node)
-    values = [_argument(node, name) for name in ("values", "src", "source")]
+    values = [ops.argument(node, name) for name in ("values", "src", "source")]
     placed = next((value for value in values if isinstance(value, fx.Node)), None)
-    index = next((i for i in (_argument(node, "index"), _argument(node, "mask")) if isinstance(i, fx.Node)), None)
+    index = next((i for i in (ops.argument(node, "index"), ops.argument(node, "mask")) if isinstance(i, fx.Node)), None)
     if placed is not None:
         over = num_bytes_of(placed.meta["val"])
     elif index is not None:  # one number at every place, which may be a row
@@ -586,7 +576,7 @@ def _scattering(node: fx.Node) -> Iterable[Work]:
     else:
         over = 0
     adds = "add" in node.target._opname or "reduce" in node.target._opname  # type: ignore[union-attr]
-    adds = adds or bool(_argument(node, "accumulate")) or isinstance(_argument(node, "reduce"), str)
+    adds = adds or bool(ops.argument(node, "accumulate")) or isinstance(ops.argument(node, "reduce"), str)
     read = work.read_bytes + over if adds else work.read_bytes
     yield replace(work, read_bytes=read, written_bytes=work.written_bytes + over)
 
@@ -651,7 +641,7 @@ def _softmax(node: fx.Node) -> Iterable[Work]:
 @_family("nll_loss_forward.default", "nll_loss2d_forward.default")
 def _picking(node: fx.Node) -> Iterable[Work]:
     """Reads one element of each row, and which one."""
-    source, target = operand(node).meta["val"], _argument(node, "target").meta["val"]
+    source, target = operand(node).meta["val"], ops.argument(node, "target").meta["val"]
     read = num_bytes_of(target) + numel(target) * source.dtype.itemsize
     written = num_bytes_of(node.meta["val"])
     yield Work("loss", flops=numel(target), read_bytes=read, written_bytes=written, dtype=source.dtype)
@@ -668,7 +658,7 @@ def _loss(node: fx.Node) -> Iterable[Work]:
     work, name = _moving("loss", node), node.target._opname  # type: ignore[union-attr]
     count = _largest(node)
     if "nll" in name:
-        picked = (operand(node), _argument(node, "target"))
+        picked = (operand(node), ops.argument(node, "target"))
         work = replace(work, read_bytes=sum(num_bytes_of(each.meta["val"]) for each in picked))
     entropies = 2 * count if "entropy" in name and "backward" not in name else 0
     yield replace(work, flops=4 * count, transcendentals=entropies)

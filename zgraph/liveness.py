@@ -65,10 +65,10 @@ def _written_over(node: fx.Node) -> fx.Node | None:
     alias = node.target._schema.returns[0].alias_info
     if alias is None or not alias.is_write:
         return None
-    for index, argument in enumerate(node.target._schema.arguments):
+    for argument in node.target._schema.arguments:
         info = argument.alias_info
         if info is not None and info.is_write and info.before_set == alias.before_set:
-            given = node.kwargs.get(argument.name, node.args[index] if index < len(node.args) else None)
+            given = ops.argument(node, argument.name)
             return given if isinstance(given, fx.Node) else None
     return None
 

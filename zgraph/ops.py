@@ -176,15 +176,27 @@ def is_random(target: torch._ops.OpOverload) -> bool:
     return torch.Tag.nondeterministic_seeded in target.tags
 
 
+def argument(node: fx.Node, name: str, default: Any = None) -> Any:
+    """What a call of an operator of torch is given for the argument that its schema calls ``name``.
+
+    Args:
+        default: where the call leaves it out, or the operator has no such argument.
+    """
+    if name in node.kwargs:
+        return node.kwargs[name]
+    assert isinstance(node.target, torch._ops.OpOverload)
+    names = [each.name for each in node.target._schema.arguments]
+    index = names.index(name) if name in names else len(node.args)
+    return node.args[index] if index < len(node.args) else default
+
+
 def draws(node: fx.Node) -> bool:
     """Whether a call draws from a random generator: attention whose ``dropout_p`` is 0 does not, though others do."""
     if not is_random(node.target):
         return False
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    if "dropout_p" not in names:
+    if all(each.name != "dropout_p" for each in node.target._schema.arguments):  # type: ignore[union-attr]
         return True
-    index = names.index("dropout_p")
-    given = node.kwargs.get("dropout_p", node.args[index] if index < len(node.args) else 0.0)
+    given = argument(node, "dropout_p", 0.0)
     return isinstance(given, fx.Node) or bool(given != 0)
 
 
