@@ -21,8 +21,8 @@ from peers_predicted import Case, is_fitted
 from predicted import Constants, alone, costs_of, predicted
 from traces import Step, steps_of
 
-from zgraph.cost import ATTENTION, MATRIX, VECTOR
 from zgraph.fitting import fit
+from zgraph.work import ATTENTION, MATRIX, VECTOR
 
 BOUNDS = {
     "hopper": (0.9, 1.6),

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from peers_predicted import Case
 from traces import Step
 
-from zgraph.cost import ATTENTION, LINK, MATRIX, VECTOR, Cost, Work, seconds
+from zgraph.cost import Cost, seconds
 from zgraph.hardware import Hardware
 from zgraph.machines import BESIDE, SUSTAINED
+from zgraph.work import ATTENTION, LINK, MATRIX, VECTOR, Work
 
 GIB = 2**30
 

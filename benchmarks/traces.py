@@ -25,7 +25,7 @@ from zgraph.allocator import reserved_bytes
 from zgraph.capture import capture
 from zgraph.codegen.kernel import Kernel
 from zgraph.config import Config
-from zgraph.cost import NOTHING, Cost, Work, num_bytes_of, works
+from zgraph.cost import Cost
 from zgraph.errors import CaptureError, ZgraphError
 from zgraph.footprint import Footprint, Holding, Kind, footprint
 from zgraph.fusion import any_call, fuse
@@ -40,6 +40,7 @@ from zgraph.pipeline import Pass
 from zgraph.presets import Decoder
 from zgraph.program import FlatGradient, Mesh, Phase, Program, Stage, operand, phase_of
 from zgraph.timeline import COMPUTE, Issued, Timeline, play_issued
+from zgraph.work import NOTHING, Work, num_bytes_of, works
 
 DEPTH = 4
 """Blocks that a step is captured with. The first and the last differ from those in between, of which ``repeated`` needs

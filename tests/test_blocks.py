@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.models import GPT
-from zgraph.blocks import Short, find_blocks, repeat_blocks, shorten
+from zgraph.blocks import Short, find_blocks, shorten
 from zgraph.capture import capture
 from zgraph.config import Config
 from zgraph.errors import CaptureError
 from zgraph.presets import Decoder, ModelConfig, find_model
 from zgraph.program import Program
+from zgraph.repetition import repeat_blocks
 from zgraph.update import StateEntry
 
 FEW, MANY = 4, 6

@@ -26,11 +26,12 @@ from zgraph.capture import capture
 from zgraph.codegen.kernel import Kernel
 from zgraph.codegen.owned import OwnedUpdate, Part, Place
 from zgraph.config import Config
-from zgraph.cost import ATTENTION, LINK, LOOKUP, MATRIX, NOTHING, Cost, Costs, Work, num_bytes_of, seconds, works
+from zgraph.cost import Cost, Costs, seconds
 from zgraph.lower import lower
 from zgraph.machines import preset
 from zgraph.predict import predict
 from zgraph.program import Mesh, Program, Role
+from zgraph.work import ATTENTION, LINK, LOOKUP, MATRIX, NOTHING, Work, num_bytes_of, works
 
 aten = torch.ops.aten
 H100 = replace(preset("H100"), in_step={})

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from torch import fx
 
 from tests.programs import Builder, few_examples
-from zgraph.cost import NOTHING, Costs, num_bytes_of
+from zgraph.cost import Costs
 from zgraph.footprint import footprint
 from zgraph.fusion import FusedCosts, fuse, kernel_of, regions
 from zgraph.program import Program, Role
 from zgraph.which_hardware import find_hardware
+from zgraph.work import NOTHING, num_bytes_of
 
 aten = torch.ops.aten
 MACHINE = find_hardware("H100")

@@ -15,11 +15,12 @@ from torch import fx
 
 from tests.programs import Builder, two_layers
 from zgraph import ops
-from zgraph.cost import MATRIX, Cost, Work
+from zgraph.cost import Cost
 from zgraph.hardware import Hardware
 from zgraph.machines import preset
 from zgraph.program import Mesh, Phase, Program, Role
 from zgraph.timeline import COMPUTE, ISSUE, Timeline, play
+from zgraph.work import MATRIX, Work
 
 aten = torch.ops.aten
 AXIS = "data"

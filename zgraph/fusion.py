@@ -18,10 +18,11 @@ import torch
 from torch import fx
 
 from zgraph import ops
-from zgraph.cost import LINK, NOTHING, VECTOR, Cost, Costs, Size, Work, num_bytes_of, seconds, works
+from zgraph.cost import Cost, Costs, seconds
 from zgraph.hardware import Hardware
 from zgraph.liveness import shares_memory
 from zgraph.program import Phase, Program, phase_of
+from zgraph.work import LINK, NOTHING, VECTOR, Size, Work, num_bytes_of, works
 
 aten = torch.ops.aten
 

@@ -65,7 +65,7 @@ class Hardware:
         network: between nodes.
         host_link, disk: beyond the device.
         in_step: how much longer work takes in a step than its measurement alone says, by what does it (units of
-            ``zgraph.cost``); 1 where not said.
+            ``zgraph.work``); 1 where not said.
         sources: where the numbers are from.
         variants: on a CPU that was calibrated, the machine as each of so many ranks at once finds it.
     """

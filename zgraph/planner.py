@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from zgraph.batches import Call, call_of, common_rows, micro_batches
-from zgraph.blocks import KEPT, Short, find_blocks, repeat_blocks, shorten
+from zgraph.blocks import Short, find_blocks, shorten
 from zgraph.capture import capture
 from zgraph.compiler import check_arguments
 from zgraph.config import Config, parse_bytes
@@ -29,6 +29,7 @@ from zgraph.metrics import Metric, check_metrics
 from zgraph.plans import Estimate, Plan, Rejected, WayOut, default_budget, describe, show_bytes
 from zgraph.predict import Prediction, predict
 from zgraph.program import Mesh, Program
+from zgraph.repetition import KEPT, repeat_blocks
 from zgraph.which_hardware import find_hardware
 
 AUTO = "auto"

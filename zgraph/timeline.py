@@ -22,9 +22,10 @@ from typing import Any
 from torch import fx
 
 from zgraph import ops
-from zgraph.cost import ATTENTION, MATRIX, Cost, Costs
+from zgraph.cost import Cost, Costs
 from zgraph.hardware import Hardware
 from zgraph.program import Program, operand, target_name
+from zgraph.work import ATTENTION, MATRIX
 
 COMPUTE = "compute"
 ISSUE = "issue"
