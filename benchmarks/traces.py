@@ -181,8 +181,9 @@ class Step:
 def repeated(trace: Trace, layers: int) -> Trace:
     """A program of ``DEPTH`` blocks as one of ``layers`` blocks.
 
-    What block ``REPEATED`` does is done again and again. What it makes for the block behind it or before it, the copy
-    makes for the next or the previous copy, and so is what is held between them.
+    What block ``REPEATED`` does is done again and again. What it makes for a block behind it or before it, a copy makes
+    for that many copies later or earlier, and so is what is held between them; but what the first block makes for the
+    last one is for the last of all.
     """
     run_of = [run for run in trace.runs for _ in range(run.start, run.stop)]
     if layers <= 1 + max(run.block for run in trace.runs):
@@ -205,15 +206,14 @@ def repeated(trace: Trace, layers: int) -> Trace:
     def beside(position: int, copy: int, other: int) -> int:
         """Where ``other`` is, seen from a copy of ``position``."""
         here, there = run_of[position], run_of[other]
-        if here.block == REPEATED and there.block in (REPEATED - 1, REPEATED + 1):
-            step = there.block - REPEATED
-            home = by_name[there.kind, REPEATED]
-            if 0 <= copy + step < copies:
-                offset = min(other - there.start, home.stop - home.start - 1)
-                return new[home.start + offset, copy + step]
-        if there.block == REPEATED and here.block != REPEATED:
-            return new[other, copies - 1 if here.block > REPEATED else 0]
-        return new[other, copy if there.block == REPEATED else 0]
+        before = here.block + (copy if here.block == REPEATED else copies - 1 if here.block > REPEATED else 0)
+        meant = before + there.block - here.block  # which block of the whole model
+        block = min(max(meant - copies + 1, REPEATED), meant)
+        target = by_name.get((there.kind, block))
+        if min(here.block, there.block) < 0 or abs(there.block - here.block) == DEPTH - 1 or target is None:
+            return new[other, 0]  # the first or the last block, or what belongs to none
+        offset = min(other - there.start, target.stop - target.start - 1)
+        return new[target.start + offset, meant - REPEATED if block == REPEATED else 0]
 
     def times(position: int) -> range:
         return range(copies) if run_of[position].block == REPEATED else range(1)
@@ -345,8 +345,10 @@ def _lowered(captured: Program, case: Case) -> Iterator[Program]:
     for program in programs:
         program = program.clone()
         first, *passes = default_passes(config, mesh, layout)
-        if case.keeps_gathered:
-            passes.insert([one.name for one in passes].index("Overlap"), GatherOnce())
+        if case.keeps_gathered or case.software.keeps_last:
+            blocks = _blocks_of(layout)
+            kept = [name for name in blocks if case.keeps_gathered or blocks[name] == max(blocks.values())]
+            passes.insert([one.name for one in passes].index("Overlap"), GatherOnce(tuple(kept)))
         for one in (first, *_recomputation(case), *passes):
             with program.made_by(one.name):
                 one.rewrite(program)
@@ -356,7 +358,9 @@ def _lowered(captured: Program, case: Case) -> Iterator[Program]:
 
 @dataclass(frozen=True)
 class GatherOnce(Pass):
-    """Let backward read what forward has gathered: FSDP's SHARD_GRAD_OP."""
+    """Let backward read what forward has gathered of these buckets; of all of them, it is FSDP's SHARD_GRAD_OP."""
+
+    buckets: tuple[str, ...]
 
     takes, gives = Stage.SHARDED, Stage.SHARDED
 
@@ -366,6 +370,8 @@ class GatherOnce(Pass):
             shard = operand(operand(wait))
             if operand(wait).target is ops.all_gather and phase_of(wait) is not Phase.UPDATE:
                 source = operand(shard) if shard.target is torch.ops.aten._to_copy.default else shard
+                if source.op == "placeholder" and source.meta["input"].name not in self.buckets:
+                    continue
                 first = gathered.setdefault(source, wait)
                 if first is not wait:
                     wait.replace_all_uses_with(first)
@@ -403,6 +409,7 @@ def _trace(program: Program, case: Case, *, is_last: bool) -> Trace:
     until = (
         _cached(nodes, runs) if software.every_second and not software.fused and case.recompute == "operators" else {}
     )
+    gathers = [i for i, n in enumerate(nodes) if n.target is ops.all_gather and phase_of(n) is not Phase.UPDATE]
     for held in footprint(program, staged=False, fusion=fusion).holdings:
         node = nodes[held.first]
         if held.first == 0 and node.op == "placeholder":
@@ -411,6 +418,9 @@ def _trace(program: Program, case: Case, *, is_last: bool) -> Trace:
         elif node.target is ops.all_gather and phase_of(node) is not Phase.UPDATE:
             # What is gathered is memory of the stream that gathers; FSDP2 copies it from there to each parameter.
             arrived = next(i for i in range(held.first, held.last + 1) if nodes[i] in node.users)
+            if software.frees_late:
+                later = [i for i in gathers if i > held.last]
+                held = replace(held, last=later[1] if len(later) > 1 else held.last)
             holdings.append(replace(held, module=GATHER, last=arrived if software.copies_out else held.last))
             if software.copies_out:
                 holdings.append(replace(held, first=arrived))
@@ -488,7 +498,12 @@ def _runs(program: Program) -> list[Run]:
 
 def _blocks(program: Program) -> dict[str, int]:
     assert program.layout is not None
-    return {bucket.name: _block_of(bucket.segments[0].name) for bucket in program.layout.buckets}
+    return _blocks_of(program.layout)
+
+
+def _blocks_of(layout: Layout) -> dict[str, int]:
+    """The block that each bucket is of, by its name."""
+    return {bucket.name: _block_of(bucket.segments[0].name) for bucket in layout.buckets}
 
 
 def _block_of(name: str) -> int:
