@@ -87,7 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="step.py",
         description="One training step of zgraph beside its peers: losses, time, memory and bytes moved, in one run.",
-        epilog="peers:\n" + "\n".join(f"  {name:16} {peer.what}" for name, peer in PEERS.items()),
+        epilog="peers:\n" + "\n".join(f"  {name:19} {peer.what}" for name, peer in PEERS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     modes = parser.add_mutually_exclusive_group()
@@ -127,9 +127,12 @@ def default_peers(mode: str, shape: Shape) -> list[str]:
     """Those that suit the question, and fit into the machine together."""
     if mode == "cap":
         return CAP_PEERS
+    if mode == "step" and shape.num_parameters > LARGE_MODEL_PARAMETERS:
+        return LARGE_MODEL_PEERS
+    quick = [name for name, peer in PEERS.items() if not peer.compiles_long]
     if mode == "slope":
-        return [name for name, peer in PEERS.items() if not peer.whole_batch]
-    return LARGE_MODEL_PEERS if shape.num_parameters > LARGE_MODEL_PARAMETERS else list(PEERS)
+        return [name for name in quick if not PEERS[name].whole_batch]
+    return quick if shape == SHAPES["tiny"] else list(PEERS)
 
 
 def parse_entries(names: Sequence[str]) -> list[Entry]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from models import GPT
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
@@ -58,6 +59,7 @@ class Peer:
         synchronous: the ranks train one model, so its losses are comparable.
         optional_package: what it needs besides torch and zgraph.
         has_options: ``build`` takes options after its name.
+        compiles_long: its first step takes a minute, so that it takes part by default only where time is the question.
     """
 
     build: Build
@@ -66,6 +68,7 @@ class Peer:
     synchronous: bool = True
     optional_package: str | None = None
     has_options: bool = False
+    compiles_long: bool = False
 
     @property
     def missing(self) -> str | None:
@@ -101,8 +104,12 @@ def _zero_redundancy(model: GPT, batch: Batch) -> Training:
     return _torch_step(wrapped, batch, optimizer)
 
 
-def _fsdp2(model: GPT, batch: Batch) -> Training:
-    for block in model.blocks:
+def _fsdp2(model: GPT, batch: Batch, *, compiled: bool = False, checkpointed: bool = False) -> Training:
+    for index, block in enumerate(model.blocks):
+        if checkpointed:
+            block = model.blocks[index] = checkpoint_wrapper(block)
+        if compiled:
+            block.compile()
         fully_shard(block)
     # Beside the blocks, the two largest parameters: gathered apart, they are never whole at the same time.
     fully_shard(model.token_embedding)
@@ -167,6 +174,10 @@ PEERS = {
     "ddp": Peer(_ddp, "DistributedDataParallel"),
     "zero-redundancy": Peer(_zero_redundancy, "DistributedDataParallel with ZeroRedundancyOptimizer"),
     "fsdp2": Peer(_fsdp2, "fully_shard of each block"),
+    "fsdp2-compiled": Peer(
+        partial(_fsdp2, compiled=True), "fsdp2 with torch.compile of each block", compiles_long=True
+    ),
+    "fsdp2-checkpointed": Peer(partial(_fsdp2, checkpointed=True), "fsdp2 that computes each block again in backward"),
     "fsdp2-tuned": Peer(partial(_tuned, build=_fsdp2), "fsdp2 with glibc's mmap and trim thresholds at 128 KiB"),
     **{
         f"zgraph-{stage}": Peer(partial(_zgraph, zero=stage), f"zgraph.compile(zero={stage})", has_options=True)
