@@ -1,9 +1,9 @@
 # Every target sets up what it needs in .venv on a fresh machine; stamps make a second run start at once.
 #   make demo     train the same GPT with zgraph on two ranks and with plain PyTorch, and compare
-#   make test     every test; `make quick` only those that together take less than a minute
+#   make test     the tests; `make quick` only those that together take less than a minute
 #   make lint     ruff and strict mypy
 #   make sweep    try every differentiable operator of torch; writes docs/operators.md
-#   make nightly  property tests on 25,000 random programs
+#   make nightly  property tests on 25,000 random programs, and all combinations of options
 #   make bench    zgraph beside DDP, FSDP2 and plain PyTorch
 #   make clean    remove .venv and everything that was built
 # PYTHON=python3.12 make test   chooses the interpreter (3.10 to 3.13); changing it makes .venv anew.
@@ -35,8 +35,8 @@ demo: $(VENV)/package
 	$(BIN)/zgraph demo
 
 test: $(VENV)/for-test
-	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/distributed
-	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest tests/distributed  # each of these uses both cores
+	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -m "not nightly" -n 2 --dist loadfile --ignore tests/distributed
+	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -m "not nightly" tests/distributed  # each of these uses both cores
 
 quick: $(VENV)/for-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
@@ -59,9 +59,10 @@ sweep: $(VENV)/for-test
 	sed -i '/^[0-9]* operators:/,$$d' docs/operators.md
 	cat build/operators.md >> docs/operators.md
 
-# Many more random programs than make test tries.
+# Many more random programs than make test tries, and combinations of options that it leaves out.
 nightly: $(VENV)/for-test
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/test_properties.py --timeout 0
+	$(BIN)/python -m pytest -m nightly tests
 
 bench: $(VENV)/package
 	$(BIN)/python benchmarks/step.py

@@ -98,6 +98,7 @@ def test_a_mistake_is_refused_for_what_it_is_with_its_pass_its_place_and_the_use
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_catalogue_is_large_and_its_mistakes_are_real() -> None:
     """Races and lost conditions show in no number here, nor does what is rounded on request; all else does."""
     assert len(MUTANTS) >= 40

@@ -17,10 +17,11 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import zgraph
+from tests.choices import pairwise
 from tests.models import CASES
 from tests.programs import Builder, assert_identical, assert_same_step, blocks, few_examples, param, values_for
 from tests.ranks import Ranks
-from tests.reference import slow, train_like_eager
+from tests.reference import train_like_eager
 from zgraph import ops
 from zgraph.capture import capture
 from zgraph.config import Config
@@ -226,9 +227,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("recompute", ["blocks", *slow("operators", ["*"])])
-@pytest.mark.parametrize("options", ["ZeRO-3", *slow(*[name for name in OPTIONS if name != "ZeRO-3"])])
-@pytest.mark.parametrize("case", ["gpt_dropout", *slow("resnet", "gpt_tied", "llama", "experts", "recurrent", "unet")])
+@pairwise(
+    ("gpt_dropout", "ZeRO-3", "blocks"),
+    case=["gpt_dropout", "resnet", "gpt_tied", "llama", "experts", "recurrent", "unet"],
+    options=list(OPTIONS),
+    recompute=["blocks", "operators", ["*"]],
+)
 def test_no_bit_changes(case: str, options: str, recompute: Any) -> None:
     if recompute != ["*"] and case in ("experts", "recurrent", "unet"):
         pytest.skip("it has no blocks")
@@ -255,9 +259,12 @@ def test_no_bit_changes(case: str, options: str, recompute: Any) -> None:
     torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("zero", [3, *slow(0, 1, 2)])
-@pytest.mark.parametrize("case", ["gpt_dropout", *slow("gpt", "gpt_tied", "resnet")])
-@pytest.mark.parametrize("recompute", ["blocks", *slow("operators")])
+@pairwise(
+    ("gpt_dropout", 3, "blocks"),
+    case=["gpt_dropout", "gpt", "gpt_tied", "resnet"],
+    zero=[3, 0, 1, 2],
+    recompute=["blocks", "operators"],
+)
 def test_it_equals_plain_pytorch_on_real_ranks(ranks: Ranks, case: str, zero: int, recompute: str) -> None:
     options = {"recompute": recompute, "bucket_bytes": "1KiB", "num_steps": 4, "check_collectives": True}
     ranks.run(train_like_eager, case, zero=zero, **options)

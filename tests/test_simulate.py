@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, AdamW, Optimizer
 
 import zgraph
+from tests.choices import pairwise
 from tests.models import Batch
 from tests.optimizers import OPTIMIZERS
 from tests.ranks import Ranks
@@ -118,14 +119,15 @@ def assert_like_eager(ranks: zgraph.SimulatedRanks, model: nn.Module, optimizer:
             assert_equal({f"{key} of {name}": mine}, {f"{key} of {name}": theirs}, what)
 
 
-STEPS = list(itertools.product([1, 2, 3, 64], [0, 1, 2, 3]))
 QUICK = [(1, 3), (2, 0), (2, 1), (3, 2), (64, 3)]
 
 
-@pytest.mark.parametrize(
-    ("world", "zero"), [pytest.param(*s, marks=[] if s in QUICK else pytest.mark.slow) for s in STEPS]
+@pairwise(
+    *(("adamw", world, zero) for world, zero in QUICK),
+    optimizer=["adamw", "sgd", "lion"],
+    world=[1, 2, 3, 64],
+    zero=[0, 1, 2, 3],
 )
-@pytest.mark.parametrize("optimizer", ["adamw", *(pytest.param(o, marks=pytest.mark.slow) for o in ("sgd", "lion"))])
 def test_ranks_train_like_one_eager_process_on_all_their_batches(optimizer: str, world: int, zero: int) -> None:
     model, reference = traits()
     ranks = zgraph.simulate_ranks(model, OPTIMIZERS[optimizer](model), world_size=world, zero=zero, bucket_bytes=256)

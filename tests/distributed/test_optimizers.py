@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
+from tests.choices import in_turn
 from tests.optimizers import OPTIMIZERS
 from tests.ranks import Ranks
 from tests.reference import slow, train_like_eager
@@ -20,9 +21,7 @@ def test_update_equals_eager(ranks: Ranks, optimizer: str) -> None:
     ranks.run(train_like_eager, "awkward", optimizer=optimizer, zero=3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "lion_warm_up"])
-@pytest.mark.parametrize(("world", "zero"), [(3, 3), (2, 1)])
+@in_turn("optimizer", [name for name in OPTIMIZERS if name != "lion_warm_up"], "world, zero", [(3, 3), (2, 1)])
 def test_every_update_equals_eager(ranks: Ranks, optimizer: str, world: int, zero: int) -> None:
     # Sums of rows and the like are not for tensors without elements.
     case = "gpt_tied" if optimizer in ("adafactor", "lamb", "shampoo") else "awkward"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.choices import in_turn, pairwise
 from tests.models import CASES
 from tests.ranks import Ranks
 from tests.reference import slow, train_like_eager
@@ -19,11 +20,7 @@ def test_zero_3_on_two_ranks_equals_eager(ranks: Ranks, case: str) -> None:
     ranks.run(train_like_eager, case, zero=3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ["gpt", "gpt_tied"])
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-@pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pairwise(dtype=[torch.float64, torch.float32], world=[1, 2, 3], zero=[0, 1, 2, 3], case=["gpt", "gpt_tied"])
 def test_every_stage_on_one_to_three_ranks_equals_eager(
     ranks: Ranks, dtype: torch.dtype, world: int, zero: int, case: str
 ) -> None:
@@ -37,8 +34,6 @@ def test_float32_equals_eager(ranks: Ranks, world: int, zero: int, case: str) ->
     ranks.run(train_like_eager, case, zero=zero, dtype=torch.float32, world=world)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", [name for name in OWN if name != "gpt" and name != "gpt_tied"])
-@pytest.mark.parametrize(("world", "zero"), [(3, 3), (2, 2), (1, 3)])
+@in_turn("case", [name for name in OWN if name not in ("gpt", "gpt_tied")], "world, zero", [(3, 3), (2, 2), (1, 3)])
 def test_every_model_equals_eager(ranks: Ranks, world: int, zero: int, case: str) -> None:
     ranks.run(train_like_eager, case, zero=zero, world=world)
