@@ -36,7 +36,7 @@ class Software:
         gathers_half: what ZeRO-1 gathers after the update is bfloat16.
         flash_1: attention is FlashAttention's first version.
         broadcasts: each rank sends what it has updated to all others, one rank after the other.
-        keeps_last: backward of the last block reads what forward has gathered (torchtitan).
+        keeps_last: backward of the last block, and of what is behind it, reads what forward has gathered (torchtitan).
         frees_late: what is gathered is free again when the second gather behind its last reader starts, since the host
             waits for it only then (FSDP1's ``record_stream`` and limit of gathers).
         reduces_last: gradients are averaged over the ranks with the last micro-batch only.

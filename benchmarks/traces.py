@@ -346,9 +346,12 @@ def _lowered(captured: Program, case: Case) -> Iterator[Program]:
         program = program.clone()
         first, *passes = default_passes(config, mesh, layout)
         if case.keeps_gathered or case.software.keeps_last:
-            blocks = _blocks_of(layout)
-            kept = [name for name in blocks if case.keeps_gathered or blocks[name] == max(blocks.values())]
+            parts = {bucket.name: _part_of(bucket.segments[0].name) for bucket in layout.buckets}
+            last = [str(max(int(part) for part in parts.values() if part.isdecimal())), "head"]
+            kept = [name for name, part in parts.items() if case.keeps_gathered or part in last]
             passes.insert([one.name for one in passes].index("Overlap"), GatherOnce(tuple(kept)))
+        if case.zero == 3 and not case.keeps_gathered:
+            passes.insert([one.name for one in passes].index("Overlap") + 1, GatherInBackward())
         for one in (first, *_recomputation(case), *passes):
             with program.made_by(one.name):
                 one.rewrite(program)
@@ -376,6 +379,27 @@ class GatherOnce(Pass):
                 if first is not wait:
                     wait.replace_all_uses_with(first)
         remove_dead(program)
+
+
+@dataclass(frozen=True)
+class GatherInBackward(Pass):
+    """Let what backward reads be gathered from its first call in a module on: FSDP and DeepSpeed start in its hooks."""
+
+    takes, gives = Stage.SCHEDULED, Stage.SCHEDULED
+
+    def rewrite(self, program: Program) -> None:
+        early: list[fx.Node] = []
+        for node in program.graph.nodes:
+            if node.op != "call_function" or phase_of(node) is not Phase.BACKWARD:
+                continue
+            if node.target is ops.all_gather:
+                early.append(node)
+            elif node.target is ops.wait and operand(node) in early:
+                return  # it is read by the first calls of all
+            elif node.meta["origin"].module and node.target is not ops.wait:
+                for start in early:
+                    node.prepend(start)
+                return
 
 
 def _recomputation(case: Case) -> Iterator[RecomputeModules]:
@@ -498,12 +522,7 @@ def _runs(program: Program) -> list[Run]:
 
 def _blocks(program: Program) -> dict[str, int]:
     assert program.layout is not None
-    return _blocks_of(program.layout)
-
-
-def _blocks_of(layout: Layout) -> dict[str, int]:
-    """The block that each bucket is of, by its name."""
-    return {bucket.name: _block_of(bucket.segments[0].name) for bucket in layout.buckets}
+    return {bucket.name: _block_of(bucket.segments[0].name) for bucket in program.layout.buckets}
 
 
 def _block_of(name: str) -> int:
