@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from zgraph.config import Config
+from zgraph.hardware import Hardware
 from zgraph.layout import Layout
 from zgraph.passes.bucket import FormBuckets
 from zgraph.passes.inplace import UpdateInPlace
@@ -20,7 +21,12 @@ from zgraph.program import Mesh
 
 
 def default_passes(
-    config: Config, mesh: Mesh, layout: Layout | None = None, *, own: Sequence[Pass] = ()
+    config: Config,
+    mesh: Mesh,
+    layout: Layout | None = None,
+    *,
+    own: Sequence[Pass] = (),
+    hardware: Hardware | None = None,  # noqa: ARG001 -- no pass weighs costs yet
 ) -> tuple[Pass, ...]:
     """The passes for a configuration, in order; ZeRO-n is the first n + 1 of its four steps.
 
@@ -29,6 +35,7 @@ def default_passes(
         mesh: the ranks.
         layout: buckets that exist already and are to be kept if the program allows it.
         own: a user's passes, each run right after the last pass that gives the stage it takes.
+        hardware: the machine that passes ask what calls cost, as each rank finds it. All ranks must give the same.
     """
     zero: tuple[tuple[Pass, ...], ...] = (
         (AverageGradients(mesh),),

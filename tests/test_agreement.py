@@ -56,6 +56,23 @@ def test_a_part_that_fails_on_one_rank_fails_on_all(ranks: Ranks) -> None:
     ranks.run(fail_alone, timeout_s=60)
 
 
+def follow_the_first() -> None:
+    ranks = agreement()
+    assert ranks.of_first(lambda: f"of rank {ranks.rank}" * 1000) == "of rank 0" * 1000
+
+    def fail() -> str:
+        raise ValueError("a bug of the user's")
+
+    with pytest.raises(RankError if ranks.rank else ValueError, match="a bug of the user's"):
+        ranks.of_first(fail)
+    ranks.check("train()")
+
+
+def test_all_ranks_are_told_what_the_first_one_makes(ranks: Ranks) -> None:
+    ranks.run(follow_the_first, timeout_s=60)
+    assert Agreement(None).of_first(lambda: "mine") == "mine"
+
+
 def fall_behind() -> None:
     ranks = agreement()
     with suppress(KeyError), ranks.no_return():

@@ -19,7 +19,7 @@ from zgraph import machines
 from zgraph.curves import Collective, Curve, ceiling_of, logarithm_of, maximum, minimum
 from zgraph.errors import OptionError, StateError
 from zgraph.hardware import KINDS, TIERS, Hardware
-from zgraph.which_hardware import find_hardware, preset_of
+from zgraph.which_hardware import find_hardware, hardware_of, preset_of, tell, told
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 MIB, GIB = 2**20, 2**30
@@ -316,6 +316,20 @@ def test_this_machine_is_as_calibrated_if_it_was(tmp_path: Path, monkeypatch: py
     assert find_hardware("cpu") == made_up().hardware()
     with pytest.raises(StateError, match=r"no-such.json cannot be read: No such file"):
         find_hardware("no-such.json")
+
+
+def test_what_a_machine_tells_makes_the_same_machine_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = tmp_path / "hardware.json"
+    monkeypatch.setenv("ZGRAPH_HARDWARE", str(saved))
+    cpu = torch.device("cpu")
+    assert told(tell(cpu), 3) == hardware_of(cpu, 3) == machines.this_cpu().for_ranks(3)
+    made_up().save(saved)
+    text = tell(cpu)
+    saved.unlink()
+    assert told(text, 2) == made_up().hardware().for_ranks(2)
+    made_up("cuda").save(saved)
+    assert hardware_of(cpu, 2) == machines.this_cpu().for_ranks(2)  # what was measured was no CPU
+    assert told('{"preset": "H100"}', 8) == machines.preset("H100")
 
 
 def test_the_saved_one_is_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

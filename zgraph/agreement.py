@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -133,6 +133,27 @@ class Agreement:
                     f"rank {rank} compiled another program than rank 0",
                     fix="use the same model, options, and versions of torch and zgraph on all ranks",
                 )
+
+    def of_first(self, make: Callable[[], str]) -> str:
+        """What ``make`` gives on rank 0, on all ranks, so that they decide alike where machines differ a little.
+
+        Raises:
+            ZgraphError: rank 0's own error, or RankError quoting it.
+        """
+        if self._group is None:
+            return make()
+        message, error = b"", None
+        if self.rank == 0:
+            try:
+                message = b"ok" + make().encode()
+            except Exception as caught:  # noqa: BLE001 -- the other ranks are told before this one stops
+                message, error = b"no" + str(caught).encode()[:_MAX_BYTES], caught
+        message = self._exchange_long(message)[0]
+        if error is not None:
+            raise error
+        if message[:2] == b"no":
+            raise _failed(0, message[2:].decode(errors="replace"))
+        return message[2:].decode()
 
     def _exchange(self, message: bytes) -> list[bytes]:
         """All ranks' messages; all of one length."""

@@ -245,24 +245,31 @@ def load(path: Path) -> Hardware:
     return read(path).hardware()
 
 
+_AGAIN = "run `zgraph calibrate` to make it anew"
+
+
 def read(path: Path) -> Calibration:
     """A saved calibration; raises as ``load`` does."""
-    again = "run `zgraph calibrate` to make it anew"
     try:
         data = json.loads(path.read_text())
     except OSError as error:
-        raise StateError(f"{path} cannot be read: {error.strerror}", fix=again) from error
+        raise StateError(f"{path} cannot be read: {error.strerror}", fix=_AGAIN) from error
     except ValueError as error:
-        raise StateError(f"{path} is not JSON: {first_line(error)}", fix=again) from error
+        raise StateError(f"{path} is not JSON: {first_line(error)}", fix=_AGAIN) from error
+    return from_dict(data, str(path))
+
+
+def from_dict(data: Any, name: str) -> Calibration:
+    """The calibration that ``as_dict`` gave, as plain data from ``name``; raises as ``load`` does."""
     if not isinstance(data, dict) or "schema" not in data:
-        raise StateError(f"{path} is not a calibration: it has no schema", fix=again)
+        raise StateError(f"{name} is not a calibration: it has no schema", fix=_AGAIN)
     if data["schema"] != SCHEMA:
-        raise StateError(f"{path} is of schema {data['schema']!r}; this zgraph reads {SCHEMA}", fix=again)
+        raise StateError(f"{name} is of schema {data['schema']!r}; this zgraph reads {SCHEMA}", fix=_AGAIN)
     try:
         return _calibration(data)
     except (KeyError, TypeError, ValueError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else first_line(error)
-        raise StateError(f"{path} is damaged: {what}", fix=again) from error
+        raise StateError(f"{name} is damaged: {what}", fix=_AGAIN) from error
 
 
 def _calibration(data: Mapping[str, Any]) -> Calibration:

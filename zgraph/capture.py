@@ -77,7 +77,7 @@ def capture(
     """
     config = config or Config()
     params = dict(model.named_parameters())
-    device = device or _batch_device((args, kwargs))
+    device = device or batch_device((args, kwargs))
     check_optimizer(model, optimizer)
     mode = fake_mode(scalars=False)
     leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -348,7 +348,8 @@ def _blank(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=place)
 
 
-def _batch_device(batch: Any) -> torch.device:
+def batch_device(batch: Any) -> torch.device:
+    """Where the first tensor of a batch is."""
     for leaf in pytree.tree_leaves(batch):
         if isinstance(leaf, torch.Tensor) and not leaf.is_meta:
             return leaf.device

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import InitVar, dataclass, field
+from functools import partial
 from textwrap import shorten
 from types import MappingProxyType
 from typing import Any
@@ -28,7 +29,7 @@ from torch.utils import _pytree as pytree
 from zgraph.agreement import CheckedComm
 from zgraph.averages import WEIGHT_EMA
 from zgraph.batches import Call, micro_batches
-from zgraph.capture import capture, check_optimizer
+from zgraph.capture import batch_device, capture, check_optimizer
 from zgraph.codegen.emit import emit
 from zgraph.collector import collect_garbage
 from zgraph.comm import Comm, make_comm
@@ -38,6 +39,7 @@ from zgraph.errors import CaptureError, OptimizerError, OptionError, StateError,
 from zgraph.execute import Executable
 from zgraph.facts import ARGUMENTS, ATTRIBUTES, STEP_COUNTS, Facts, hold, state_spec
 from zgraph.groups import process_group
+from zgraph.hardware import Hardware
 from zgraph.heap import release_free_memory
 from zgraph.layout import Layout
 from zgraph.lower import Lowered, check_same_buckets, lower
@@ -50,7 +52,7 @@ from zgraph.skipping import GRADIENT_NORM, NUM_SKIPPED, report
 from zgraph.state import TrainingState
 from zgraph.tracing import forget
 from zgraph.update import check_step, hyperparameters
-from zgraph.which_hardware import hardware_of
+from zgraph.which_hardware import hardware_of, tell, told
 
 log = logging.getLogger("zgraph")
 
@@ -246,6 +248,7 @@ class _Runtime:
     passes: tuple[Pass, ...] = ()
     cache: list[_Compiled] = field(default_factory=list)  # in order of last use
     _comm: Comm | None = None
+    _machine: str | None = None
     _num_captures: int = 0
     _num_skipped: int = 0
     _num_changes: Counter[str] = field(default_factory=Counter)
@@ -363,6 +366,8 @@ class _Runtime:
 
     def _compile(self, key: str, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout | None) -> _Compiled:
         assert self.optimizer is not None
+        if self._machine is None:
+            self._machine = self.agreement.of_first(partial(self._tell_machine, (args, kwargs)))
         error: Exception | None = None
         digest = b""
         self._capturing = True
@@ -382,7 +387,8 @@ class _Runtime:
             )
             collect_garbage(program.graph)
             capture_s = time.perf_counter() - start
-            lowered = lower(program, self.config, Mesh(self.agreement.world), layout, self.passes)
+            mesh = Mesh(self.agreement.world)
+            lowered = lower(program, self.config, mesh, layout, self.passes, hardware=self._hardware)
             digest = lowered.digest()
             if self._comm is None:
                 self._comm = make_comm(self.state.group, {bucket.device.type for bucket in lowered.layout.buckets})
@@ -406,6 +412,19 @@ class _Runtime:
         assert self._comm is not None
         step = emit(program, tagged=isinstance(self._comm, CheckedComm))
         return Executable(program, step, self.state, self._comm)
+
+    def _tell_machine(self, batch: Call) -> str:
+        """The machine as ``zgraph.which_hardware`` tells it; nothing where it is a GPU that is not known."""
+        devices = [p.device for p in self.model.parameters() if not p.is_meta]
+        try:
+            return tell(self._device() or (devices[0] if devices else batch_device(batch)))
+        except OptionError:
+            return ""
+
+    @property
+    def _hardware(self) -> Hardware | None:
+        """Rank 0's machine, by which all ranks decide."""
+        return told(self._machine, self.agreement.world) if self._machine else None
 
     def _device(self) -> torch.device | None:
         """Where parameters without memory live; None before they have a place."""
@@ -493,7 +512,7 @@ class _Runtime:
         last = self.last()
         micro = last.micro.program if last.micro is not None else None
         lowered = Lowered(last.executable.program, micro, last.records)
-        hardware = hardware_of(last.layout.buckets[0].device, self.agreement.world)
+        hardware = self._hardware or hardware_of(last.layout.buckets[0].device, self.agreement.world)
         given = {name: value for name, value in vars(self.config).items() if value != getattr(Config, name)}
         made = predict(lowered, hardware, self.config.accumulate)
         return describe(self.model, lowered, made, given, hardware, default_budget(hardware))

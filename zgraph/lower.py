@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from zgraph.accumulation import micro_step
 from zgraph.config import Config
 from zgraph.errors import CaptureError
+from zgraph.hardware import Hardware
 from zgraph.layout import Layout
 from zgraph.passes import default_passes
 from zgraph.pipeline import Pass, PassRecord, run
@@ -51,6 +52,7 @@ def lower(
     layout: Layout | None,
     own: Sequence[Pass],
     *,
+    hardware: Hardware | None = None,
     prove: bool = True,
 ) -> Lowered:
     """Run the passes.
@@ -61,15 +63,17 @@ def lower(
         mesh: the ranks.
         layout: buckets that exist already and are to be kept if the program allows it.
         own: a user's passes.
+        hardware: the machine, as each of the ranks finds it; None where it is not known.
         prove: that each pass changed no meaning; a plan runs nothing, and leaves that to ``zgraph.compile``.
 
     Raises:
         ZgraphError: see ``zgraph.pipeline.run``.
     """
-    last = run(default_passes(config, mesh, layout, own=own), captured, prove=prove)
+    last = run(default_passes(config, mesh, layout, own=own, hardware=hardware), captured, prove=prove)
     if config.accumulate == 1:
         return Lowered(last.program, None, last.records)
-    micro = run(default_passes(config, mesh, last.program.layout, own=own), micro_step(captured), prove=prove)
+    passes = default_passes(config, mesh, last.program.layout, own=own, hardware=hardware)
+    micro = run(passes, micro_step(captured), prove=prove)
     check_same_buckets(last.program.layout, micro.program.layout)
     return Lowered(last.program, micro.program, (*last.records, *micro.records))
 

@@ -435,10 +435,18 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def available_memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def this_cpu() -> Hardware:
     """This machine, whose numbers are assumed until ``zgraph calibrate`` measures them; a rank has all cores."""
-    cores = available_cores()
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return assumed_cpu(available_cores(), available_memory())
+
+
+def assumed_cpu(cores: int, total: int) -> Hardware:
+    """A machine of so many cores and bytes of memory, whose numbers are assumed; a rank has all cores."""
     rate, stream = 3e10 * cores, 1e10
     rates = {"float32": rate, "float64": rate / 2, "bfloat16": rate / 4, "float16": rate / 8}
     loopback = Curve.line(1.5e9, 2e-4)

@@ -298,7 +298,8 @@ class _Search:
 
     def _predict(self, options: dict[str, Any], num_blocks: int) -> tuple[Lowered, Prediction]:
         config = Config.from_options(options)
-        lowered = lower(self.step.captured(config, num_blocks), config, Mesh(self.world), None, (), prove=False)
+        captured = self.step.captured(config, num_blocks)
+        lowered = lower(captured, config, Mesh(self.world), None, (), hardware=self.hardware, prove=False)
         return lowered, predict(lowered, self.hardware, config.accumulate)
 
     def _may_fit(self, tried: _Tried) -> bool:

@@ -35,6 +35,7 @@ from zgraph.program import OF_PARAMETERS, Input, Mesh, Program, Role, describe
 from zgraph.skipping import NUM_SKIPPED, report
 from zgraph.tracing import forget
 from zgraph.update import check_step, hyperparameters
+from zgraph.which_hardware import hardware_of
 
 
 def simulate_ranks(
@@ -289,7 +290,8 @@ class SimulatedRanks:
             state=state_spec(self._model, forms),
             config=self._config,
         )
-        lowered = lower(captured, self._config, Mesh(self.world_size), layout, self._passes)
+        mesh, machine = Mesh(self.world_size), hardware_of(torch.device("cpu"), self.world_size)
+        lowered = lower(captured, self._config, mesh, layout, self._passes, hardware=machine)
         for program in lowered.programs:
             forget(program.graph)
         return lowered

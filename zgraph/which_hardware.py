@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import replace
@@ -73,17 +74,33 @@ def hardware_of(device: torch.device, world: int) -> Hardware:
 
     Raises:
         OptionError: it is a GPU that is neither known nor calibrated.
+        StateError: a calibration was saved, and cannot be read.
     """
-    if device.type == "cpu":
-        return find_hardware("cpu").for_ranks(world)
+    return told(tell(device), world)
+
+
+def tell(device: torch.device) -> str:
+    """The machine that this process runs on, in a text that other ranks can be told; raises as ``hardware_of``."""
     saved = calibration.default_path()
-    if saved.exists() and (measured := calibration.load(saved)).device_type == device.type:
-        return measured
+    if saved.exists() and (measured := calibration.read(saved)).device_type == device.type:
+        return json.dumps({"calibration": measured.as_dict()})
+    if device.type == "cpu":
+        return json.dumps({"cores": machines.available_cores(), "memory_bytes": machines.available_memory()})
     properties = torch.cuda.get_device_properties(device)
     name = preset_of(properties.name, properties.total_memory)
     if name is None:
         raise OptionError(f"{properties.name} is not a GPU that is known", fix="run `zgraph calibrate` to measure it")
-    return machines.preset(name)
+    return json.dumps({"preset": name})
+
+
+def told(text: str, world: int) -> Hardware:
+    """The machine that ``tell`` told, as each of so many ranks finds it."""
+    about = json.loads(text)
+    if "preset" in about:
+        return machines.preset(about["preset"])
+    if "calibration" in about:
+        return calibration.from_dict(about["calibration"], "what rank 0 has sent").hardware().for_ranks(world)
+    return machines.assumed_cpu(about["cores"], about["memory_bytes"]).for_ranks(world)
 
 
 def preset_of(name: str, memory_bytes: int) -> str | None:

@@ -18,6 +18,7 @@ from allpairspy import AllPairs
 from torch import Tensor, nn
 
 import zgraph
+from tests.calibrations import made_up
 from tests.models import CASES, GPT
 from tests.optimizers import OPTIMIZERS
 from tests.ranks import Ranks
@@ -38,6 +39,21 @@ def test_any_prefetch_equals_eager(ranks: Ranks, prefetch: int) -> None:
 @pytest.mark.parametrize("zero", slow(0, 3))
 def test_a_group_of_one_rank_equals_eager(ranks: Ranks, zero: int) -> None:
     ranks.run(train_like_eager, "gpt_tied", zero=zero, num_steps=3, world=1, group=True)
+
+
+def compile_where_machines_differ(saved: str) -> None:
+    rank, num_ranks = world()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ZGRAPH_HARDWARE", saved if rank else os.devnull + ".json")
+        model = CASES["gpt"].model(torch.float32)
+        zgraph.compile(model, optimizer=torch.optim.SGD(model.parameters(), lr=1e-2))
+        model.train_step(*CASES["gpt"].batches(1)[0].part(rank, num_ranks).args)
+        assert model.plan.hardware == "cpu"  # as rank 0 finds it; rank 1 has calibrated
+
+
+def test_all_ranks_schedule_for_the_machine_of_the_first(ranks: Ranks, tmp_path: Path) -> None:
+    made_up().save(tmp_path / "hardware.json")
+    ranks.run(compile_where_machines_differ, str(tmp_path / "hardware.json"))
 
 
 def train_on_two_lengths(zero: int) -> None:
