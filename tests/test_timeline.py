@@ -18,8 +18,8 @@ from zgraph import ops
 from zgraph.cost import Cost
 from zgraph.hardware import Hardware
 from zgraph.machines import preset
-from zgraph.program import Mesh, Phase, Program, Role
-from zgraph.timeline import COMPUTE, ISSUE, Timeline, play
+from zgraph.program import Input, Mesh, Phase, Program, Role, operand
+from zgraph.timeline import COMPUTE, ISSUE, Timeline, least_s, play
 from zgraph.work import MATRIX, Work
 
 aten = torch.ops.aten
@@ -42,6 +42,9 @@ class Step:
 
     def play(self, hardware: Hardware = GPU, *, factor: float = 1.0) -> Timeline:
         return play(self.program, hardware, cost_of=lambda node: cost_of(factor * self.seconds.get(node, 0.0), node))
+
+    def least_s(self, hardware: Hardware) -> float:
+        return least_s(self.program, hardware, cost_of=lambda node: cost_of(self.seconds.get(node, 0.0), node))
 
 
 def cost_of(seconds: float, node: fx.Node) -> Cost:
@@ -219,6 +222,40 @@ def test_a_step_takes_no_less_than_any_lane_or_chain_and_no_more_than_everything
     assert timeline.step_s <= sum(timeline.busy_s.values())
     if not machine.launch_s and machine.device_type != "cpu":
         assert timeline.step_s == critical_path(made)
+
+
+@given(steps(), machines)
+def test_no_order_is_faster_than_the_bound(drawn: tuple[str, list[float]], machine: Hardware) -> None:
+    made = step(*drawn)
+    assert made.least_s(machine) <= made.play(machine).step_s * (1 + 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("calls", "seconds", "least"),
+    [
+        ("cccs", [1, 2, 4, 3], 7),  # the link is used beside
+        ("cssw", [1, 4, 5], 9),  # one link
+        ("scwc", [5, 1, 1], 5),
+    ],
+)
+def test_the_bound_is_the_busiest_lane_or_the_longest_chain(calls: str, seconds: list[float], least: float) -> None:
+    made = step(calls, seconds)
+    assert made.least_s(GPU) == least
+    assert made.least_s(CPU) == sum(seconds)
+
+
+def test_what_has_to_be_there_before_a_lane_starts_and_behind_it_counts() -> None:
+    b = Builder()
+    x = b.input(Role.BATCH, "0", shape=[4])
+    first = b.forward(ops.wait, b.forward(ops.all_reduce, x, "sum", AXIS))
+    second = b.forward(aten.neg.default, first)
+    last = b.forward(ops.wait, b.forward(ops.all_reduce, second, "sum", AXIS))
+    beside = b.forward(aten.neg.default, first)
+    program = b.finish({None: last, Input(Role.BUFFER, "beside"): beside})
+    program.mesh = Mesh(2, AXIS)
+    made = Step(program, {operand(first): 5.0, second: 2.0, operand(last): 4.0, beside: 3.0})
+    assert made.least_s(GPU) == 11  # of which the links take 9, between which something is computed
+    assert made.play().step_s == 14  # what is computed beside is issued too late
 
 
 @given(steps(), machines)

@@ -22,6 +22,7 @@ from zgraph.lower import Lowered
 from zgraph.machines import ASSUMED
 from zgraph.predict import Prediction
 from zgraph.program import Role
+from zgraph.timeline import least_s
 
 VERSION = 1
 
@@ -112,6 +113,7 @@ class Plan:
         devices_per_node: how many of its devices share a node.
         budget_bytes: what one rank may take.
         chosen: the fastest choice that fits; if none does, the one that takes least memory.
+        least_s: what a step of these options takes at least, in whatever order it issues its calls.
         flops: floating-point operations of one rank's matrix products and attention in a step, recomputation included.
         by_kind: bytes at the peak by what they are for.
         owners: what holds most at the peak, largest first.
@@ -131,6 +133,7 @@ class Plan:
     devices_per_node: int
     budget_bytes: int
     chosen: Estimate
+    least_s: float
     flops: int
     by_kind: Mapping[str, int]
     owners: tuple[Owner, ...]
@@ -154,6 +157,11 @@ class Plan:
     def config(self) -> Config:
         """The same, checked."""
         return Config.from_options(self.options)
+
+    @property
+    def gap(self) -> float:
+        """How much of the step's time another order of the same calls could save at most."""
+        return 1 - self.least_s / self.chosen.step_s
 
     @property
     def examples_per_s(self) -> float:
@@ -195,6 +203,7 @@ class Plan:
         head.add_row(
             "step", f"{show_s(self.chosen.step_s)}, {exposed:.0%} of it waiting for links ({error.words('time')})"
         )
+        head.add_row("in any order", f"at least {show_s(self.least_s)}, {self.gap:.1%} less")
         rate = f"{self.examples_per_s:,.4g} examples/s on all ranks"
         if self.num_tokens:
             rate += f", {self.tokens_per_s:,.4g} tokens/s on each"
@@ -267,6 +276,10 @@ def describe(
         devices_per_node=hardware.devices_per_node,
         budget_bytes=budget_bytes,
         chosen=Estimate.of(options, prediction),
+        least_s=sum(
+            least_s(program, hardware) * times
+            for program, times in zip(lowered.programs, prediction.repeats, strict=True)
+        ),
         flops=prediction.flops,
         by_kind={kind.value: num_bytes for kind, num_bytes in prediction.peak.peak_by_kind().most_common()},
         owners=_owners(prediction.peak.peak_holdings),

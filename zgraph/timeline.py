@@ -10,6 +10,8 @@ GPU the host runs ahead and issues to a queue, so computing waits for it only wh
 until a wait has been issued it holds up nothing, so that a second in which the host is late is not exposed as well. A
 CPU issues and computes in turns, so there ``starved_s`` is all the time that issuing takes. Its cores move what
 travels, too: what is sent early takes as much from what is computed meanwhile, so all communication is exposed.
+
+``least_s`` is what no order of the same calls can be faster than.
 """
 
 from __future__ import annotations
@@ -114,47 +116,114 @@ def play(program: Program, hardware: Hardware, *, cost_of: Callable[[fx.Node], C
     return play_issued(issued(program, cost_of or Costs(program, hardware).of), hardware)
 
 
+class Lanes:
+    """When each lane of a machine is free, while calls are issued one after the other.
+
+    Attributes:
+        issued, computed: when the host, and the compute lane, have done all that they were given.
+        links: likewise of each axis.
+        busy_s, exposed_s, starved_s: as of a ``Timeline``.
+    """
+
+    def __init__(self, hardware: Hardware) -> None:
+        self._launch_s = hardware.launch_s
+        self._is_ahead = hardware.device_type != "cpu"  # the host issues to a queue
+        self.issued, self.computed = 0.0, 0.0
+        self.links: dict[str, float] = {}
+        self.busy_s: dict[str, float] = defaultdict(float)
+        self.exposed_s, self.starved_s = 0.0, 0.0
+
+    def run(self, cost: Cost, lane: str) -> tuple[float, float]:
+        """Issue a call; when it starts and ends."""
+        if not cost.num_calls and lane == COMPUTE:
+            return self.computed, self.computed
+        launching = self._launch_s * cost.num_calls
+        self.busy_s[ISSUE] += launching
+        self.issued = self.issued + launching if self._is_ahead else self.computed + launching
+        if not self._is_ahead or lane == COMPUTE:
+            self.starved_s += max(self.issued - self.computed, 0.0)
+            self.computed = max(self.issued, self.computed)
+        start = self.computed
+        if lane != COMPUTE:  # what is sent has been computed
+            start = max(self.issued, self.computed, self.links.get(lane, 0.0))
+            self.links[lane] = start + cost.seconds
+        else:
+            self.computed += cost.seconds
+        self.busy_s[lane] += cost.seconds
+        return start, start + cost.seconds
+
+    def wait(self, arrival: float, seconds: float) -> tuple[float, float]:
+        """Hold up the compute lane until something has arrived; from when to when.
+
+        Args:
+            arrival: when it has.
+            seconds: that it travels, which a CPU's cores are busy with.
+        """
+        start = max(self.computed, self.issued)
+        self.starved_s += start - self.computed
+        self.computed = max(start if self._is_ahead else start + seconds, arrival)
+        self.exposed_s += self.computed - start
+        return start, self.computed
+
+    @property
+    def end(self) -> float:
+        """When all is done."""
+        return max(self.issued, self.computed, *self.links.values())
+
+
 def play_issued(calls: Sequence[Issued], hardware: Hardware) -> Timeline:
     """Run calls, in order, on the lanes of a machine."""
-    is_ahead = hardware.device_type != "cpu"  # the host issues to a queue
-    issued, computed = 0.0, 0.0  # when each lane is free
-    links: dict[str, float] = {}
-    busy: dict[str, float] = defaultdict(float)
+    lanes = Lanes(hardware)
     ends: list[float] = []
     unknown: Counter[str] = Counter()
     events: list[Event] = []
-    exposed, starved, flops = 0.0, 0.0, 0
+    flops = 0
     for call in calls:
         cost = call.cost
         if call.waits_for is not None:
-            start = max(computed, issued)
-            starved += start - computed
-            meanwhile = 0.0 if is_ahead else calls[call.waits_for].cost.seconds
-            computed = max(start + meanwhile, ends[call.waits_for])
-            exposed += computed - start
-            events.append(Event(call.node, COMPUTE, start, computed, cost))
-            ends.append(computed)
+            start, end = lanes.wait(ends[call.waits_for], calls[call.waits_for].cost.seconds)
+            events.append(Event(call.node, COMPUTE, start, end, cost))
+            ends.append(end)
             continue
+        start, end = lanes.run(cost, call.lane)
+        ends.append(end)
         if not cost.num_calls and call.lane == COMPUTE:
-            ends.append(computed)
             continue
         if not cost.is_known:
             unknown[target_name(call.node.target)] += 1
         flops += sum(work.flops for work in cost.works if work.unit in (MATRIX, ATTENTION))
-        launching = hardware.launch_s * cost.num_calls
-        busy[ISSUE] += launching
-        issued = issued + launching if is_ahead else computed + launching
-        if not is_ahead or call.lane == COMPUTE:
-            starved += max(issued - computed, 0.0)
-            computed = max(issued, computed)
-        if call.lane != COMPUTE:
-            start = max(issued, computed, links.get(call.lane, 0.0))  # what is sent has been computed
-            links[call.lane] = start + cost.seconds
-        else:
-            start = computed
-            computed += cost.seconds
-        busy[call.lane] += cost.seconds
-        ends.append(start + cost.seconds)
-        events.append(Event(call.node, call.lane, start, start + cost.seconds, cost))
-    step = max(issued, computed, *links.values())
-    return Timeline(tuple(events), step, dict(busy), exposed, starved, flops, unknown)
+        events.append(Event(call.node, call.lane, start, end, cost))
+    return Timeline(tuple(events), lanes.end, dict(lanes.busy_s), lanes.exposed_s, lanes.starved_s, flops, unknown)
+
+
+def least_s(program: Program, hardware: Hardware, *, cost_of: Callable[[fx.Node], Cost] | None = None) -> float:
+    """Seconds that a step takes in any order of its calls: a lower bound, which need not be reached.
+
+    A lane does all its calls one after the other; before the first of them stands what that one needs, and behind the
+    last what needs that. The longest chain of calls that need each other is another bound. On a CPU, where nothing
+    runs beside anything else, it is the sum of all.
+
+    Args:
+        program, hardware, cost_of: as for ``play``.
+    """
+    calls = issued(program, cost_of or Costs(program, hardware).of)
+    busy: dict[str, float] = defaultdict(float)
+    for call in calls:
+        busy[call.lane] += call.cost.seconds
+        busy[ISSUE] += hardware.launch_s * call.cost.num_calls
+    if hardware.device_type == "cpu":
+        return sum(busy.values())
+    place = {call.node: i for i, call in enumerate(calls)}
+    before, behind = [0.0] * len(calls), [0.0] * len(calls)
+    for i, call in enumerate(calls):
+        sources = (place[source] for source in call.node.all_input_nodes if source in place)
+        before[i] = max((before[j] + calls[j].cost.seconds for j in sources), default=0.0)
+    for i in range(len(calls) - 1, -1, -1):
+        users = (place[user] for user in calls[i].node.users if user in place)
+        behind[i] = max((behind[j] + calls[j].cost.seconds for j in users), default=0.0)
+    found = max((b + call.cost.seconds for b, call in zip(before, calls, strict=True)), default=0.0)
+    for lane in busy:
+        mine = [i for i, call in enumerate(calls) if call.lane == lane and call.cost.seconds]
+        if mine:
+            found = max(found, min(before[i] for i in mine) + busy[lane] + min(behind[i] for i in mine))
+    return max(found, busy[ISSUE])
