@@ -10,10 +10,11 @@ from zgraph.layout import Layout
 from zgraph.passes.bucket import FormBuckets
 from zgraph.passes.inplace import UpdateInPlace
 from zgraph.passes.keep import ReadGathered
+from zgraph.passes.overlap import Overlap
 from zgraph.passes.precision import CastBeforeGather, ReduceInLowPrecision
 from zgraph.passes.quantize import QuantizeState
 from zgraph.passes.recompute import EXPENSIVE, RecomputeModules
-from zgraph.passes.schedule import Overlap
+from zgraph.passes.schedule import Schedule
 from zgraph.passes.shard import AverageGradients, ReadParamsEarly, ShardGradients, ShardOptimizer, ShardParams
 from zgraph.passes.tidy import Tidy
 from zgraph.pipeline import Pass
@@ -26,7 +27,7 @@ def default_passes(
     layout: Layout | None = None,
     *,
     own: Sequence[Pass] = (),
-    hardware: Hardware | None = None,  # noqa: ARG001 -- no pass weighs costs yet
+    hardware: Hardware | None = None,
 ) -> tuple[Pass, ...]:
     """The passes for a configuration, in order; ZeRO-n is the first n + 1 of its four steps.
 
@@ -55,11 +56,18 @@ def default_passes(
         *(p for stage in zero[: config.zero + 1] for p in stage),
         *((ReduceInLowPrecision(),) if config.reduce_precision == "bf16" and mesh.size > 1 else ()),
         *((QuantizeState(),) if config.state_precision == "int8" else ()),
-        Overlap(config.prefetch, config.bucket_bytes),
+        _order(config, hardware),
         UpdateInPlace(),
     )
     last = {p.gives: p for p in passes}
     return tuple(q for p in passes for q in (p, *(o for o in own if last.get(o.takes) is p)))
+
+
+def _order(config: Config, hardware: Hardware | None) -> Pass:
+    """By cost, or at a fixed distance where that is asked for or no machine says what calls cost."""
+    if hardware is None or config.prefetch is not None:
+        return Overlap(1 if config.prefetch is None else config.prefetch, config.bucket_bytes)
+    return Schedule(hardware, config.in_flight)
 
 
 def _recompute(what: str | tuple[str, ...]) -> tuple[Pass, ...]:
@@ -78,6 +86,7 @@ __all__ = [
     "ReadParamsEarly",
     "RecomputeModules",
     "ReduceInLowPrecision",
+    "Schedule",
     "ShardGradients",
     "ShardOptimizer",
     "ShardParams",

@@ -47,8 +47,9 @@ class UpdateInPlace(Pass):
             if unpacked is not None:  # a kernel may write what is to be packed over what it was
                 donors.setdefault(operand(node), unpacked)
         summed = _summed(program)
+        fused = fused_updates(program)
         for name, update in update_nodes(program).items():
-            nodes = [n for n in update if _is_flat(n) and n.target not in _APART]
+            nodes = fused.get(name, [])
             first = [node for node in nodes if node in summed]
             if first:
                 _lend(first, donors)
@@ -91,6 +92,15 @@ class UpdateInPlace(Pass):
                 donors[result] = last
         for node in reversed(nodes):
             program.graph.erase_node(node)
+
+
+def fused_updates(program: Program) -> dict[str, list[fx.Node]]:
+    """By bucket, the calls of its update that kernels take the place of, where there are any; in order."""
+    found = {
+        name: [node for node in update if _is_flat(node) and node.target not in _APART]
+        for name, update in update_nodes(program).items()
+    }
+    return {name: nodes for name, nodes in found.items() if nodes}
 
 
 def _unpack_late(program: Program) -> None:

@@ -22,7 +22,7 @@ from zgraph.lockstep import Value, Values, run_ranks
 from zgraph.metrics import MAXIMA
 from zgraph.passes import default_passes
 from zgraph.pipeline import run
-from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage
+from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage, operand, target_name
 from zgraph.recipe import complete
 from zgraph.scaling import LOSS_SCALE
 
@@ -162,6 +162,28 @@ def blocks(num: int = 2, *, dropout: bool = False) -> Program:
         size = b.call(Phase.UPDATE, operator.neg, lr, module=name)
         results[param(name)] = b.call(Phase.UPDATE, aten.add.Tensor, p, gradients[name], alpha=size, module=name)
     return b.finish(results)
+
+
+# Order
+
+
+def order(program: Program) -> str:
+    """The calls that compute with matrices, communicate or update, in order: one a line, with the bucket's number."""
+    number = {}
+    lines = []
+    for node in program.graph.nodes:
+        if node.op != "call_function":
+            continue
+        name = target_name(node.target).removeprefix("_c10d_functional.").removeprefix("aten.").partition(".")[0]
+        module = node.meta["origin"].module.removeprefix("bucket")
+        if node.target in ops.STARTS or node.target is ops.wait:
+            number[node] = module if node.target in ops.STARTS else number[operand(node)]
+            lines.append(f"{name.removesuffix('_into_tensor').removesuffix('_tensor')} {number[node] or 'loss'}")
+        elif node.meta["origin"].phase is Phase.UPDATE and module and isinstance(node.meta["val"], torch.Tensor):
+            lines.append(f"update {module}")
+        elif node.target is aten.mm.default:
+            lines.append(f"mm {node.meta['origin'].phase.value}")
+    return "\n".join(lines)
 
 
 # Meaning

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from expecttest import assert_expected_inline
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.programs import assert_same_step, few_examples, two_layers
+from tests.programs import assert_same_step, few_examples, order, two_layers
 from tests.recipes import Recipe, Reshuffle, build, recipes
 from zgraph import ops
 from zgraph.config import Config
 from zgraph.passes import Overlap, default_passes
 from zgraph.pipeline import run
-from zgraph.program import Mesh, Phase, Program, Stage, operand, target_name
-
-aten = torch.ops.aten
+from zgraph.program import Mesh, Phase, Program, Stage, operand
 
 FAR = 10**9
 
@@ -24,25 +21,6 @@ def scheduled(program: Program, zero: int = 3, world: int = 2, bucket_bytes: int
     passes = default_passes(Config(zero, bucket_bytes), Mesh(world))
     before = [p for p in passes if p.gives < Stage.SCHEDULED]
     return run([*before, Overlap(**{"prefetch": 1, "limit_bytes": FAR, **options})], program).program
-
-
-def order(program: Program) -> str:
-    """The calls that compute with matrices, communicate or update, in order: one a line, with the bucket's number."""
-    number = {}
-    lines = []
-    for node in program.graph.nodes:
-        if node.op != "call_function":
-            continue
-        name = target_name(node.target).removeprefix("_c10d_functional.").removeprefix("aten.").partition(".")[0]
-        module = node.meta["origin"].module.removeprefix("bucket")
-        if node.target in ops.STARTS or node.target is ops.wait:
-            number[node] = module if node.target in ops.STARTS else number[operand(node)]
-            lines.append(f"{name.removesuffix('_into_tensor').removesuffix('_tensor')} {number[node] or 'loss'}")
-        elif node.meta["origin"].phase is Phase.UPDATE and module and isinstance(node.meta["val"], torch.Tensor):
-            lines.append(f"update {module}")
-        elif node.target is aten.mm.default:
-            lines.append(f"mm {node.meta['origin'].phase.value}")
-    return "\n".join(lines)
 
 
 def test_gathers_start_one_ahead_and_reduced_gradients_are_taken_up_one_later() -> None:

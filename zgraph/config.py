@@ -58,6 +58,9 @@ _TINY = 2.0**-100
 _RANGES = (("zero", 0, 3), ("prefetch", 0, 64), ("accumulate", 1, 2**20), ("loss_scale_interval", 1, 2**62))
 
 
+IN_FLIGHT = (0, 1, 2, 4, 8, None)
+"""How many buckets may be in flight beyond the peak, fewest first; None is any number."""
+
 _NUMBERS = {"ema": 1.0, "gradient_noise": sys.float_info.max}
 """Options that are inputs of the step: how large each may be. None may be less than 0."""
 
@@ -113,7 +116,12 @@ class Config:
             state; 2 also shards gradients; 3 also shards parameters.
         bucket_bytes: parameters that are used near each other share one flat buffer of about this many
             bytes, and travel together. A parameter larger than this has a bucket of its own.
-        prefetch: how many buckets ahead of their first use parameters are gathered (ZeRO-3).
+        prefetch: how many buckets ahead of their first use parameters are gathered (ZeRO-3). By default the cost model
+            says when what travels is sent and when it is waited for (``zgraph.passes.Schedule``); on a GPU that is not
+            known, and has not been calibrated, that is one bucket ahead.
+        in_flight: how many buckets, of the average size of those that travel, may be in flight on top of the most that
+            a step holds if none is; where other memory is free, some are in any case. 0, 1, 2, 4, 8, or None for any
+            number. More are taken only where the step is predicted to be faster by them.
         precision: None computes in the dtypes that the model has. ``"bf16"`` computes forward and backward in bfloat16
             as ``torch.autocast`` does: matrix products, convolutions and attention in bfloat16, losses and other sums
             in float32. Parameters, their gradients' means and optimizer state stay float32; what travels of a parameter
@@ -158,7 +166,8 @@ class Config:
 
     zero: int = 3
     bucket_bytes: int = 16 * 2**20
-    prefetch: int = 1
+    prefetch: int | None = None
+    in_flight: int | None = 2
     precision: str | None = None
     loss_scale: float = 2.0**16
     loss_scale_interval: int = 2000
@@ -199,8 +208,22 @@ class Config:
         config = cls(**values)
         for name, low, high in _RANGES:
             value = getattr(config, name)
+            if value is None and name == "prefetch":
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise OptionError(f"{name}={value!r} is out of range", fix=f"give an integer from {low} to {high}")
+                or_none = ", or None" if name == "prefetch" else ""
+                raise OptionError(
+                    f"{name}={value!r} is out of range", fix=f"give an integer from {low} to {high}{or_none}"
+                )
+        if isinstance(config.in_flight, bool) or config.in_flight not in IN_FLIGHT:
+            raise OptionError(
+                f"in_flight={config.in_flight!r} is none of {', '.join(map(str, IN_FLIGHT))}", fix="choose one of them"
+            )
+        if "in_flight" in options and config.prefetch is not None:
+            raise OptionError(
+                f"in_flight with prefetch={config.prefetch}, which says how far ahead gathers are",
+                fix="leave one of them out",
+            )
         if config.precision is not None and config.precision not in tuple(PRECISIONS):
             known_ones = " or ".join(map(repr, PRECISIONS))
             raise OptionError(f"precision={config.precision!r} is not known", fix=f"give {known_ones}, or None")

@@ -40,7 +40,7 @@ _SEARCHED: dict[str, tuple[Any, ...]] = {
 }
 _TUNED: dict[str, tuple[Any, ...]] = {
     "bucket_bytes": tuple(mebi * 2**20 for mebi in (4, 16, 64, 256)),
-    "prefetch": (1, 2),
+    "in_flight": (0, 4, None),
 }
 _SIZES = (KEPT, KEPT + 2)
 """Numbers of blocks that stand for a model with more of them."""
@@ -80,8 +80,8 @@ def plan(
         memory: what one rank may take: bytes, or a string such as ``"80GiB"``; by default what the device has, less
             6 % for what the allocator does not count.
         loss, weight, metrics: as for ``zgraph.compile``.
-        options: those of ``zgraph.compile``. ``zero``, ``bucket_bytes``, ``prefetch``, ``accumulate`` and ``recompute``
-            are searched if they are ``"auto"`` or not given; what is inexact is never chosen unasked.
+        options: those of ``zgraph.compile``. ``zero``, ``bucket_bytes``, ``in_flight``, ``accumulate`` and
+            ``recompute`` are searched if they are ``"auto"`` or not given; what is inexact is never chosen unasked.
 
     Raises:
         OptionError: an option that does not exist or is out of range; a machine that is not known.
@@ -96,7 +96,7 @@ def plan(
     budget = parse_bytes(memory, "memory") if memory is not None else default_budget(machine)
     fixed = {name: value for name, value in options.items() if value != AUTO}
     for name, value in options.items():
-        if value == AUTO and name not in (*_SEARCHED, *_TUNED, "accumulate"):
+        if value == AUTO and name not in (*_SEARCHED, *_TUNED, "accumulate", "prefetch"):
             raise OptionError(f"{name}='auto' is not searched", fix="give a value, or leave it out")
     config = Config.from_options(fixed)
     fixed = {name: getattr(config, name) for name in fixed}
@@ -203,7 +203,7 @@ class _Step:
 
 
 _DEFAULTS = Config()
-_ONLY_PASSES_READ = ("zero", "bucket_bytes", "prefetch", "recompute", "keep_gathered")
+_ONLY_PASSES_READ = ("zero", "bucket_bytes", "prefetch", "in_flight", "recompute", "keep_gathered")
 
 
 def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
@@ -338,10 +338,10 @@ class _Search:
         return (self.fixed[name],) if name in self.fixed else values
 
     def _tune(self, best: _Tried) -> None:
-        """The best choice with other bucket sizes, then with gathers further ahead."""
+        """The best choice with other bucket sizes, then with fewer or more of them in flight."""
         for name, values in _TUNED.items():
-            gathers = Config.from_options(best.options).zero == 3
-            if self.world > 1 and name not in self.fixed and (gathers or name != "prefetch"):
+            is_scheduled = "prefetch" not in self.fixed
+            if self.world > 1 and name not in self.fixed and (is_scheduled or name != "in_flight"):
                 others = [self.try_(**{**best.options, name: value}) for value in values]
                 best = min((tried for tried in (best, *others) if self._may_fit(tried)), key=_speed)
 
