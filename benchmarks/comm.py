@@ -1,9 +1,10 @@
-"""zgraph's gloo transfers beside gloo's own collectives: time and memory of one gather and one reduce-scatter.
+"""zgraph's collectives on a CPU beside gloo's own: time and memory of each, where results lie in memory in use.
 
-    python benchmarks/comm.py            two ranks, 0.25 to 64 MiB
+    python benchmarks/comm.py            two ranks, 4 KiB to 64 MiB
 
-The reason why ``zgraph.comm`` has point-to-point transfers at all. Each row is the median of interleaved rounds, and
-the most live bytes during the call as a multiple of the full tensor.
+The reason why zgraph has ways of its own: reads of the peers' memory (``zgraph.direct``), and transfers between pairs
+of ranks (``zgraph.comm``). Each row is the median of interleaved rounds, and the most live bytes during the call as a
+multiple of the full tensor.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from zgraph.comm import Comm
 
 ROUNDS = 7
-SIZES_MIB = (0.25, 1, 4, 16, 64)
+SIZES_MIB = (1 / 256, 0.25, 1, 4, 16, 64)
+OPERATIONS = ("all_gather", "reduce_scatter", "all_reduce")
 
 
 def main() -> int:
@@ -41,47 +43,60 @@ def main() -> int:
     return 0
 
 
-def call(name: str, comm: Comm, full: torch.Tensor) -> torch.Tensor:
+def call(name: str, comm: Comm, full: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """One operation, from start to arrival."""
     if name == "all_gather":
-        return comm.wait(comm.all_gather(comm.shard(full)))
-    return comm.wait(comm.reduce_scatter(full, "sum"))
+        return comm.wait(comm.all_gather(comm.shard(full), out))
+    if name == "reduce_scatter":
+        return comm.wait(comm.reduce_scatter(full, "sum"))
+    return comm.wait(comm.all_reduce(full, "sum"))
 
 
 def compare() -> None:
-    """On every rank: time each operation both ways, and print a table on rank 0."""
+    """On every rank: time each operation in all ways, and print a table on rank 0.
+
+    Raises:
+        RuntimeError: the ranks cannot read each other's memory here.
+    """
     import torch
     import torch.distributed as dist
 
     from zgraph.comm import FunctionalComm, PointToPointComm
+    from zgraph.direct import DirectComm
+    from zgraph.peer_memory import find_readable_peers
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     group = dist.group.WORLD
     assert group is not None
-    ways: dict[str, Comm] = {"zgraph": PointToPointComm(group), "gloo": FunctionalComm(group)}
+    pids = find_readable_peers(group)
+    if pids is None:
+        raise RuntimeError("the ranks cannot read each other's memory here (ptrace, seccomp)")
+    ways: dict[str, Comm] = {
+        "direct": DirectComm(group, pids),
+        "pairs": PointToPointComm(group),
+        "gloo": FunctionalComm(group),
+    }
     if dist.get_rank() == 0:
-        print(f"{'operation':16} {'MiB':>6} {'zgraph ms':>10} {'gloo ms':>10} {'ratio':>6}  memory: zgraph, gloo")
+        print(f"{'operation':16} {'MiB':>7}" + "".join(f" {way + ' ms':>10}" for way in ways) + "  memory of each")
     for mib in SIZES_MIB:
         full = torch.randn(int(mib * 2**20) // 4)
-        for name in ("all_gather", "reduce_scatter"):
+        out = torch.ones_like(full)
+        for name in OPERATIONS:
             seconds: dict[str, list[float]] = {way: [] for way in ways}
             held: dict[str, int] = dict.fromkeys(ways, 0)
             for _ in range(ROUNDS):
-                for way in ways:
+                for way, comm in ways.items():
                     dist.barrier()
                     meter = Meter()
                     start = time.perf_counter()
-                    call(name, ways[way], full)
+                    call(name, comm, full, out)
                     seconds[way].append(time.perf_counter() - start)
                     held[way] = max(held[way], meter.read().live_peak_bytes)
             if dist.get_rank() == 0:
-                median = {way: statistics.median(values) for way, values in seconds.items()}
-                print(
-                    f"{name:16} {mib:6g} {median['zgraph'] * 1e3:10.2f} {median['gloo'] * 1e3:10.2f} "
-                    f"{median['zgraph'] / median['gloo']:6.2f}  "
-                    + ", ".join(f"{held[way] / full.nbytes:.2f}x" for way in ways)
-                )
+                times = "".join(f" {statistics.median(seconds[way]) * 1e3:10.2f}" for way in ways)
+                memory = ", ".join(f"{held[way] / full.nbytes:.2f}x" for way in ways)
+                print(f"{name:16} {mib:7.4g}{times}  {memory}")
     dist.destroy_process_group()
 
 

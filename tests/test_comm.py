@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import weakref
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -13,9 +12,12 @@ import torch.distributed as dist
 
 from tests.ranks import Ranks
 from zgraph.agreement import Agreement
-from zgraph.comm import FunctionalComm, PointToPointComm, SingleComm, make_comm
+from zgraph.comm import FunctionalComm, PointToPointComm, SingleComm
+from zgraph.direct import DirectComm
 from zgraph.errors import RankError
 from zgraph.groups import backends, default_backend
+from zgraph.peer_memory import find_readable_peers
+from zgraph.which_comm import make_comm
 
 SIZES = [16, 48, 4096 + 16]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -32,14 +34,28 @@ def made(numel: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(numel, generator=torch.Generator().manual_seed(dist.get_rank() + numel)).to(dtype)
 
 
+KINDS = {
+    "pairs": lambda: PointToPointComm(group()),
+    "direct": lambda: DirectComm(group(), pids(), message_bytes=0, passing_bytes=256),
+    "direct or pairs": lambda: DirectComm(group(), pids()),
+}
+"""Implementations for gloo."""
+
+
+def pids() -> tuple[int, ...]:
+    found = find_readable_peers(group())
+    assert found is not None, "ranks here can read each other's memory"
+    return found
+
+
 def everyones(value: torch.Tensor) -> list[torch.Tensor]:
     values = [torch.empty_like(value) for _ in range(dist.get_world_size())]
     dist.all_gather(values, value)
     return values
 
 
-def gather_everything() -> None:
-    comm, (rank, world) = make_comm(group(), {"cpu"}), (dist.get_rank(), dist.get_world_size())
+def gather_everything(kind: str) -> None:
+    comm, (rank, world) = KINDS[kind](), (dist.get_rank(), dist.get_world_size())
     for dtype in [*DTYPES, torch.int64, torch.bool]:
         for size in SIZES:
             shard = made(size, dtype)
@@ -56,13 +72,14 @@ def gather_everything() -> None:
             assert torch.equal(inside, expected), "from a part of the buffer itself"
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("world", [2, 3])
-def test_all_gather_equals_torchs_own(ranks: Ranks, world: int) -> None:
-    ranks.run(gather_everything, world=world)
+def test_all_gather_equals_torchs_own(ranks: Ranks, kind: str, world: int) -> None:
+    ranks.run(gather_everything, kind, world=world)
 
 
-def reduce_everything() -> None:
-    comm, (rank, world) = make_comm(group(), {"cpu"}), (dist.get_rank(), dist.get_world_size())
+def reduce_everything(kind: str) -> None:
+    comm, (rank, world) = KINDS[kind](), (dist.get_rank(), dist.get_world_size())
     for dtype in DTYPES:
         for size in SIZES:
             full = made(size * world, dtype)
@@ -85,28 +102,26 @@ def reduce_everything() -> None:
     assert comm.wait(comm.all_reduce(loss, "avg")).item() == (world - 1) / 2
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("world", [2, 3])
-def test_reductions_equal_torchs_own(ranks: Ranks, world: int) -> None:
-    ranks.run(reduce_everything, world=world)
+def test_reductions_equal_torchs_own(ranks: Ranks, kind: str, world: int) -> None:
+    ranks.run(reduce_everything, kind, world=world)
 
 
-def own_the_same() -> list[float]:
+def own_the_same(kind: str) -> list[float]:
     """Every rank owns the same numbers of everybody's."""
-    block = made(64, torch.float32)
-    return (
-        make_comm(group(), {"cpu"})
-        .wait(make_comm(group(), {"cpu"}).reduce_scatter(block.repeat(dist.get_world_size()), "avg"))
-        .tolist()
-    )
+    comm, block = KINDS[kind](), made(64, torch.float32)
+    return comm.wait(comm.reduce_scatter(block.repeat(dist.get_world_size()), "avg")).tolist()
 
 
-def test_a_sum_does_not_depend_on_which_rank_owns_it(ranks: Ranks) -> None:
-    results = ranks.run(own_the_same, world=3)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sum_does_not_depend_on_which_rank_owns_it(ranks: Ranks, kind: str) -> None:
+    results = ranks.run(own_the_same, kind, world=3)
     assert results[0] == results[1] == results[2]
 
 
-def overlap() -> None:
-    comm, world = make_comm(group(), {"cpu"}), dist.get_world_size()
+def overlap(kind: str) -> None:
+    comm, world = KINDS[kind](), dist.get_world_size()
     shards = [made(16 * (i + 1), torch.float64) for i in range(4)]
     fulls = [made(32 * world, torch.float64) + i for i in range(3)]
     gathers = [comm.all_gather(shard) for shard in shards]
@@ -119,19 +134,21 @@ def overlap() -> None:
         assert torch.equal(comm.wait(started), torch.cat(everyones(shard)))
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("world", [2, 3])
-def test_any_number_may_be_in_flight_and_be_waited_for_in_any_order(ranks: Ranks, world: int) -> None:
-    ranks.run(overlap, world=world)
+def test_any_number_may_be_in_flight_and_be_waited_for_in_any_order(ranks: Ranks, kind: str, world: int) -> None:
+    ranks.run(overlap, kind, world=world)
 
 
-def test_a_group_starts_anew_whatever_its_ranks_have_done_in_others(ranks: Ranks) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_group_starts_anew_whatever_its_ranks_have_done_in_others(ranks: Ranks, kind: str) -> None:
     """A rank that was not in the first group would wait for messages with other tags."""
-    ranks.run(overlap, world=2)
-    ranks.run(overlap, world=3, timeout_s=60)
+    ranks.run(overlap, kind, world=2)
+    ranks.run(overlap, kind, world=3, timeout_s=60)
 
 
-def count() -> dict[str, dict[str, int]]:
-    comm, world = make_comm(group(), {"cpu"}), dist.get_world_size()
+def count(kind: str) -> dict[str, dict[str, int]]:
+    comm, world = KINDS[kind](), dist.get_world_size()
     comm.wait(comm.all_gather(torch.zeros(32, dtype=torch.float64)))
     comm.wait(comm.all_gather(torch.zeros(16), out=torch.zeros(16 * world)))
     comm.wait(comm.reduce_scatter(torch.zeros(16 * world, dtype=torch.bfloat16), "avg"))
@@ -143,19 +160,20 @@ def count() -> dict[str, dict[str, int]]:
     return counted
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("world", [2, 3])
-def test_collectives_and_bytes_are_counted(ranks: Ranks, world: int) -> None:
+def test_collectives_and_bytes_are_counted(ranks: Ranks, kind: str, world: int) -> None:
     others = world - 1
     expected = {
         "all_gather": {"count": 2, "bytes": (32 * 8 + 16 * 4) * others},
         "all_reduce": {"count": 1, "bytes": 2 * 4 * others},
         "reduce_scatter": {"count": 1, "bytes": 16 * 2 * others},
     }
-    assert ranks.run(count, world=world) == [expected] * world
+    assert ranks.run(count, kind, world=world) == [expected] * world
 
 
-def release() -> None:
-    comm = make_comm(group(), {"cpu"})
+def release(kind: str) -> None:
+    comm = KINDS[kind]()
     shard, full = made(1024, torch.float32), made(1024 * dist.get_world_size(), torch.float32)
     sent = [weakref.ref(shard), weakref.ref(full)]
     started = [comm.all_gather(shard), comm.reduce_scatter(full, "avg")]
@@ -166,8 +184,9 @@ def release() -> None:
     assert not any(ref() is not None for ref in [*sent, *received])
 
 
-def test_memory_is_held_while_it_travels_and_not_longer(ranks: Ranks) -> None:
-    ranks.run(release)
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_is_held_while_it_travels_and_not_longer(ranks: Ranks, kind: str) -> None:
+    ranks.run(release, kind)
 
 
 def run_functional() -> None:
@@ -206,33 +225,6 @@ CONFIGS = {
 def test_each_type_of_device_has_a_backend(monkeypatch: pytest.MonkeyPatch, config: str) -> None:
     monkeypatch.setattr(dist, "get_backend_config", lambda _: config)
     assert backends(None) == CONFIGS[config]  # type: ignore[arg-type]
-
-
-def choose() -> None:
-    for config, served in CONFIGS.items():
-        with mock.patch.object(dist, "get_backend_config", lambda _, config=config: config):
-            expected = PointToPointComm if served.get("cpu") == "gloo" else FunctionalComm
-            assert type(make_comm(group(), {"cpu"})) is expected, config
-            assert type(make_comm(group(), {"cuda"})) is FunctionalComm, config
-            assert type(make_comm(group(), {"cpu", "cuda"})) is FunctionalComm, config
-
-
-def test_the_backend_of_the_buckets_device_decides_how_data_travels(ranks: Ranks) -> None:
-    ranks.run(choose)
-    assert isinstance(make_comm(None, {"cpu"}), SingleComm)
-
-
-def name_no_backend(rendezvous: str) -> tuple[str, str, bool]:
-    dist.init_process_group(init_method=f"file://{rendezvous}", rank=0, world_size=1)
-    agreement = Agreement(group())
-    agreement.check("anything")
-    same = agreement._group is group()
-    return dist.get_backend(), type(make_comm(group(), {"cpu"})).__name__, same
-
-
-def test_a_group_made_without_naming_a_backend_is_used_as_it_is(ranks: Ranks, tmp_path: Path) -> None:
-    found = ranks.run(name_no_backend, str(tmp_path / "rendezvous"), world=1)
-    assert found == [("undefined", PointToPointComm.__name__, True)]
 
 
 def destroy(rendezvous: str) -> tuple[bool, str]:

@@ -34,12 +34,13 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from zgraph.calibration import Calibration, Run
-from zgraph.comm import Comm, make_comm
+from zgraph.comm import Comm
 from zgraph.errors import OptionError
 from zgraph.groups import default_backend
 from zgraph.heap import release_free_memory
 from zgraph.launching import launch_ranks
 from zgraph.machines import available_cores
+from zgraph.which_comm import make_comm
 
 aten = torch.ops.aten
 

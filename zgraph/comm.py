@@ -1,9 +1,9 @@
 """Collectives of one process group, started and waited for separately.
 
-With NCCL and other backends these are torch's functional collectives. With gloo on CPU they are point-to-point
-transfers straight between the tensors concerned: gloo's own all-gather and reduce-scatter stage through a second buffer
-of full size and run reduce-scatter as an all-reduce, which doubles both memory and bytes (measured in
-benchmarks/comm.py).
+With NCCL and other backends these are torch's functional collectives. With gloo on CPU they are reads of the peers'
+memory where all ranks share a host (``zgraph.direct``), or else point-to-point transfers straight between the tensors
+concerned: gloo's own all-gather and reduce-scatter stage through a second buffer of full size and run reduce-scatter as
+an all-reduce, which doubles both memory and bytes (measured in benchmarks/comm.py). ``zgraph.which_comm`` chooses.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from zgraph import ops
-from zgraph.groups import HeldGroup, backends
+from zgraph.groups import HeldGroup
 
 
 @dataclass
@@ -53,7 +53,9 @@ class Comm(Protocol):
     def shard(self, full: torch.Tensor) -> torch.Tensor: ...
 
 
-class _Group:
+class Group:
+    """What all implementations have in common."""
+
     group = HeldGroup()
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -70,8 +72,12 @@ class _Group:
     def _others(self, num_bytes: int) -> int:
         return num_bytes * (self.world - 1) // self.world
 
+    def _divisor(self, operation: str) -> int:
+        assert operation in ("sum", "avg"), operation
+        return self.world if operation == "avg" else 1
 
-class FunctionalComm(_Group):
+
+class FunctionalComm(Group):
     """torch's functional collectives; the backend orders them on streams of its own."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -102,7 +108,7 @@ def _tensor(value: Any) -> torch.Tensor:
 
 
 @dataclass
-class _Transfer:
+class Transfer:
     """A started transfer: requests, tensors that must stay alive and unchanged, and how to finish."""
 
     works: list[dist.Work]
@@ -119,61 +125,57 @@ By group and not by its name: a later group may have the name of one that only s
 """
 
 
-class PointToPointComm(_Group):
+class PointToPointComm(Group):
     """Transfers between pairs of ranks, for gloo."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(group)
-        self._peers = [(self.rank + i) % self.world for i in range(1, self.world)]
+        self.peers = [(self.rank + i) % self.world for i in range(1, self.world)]
 
-    def _next_tag(self) -> int:
+    def next_tag(self) -> int:
         # All ranks issue the same operations in the same order, so equal counts name the same operation.
         assert self.group is not None
         _tags[self.group] = _tags.get(self.group, 0) + 1
         return _tags[self.group] % 2**30
 
-    def _send(self, tensor: torch.Tensor, peer: int, tag: int) -> dist.Work:
+    def send(self, tensor: torch.Tensor, peer: int, tag: int) -> dist.Work:
         work = dist.isend(tensor, group_dst=peer, group=self.group, tag=tag)
         assert work is not None
         return work
 
-    def _receive(self, tensor: torch.Tensor, peer: int, tag: int) -> dist.Work:
+    def receive(self, tensor: torch.Tensor, peer: int, tag: int) -> dist.Work:
         work = dist.irecv(tensor, group_src=peer, group=self.group, tag=tag)
         assert work is not None
         return work
 
-    def all_gather(self, shard: torch.Tensor, out: torch.Tensor | None = None) -> _Transfer:
-        tag, size = self._next_tag(), shard.shape[0]
+    def all_gather(self, shard: torch.Tensor, out: torch.Tensor | None = None) -> Transfer:
+        tag, size = self.next_tag(), shard.shape[0]
         self.traffic.add("all_gather", shard.nbytes * (self.world - 1))
         if out is None:
             out = shard.new_empty(size * self.world)
-        works = [self._receive(out[p * size : (p + 1) * size], p, tag) for p in self._peers]
-        works += [self._send(shard, p, tag) for p in self._peers]
+        works = [self.receive(out[p * size : (p + 1) * size], p, tag) for p in self.peers]
+        works += [self.send(shard, p, tag) for p in self.peers]
         own = self.shard(out)
         if own.data_ptr() != shard.data_ptr():
             own.copy_(shard)
-        return _Transfer(works, out, keep=shard)
+        return Transfer(works, out, keep=shard)
 
-    def reduce_scatter(self, full: torch.Tensor, operation: str) -> _Transfer:
-        tag, size = self._next_tag(), full.shape[0] // self.world
+    def reduce_scatter(self, full: torch.Tensor, operation: str) -> Transfer:
+        tag, size = self.next_tag(), full.shape[0] // self.world
         self.traffic.add("reduce_scatter", self._others(full.nbytes))
         parts = [full.new_empty(size) if p != self.rank else self.shard(full) for p in range(self.world)]
-        works = [self._receive(parts[p], p, tag) for p in self._peers]
-        works += [self._send(full[p * size : (p + 1) * size], p, tag) for p in self._peers]
-        return _Transfer(works, full, parts, divide_by=self._divisor(operation))
+        works = [self.receive(parts[p], p, tag) for p in self.peers]
+        works += [self.send(full[p * size : (p + 1) * size], p, tag) for p in self.peers]
+        return Transfer(works, full, parts, divide_by=self._divisor(operation))
 
-    def all_reduce(self, value: torch.Tensor, operation: str) -> _Transfer:
+    def all_reduce(self, value: torch.Tensor, operation: str) -> Transfer:
         self.traffic.add("all_reduce", 2 * self._others(value.nbytes))
         result = value.clone()
         work = dist.all_reduce(result, group=self.group, async_op=True)
         assert work is not None
-        return _Transfer([work], result, divide_by=self._divisor(operation))
+        return Transfer([work], result, divide_by=self._divisor(operation))
 
-    def _divisor(self, operation: str) -> int:
-        assert operation in ("sum", "avg"), operation
-        return self.world if operation == "avg" else 1
-
-    def wait(self, started: _Transfer) -> torch.Tensor:
+    def wait(self, started: Transfer) -> torch.Tensor:
         for work in started.works:
             work.wait()
         result = started.result
@@ -189,7 +191,7 @@ class PointToPointComm(_Group):
         return result
 
 
-class SingleComm(_Group):
+class SingleComm(Group):
     """One rank: there is nothing to send."""
 
     def __init__(self) -> None:
@@ -206,12 +208,3 @@ class SingleComm(_Group):
 
     def wait(self, started: Any) -> torch.Tensor:
         raise AssertionError("a program for one rank has no collectives")
-
-
-def make_comm(group: dist.ProcessGroup | None, devices: set[str]) -> Comm:
-    """The implementation for a group (None is a single process) and the types of device that the buckets are on."""
-    if group is None:
-        return SingleComm()
-    if devices == {"cpu"} and backends(group).get("cpu") == "gloo":
-        return PointToPointComm(group)
-    return FunctionalComm(group)

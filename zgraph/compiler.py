@@ -32,7 +32,7 @@ from zgraph.batches import Call, micro_batches
 from zgraph.capture import batch_device, capture, check_optimizer
 from zgraph.codegen.emit import emit
 from zgraph.collector import collect_garbage
-from zgraph.comm import Comm, make_comm
+from zgraph.comm import Comm
 from zgraph.config import Config, check_numbers
 from zgraph.eager import GatherOnUse
 from zgraph.errors import CaptureError, OptimizerError, OptionError, StateError, ZgraphError
@@ -52,6 +52,7 @@ from zgraph.skipping import GRADIENT_NORM, NUM_SKIPPED, report
 from zgraph.state import TrainingState
 from zgraph.tracing import forget
 from zgraph.update import check_step, hyperparameters
+from zgraph.which_comm import make_comm
 from zgraph.which_hardware import hardware_of, tell, told
 
 log = logging.getLogger("zgraph")
@@ -390,17 +391,18 @@ class _Runtime:
             mesh = Mesh(self.agreement.world)
             lowered = lower(program, self.config, mesh, layout, self.passes, hardware=self._hardware)
             digest = lowered.digest()
-            if self._comm is None:
-                self._comm = make_comm(self.state.group, {bucket.device.type for bucket in lowered.layout.buckets})
-                if self.config.check_collectives and self.state.group is not None:
-                    self._comm = CheckedComm(self._comm, self.agreement)
-            micro, executable = (None, *map(self._executable, lowered.programs))[-2:]
             del program
         except Exception as caught:  # noqa: BLE001 -- whatever it is, the other ranks are told before this one stops
             error = caught
         finally:
             self._capturing = False
         self.agreement.share_outcome(digest, error)
+        if self._comm is None:
+            self._comm = make_comm(self.state.group, {bucket.device.type for bucket in lowered.layout.buckets})
+            if self.config.check_collectives and self.state.group is not None:
+                self._comm = CheckedComm(self._comm, self.agreement)
+        with self.agreement.together():
+            micro, executable = (None, *map(self._executable, lowered.programs))[-2:]
         for program in lowered.programs:
             forget(program.graph)
         gc.collect()  # graphs are full of cycles; what capture left behind is gone before the first step

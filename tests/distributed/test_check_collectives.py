@@ -15,11 +15,11 @@ from tests.ranks import Ranks
 from zgraph import ops
 from zgraph.agreement import Agreement, CheckedComm
 from zgraph.codegen.emit import emit
-from zgraph.comm import make_comm
 from zgraph.config import Config
 from zgraph.passes import default_passes
 from zgraph.pipeline import run
 from zgraph.program import Mesh
+from zgraph.which_comm import make_comm
 
 
 def step(*, swapped_on: int | None, checked: bool) -> list[Any] | str:
