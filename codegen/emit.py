@@ -37,11 +37,12 @@ class Step:
     function: Callable[[list[Any], Any], list[Any]]
 
 
-def emit(program: Program, *, tagged: bool = False) -> Step:
+def emit(program: Program, *, tagged: bool = False, staged: bool = True) -> Step:
     """Write and compile ``program``.
 
     Args:
         tagged: each collective says which one it is, for ``zgraph.agreement.CheckedComm``.
+        staged: see ``zgraph.liveness.lifetimes``.
     """
     writer = SourceWriter()
     names: dict[fx.Node, str] = {node: f"v{i}" for i, node in enumerate(program.graph.nodes)}
@@ -54,7 +55,7 @@ def emit(program: Program, *, tagged: bool = False) -> Step:
     lines.append("    inputs.clear()")
     phase: Phase | None = None
     module = ""
-    full = _where_memory_is_short(program)
+    full = _where_memory_is_short(program, staged)
     for node in program.graph.nodes:
         if node in full:
             lines.append(
@@ -103,11 +104,11 @@ _SHORT = (0.0, 0.6, 0.8, 0.9, 1.0)
 """Fractions of the peak of temporary memory; free heap pages are returned when each is first reached."""
 
 
-def _where_memory_is_short(program: Program) -> set[fx.Node]:
+def _where_memory_is_short(program: Program, staged: bool) -> set[fx.Node]:
     """Calls before which host memory should be returned; none on devices that manage their own memory."""
     if program.layout is None or any(bucket.device.type != "cpu" for bucket in program.layout.buckets):
         return set()
-    alive = [item for item in alive_bytes(program) if item[0].op == "call_function"]
+    alive = [item for item in alive_bytes(program, staged=staged) if item[0].op == "call_function"]
     peak = max(num_bytes for _, num_bytes in alive)
     return {next(node for node, num_bytes in alive if num_bytes >= fraction * peak) for fraction in _SHORT}
 

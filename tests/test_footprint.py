@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from zgraph.config import Config
 from zgraph.footprint import Footprint, Holding, Kind, footprint
 from zgraph.liveness import alive_bytes
 from zgraph.lower import Lowered, lower
-from zgraph.machines import preset
+from zgraph.machines import preset, this_cpu
 from zgraph.predict import predict
 from zgraph.program import OF_PARAMETERS, Input, Mesh, Program, Role
 
@@ -179,6 +180,17 @@ def test_the_loss_of_all_ranks_is_no_gradient(name: str) -> None:
     found = footprint(lowered(name).last)
     small = [h for h in found.holdings if "all_reduce" in h.what and h.num_bytes <= 8]
     assert not [h for h in small if h.kind is Kind.GRADIENTS]
+
+
+def test_ranks_of_a_cpu_that_read_each_others_memory_hold_nothing_that_was_received() -> None:
+    kinds, scratch = [], []
+    for reads_peers in (True, False):
+        made = predict(lowered("zero 3"), replace(this_cpu(), reads_peers=reads_peers))
+        found = made.footprints[-1].holdings
+        kinds.append(sum(h.kind is Kind.COMMUNICATION and "reduce_scatter" in h.what for h in found))
+        scratch.append(sum(h.kind is Kind.SCRATCH for h in found))
+    assert kinds[0] == 0 < kinds[1]
+    assert scratch == [1, 1]
 
 
 def test_a_prediction_says_what_is_held_at_the_peak_and_by_what() -> None:

@@ -14,7 +14,7 @@ import torch
 from tests.ranks import Ranks
 from zgraph import peer_memory
 from zgraph.errors import RankError
-from zgraph.peer_memory import PeerMemory, _refusal, find_readable_peers, read_memory
+from zgraph.peer_memory import PeerMemory, _refusal, find_readable_peers, may_read_peers, read_memory
 
 PAGE = mmap.PAGESIZE
 
@@ -59,6 +59,15 @@ def test_a_process_with_the_id_but_not_the_bytes_is_another() -> None:
     assert _refusal(gone(), token.data_ptr(), token) == "No such process"
 
 
+def test_one_process_knows_what_would_keep_its_siblings_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    for scope, may in ((0, True), (1, True), (2, False), (3, False)):
+        monkeypatch.setattr(peer_memory, "_yama_scope", lambda scope=scope: scope)
+        assert may_read_peers() is may
+    monkeypatch.setattr(peer_memory, "_yama_scope", lambda: 0)
+    monkeypatch.setattr(peer_memory, "_process_vm_readv", lambda: None)
+    assert may_read_peers() is False
+
+
 def test_other_systems_have_no_such_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peer_memory, "_process_vm_readv", lambda: None)
     token = torch.arange(4)
@@ -71,6 +80,7 @@ def find(scope: Path, refusing_rank: int) -> list[int]:
     group = torch.distributed.group.WORLD
     assert group is not None
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peer_memory, "_found", {})  # whatever groups there have been
         patch.setattr(peer_memory, "_YAMA", scope)
         patch.setattr(peer_memory, "_set_tracer", named.append)
         if torch.distributed.get_rank(group) == refusing_rank:

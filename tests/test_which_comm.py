@@ -10,7 +10,7 @@ import torch.distributed as dist
 from tests.ranks import Ranks
 from tests.test_comm import CONFIGS, group
 from zgraph import peer_memory
-from zgraph.agreement import Agreement
+from zgraph.agreement import Agreement, CheckedComm
 from zgraph.comm import FunctionalComm, PointToPointComm, SingleComm
 from zgraph.direct import DirectComm
 from zgraph.which_comm import make_comm
@@ -54,6 +54,16 @@ def refuse_on(rank: int) -> list[str]:
 def test_all_ranks_send_messages_if_one_cannot_read_anothers_memory(ranks: Ranks) -> None:
     assert ranks.run(refuse_on, 1, world=3) == [[PointToPointComm.__name__] * 2] * 3
     assert ranks.run(refuse_on, -1, world=3) == [[DirectComm.__name__] * 2] * 3
+
+
+def test_only_messages_need_a_place_for_what_a_reduction_receives(ranks: Ranks) -> None:
+    assert ranks.run(stage) == [(False, True, False, True)] * 2
+
+
+def stage() -> tuple[bool, ...]:
+    direct, pairs = make_comm(group(), {"cpu"}), PointToPointComm(group())
+    checked = CheckedComm(pairs, Agreement(group()))
+    return direct.is_staged, pairs.is_staged, FunctionalComm(group()).is_staged, checked.is_staged
 
 
 def test_a_group_is_tried_once(ranks: Ranks) -> None:

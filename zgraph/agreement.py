@@ -193,6 +193,7 @@ class CheckedComm:
     def __init__(self, comm: Comm, agreement: Agreement) -> None:
         self._comm, self._agreement = comm, agreement
         self.rank, self.world, self.traffic = comm.rank, comm.world, comm.traffic
+        self.is_staged = comm.is_staged
 
     def all_gather(self, shard: torch.Tensor, out: torch.Tensor | None = None, *, tag: str = "") -> Any:
         """As ``Comm.all_gather``.

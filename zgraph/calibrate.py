@@ -35,6 +35,7 @@ from rich.table import Table
 
 from zgraph.calibration import Calibration, Run
 from zgraph.comm import Comm
+from zgraph.direct import DirectComm
 from zgraph.errors import OptionError
 from zgraph.groups import default_backend
 from zgraph.heap import release_free_memory
@@ -180,6 +181,7 @@ def _rank(ranks: int, budget_s: float, directory: Path) -> Run:
 
 
 def _pass(bench: _Bench, directory: Path) -> Run:
+    comm = make_comm(dist.group.WORLD, {bench.device.type}) if bench.ranks > 1 else None
     return Run(
         threads=torch.get_num_threads(),
         launch_s=_launch(bench),
@@ -190,7 +192,8 @@ def _pass(bench: _Bench, directory: Path) -> Run:
         transcendental=_exponentials(bench),
         gather=_lookups(bench),
         attention=_attention(bench),
-        collectives=_collectives(bench),
+        collectives=_collectives(bench, comm),
+        reads_peers=isinstance(comm, DirectComm),
         host_link=_host_link(bench),
         disk=_disk(directory) if bench.ranks == 1 else {},
     )
@@ -430,11 +433,10 @@ def _attention(bench: _Bench) -> dict[str, list[list[float]]]:
     return found
 
 
-def _collectives(bench: _Bench) -> dict[str, list[list[float]]]:
+def _collectives(bench: _Bench, comm: Comm | None) -> dict[str, list[list[float]]]:
     """Bytes of the full tensor, and seconds from start to arrival, by kind; none of one rank."""
-    if bench.ranks == 1:
+    if comm is None:
         return {}
-    comm = make_comm(dist.group.WORLD, {bench.device.type})
     found: dict[str, list[list[float]]] = {"all_gather": [], "reduce_scatter": [], "all_reduce": []}
     for size in SIZES:
         full = bench.tensor(size // 4 // bench.ranks * bench.ranks)

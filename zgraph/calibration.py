@@ -21,7 +21,7 @@ from zgraph.errors import StateError, first_line
 from zgraph.fitting import fit
 from zgraph.hardware import Disk, Hardware, HostLink
 
-SCHEMA = 1
+SCHEMA = 2
 
 Rows = list[list[float]]
 """Points: sizes, and seconds last."""
@@ -43,6 +43,7 @@ class Run:
         gather: bytes read and written.
         attention: operations, by dtype.
         collectives: bytes of the full tensor, by kind.
+        reads_peers: whether ranks read each other's memory for them.
         host_link: bytes, by ``"pinned"`` and ``"pageable"``; nothing on a CPU.
         disk: bytes, by ``"read"`` and ``"write"``; in the run of one rank only.
     """
@@ -57,6 +58,7 @@ class Run:
     gather: Rows
     attention: dict[str, Rows]
     collectives: dict[str, Rows]
+    reads_peers: bool = False
     host_link: dict[str, Rows] = field(default_factory=dict)
     disk: dict[str, Rows] = field(default_factory=dict)
 
@@ -151,6 +153,7 @@ class Calibration:
             gather=Curve.through(self._without_launch(run, run.gather)),
             transcendental=Curve.through(self._without_launch(run, run.transcendental)),
             collectives=collectives,
+            reads_peers=several.reads_peers,
             network=assumed.network,
             host_link=HostLink(link["pinned"][0], link["pageable"][0], link["pinned"][1])
             if link
@@ -319,6 +322,7 @@ def _run(data: Any, where: str) -> Run:
         gather=rows("gather"),
         attention=tables("attention"),
         collectives=tables("collectives"),
+        reads_peers=_boolean(run["reads_peers"], f"{where}.reads_peers"),
         host_link=tables("host_link"),
         disk=tables("disk"),
     )
@@ -333,6 +337,12 @@ def _mapping(value: Any, where: str) -> Mapping[str, Any]:
 def _positive(value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise ValueError(f"{where} is {value!r}, not a positive number")
+    return value
+
+
+def _boolean(value: Any, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{where} is {value!r}, not true or false")
     return value
 
 

@@ -45,6 +45,7 @@ class Comm(Protocol):
     rank: int
     world: int
     traffic: Traffic
+    is_staged: bool  # see zgraph.liveness.lifetimes
 
     def all_gather(self, shard: torch.Tensor, out: torch.Tensor | None = None) -> Any: ...
     def reduce_scatter(self, full: torch.Tensor, operation: str) -> Any: ...
@@ -57,6 +58,7 @@ class Group:
     """What all implementations have in common."""
 
     group = HeldGroup()
+    is_staged = False
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
@@ -127,6 +129,8 @@ By group and not by its name: a later group may have the name of one that only s
 
 class PointToPointComm(Group):
     """Transfers between pairs of ranks, for gloo."""
+
+    is_staged = True
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(group)

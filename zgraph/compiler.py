@@ -412,7 +412,7 @@ class _Runtime:
 
     def _executable(self, program: Program) -> Executable:
         assert self._comm is not None
-        step = emit(program, tagged=isinstance(self._comm, CheckedComm))
+        step = emit(program, tagged=isinstance(self._comm, CheckedComm), staged=self._comm.is_staged)
         return Executable(program, step, self.state, self._comm)
 
     def _tell_machine(self, batch: Call) -> str:

@@ -62,6 +62,7 @@ class Hardware:
         gather: over bytes read and written by embedding lookups.
         transcendental: over numbers of exponentials or the like.
         collectives: inside a node, by kind.
+        reads_peers: on a CPU, whether ranks read each other's memory (``zgraph.direct``) instead of sending messages.
         network: between nodes.
         host_link, disk: beyond the device.
         in_step: how much longer work takes in a step than its measurement alone says, by what does it (units of
@@ -90,6 +91,7 @@ class Hardware:
     host_link: HostLink
     disk: Disk
     in_step: Mapping[str, float] = field(default_factory=dict, hash=False)
+    reads_peers: bool = False
     sources: str = ""
     variants: Mapping[int, Hardware] = field(default_factory=dict, hash=False)
 

@@ -140,8 +140,9 @@ def lifetimes(
 
     Args:
         also_reads: what calls read beside their arguments (``zgraph.fusion``).
-        staged: collectives are zgraph's own transfers (gloo), where a reduction first receives every other rank's part
-            and adds them up; a backend that reduces on the way (NCCL) allocates the result alone.
+        staged: collectives are messages between ranks (``zgraph.comm.PointToPointComm``), where a reduction first
+            receives every other rank's part and adds them up. Ranks that read each other's memory, and backends that
+            reduce on the way (NCCL), allocate the result alone.
     """
     owner = owners(program)
     first: dict[fx.Node, int] = {}

@@ -24,6 +24,7 @@ from types import MappingProxyType
 from zgraph import fitted
 from zgraph.curves import Collective, Curve, Matmul, MeasuredCollective, Network
 from zgraph.hardware import KINDS, TF32, Disk, Hardware, HostLink
+from zgraph.peer_memory import may_read_peers
 
 GIB = 2**30
 
@@ -449,7 +450,8 @@ def assumed_cpu(cores: int, total: int) -> Hardware:
     """A machine of so many cores and bytes of memory, whose numbers are assumed; a rank has all cores."""
     rate, stream = 3e10 * cores, 1e10
     rates = {"float32": rate, "float64": rate / 2, "bfloat16": rate / 4, "float16": rate / 8}
-    loopback = Curve.line(1.5e9, 2e-4)
+    reads_peers = may_read_peers()
+    between_ranks = Curve.line(5e9, 1e-4) if reads_peers else Curve.line(1.5e9, 2e-4)
     return Hardware(
         name="cpu",
         device_type="cpu",
@@ -469,7 +471,8 @@ def assumed_cpu(cores: int, total: int) -> Hardware:
         memory_in_place=Curve.line(stream, 1e-6),
         gather=Curve.line(stream / 4, 1e-6),
         transcendental=Curve.line(2e8 * cores, 1e-6),
-        collectives={kind: MeasuredCollective(loopback, 2 if kind == "all_reduce" else 1) for kind in KINDS},
+        collectives={kind: MeasuredCollective(between_ranks, 2 if kind == "all_reduce" else 1) for kind in KINDS},
+        reads_peers=reads_peers,
         network=Network(1.25e9, 0.8, 1e-4),
         host_link=HostLink(stream, stream, 1e-6),
         disk=Disk(5e8, 2e8, 1e-3),

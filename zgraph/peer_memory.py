@@ -70,6 +70,12 @@ def read_memory(pid: int, address: int, out: torch.Tensor) -> None:
         done += read
 
 
+def may_read_peers() -> bool:
+    """Whether this process may read memory this way, and its siblings may do so as far as a process alone can tell."""
+    token = torch.frombuffer(bytearray(os.urandom(_TOKEN_BYTES)), dtype=torch.uint8)
+    return _refusal(os.getpid(), token.data_ptr(), token) is None and _yama_scope() <= 1
+
+
 class PeerMemory:
     """The memory of a group's ranks.
 

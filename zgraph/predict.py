@@ -86,10 +86,11 @@ def predict(lowered: Lowered, hardware: Hardware, accumulate: int = 1) -> Predic
         hardware: the machine.
         accumulate: how many micro-batches a step has.
     """
-    staged = hardware.device_type == "cpu"
+    is_cpu = hardware.device_type == "cpu"
+    staged = is_cpu and not hardware.reads_peers
     timelines = tuple(play(program, hardware) for program in lowered.programs)
     footprints = tuple(footprint(program, staged=staged) for program in lowered.programs)
-    if staged:
+    if is_cpu:
         both = zip(footprints, lowered.programs, strict=True)
         footprints = tuple(with_scratch(found, program) for found, program in both)
     return Prediction(timelines, footprints, (accumulate - 1, 1)[-len(timelines) :], hardware.device_type)
