@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from expecttest import assert_expected_inline
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.mutants.steps import read_in_low_precision
 from tests.programs import assert_same_step, few_examples, order, two_layers
 from tests.recipes import Recipe, Reshuffle, build, recipes
 from zgraph import ops
@@ -82,6 +84,19 @@ wait loss""",
 def test_buckets_over_the_limit_are_gathered_just_in_time() -> None:
     assert order(scheduled(two_layers(), limit_bytes=100)).splitlines()[:2] == ["all_gather 0", "wait 0"]
     assert order(scheduled(two_layers(), limit_bytes=32 * 8)) == order(scheduled(two_layers()))
+
+
+def test_a_slice_is_cast_as_early_as_its_gather_starts() -> None:
+    program = scheduled(read_in_low_precision())
+    casts = [
+        n for n in program.graph.nodes if n.target is torch.ops.aten._to_copy.default and n.args[0].op == "placeholder"
+    ]
+    slices = [cast for cast in casts if any(user.target is ops.all_gather for user in cast.users)]
+    assert len(slices) == 5
+    assert all(cast.next.target is ops.all_gather for cast in slices)
+    assert order(program).splitlines()[:6] == [
+        "all_gather 0", "wait 0", "all_gather 1", "mm forward", "wait 1", "all_gather 2",
+    ]  # fmt: skip
 
 
 def test_stage_1_shares_updated_parameters_until_the_very_end() -> None:
