@@ -17,6 +17,7 @@ from zgraph.passes.recompute import EXPENSIVE, RecomputeModules
 from zgraph.passes.schedule import Schedule
 from zgraph.passes.shard import AverageGradients, ReadParamsEarly, ShardGradients, ShardOptimizer, ShardParams
 from zgraph.passes.tidy import Tidy
+from zgraph.passes.unshard import Unshard
 from zgraph.pipeline import Pass
 from zgraph.program import Mesh
 
@@ -58,6 +59,7 @@ def default_passes(
         *((QuantizeState(),) if config.state_precision == "int8" else ()),
         _order(config, hardware),
         UpdateInPlace(),
+        *((Unshard(config.unshard, hardware),) if config.zero == 3 and mesh.size > 1 else ()),
     )
     last = {p.gives: p for p in passes}
     return tuple(q for p in passes for q in (p, *(o for o in own if last.get(o.takes) is p)))
@@ -91,6 +93,7 @@ __all__ = [
     "ShardOptimizer",
     "ShardParams",
     "Tidy",
+    "Unshard",
     "UpdateInPlace",
     "default_passes",
 ]

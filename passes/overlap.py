@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from torch import fx
 
 from zgraph import ops
+from zgraph.passes.gathers import prepares
 from zgraph.passes.order import arrange
 from zgraph.pipeline import Pass
-from zgraph.program import Phase, Program, Role, Stage, operand, update_nodes
+from zgraph.program import Phase, Program, Stage, operand, update_nodes
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Overlap(Pass):
                 place[start] = (*place[gathers[i - self.prefetch][-1]], order[start])
             else:
                 place[start] = (first_read - 1, BEFORE, i, 0)
-            place.update(dict.fromkeys(_prepares(start), place[start]))
+            place.update(dict.fromkeys(prepares(start) or (), place[start]))
 
     def _take_up_reductions(self, program: Program, order: dict[fx.Node, int], place: Places) -> None:
         """Place the wait for a reduced gradient, and its update, right after the start of the next reduction."""
@@ -84,20 +85,6 @@ class Overlap(Pass):
         for name, group in groups.items():
             for node in group:
                 place[node] = (after[name], NEXT, order[group[0]], order[node])
-
-
-def _prepares(start: fx.Node) -> set[fx.Node]:
-    """The calls that make what is sent of parameters, such as a cast of this rank's slice; none if it is of others."""
-    found: set[fx.Node] = set()
-    stack = [start]
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source.op == "placeholder" and source.meta["input"].role is not Role.PARAM:
-                return set()
-            if source.op == "call_function" and source not in found:
-                found.add(source)
-                stack.append(source)
-    return found
 
 
 FIRST, NEXT, LAST, BEFORE = 0, 1, 2, 3

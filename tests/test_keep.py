@@ -151,7 +151,7 @@ def test_each_bucket_travels_once_for_a_step(ranks: Ranks) -> None:
     for kept, gathered in zip(ranks.run(train, keep=True), ranks.run(train, keep=False), strict=True):
         assert all(torch.equal(kept[0][name], value) for name, value in gathered[0].items())
         assert kept[1]["all_gather"]["count"] == 1
-        assert gathered[1]["all_gather"]["count"] == 6, "forward and backward of three micro-batches"
+        assert gathered[1]["all_gather"]["count"] == 3, "each micro-batch: the only bucket stays until backward"
         assert kept[1]["reduce_scatter"] == gathered[1]["reduce_scatter"]
 
 

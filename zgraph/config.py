@@ -148,6 +148,9 @@ class Config:
         keep_gathered: with ZeRO-3 and several micro-batches: gather parameters once for all micro-batches of a step and
             keep them whole until its update, instead of twice for each micro-batch. It takes the memory of all
             parameters, in the dtype in which they are read.
+        unshard: with ZeRO-3: of the bytes that are gathered for forward and again for backward, the share, from 0 to
+            1, that may stay whole in between: 1 is ``reshard_after_forward=False`` of FSDP. Those stay whose second
+            gathers hold backward up the longest. By default only what stays without a higher peak does.
         clip_norm: scale all gradients down by one factor where the norm of all of them together is larger than this
             (``torch.nn.utils.clip_grad_norm_``); None does not. A step whose norm is infinite or NaN changes nothing
             on any rank, and is counted.
@@ -177,6 +180,7 @@ class Config:
     recompute: str | tuple[str, ...] | None = None
     accumulate: int = 1
     keep_gathered: bool = False
+    unshard: float = 0.0
     clip_norm: float | None = None
     clip_value: float | None = None
     gradient_noise: float | None = None
@@ -264,6 +268,15 @@ class Config:
             raise OptionError(
                 f"keep_gathered with zero={config.zero} and accumulate={config.accumulate}",
                 fix="give zero=3 and accumulate=2 or more: otherwise nothing is gathered more often than it must be",
+            )
+        share: Any = config.unshard
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+            raise OptionError(f"unshard={share!r} is not a share", fix="give a number from 0 to 1")
+        if share and (config.zero < 3 or config.keep_gathered):
+            why = "keep_gathered" if config.keep_gathered else f"zero={config.zero}"
+            raise OptionError(
+                f"unshard={share} with {why}, where no backward gathers what its forward has gathered",
+                fix="leave one of them out",
             )
         return config
 

@@ -203,7 +203,7 @@ class _Step:
 
 
 _DEFAULTS = Config()
-_ONLY_PASSES_READ = ("zero", "bucket_bytes", "prefetch", "in_flight", "recompute", "keep_gathered")
+_ONLY_PASSES_READ = ("zero", "bucket_bytes", "prefetch", "in_flight", "recompute", "keep_gathered", "unshard")
 
 
 def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
