@@ -117,7 +117,7 @@ def test_what_dies_with_a_call_is_there_until_the_next_one() -> None:
 def test_state_is_allocated_once_and_stays() -> None:
     held = [Held(100 * MIB, 0, 9), Held(20 * MIB, 1, 3), Held(20 * MIB, 4, 5)]
     for num_steps in (1, 2, 5):
-        assert reserved_bytes(held, num_steps) == 120 * MIB
+        assert reserved_bytes(held, num_steps=num_steps) == 120 * MIB
 
 
 def test_nothing_is_reserved_for_what_has_no_bytes() -> None:
@@ -150,16 +150,25 @@ def peak_of(held: Sequence[Held]) -> int:
 def test_at_least_the_peak_and_at_most_a_segment_of_its_own_for_each_tensor_is_reserved(
     held: list[Held], num_steps: int
 ) -> None:
-    found = reserved_bytes(held, num_steps)
+    found = reserved_bytes(held, num_steps=num_steps)
     assert peak_of(held) <= found <= sum(reserved_by(h.num_bytes) for h in held)
     assert found % (2 * MIB) == 0
 
 
 @given(steps())
 def test_more_steps_never_give_memory_back_and_soon_need_no_more(held: list[Held]) -> None:
-    found = [reserved_bytes(held, num_steps) for num_steps in (1, 2, 3, 6, 7, 8)]
+    found = [reserved_bytes(held, num_steps=num_steps) for num_steps in (1, 2, 3, 6, 7, 8)]
     assert found == sorted(found)
     assert found[-1] == found[-2]
+
+
+def test_programs_of_a_step_use_each_others_holes_and_one_state() -> None:
+    state, micro, last = Held(20 * MIB, 0, 9), Held(40 * MIB, 1, 2), Held(40 * MIB, 3, 4)
+    assert reserved_bytes([state, micro], [state, last]) == 60 * MIB
+    assert reserved_bytes([state, micro], [state, Held(40 * MIB, 0, 9), last]) == 100 * MIB
+    unlike = Held(30 * MIB, 3, 4)  # 10 MiB of a hole are left
+    assert reserved_bytes([micro], [unlike]) == reserved_bytes([micro]) == 40 * MIB
+    assert reserved_bytes([unlike], [micro]) == 70 * MIB  # the first hole is too small
 
 
 @given(st.lists(sizes, min_size=1, max_size=60), st.randoms(use_true_random=False))

@@ -96,33 +96,43 @@ class CachingAllocator:
         insort(self._free[block.is_small], (block.size, block.order, block))
 
 
-def reserved_bytes(held: Sequence[Held], num_steps: int = 2) -> int:
+def reserved_bytes(*programs: Sequence[Held], num_steps: int = 2) -> int:
     """What the caching allocator has reserved after some steps.
 
     Args:
-        held: what a step holds, in order of ``first``; that which is held from the start to the end is state, which
-            stays from step to step.
+        programs: what each of a step's programs holds, in order of ``first``. That which is held from the start to the
+            end is state, which stays from step to step; all of it is that of the last program, which reads what those
+            before it read.
         num_steps: how often the step runs: holes of the first are filled by the next.
     """
     allocator = CachingAllocator()
-    held = [h for h in held if h.num_bytes]  # for no bytes the allocator is not asked
-    end = max((h.last for h in held), default=0)
-    state = [h for h in held if h.first == 0 and h.last == end]
+    state: list[Held] = []
+    temporaries: list[list[Held]] = []
+    for program in programs:
+        held = [h for h in program if h.num_bytes]  # for no bytes the allocator is not asked
+        end = max((h.last for h in held), default=0)
+        state = [h for h in held if h.first == 0 and h.last == end]
+        temporaries.append([h for h in held if not (h.first == 0 and h.last == end)])
     for h in state:
         allocator.allocate(h.num_bytes)
-    temporary = [h for h in held if not (h.first == 0 and h.last == end)]
+    for _ in range(num_steps):
+        for temporary in temporaries:
+            _play(temporary, allocator)
+    return allocator.reserved_bytes
+
+
+def _play(temporary: Sequence[Held], allocator: CachingAllocator) -> None:
+    """Allocate and release what a program holds for a time."""
     dying: dict[int, list[int]] = {}
     for index, h in enumerate(temporary):
         dying.setdefault(h.last, []).append(index)
-    for _ in range(num_steps):
-        blocks: dict[int, _Block] = {}
-        position = 0
-        for index, h in enumerate(temporary):
-            while position < h.first:
-                for dead in dying.get(position, ()):
-                    allocator.release(blocks.pop(dead))
-                position += 1
-            blocks[index] = allocator.allocate(h.num_bytes)
-        for block in blocks.values():
-            allocator.release(block)
-    return allocator.reserved_bytes
+    blocks: dict[int, _Block] = {}
+    position = 0
+    for index, h in enumerate(temporary):
+        while position < h.first:
+            for dead in dying.get(position, ()):
+                allocator.release(blocks.pop(dead))
+            position += 1
+        blocks[index] = allocator.allocate(h.num_bytes)
+    for block in blocks.values():
+        allocator.release(block)

@@ -67,7 +67,7 @@ class Prediction:
         """
         if self.device_type == "cpu":
             return round(self.peak_bytes * (1 + HOLES))
-        return max(reserved_bytes(f.holdings) for f in self.footprints)
+        return reserved_bytes(*(f.holdings for f in self.footprints))
 
     @property
     def unknown(self) -> Counter[str]:
