@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import zgraph
-from zgraph import planner
+from zgraph import captures, choices
 from zgraph.capture import capture
 from zgraph.config import Config
 from zgraph.errors import OptimizerError, OptionError, ZgraphError
@@ -64,14 +64,14 @@ def predicted(**options: Any) -> tuple[float, int]:
 
 @pytest.mark.slow
 def test_of_all_choices_the_fastest_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "_TUNED", {})
-    choices = [
+    monkeypatch.setattr(choices, "VARIED", {})
+    of_all = [
         {"zero": zero, "accumulate": accumulate, **({"recompute": recompute} if recompute else {})}
         for zero in range(4)
         for accumulate in (1, 2, 4)
         for recompute in (None, "operators", "blocks")
     ]
-    found = [predicted(**choice) for choice in choices]
+    found = [predicted(**choice) for choice in of_all]
     for budget in sorted({taken for _, taken in found}):
         plan = planned(memory=budget)
         assert plan.fits
@@ -126,6 +126,19 @@ def test_a_way_out_is_what_planning_with_it_gives() -> None:
             assert planned(memory="450KiB", world_size=world, **{**FIXED, "zero": 0}).fits
     (needed,) = [way.change.split("'")[1] for way in plan.ways_out if way.change.startswith("memory=")]
     assert planned(memory=needed, **{**FIXED, "zero": 0}).fits
+
+
+@pytest.mark.parametrize("accumulate", [1, "auto"])
+def test_a_smaller_batch_is_a_way_out_with_what_an_example_costs(accumulate: Any) -> None:
+    fixed = {"zero": 0, "recompute": None, "bucket_bytes": 2**24}
+    given = {"world_size": 1, "hardware": "cpu", "accumulate": accumulate, **fixed}
+    plan = planned(memory=planned(memory=1, **given).chosen.reserved_bytes - 1, **given)
+    (smaller,) = [way for way in plan.ways_out if "rows" in way.change]
+    num_rows = 2 if accumulate == 1 else 1  # of which a micro-batch is enough, where more of them do not help
+    assert smaller.change == f"{num_rows} of {ROWS} rows in a batch"
+    without = planned(batch=rows(num_rows), **{**given, "accumulate": 1})
+    assert (smaller.step_s, smaller.reserved_bytes) == (without.chosen.step_s, without.chosen.reserved_bytes)
+    assert smaller.cost == pytest.approx(smaller.step_s * ROWS / num_rows / plan.chosen.step_s)
 
 
 def test_a_plan_that_does_not_fit_is_not_compiled() -> None:
@@ -250,7 +263,7 @@ def deep(depth: int = 11, **given: Any) -> zgraph.Plan:
 def test_blocks_that_repeat_are_planned_as_if_all_were_captured(tight: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = deep().chosen.reserved_bytes - 1 if tight else 2**30
     folded = deep(memory=memory)
-    monkeypatch.setattr(planner, "_SIZES", (100, 102))
+    monkeypatch.setattr(captures, "SIZES", (100, 102))
     whole = deep(memory=memory)
     assert replace(folded, rejected=()) == replace(whole, rejected=())
 

@@ -121,8 +121,9 @@ def _run(passes: Sequence[Pass], program: Program, prove: bool) -> PipelineResul
         verify_s = time.perf_counter() - end
         assumes = tuple(axiom.text for axiom in p.assumes)
         records.append(PassRecord(p.name, end - start, verify_s, num_before, program.num_nodes(), assumes))
-    # fx remembers the name of every node it ever made, and with it the node; a copy leaves the erased ones behind.
-    program = program.clone()
+    if verifier is not None:
+        # fx remembers the name of every node it ever made, and with it the node; a copy leaves the erased ones behind.
+        program = program.clone()
     program.forget_values()
     return PipelineResult(program, tuple(records))
 

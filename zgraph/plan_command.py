@@ -16,8 +16,9 @@ from rich.console import Console
 from torch import nn
 
 from zgraph.config import PRECISIONS, RECOMPUTE, parse_bytes
+from zgraph.decision import AUTO
 from zgraph.errors import OptionError, first_line
-from zgraph.planner import AUTO, plan
+from zgraph.planner import plan
 from zgraph.presets import Decoder, ModelConfig, find_model, from_hf
 from zgraph.which_hardware import find_hardware
 

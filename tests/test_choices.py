@@ -1,0 +1,77 @@
+"""The family of choices: everything that is open with everything else, in an order that says what is never faster."""
+
+from __future__ import annotations
+
+import pytest
+
+from zgraph.choices import SEARCHED, VARIED, divisors, family
+from zgraph.config import Config
+from zgraph.errors import OptionError
+
+
+def test_a_family_is_every_stage_and_recomputation_with_one_variation_at_most() -> None:
+    told = [choice.options for choice in family(1, 2, {"recompute": None})]
+    mebi = 2**20
+    assert told == [
+        {"zero": zero, **varied, "recompute": None}
+        for zero in range(4)
+        for varied in (
+            {},
+            *({"bucket_bytes": size * mebi} for size in (4, 64, 256)),
+            *([{"prefetch": 2}] if zero == 3 else []),
+        )
+    ]
+
+
+def test_all_members_can_be_and_differ() -> None:
+    members = family(12, 8, {"precision": "bf16"})
+    configs = [choice.config for choice in members]
+    assert len(set(configs)) == len(members)
+    assert all(Config.from_options(choice.options) == choice.config for choice in members)
+    assert {config.accumulate for config in configs} == {1, 2, 3, 4, 6, 12}
+    assert {config.keep_gathered for config in configs} == {False, True}
+
+
+def test_one_rank_has_nothing_to_shard_or_to_send() -> None:
+    assert [choice.options for choice in family(1, 1, {})] == [
+        {"zero": 0},
+        {"zero": 0, "recompute": "operators"},
+        {"zero": 0, "recompute": "blocks"},
+    ]
+
+
+def test_what_is_fixed_is_in_every_member() -> None:
+    fixed = {"zero": 1, "accumulate": 2, "recompute": ("blocks.*",), "clip_norm": 1.0}
+    members = family(8, 2, fixed)
+    assert members
+    assert all(choice.options.items() >= fixed.items() for choice in members)
+    fixed = {name: getattr(Config, name) for name in SEARCHED}
+    assert [choice.options for choice in family(8, 2, fixed)] == [fixed]
+
+
+def test_milder_members_differ_in_one_step_and_come_first() -> None:
+    members = family(4, 2, {})
+    place = {choice: i for i, choice in enumerate(members)}
+    for choice in members:
+        for milder in choice.milder:
+            assert place[milder] < place[choice]
+            assert milder.depth == choice.depth - 1
+            differing = {n for n in SEARCHED if getattr(milder.config, n) != getattr(choice.config, n)}
+            assert len(differing - {"zero", "keep_gathered"}) == 1
+    mildest = [choice for choice in members if not choice.milder]
+    assert all((choice.config.accumulate, choice.config.recompute) == (1, None) for choice in mildest)
+
+
+def test_a_choice_of_the_user_that_cannot_be_is_refused() -> None:
+    with pytest.raises(OptionError, match="keep_gathered"):
+        family(4, 2, {"keep_gathered": True, "zero": 3, "accumulate": 1})
+
+
+def test_every_variation_is_of_an_option_and_not_its_default() -> None:
+    for name, variation in VARIED.items():
+        assert getattr(Config, name) not in variation.values
+
+
+@pytest.mark.parametrize(("number", "expected"), [(1, (1,)), (12, (1, 2, 3, 4, 6, 12)), (16, (1, 2, 4, 8, 16))])
+def test_divisors_come_in_order(number: int, expected: tuple[int, ...]) -> None:
+    assert divisors(number) == expected

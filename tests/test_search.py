@@ -1,0 +1,147 @@
+"""A budget takes the fastest choice that fits it, and what is not looked at could not have been taken."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.programs import blocks, few_examples
+from tests.test_planner import Stack, rows
+from tests.test_recompute import random_steps
+from zgraph.captures import Captures
+from zgraph.config import Config
+from zgraph.errors import OptionError
+from zgraph.lower import lower
+from zgraph.machines import assumed_cpu, preset
+from zgraph.predict import predict
+from zgraph.program import Mesh, Program
+from zgraph.search import Search
+
+H100 = preset("H100")
+CPU = assumed_cpu(4, 2**34).for_ranks(4)
+"""Its allocator does not round."""
+
+
+class Given:
+    """Stands for ``Captures``: the same program, whatever the options."""
+
+    notes: tuple[str, ...] = ()
+    num_rows, num_blocks, sizes = 1, 1, (1,)
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+
+    def captured(self, config: Config, num_blocks: int) -> Program:
+        return self.program
+
+    def check_blocks(self, config: Config) -> None: ...
+
+
+def search(program: Program, world: int = 2, **fixed: Any) -> Search:
+    return Search(Given(program), H100, world, fixed)  # type: ignore[arg-type]
+
+
+def by_hand(program: Program, world: int) -> list[tuple[float, int]]:
+    """Seconds and bytes of all members, each worked out on its own."""
+    found = []
+    for choice in search(program, world).members:
+        try:
+            made = predict(lower(program, choice.config, Mesh(world), None, (), hardware=H100), H100)
+        except OptionError:
+            continue  # nothing to recompute
+        found.append((made.step_s, made.reserved_bytes))
+    return found
+
+
+@given(random_steps(), st.sampled_from([1, 2, 4]), st.floats(0, 1.2))
+@few_examples(25)
+def test_the_fastest_that_fits_is_taken_or_none_fits(captured: Program, world: int, part: float) -> None:
+    found = by_hand(captured, world)
+    budget = int(part * max(num_bytes for _, num_bytes in found))
+    fitting = [seconds for seconds, num_bytes in found if num_bytes <= budget]
+    taken = search(captured, world).within(budget)
+    if taken is None:
+        assert not fitting
+    else:
+        assert taken.estimate.reserved_bytes <= budget
+        assert taken.estimate.step_s == pytest.approx(min(fitting))
+
+
+@given(random_steps(), st.sampled_from([1, 2, 4]))
+@few_examples(25)
+def test_nothing_takes_less_than_what_must_be_held(captured: Program, world: int) -> None:
+    of = search(captured, world)
+    for choice in of.members:
+        tried = of.estimated(choice)
+        assert tried is None or of.least_bytes(choice) <= tried.estimate.peak_bytes
+
+
+@given(random_steps(), st.sampled_from([2, 4]))
+@few_examples(25)
+def test_recomputation_is_never_faster(captured: Program, world: int) -> None:
+    of = search(captured, world)
+    for choice in of.members:
+        for milder in choice.milder:
+            both = of.estimated(choice), of.estimated(milder)
+            if all(both):
+                assert both[0].estimate.step_s >= both[1].estimate.step_s * (1 - 1e-9)  # type: ignore[union-attr]
+
+
+def of_two_rows() -> Search:
+    with torch.device("meta"):
+        model = Stack()
+    return Search(Captures(model, torch.optim.AdamW(model.parameters()), (rows(2), {})), CPU, 4, {})
+
+
+@pytest.fixture(scope="module")
+def of_stack() -> Search:
+    return of_two_rows()
+
+
+def test_more_memory_is_never_slower_and_less_never_takes_more(of_stack: Search) -> None:
+    along = list(of_stack.frontier())
+    assert len(along) > 3
+    seconds, num_bytes = [t.estimate.step_s for t in along], [t.estimate.reserved_bytes for t in along]
+    assert seconds == sorted(seconds)
+    assert num_bytes == sorted(num_bytes, reverse=True)
+    for budget in range(num_bytes[-1], num_bytes[0] + 4096, (num_bytes[0] - num_bytes[-1]) // 20):
+        expected = next(tried for tried in along if tried.estimate.reserved_bytes <= budget)
+        assert of_stack.within(budget) == expected
+    assert of_stack.within(num_bytes[-1] - 1) is None
+    assert of_stack.least().estimate.peak_bytes <= along[-1].estimate.peak_bytes
+
+
+def test_an_answer_does_not_depend_on_what_was_asked_before(of_stack: Search) -> None:
+    budget = int(0.8 * next(of_stack.frontier()).estimate.reserved_bytes)
+    found, anew = of_stack.within(budget), of_two_rows().within(budget)
+    assert found is not None
+    assert anew is not None
+    assert (found.choice.options, found.estimate) == (anew.choice.options, anew.estimate)
+
+
+def test_what_cannot_be_taken_is_not_looked_at() -> None:
+    ample = search(blocks(3), 2)
+    ample.within(2**40)
+    assert {choice.config.recompute for choice in ample.tried} == {None}
+    short = search(blocks(3), 2)
+    assert short.within(1) is None
+    assert not short.tried
+
+
+@pytest.mark.parametrize("unbounded", [False, True])
+def test_what_is_left_out_makes_no_difference(unbounded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pruned, whole = search(blocks(4), 4), search(blocks(4), 4)
+    monkeypatch.setattr(whole, "least_bytes", lambda _: 0)
+    if unbounded:
+        for choice in whole.members:
+            choice.milder.clear()
+        whole._more_milder = {choice: [] for choice in whole.members}
+    most = next(whole.frontier()).estimate.reserved_bytes
+    for budget in range(0, most + 512, 512):
+        taken, expected = pruned.within(budget), whole.within(budget)
+        assert (taken and taken.choice.options) == (expected and expected.choice.options)
+    assert pruned.least().choice.options == whole.least().choice.options

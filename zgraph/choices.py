@@ -1,0 +1,134 @@
+"""The options that are searched, and their values: one table, and the family of choices that it spans.
+
+The family does not depend on a budget, which only says what of it fits. So more memory never means a slower plan, and
+less never a higher peak.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from zgraph.config import Config
+from zgraph.errors import OptionError
+
+ACCUMULATE = "accumulate"
+"""Searched among the numbers that divide the batch."""
+
+CHAINED: dict[str, tuple[Any, ...]] = {"recompute": (None, "operators", "blocks")}
+"""Options of which each value computes all that the one before computes, and is never faster. So is a larger number of
+micro-batches."""
+
+CROSSED: dict[str, tuple[Any, ...]] = {"zero": (0, 1, 2, 3)}
+"""Options of which each value is tried with all of the others."""
+
+
+@dataclass(frozen=True)
+class Variation:
+    """An option of which each value is tried with the defaults of the other variations.
+
+    Attributes:
+        values: besides the default.
+        matters: whether it changes anything beside other options.
+        instead: options of a member that is never slower, where there is none with one of the chained options a step
+            back.
+    """
+
+    values: tuple[Any, ...]
+    matters: Callable[[Config], bool] = field(default=lambda _: True)
+    instead: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _gathers(config: Config) -> bool:
+    return config.zero == 3
+
+
+VARIED: dict[str, Variation] = {
+    "bucket_bytes": Variation(tuple(mebi * 2**20 for mebi in (4, 64, 256))),
+    "in_flight": Variation((0, None), lambda config: config.prefetch is None),
+    "unshard": Variation((0.25, 0.5, 1.0), _gathers),
+    "keep_gathered": Variation((True,), lambda config: _gathers(config) and config.accumulate > 1, {"zero": 2}),
+}
+"""None of them matters on a single rank."""
+
+SEARCHED = (ACCUMULATE, *CHAINED, *CROSSED, *VARIED)
+
+
+@dataclass(eq=False)
+class Choice:
+    """One member of the family.
+
+    Attributes:
+        options: those that the user fixed, and those that differ from their defaults; the stage in any case.
+        config: the same, checked.
+        milder: members with one of the chained options a step back.
+        depth: how many such steps there are.
+    """
+
+    options: dict[str, Any]
+    config: Config
+    milder: list[Choice]
+    depth: int
+
+
+def family(num_rows: int, world: int, fixed: Mapping[str, Any]) -> list[Choice]:
+    """All choices, milder ones first.
+
+    Args:
+        num_rows: what micro-batches divide.
+        world: how many ranks.
+        fixed: options that the user gave.
+
+    Raises:
+        OptionError: one of them cannot be.
+    """
+    chains: dict[str, Sequence[Any]] = {ACCUMULATE: divisors(num_rows), **CHAINED}
+    crossed = {**chains, **(CROSSED if world > 1 else {"zero": (0,)})}
+    crossed = {name: (fixed[name],) if name in fixed else values for name, values in crossed.items()}
+    found: dict[Any, Choice] = {}
+    for options in _product(crossed):
+        for varied in _variations(fixed) if world > 1 else [{}]:
+            both = {**options, **varied}
+            try:
+                config = Config.from_options({**fixed, **both})
+            except OptionError:
+                if all(both[name] == fixed.get(name, getattr(Config, name)) for name in both):
+                    raise  # that is what the user asked for
+                continue
+            if any(not VARIED[name].matters(config) for name in varied):
+                continue
+            indices = {name: crossed[name].index(options[name]) for name in chains}
+            milder = []
+            for name in (name for name, index in indices.items() if index):
+                back = {name: crossed[name][indices[name] - 1]}
+                instead = [{**options, **VARIED[each].instead, **back} for each in varied if VARIED[each].instead]
+                known = [found[key] for key in map(_key, ({**both, **back}, *instead)) if key in found]
+                milder += known[:1]
+            told = {name: value for name, value in both.items() if name == "zero" or value != getattr(Config, name)}
+            found[_key(both)] = Choice({**told, **fixed}, config, milder, sum(indices.values()))
+    return list(found.values())
+
+
+def _product(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = [{}]
+    for name, each in values.items():
+        found = [{**before, name: value} for before in found for value in each]
+    return found
+
+
+def _variations(fixed: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """None, and one of each value."""
+    open_ones = {name: variation for name, variation in VARIED.items() if name not in fixed}
+    return [{}, *({name: value} for name, variation in open_ones.items() for value in variation.values)]
+
+
+def _key(options: Mapping[str, Any]) -> Any:
+    return tuple(sorted((name, repr(value)) for name, value in options.items()))
+
+
+def divisors(number: int) -> tuple[int, ...]:
+    """Numbers that divide ``number``, in order."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return tuple(dict.fromkeys([*small, *(number // n for n in reversed(small))]))

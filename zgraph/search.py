@@ -1,0 +1,296 @@
+"""The fastest choice of options that fits a budget, out of a family that does not depend on it.
+
+Choices have one fixed order: fast first, then the milder one, then the one that takes less memory. A budget takes the
+first that fits. So more memory never gives a slower choice, and less never one that takes more.
+
+Few of them are looked at. What is never faster than another is not, while that other may be taken: a step with more
+micro-batches or more recomputation is taken to be no faster than the same step with less. Nor is what cannot fit: its
+state, and the activations that are held where forward ends, are too much already.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import count, takewhile
+from typing import Any
+
+from zgraph.captures import Captures
+from zgraph.choices import CHAINED, Choice, family
+from zgraph.config import Config
+from zgraph.errors import OptionError
+from zgraph.hardware import Hardware
+from zgraph.liveness import lifetimes
+from zgraph.lower import Lowered, lower
+from zgraph.passes import default_passes
+from zgraph.pipeline import Pass, run
+from zgraph.plans import Estimate
+from zgraph.predict import Prediction, predict
+from zgraph.program import Mesh, Phase, Program, Role, Stage, phase_of
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A choice and what it is predicted to take.
+
+    Attributes:
+        choice: of the family.
+        estimate: of the whole model, extended from few blocks where it repeats some.
+        is_exact: whether it is of the whole model's program instead.
+    """
+
+    choice: Choice
+    estimate: Estimate
+    is_exact: bool
+
+    @property
+    def num_bytes(self) -> int:
+        """What has to fit; of an estimate, what is live: bytes that are reserved do not grow in a line."""
+        return self.estimate.reserved_bytes if self.is_exact else self.estimate.peak_bytes
+
+
+class Search:
+    """Estimates of a family's members, each made once, when it is asked for.
+
+    Args:
+        captures: of the step.
+        hardware: the machine, as each rank finds it.
+        world: how many ranks.
+        fixed: options that are not searched.
+        passes: of the user's own.
+
+    Attributes:
+        members: the family.
+        tried: what was estimated so far.
+    """
+
+    def __init__(
+        self, captures: Captures, hardware: Hardware, world: int, fixed: dict[str, Any], passes: Sequence[Pass] = ()
+    ) -> None:
+        self.captures, self.hardware, self.world, self.fixed, self._passes = captures, hardware, world, fixed, passes
+        self.members = family(captures.num_rows, world, fixed)
+        self.tried: dict[Choice, Tried | None] = {}
+        self._more_milder: dict[Choice, list[Choice]] = {choice: [] for choice in self.members}
+        for choice in self.members:
+            for milder in choice.milder:
+                self._more_milder[milder].append(choice)
+        self._held: dict[Any, tuple[_Held, ...]] = {}
+        self._last: tuple[Choice, tuple[Lowered, Prediction]] | None = None
+        self._notes: list[str] = []
+        captures.check_blocks(self.members[0].config)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the plan should know."""
+        return (*self.captures.notes, *self._notes)
+
+    def beside(
+        self,
+        *,
+        captures: Captures | None = None,
+        hardware: Hardware | None = None,
+        world: int | None = None,
+        fixed: dict[str, Any] | None = None,
+    ) -> Search:
+        """A search in which something else is given."""
+        return Search(
+            captures or self.captures,
+            hardware or self.hardware,
+            world or self.world,
+            self.fixed if fixed is None else fixed,
+            self._passes,
+        )
+
+    # -- choosing ---------------------------------------------------------------------------------------------
+
+    def within(self, budget: float, *, estimated: bool = False) -> Tried | None:
+        """The first choice that fits; None if none does.
+
+        Args:
+            budget: bytes that a rank may take.
+            estimated: take it on its estimate, without working it out in full.
+        """
+        tie = count()
+        waiting = {choice: len(choice.milder) for choice in self.members}
+        known = dict.fromkeys(self.members, 0.0)  # seconds that it takes at least
+        queue: list[tuple[float, int, int, int, Choice, Tried | None]] = []
+
+        def put(seconds: float, num_bytes: int, choice: Choice, tried: Tried | None) -> None:
+            heapq.heappush(queue, (seconds, choice.depth, num_bytes, next(tie), choice, tried))
+
+        for choice in self.members:
+            if not choice.milder:
+                put(0.0, 0, choice, None)
+        while queue:
+            seconds, *_, choice, tried = heapq.heappop(queue)
+            if tried is not None:
+                last = tried if estimated else self.exact(choice)
+                if last.estimate.reserved_bytes <= budget:
+                    return last
+                continue
+            if self.least_bytes(choice) <= budget and (tried := self.estimated(choice)) is not None:
+                seconds = max(seconds, tried.estimate.step_s)
+                if tried.estimate.peak_bytes <= budget:
+                    put(tried.estimate.step_s, tried.estimate.peak_bytes, choice, tried)
+            for later in self._more_milder[choice]:
+                known[later] = max(known[later], seconds)
+                waiting[later] -= 1
+                if not waiting[later]:
+                    put(known[later], 0, later, None)
+        return None
+
+    def least(self) -> Tried:
+        """The choice that takes least memory, worked out in full."""
+        best: Tried | None = None
+        for choice in sorted(self.members, key=lambda choice: (self.least_bytes(choice), choice.depth)):
+            if best is not None and self.least_bytes(choice) > best.estimate.peak_bytes:
+                break
+            tried = self.estimated(choice)
+            if tried is not None and (best is None or _size(tried) < _size(best)):
+                best = tried
+        assert best is not None
+        return self.exact(best.choice)
+
+    def frontier(self) -> Iterator[Tried]:
+        """From the fastest choice on, each with which less memory is taken and none is faster: what budgets choose."""
+        budget = float("inf")
+        while (tried := self.within(budget)) is not None:
+            yield tried
+            budget = tried.num_bytes - 1
+
+    # -- estimating -------------------------------------------------------------------------------------------
+
+    def estimated(self, choice: Choice) -> Tried | None:
+        """What is known of a choice; None if the model has nothing to recompute in the way it asks for."""
+        if choice not in self.tried:
+            try:
+                self.tried[choice] = Tried(choice, self._estimate(choice), is_exact=len(self.captures.sizes) == 1)
+            except OptionError as error:
+                self._skip(choice, error)
+        return self.tried[choice]
+
+    def exact(self, choice: Choice) -> Tried:
+        """What the whole model's program gives."""
+        tried = self.estimated(choice)
+        if tried is None or not tried.is_exact:
+            made = self.in_full(choice)[1]
+            tried = self.tried[choice] = Tried(choice, Estimate.of(choice.options, made), is_exact=True)
+        return tried
+
+    def in_full(self, choice: Choice) -> tuple[Lowered, Prediction]:
+        """The whole model's programs; those of the last choice are kept, as they are mostly those that are taken."""
+        if self._last is None or self._last[0] is not choice:
+            self._last = None  # its programs may be large
+            self._last = choice, self._predict(choice.config, self.captures.num_blocks)
+        return self._last[1]
+
+    def _estimate(self, choice: Choice) -> Estimate:
+        """Of the whole model; where it repeats blocks, from two numbers of them in a line."""
+        made = [Estimate.of(choice.options, self._predict(choice.config, size)[1]) for size in self.captures.sizes]
+        if len(made) == 1:
+            return made[0]
+        live = round(self._extended([each.peak_bytes for each in made]))
+        return Estimate(
+            choice.options,
+            self._extended([each.step_s for each in made]),
+            self._extended([each.exposed_s for each in made]),
+            live,
+            round(live * made[-1].reserved_bytes / made[-1].peak_bytes),
+        )
+
+    def _extended(self, found: Sequence[float]) -> float:
+        """To the whole model, from what its few sizes give."""
+        if len(found) == 1:
+            return found[0]
+        (few, more), sizes = found, self.captures.sizes
+        return few + (self.captures.num_blocks - sizes[0]) / (sizes[1] - sizes[0]) * (more - few)
+
+    def _predict(self, config: Config, num_blocks: int) -> tuple[Lowered, Prediction]:
+        captured = self.captures.captured(config, num_blocks)
+        mesh = Mesh(self.world)
+        lowered = lower(captured, config, mesh, None, self._passes, hardware=self.hardware, prove=False)
+        return lowered, predict(lowered, self.hardware, config.accumulate)
+
+    def _skip(self, choice: Choice, error: OptionError) -> None:
+        """Leave out what the model cannot do, unless the user asked for it."""
+        asked = [name for name in CHAINED if getattr(choice.config, name) not in (None, self.fixed.get(name))]
+        if not asked:
+            raise error
+        self.tried[choice] = None
+        note = f"{asked[0]}={getattr(choice.config, asked[0])!r} was not considered: {error.what}"
+        if note not in self._notes:
+            self._notes.append(note)
+
+    # -- what cannot fit --------------------------------------------------------------------------------------
+
+    def least_bytes(self, choice: Choice) -> int:
+        """Bytes that a rank holds at least where forward ends, without passes that shard."""
+        config = choice.config
+        before = replace(config, zero=0, bucket_bytes=Config.bucket_bytes, keep_gathered=False, unshard=Config.unshard)
+        if before not in self._held:
+            try:
+                self._held[before] = tuple(
+                    _Held.of(_recomputed(self.captures.captured(before, size), before), before)
+                    for size in self.captures.sizes
+                )
+            except OptionError as error:
+                self._held[before] = ()
+                self._skip(choice, error)
+        held = self._held[before]
+        return int(self._extended([each.on_rank(config.zero, self.world) for each in held])) if held else 0
+
+
+def _size(tried: Tried) -> tuple[int, float]:
+    return tried.estimate.peak_bytes, tried.estimate.step_s
+
+
+def _recomputed(captured: Program, config: Config) -> Program:
+    """The step after the passes that change what it computes, before those that divide it."""
+    passes = takewhile(lambda p: p.gives is Stage.CAPTURED, default_passes(config, Mesh(1)))
+    return run(tuple(passes), captured, prove=False).program
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Bytes of one rank that has everything."""
+
+    params: int
+    state: int
+    gradients: int
+    activations: int
+
+    @classmethod
+    def of(cls, program: Program, config: Config) -> _Held:
+        """What a step holds where its forward ends.
+
+        Casts of parameters are left out, which a pass may make at another time; a quarter of the optimizer's state is
+        what 8 bits take.
+        """
+        params, state, gradients = (
+            sum(
+                node.meta["val"].nbytes for node, what in program.placeholders() if what.role is role and _is_flat(node)
+            )
+            for role in (Role.PARAM, Role.OPT_STATE, Role.GRADIENT)
+        )
+        nodes = list(program.graph.nodes)
+        backward = next((i for i, node in enumerate(nodes) if phase_of(node) is Phase.BACKWARD), len(nodes) - 1)
+        casts = {node for node, what in program.placeholders() if what.role is Role.PARAM}
+        for node in nodes[:backward]:
+            if node.all_input_nodes and casts.issuperset(node.all_input_nodes):
+                casts.add(node)
+        activations = sum(
+            life.num_bytes
+            for life in lifetimes(program, staged=False)
+            if phase_of(life.node) is Phase.FORWARD and life.first < backward <= life.last and life.node not in casts
+        )
+        return cls(params, state // 4 if config.state_precision is not None else state, gradients, activations)
+
+    def on_rank(self, zero: int, world: int) -> float:
+        """Of one of so many ranks, with a ZeRO stage."""
+        divided = (self.params if zero == 3 else 0) + (self.state if zero else 0) + (self.gradients if zero > 1 else 0)
+        return self.params + self.state + self.gradients + self.activations - divided * (1 - 1 / world)
+
+
+def _is_flat(node: Any) -> bool:
+    return hasattr(node.meta["val"], "nbytes")
