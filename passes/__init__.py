@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from zgraph.config import Config
+from zgraph.errors import OptionError
 from zgraph.hardware import Hardware
 from zgraph.layout import Layout
 from zgraph.passes.bucket import FormBuckets
@@ -14,6 +15,7 @@ from zgraph.passes.overlap import Overlap
 from zgraph.passes.precision import CastBeforeGather, ReduceInLowPrecision
 from zgraph.passes.quantize import QuantizeState
 from zgraph.passes.recompute import EXPENSIVE, RecomputeModules
+from zgraph.passes.recompute_activations import RecomputeActivations
 from zgraph.passes.schedule import Schedule
 from zgraph.passes.shard import AverageGradients, ReadParamsEarly, ShardGradients, ShardOptimizer, ShardParams
 from zgraph.passes.tidy import Tidy
@@ -38,6 +40,9 @@ def default_passes(
         layout: buckets that exist already and are to be kept if the program allows it.
         own: a user's passes, each run right after the last pass that gives the stage it takes.
         hardware: the machine that passes ask what calls cost, as each rank finds it. All ranks must give the same.
+
+    Raises:
+        OptionError: an option weighs costs, and there is no machine.
     """
     zero: tuple[tuple[Pass, ...], ...] = (
         (AverageGradients(mesh),),
@@ -50,9 +55,7 @@ def default_passes(
             *((ReadGathered(),) if config.keep_gathered else ()),
         ),
     )
-    passes = (
-        Tidy(),
-        *(_recompute(config.recompute) if config.recompute is not None else ()),
+    then = (
         FormBuckets(mesh.size, config.bucket_bytes, layout, packed=config.state_precision == "int8"),
         *(p for stage in zero[: config.zero + 1] for p in stage),
         *((ReduceInLowPrecision(),) if config.reduce_precision == "bf16" and mesh.size > 1 else ()),
@@ -61,6 +64,7 @@ def default_passes(
         UpdateInPlace(),
         *((Unshard(config.unshard, hardware),) if config.zero == 3 and mesh.size > 1 else ()),
     )
+    passes = (Tidy(), *_recompute(config.recompute, hardware, then), *then)
     last = {p.gives: p for p in passes}
     return tuple(q for p in passes for q in (p, *(o for o in own if last.get(o.takes) is p)))
 
@@ -72,10 +76,21 @@ def _order(config: Config, hardware: Hardware | None) -> Pass:
     return Schedule(hardware, config.in_flight)
 
 
-def _recompute(what: str | tuple[str, ...]) -> tuple[Pass, ...]:
+def _recompute(
+    what: str | tuple[str, ...] | float | None, hardware: Hardware | None, then: tuple[Pass, ...]
+) -> tuple[Pass, ...]:
+    if what is None or what == 0:
+        return ()
     if isinstance(what, tuple):
         return (RecomputeModules(what),)
-    return (RecomputeModules(keep=EXPENSIVE if what == "operators" else ()),)
+    if isinstance(what, str):
+        return (RecomputeModules(keep=EXPENSIVE if what == "operators" else ()),)
+    if hardware is None:
+        raise OptionError(
+            f"recompute={what!r} weighs bytes against seconds, and this machine is not known",
+            fix="run `zgraph calibrate` to measure it, or give recompute='blocks'",
+        )
+    return (RecomputeActivations(what, hardware, then),)
 
 
 __all__ = [
@@ -86,6 +101,7 @@ __all__ = [
     "QuantizeState",
     "ReadGathered",
     "ReadParamsEarly",
+    "RecomputeActivations",
     "RecomputeModules",
     "ReduceInLowPrecision",
     "Schedule",

@@ -9,8 +9,8 @@ from __future__ import annotations
 import difflib
 import operator
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import accumulate
 
@@ -20,6 +20,7 @@ from torch import fx
 from zgraph import ops
 from zgraph.errors import OptionError
 from zgraph.liveness import owners
+from zgraph.passes.again import make_again
 from zgraph.pipeline import Pass
 from zgraph.program import Phase, Program, Stage, operand, phase_of, target_name
 
@@ -89,7 +90,6 @@ class _Recomputation:
         self.program, self.patterns = program, patterns
         self.owner = owners(program)
         self.paths: dict[str, str | None] = {}
-        self.position = {node: i for i, node in enumerate(program.graph.nodes)}
         self.blocks = list(self._find_blocks())
         self.block_of = {node: block for block in self.blocks for node in block.members}
         self.keep = set(self._find_kept(keep, every_second))
@@ -108,11 +108,7 @@ class _Recomputation:
                     self.kept.add(self.owner[source])
         for block in reversed(self.blocks):
             self._plan(wanted.get(block, set()))
-        copies: dict[fx.Node, fx.Node] = {}
-        for reader in late:
-            for source in reader.all_input_nodes:
-                if source in self.again and self._may_read(reader, source):
-                    reader.replace_input_with(source, self._made_again(source, reader, copies))
+        make_again(self.program, self.again, self._may_read, self._same_block)
 
     def _find_blocks(self) -> Iterator[_Block]:
         """Blocks in the order of forward; one that is called again behind another is two."""
@@ -164,8 +160,7 @@ class _Recomputation:
                 return False
             node = memory
         source = operand(node) if node.target is operator.getitem else node
-        is_plain = not ops.draws(source) and not ops.may_write(source.target)
-        return is_plain and source.target not in (*ops.STARTS, ops.wait) and source not in self.keep
+        return ops.can_run_again(node) and source not in self.keep
 
     def _plan(self, wanted: set[fx.Node]) -> None:
         """Decide which values of one block are made again so that backward has those that are ``wanted``."""
@@ -193,29 +188,9 @@ class _Recomputation:
         else:
             self.kept |= freed
 
-    def _made_again(self, wanted: fx.Node, reader: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
-        """The copy of a value; it and what it needs are made before ``reader`` if they are not there yet."""
-        needed: set[fx.Node] = set()
-        stack = [wanted]
-        while stack:
-            node = stack.pop()
-            if node in self.again and node not in needed and node not in copies:
-                needed.add(node)
-                stack.extend(source for source in node.all_input_nodes if self._same_block(source, node))
-        for node in sorted(needed, key=self.position.__getitem__):
-            copies[node] = self._copy(node, reader, copies)
-        return copies[wanted]
-
-    def _copy(self, node: fx.Node, reader: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
-        """The same call before ``reader``; what it reads of its block has been made again, or is kept."""
-        again = {source: copies[source] for source in node.all_input_nodes if self._same_block(source, node)}
-        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda source: again.get(source, source))
-        origin = replace(node.meta["origin"], phase=Phase.BACKWARD)
-        return self.program.call(node.target, *args, origin=origin, before=reader, **kwargs)
-
-    def _same_block(self, source: fx.Node, node: fx.Node) -> bool:
-        """Whether what is made again reads a source that is made again, too."""
-        return source in self.again and self.block_of[source] is self.block_of[node]
+    def _same_block(self, node: fx.Node, source: fx.Node) -> bool:
+        """Whether what is made again reads a source that is made again, too, rather than what is kept of it."""
+        return self.block_of[source] is self.block_of[node]
 
 
 @dataclass(eq=False)

@@ -186,6 +186,86 @@ def order(program: Program) -> str:
     return "\n".join(lines)
 
 
+# Networks
+
+
+OPERATIONS = ("sin", "tanh", "wide", "narrow", "mul", "add", "dropout", "split")
+"""What a layer of ``network`` may compute."""
+
+
+def network(layers: Sequence[tuple[str, int]], *, rows: int = 4) -> Program:
+    """Layers that feed each other, with their true gradients; trained by SGD.
+
+    Args:
+        layers: of each, one of ``OPERATIONS``, and how many values back the second operand is, if it takes one.
+        rows: of the batch.
+    """
+    b = Builder()
+    values = [b.input(Role.BATCH, "0", shape=[rows, 4])]
+    lr = b.input(Role.HYPER, "lr")
+    made: list[tuple[str, str, fx.Node, fx.Node, fx.Node | None]] = []
+    params: dict[str, fx.Node] = {}
+    for i, (kind, back) in enumerate(layers):
+        x, module = values[-1], f"layers.{i}"
+        like = [value for value in values if value.meta["val"].shape == x.meta["val"].shape]
+        other: fx.Node | None = like[max(len(like) - 1 - back, 0)]
+        if kind in ("wide", "narrow"):
+            shape = [x.meta["val"].shape[1], 12 if kind == "wide" else 2]
+            other = params[f"w{i}"] = b.input(Role.PARAM, f"w{i}", shape=shape)
+            y = b.forward(aten.mm.default, x, other, module=module)
+        elif kind in ("mul", "add"):
+            y = b.forward(aten.mul.Tensor if kind == "mul" else aten.add.Tensor, x, other, module=module)
+        elif kind == "dropout":
+            other = b.forward(aten.bernoulli.p, x, 0.5, module=module)
+            y = b.forward(aten.mul.Tensor, x, other, module=module)
+        elif kind == "split":
+            halves = b.forward(aten.split.Tensor, x, rows // 2, module=module)
+            first, second = (b.forward(operator.getitem, halves, k, module=module) for k in range(2))
+            y = b.forward(aten.cat.default, [second, first], module=module)
+        else:
+            y = b.forward(aten.sin.default if kind == "sin" else aten.tanh.default, x, module=module)
+        made.append((kind, module, x, y, other))
+        values.append(y)
+    loss = b.forward(aten.sum.default, values[-1])
+    gradient = {
+        values[-1]: b.backward(aten.expand.default, b.backward(aten.ones_like.default, loss), [*y.meta["val"].shape])
+    }
+
+    def add(value: fx.Node, more: fx.Node) -> None:
+        known = gradient.get(value)
+        gradient[value] = more if known is None else b.backward(aten.add.Tensor, known, more)
+
+    for kind, module, x, y, other in reversed(made):
+        g, at = gradient[y], {"module": module}
+        if kind in ("wide", "narrow"):
+            assert other is not None
+            add(other, b.backward(aten.mm.default, b.backward(aten.t.default, x, **at), g, **at))
+            add(x, b.backward(aten.mm.default, g, b.backward(aten.t.default, other, **at), **at))
+        elif kind == "mul":
+            add(x, b.backward(aten.mul.Tensor, g, other, **at))
+            assert other is not None
+            add(other, b.backward(aten.mul.Tensor, g, x, **at))
+        elif kind == "add":
+            add(x, g)
+            assert other is not None
+            add(other, g)
+        elif kind == "dropout":
+            add(x, b.backward(aten.mul.Tensor, g, other, **at))
+        elif kind == "split":
+            halves = b.backward(aten.split.Tensor, g, rows // 2, **at)
+            first, second = (b.backward(operator.getitem, halves, k, **at) for k in range(2))
+            add(x, b.backward(aten.cat.default, [second, first], **at))
+        elif kind == "sin":
+            add(x, b.backward(aten.mul.Tensor, g, b.backward(aten.cos.default, x, **at), **at))
+        else:
+            add(x, b.backward(aten.tanh_backward.default, g, y, **at))
+    results: dict[Input | None, Any] = {None: loss}
+    for name, p in params.items():
+        size = b.call(Phase.UPDATE, operator.neg, lr, module=name)
+        results[param(name)] = b.call(Phase.UPDATE, aten.add.Tensor, p, gradient[p], alpha=size, module=name)
+    return b.finish(results)
+
+
 # Meaning
 
 

@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 
-from tests.mutants.catalogue import MUTANTS, Edit, Mutant
+from tests.mutants.catalogue import MACHINE, MUTANTS, Edit, Mutant
 from tests.mutants.steps import steps
 from tests.programs import assert_same_step
 from zgraph.config import Config
@@ -33,7 +33,8 @@ INEXACT = [(Config(zero, 200, reduce_precision="bf16", state_precision="int8"), 
 """For mistakes in what is rounded on request; numbers show nothing there."""
 
 RECOMPUTING = [
-    (Config(zero, 100, recompute=(path,)), Mesh(2)) for zero, path in ((3, "blocks.*"), (0, "blocks.*"), (3, "blocks"))
+    (Config(zero, 100, recompute=how), Mesh(2))
+    for zero, how in ((3, ("blocks.*",)), (0, ("blocks.*",)), (3, ("blocks",)), (3, 1.0))
 ]
 """For mistakes in what is made again: of a step that has blocks."""
 
@@ -76,7 +77,7 @@ def is_shown_by_numbers(mutant: Mutant) -> bool:
 @pytest.mark.parametrize("step", captured())
 def test_without_a_mistake_nothing_is_refused(step: str) -> None:
     for config, mesh in (*CONFIGS, *(RECOMPUTING if step == "two blocks" else ())):
-        program = run(default_passes(config, mesh), captured()[step]).program
+        program = run(default_passes(config, mesh, hardware=MACHINE), captured()[step]).program
         assert_same_step(program, captured()[step])
 
 
@@ -88,7 +89,9 @@ def test_a_mistake_is_refused_for_what_it_is_with_its_pass_its_place_and_the_use
     assert re.search(mutant.expects.value, error.what), error
     name = error.what.split(" ")[0].rstrip(":")
     assert name in {
-        p.name for config, mesh in (*CONFIGS, *INEXACT, *RECOMPUTING) for p in default_passes(config, mesh)
+        p.name
+        for config, mesh in (*CONFIGS, *INEXACT, *RECOMPUTING)
+        for p in default_passes(config, mesh, hardware=MACHINE)
     } | {type(getattr(mutant, "extra", None)).__name__}
     assert (error.where or "").startswith("model.py:"), error
     names = {re.escape(what.name) for program in captured().values() for _, what in program.placeholders()}

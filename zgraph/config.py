@@ -49,7 +49,7 @@ def parse_bytes(value: int | str, option: str) -> int:
 PRECISIONS: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 RECOMPUTE = ("blocks", "operators")
-"""What ``recompute`` may be besides a list of modules."""
+"""What ``recompute`` may be besides a number and a list of modules."""
 
 
 _TINY = 2.0**-100
@@ -98,13 +98,23 @@ def _names(value: Any, option: str, example: str) -> tuple[str, ...]:
 
 
 def _patterns(value: Any) -> tuple[str, ...]:
-    known = " or ".join(map(repr, RECOMPUTE))
+    known = f"a number from 0 to 1, {', '.join(map(repr, RECOMPUTE))}, a list of module paths, or None"
     if isinstance(value, str):
-        raise OptionError(f"recompute={value!r} is not known", fix=f"give {known}, a list of module paths, or None")
+        raise OptionError(f"recompute={value!r} is not known", fix=f"give {known}")
     patterns = _names(value, "recompute", "['encoder', 'decoder.layers.*']")
     if not patterns or "" in patterns:
-        raise OptionError(f"recompute={value!r} names no module", fix=f"give {known}, a list of module paths, or None")
+        raise OptionError(f"recompute={value!r} names no module", fix=f"give {known}")
     return patterns
+
+
+def _recompute(value: Any) -> str | tuple[str, ...] | float | None:
+    if value is None or (isinstance(value, str) and value in RECOMPUTE):
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return _patterns(value)
+    if not 0 <= value <= 1:
+        raise OptionError(f"recompute={value!r} is out of range", fix="give a number from 0 to 1")
+    return float(value)
 
 
 @dataclass(frozen=True)
@@ -137,8 +147,11 @@ class Config:
             where the update treats every element alike; ``optimizer.state_dict()`` has it in float32.
             ``zgraph.packed`` bounds the error. It is for moments: an optimizer that keeps weights in its state (ASGD's
             average, a wide copy) would have them in 8 bits, too. By default state is as the optimizer makes it.
-        recompute: what backward computes again instead of keeping it since forward. ``"blocks"``: all that lies within
-            a block, of which only what goes in is kept; blocks are the members of lists (``nn.ModuleList``,
+        recompute: what backward computes again instead of keeping it since forward. A number from 0 to 1: how far to go
+            from the peak with all kept, which is 0, to the lowest that computing again can reach, which is 1, by
+            dropping single tensors: those that lower the peak most for the seconds that they cost on the machine. It
+            needs no blocks. A higher number never has a higher peak, nor less to compute. ``"blocks"``: all that lies
+            within a block, of which only what goes in is kept; blocks are the members of lists (``nn.ModuleList``,
             ``nn.Sequential``) of which two or more compute alike. ``"operators"``: the same, but for the results of
             matrix products, convolutions and attention, which are kept, too, as they take most of the time. A list of
             patterns of module paths, such as ``["encoder", "decoder.layers.*"]``: each of these modules is a block.
@@ -177,7 +190,7 @@ class Config:
     keep_float32: tuple[str, ...] = ()
     reduce_precision: str | None = None
     state_precision: str | None = None
-    recompute: str | tuple[str, ...] | None = None
+    recompute: str | tuple[str, ...] | float | None = None
     accumulate: int = 1
     keep_gathered: bool = False
     unshard: float = 0.0
@@ -205,8 +218,8 @@ class Config:
         values = dict(options)
         if "keep_float32" in values:
             values["keep_float32"] = _names(values["keep_float32"], "keep_float32", "['head', 'norm']")
-        if values.get("recompute") not in (None, *RECOMPUTE):
-            values["recompute"] = _patterns(values["recompute"])
+        if "recompute" in values:
+            values["recompute"] = _recompute(values["recompute"])
         if "bucket_bytes" in values:
             values["bucket_bytes"] = parse_bytes(values["bucket_bytes"], "bucket_bytes")
         config = cls(**values)

@@ -200,6 +200,14 @@ def draws(node: fx.Node) -> bool:
     return isinstance(given, fx.Node) or bool(given != 0)
 
 
+def can_run_again(node: fx.Node) -> bool:
+    """Whether a call gives the same when it runs once more: it draws nothing, writes nothing and waits for nobody."""
+    source = node.args[0] if node.target is operator.getitem else node
+    if not isinstance(source, fx.Node) or draws(source) or may_write(source.target):
+        return False
+    return source.target not in (*STARTS, wait, max_over_ranks)
+
+
 def may_write(target: Any) -> bool:
     """Whether a call may write over its arguments: a kernel, or an operator that torch calls mutable."""
     return hasattr(target, "writes") or _is_mutable(target)

@@ -60,7 +60,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--clip-norm", type=float, metavar="X", help="default: no clipping")
     command.add_argument("--zero", default=AUTO, metavar="0-3", help="default: searched")
     command.add_argument("--accumulate", default=AUTO, metavar="N", help="micro-batches of a step; default: searched")
-    command.add_argument("--recompute", default=AUTO, choices=[AUTO, "none", *RECOMPUTE], help="default: searched")
+    command.add_argument(
+        "--recompute", default=AUTO, metavar="HOW", help=f"none, {', '.join(RECOMPUTE)}, or 0 to 1; default: searched"
+    )
     command.add_argument("--json", action="store_true", help="print the plan as one JSON object")
 
 
@@ -80,7 +82,7 @@ def run(arguments: argparse.Namespace) -> bool:
     options: dict[str, Any] = {
         "zero": _integer(arguments.zero, "zero"),
         "accumulate": _integer(arguments.accumulate, "accumulate"),
-        "recompute": None if arguments.recompute == "none" else arguments.recompute,
+        "recompute": None if arguments.recompute == "none" else _number(arguments.recompute),
     }
     for name in ("precision", "clip_norm"):
         if getattr(arguments, name) is not None:
@@ -100,6 +102,14 @@ def run(arguments: argparse.Namespace) -> bool:
     else:
         Console().print(made)
     return made.fits
+
+
+def _number(text: str) -> float | str:
+    """A number where a text is one."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _integer(text: str, name: str) -> int | str:

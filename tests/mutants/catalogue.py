@@ -7,7 +7,7 @@ import importlib.util
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
@@ -19,13 +19,15 @@ from torch import fx
 from zgraph import ops
 from zgraph.averages import WEIGHT_EMA
 from zgraph.config import Config
-from zgraph.passes import bucket, default_passes
+from zgraph.machines import preset
+from zgraph.passes import bucket, default_passes, recompute, recompute_activations
 from zgraph.pipeline import Pass
 from zgraph.program import Mesh, Origin, Phase, Program, Role, Stage, describe, operand
 from zgraph.scaling import LOSS_SCALE
 
 aten = torch.ops.aten
 ROOT = Path(__file__).parents[2]
+MACHINE = preset("H100")
 
 
 class Refusal(enum.Enum):
@@ -53,7 +55,7 @@ class Refusal(enum.Enum):
 
 @dataclass(frozen=True)
 class Edit:
-    """One edit of the source of a module of passes, or of one that ``FormBuckets`` is made with.
+    """One edit of the source of a module of passes, or of one that passes are made with.
 
     Attributes:
         name: what goes wrong.
@@ -75,18 +77,20 @@ class Edit:
         """The default passes, with those of the edited module in place of the real ones."""
         edited = self._load()
         mine = f"zgraph.passes.{self.module}"
-        helpers = {
-            name: getattr(edited, name)
-            for name, value in vars(bucket).items()
-            if getattr(value, "__module__", "") == mine
-        }
         try:
-            with mock.patch.dict(vars(bucket), {} if mine == bucket.__name__ else helpers):
+            with ExitStack() as stack:
+                for user in (bucket, recompute, recompute_activations):
+                    helpers = {
+                        name: getattr(edited, name)
+                        for name, value in vars(user).items()
+                        if getattr(value, "__module__", "") == mine
+                    }
+                    stack.enter_context(mock.patch.dict(vars(user), {} if mine == user.__name__ else helpers))
                 yield [
                     getattr(edited, p.name)(**{f.name: getattr(p, f.name) for f in fields(p)})
                     if type(p).__module__ == mine
                     else p
-                    for p in default_passes(config, mesh)
+                    for p in default_passes(config, mesh, hardware=MACHINE)
                 ]
         finally:
             del sys.modules[edited.__name__]
@@ -114,7 +118,7 @@ class Extra:
 
     @contextmanager
     def passes(self, config: Config, mesh: Mesh) -> Iterator[Sequence[Pass]]:
-        yield default_passes(config, mesh, own=[self.extra])
+        yield default_passes(config, mesh, own=[self.extra], hardware=MACHINE)
 
 
 Mutant = Edit | Extra
@@ -626,28 +630,42 @@ EDITS = [
     Edit(
         "a random operator runs again for backward",
         "recompute",
-        "is_plain = not ops.draws(source) and not ops.may_write(source.target)",
-        "is_plain = not ops.may_write(source.target)",
+        "return ops.can_run_again(node) and source not in self.keep",
+        "return source not in self.keep",
         Refusal.DRAWS,
     ),
     Edit(
         "a call is made again behind what reads it",
-        "recompute",
+        "again",
         "origin=origin, before=reader, **kwargs)",
         "origin=origin, before=reader.next, **kwargs)",
         Refusal.ORDER,
     ),
     Edit(
         "a call is made again without its keywords",
-        "recompute",
+        "again",
         "origin=origin, before=reader, **kwargs)",
         "origin=origin, before=reader)",
     ),
     Edit(
         "backward reads the first call that was made again for any",
-        "recompute",
+        "again",
         "return copies[wanted]",
         "return next(iter(copies.values()))",
+    ),
+    Edit(
+        "what is made again reads one source for all",
+        "again",
+        "lambda source: mine.get(source, source))",
+        "lambda source: next(iter(mine.values()), source))",
+    ),
+    Edit(
+        "masks of dropout are drawn again",
+        "recompute_activations",
+        "        make_again(program, profile.again(dropped).keys())\n",
+        "        draws = {node for node in program.graph.nodes if 'bernoulli' in str(node.target)}\n"
+        "        make_again(program, {*profile.again(dropped), *draws})\n",
+        Refusal.DRAWS,
     ),
 ]
 
