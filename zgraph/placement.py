@@ -1,0 +1,262 @@
+"""Which temporaries of a step lie where in one arena on a CPU, decided when the step is compiled.
+
+    v14 = mm(v11, v12)                          v14 = mm_out(v11, v12, out=a0)     # bytes 64 to 1088
+    v16 = cat([v14, v15])                ->     v15 = fill(0, out=a1)              # bytes 1088 to 2048
+                                                v16 = a2                           # bytes 64 to 2048
+
+Calls that can store their result where they are told to (``zgraph.into``) do, if it has ``SMALLEST_BYTES`` or more; a
+flat gradient is made by its parts being stored in it. All else stays with the C library, and so does what a step
+returns. On other devices nothing is placed: their allocators keep memory between steps, in blocks that they know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from zgraph import ops
+from zgraph.into import into
+from zgraph.liveness import Held, Lifetime, held_bytes, lifetimes, owners
+from zgraph.offsets import ALIGNMENT, assign_offsets
+from zgraph.program import Program
+
+aten = torch.ops.aten
+
+SMALLEST_BYTES = 2**16
+"""Values below are a small part of memory and a large one of calls, and the C library keeps them at hand."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value lies.
+
+    Attributes:
+        start: its first byte in the arena.
+        shape, strides, dtype: of the tensor there; strides in elements. There are no gaps between its elements.
+    """
+
+    start: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its elements."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    @property
+    def stop(self) -> int:
+        """The byte after its last."""
+        return self.start + self.num_bytes
+
+    def like(self) -> torch.Tensor:
+        """A tensor of its form without memory."""
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The arena of one program.
+
+    Attributes:
+        places: of calls that store their result in it.
+        copied: for each call in ``places`` that puts vectors one after another, of which some are made there: the
+            places in it of the others, by their index.
+        num_bytes: of the arena.
+        least_bytes: the most that lies in it at once.
+        inside: what lies in the arena, flat gradients from the first of their parts on.
+        elsewhere: what the program holds besides, in order of allocation.
+        copied_bytes: what a run of the program copies to put vectors one after another, zeros between them included.
+    """
+
+    places: Mapping[fx.Node, Place]
+    copied: Mapping[fx.Node, Mapping[int, Place]]
+    num_bytes: int
+    least_bytes: int
+    inside: tuple[Held, ...]
+    elsewhere: tuple[Lifetime, ...]
+    copied_bytes: int
+
+
+def place(program: Program) -> Placement:
+    """Decide what lies where.
+
+    Args:
+        program: after all passes.
+    """
+    found = lifetimes(program)
+    if not _is_on_cpu(program):
+        return Placement({}, {}, 0, 0, (), tuple(found), copied_bytes(program, {}))
+    alone = _placeable(program, found)
+    flats = _worthwhile(_flats(program, alone), alone, found, len(program.graph.nodes))
+    inside = {part for flat in flats for part in flat.parts}
+    inside.update(flat.node for flat in flats)
+    blocks: list[_Flat | Lifetime] = [
+        *flats,
+        *(life for node, life in alone.items() if node not in inside and _is_large(life)),
+    ]
+    offsets = assign_offsets(blocks)
+    places: dict[fx.Node, Place] = {}
+    copied: dict[fx.Node, dict[int, Place]] = {}
+    for block, start in zip(blocks, offsets.starts, strict=True):
+        places[block.node] = _place_of(block.node, start)
+        if isinstance(block, _Flat):
+            copied[block.node] = {}
+            for index, (part, offset) in enumerate(zip(*block.vectors(), strict=True)):
+                if index in block.made:
+                    places[block.made[index]] = _place_of(block.made[index], start + offset)
+                elif part.meta["val"].numel():
+                    copied[block.node][index] = _place_of(part, start + offset)
+    elsewhere = tuple(life for life in found if life.is_received or life.node not in places)
+    return Placement(
+        places=places,
+        copied=copied,
+        num_bytes=offsets.num_bytes,
+        least_bytes=offsets.least_bytes,
+        inside=tuple(blocks),
+        elsewhere=elsewhere,
+        copied_bytes=copied_bytes(program, copied),
+    )
+
+
+def copied_bytes(program: Program, copied: Mapping[fx.Node, Mapping[int, Place]]) -> int:
+    """What a run of a program copies to put vectors one after another.
+
+    Args:
+        copied: see ``Placement``; what is not in it is copied as a whole.
+    """
+    total = 0
+    for cat in program.graph.find_nodes(op="call_function", target=aten.cat.default):
+        if cat in copied:
+            total += sum(place.num_bytes for place in copied[cat].values())
+        elif cat.meta["val"].dim() == 1:
+            total += cat.meta["val"].nbytes
+    return total
+
+
+def _is_on_cpu(program: Program) -> bool:
+    layout = program.layout
+    return layout is not None and all(bucket.device.type == "cpu" for bucket in layout.buckets)
+
+
+def _is_large(life: Held) -> bool:
+    return life.num_bytes >= SMALLEST_BYTES
+
+
+def _place_of(node: fx.Node, start: int) -> Place:
+    val = node.meta["val"]
+    return Place(start, tuple(val.shape), tuple(val.stride()), val.dtype)
+
+
+def _placeable(program: Program, found: Iterable[Lifetime]) -> dict[fx.Node, Lifetime]:
+    """Calls that can be told where to store their result, whose memory the step does not return."""
+    end = len(program.graph.nodes) - 1
+    alone: dict[fx.Node, Lifetime] = {}
+    for life in found:
+        if life.num_bytes and not life.is_received and life.last < end and into(life.node) is not None:
+            val = life.node.meta["val"]
+            if val.numel() * val.itemsize == life.num_bytes:  # there are no gaps
+                alone[life.node] = life
+    return alone
+
+
+# Flat gradients
+
+
+@dataclass(frozen=True)
+class _Flat:
+    """A concatenation of vectors, and those of them that can be made in it.
+
+    Attributes:
+        node: the concatenation.
+        made: the calls that make vectors, by index.
+        num_bytes, first, last: of its memory, from the first of its parts on.
+    """
+
+    node: fx.Node
+    made: Mapping[int, fx.Node]
+    num_bytes: int
+    first: int
+    last: int
+
+    @property
+    def parts(self) -> Iterable[fx.Node]:
+        """The calls whose memory is its own."""
+        return self.made.values()
+
+    def vectors(self) -> tuple[list[fx.Node], list[int]]:
+        """What is put together, and the byte at which each begins."""
+        return _vectors(self.node)
+
+
+def _vectors(cat: fx.Node) -> tuple[list[fx.Node], list[int]]:
+    given: list[fx.Node] = list(cat.args[0])  # type: ignore[arg-type]
+    offsets, end = [], 0
+    for each in given:
+        offsets.append(end)
+        end += each.meta["val"].nbytes
+    return given, offsets
+
+
+def _flats(program: Program, alone: Mapping[fx.Node, Lifetime]) -> list[_Flat]:
+    """Concatenations of vectors, with all their parts that can be made in them."""
+    owner = owners(program)
+    position = {node: i for i, node in enumerate(program.graph.nodes)}
+    taken: set[fx.Node] = set()
+    found = []
+    for cat in program.graph.find_nodes(op="call_function", target=aten.cat.default):
+        if cat not in alone or not _is_large(alone[cat]) or cat.meta["val"].dim() != 1:
+            continue
+        made: dict[int, fx.Node] = {}
+        for index, (vector, offset) in enumerate(zip(*_vectors(cat), strict=True)):
+            part = owner[vector]
+            if part not in alone or part in taken or offset % ALIGNMENT or part.target is aten.cat.default:
+                continue
+            if part.target not in ops.STARTS and _is_whole(vector, part) and alone[part].last <= position[cat]:
+                made[index] = part
+                taken.add(part)
+        if made:
+            first = min(alone[part].first for part in made.values())
+            found.append(_Flat(cat, made, alone[cat].num_bytes, first, alone[cat].last))
+    return found
+
+
+def _is_whole(vector: fx.Node, part: fx.Node) -> bool:
+    """Whether a vector is all elements of a call's result in the order in which they lie in memory."""
+    val, whole = vector.meta["val"], part.meta["val"]
+    is_same = val.dtype == whole.dtype and val.numel() == whole.numel()
+    return bool(is_same and val.is_contiguous() and val.storage_offset() == whole.storage_offset() == 0)
+
+
+def _worthwhile(
+    flats: Sequence[_Flat], alone: Mapping[fx.Node, Lifetime], found: Sequence[Lifetime], num_positions: int
+) -> list[_Flat]:
+    """Those flats whose memory may be there from their first part on without more being held at the peak.
+
+    One that is made by copying is there from the concatenation on, but until then so are all its parts beside it.
+    Where more is held, flats are given up one after another: that first which holds most that is not written yet.
+    """
+    bound = max(held_bytes(found, num_positions))
+    kept = list(flats)
+    while kept:
+        inside = {part for flat in kept for part in (*flat.parts, flat.node)}
+        held: list[Held] = [*kept, *(life for life in found if life.is_received or life.node not in inside)]
+        alive = held_bytes(held, num_positions)
+        peak = max(alive)
+        if peak <= bound:
+            break
+        at = alive.index(peak)
+        here = [flat for flat in kept if flat.first <= at <= flat.last]
+        worst = max(here, key=lambda flat: flat.num_bytes - _used(flat, alone, at))
+        kept = [flat for flat in kept if flat is not worst]
+    return kept
+
+
+def _used(flat: _Flat, alone: Mapping[fx.Node, Lifetime], position: int) -> int:
+    """What a flat and its parts would hold at a position, had each memory of its own."""
+    apart = [alone[flat.node], *(alone[part] for part in flat.parts)]
+    return sum(life.num_bytes for life in apart if life.first <= position <= life.last)
