@@ -14,7 +14,7 @@ import zgraph
 from zgraph import captures, choices
 from zgraph.capture import capture
 from zgraph.config import Config
-from zgraph.errors import OptimizerError, OptionError, ZgraphError
+from zgraph.errors import BudgetError, OptimizerError, OptionError, ZgraphError
 from zgraph.lower import lower
 from zgraph.machines import preset
 from zgraph.predict import predict
@@ -144,7 +144,7 @@ def test_a_smaller_batch_is_a_way_out_with_what_an_example_costs(accumulate: Any
 def test_a_plan_that_does_not_fit_is_not_compiled() -> None:
     plan = planned(memory="100KiB", world_size=1)
     model = Stack()
-    with pytest.raises(OptionError, match="does not fit"):
+    with pytest.raises(BudgetError, match="no options fit 100 KiB"):
         zgraph.compile(model, optimizer=torch.optim.AdamW(model.parameters()), plan=plan)
     assert type(model) is Stack
 

@@ -4,6 +4,7 @@ from zgraph.batches import MicroBatches
 from zgraph.compiler import compile  # noqa: A004
 from zgraph.config import Config
 from zgraph.errors import (
+    BudgetError,
     CaptureError,
     OptimizerError,
     OptionError,
@@ -23,6 +24,7 @@ from zgraph.which_hardware import find_hardware
 
 __all__ = [
     "Axiom",
+    "BudgetError",
     "CaptureError",
     "Config",
     "Hardware",

@@ -155,6 +155,12 @@ class Agreement:
             raise _failed(0, message[2:].decode(errors="replace"))
         return message[2:].decode()
 
+    def least(self, number: int) -> int:
+        """The smallest number of all ranks; none is negative."""
+        if self._group is None:
+            return number
+        return min(int.from_bytes(raw, "little") for raw in self._exchange(number.to_bytes(8, "little")))
+
     def _exchange(self, message: bytes) -> list[bytes]:
         """All ranks' messages; all of one length."""
         if self._behind is not None:

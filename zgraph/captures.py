@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from zgraph.batches import Call, common_rows, micro_batches
 from zgraph.blocks import Short, find_blocks, shorten
 from zgraph.capture import capture
+from zgraph.choices import SEARCHED
 from zgraph.config import Config
 from zgraph.errors import CaptureError
 from zgraph.metrics import Metric
@@ -122,6 +123,4 @@ class Captures:
 
 
 _DEFAULTS = Config()
-_ONLY_PASSES_READ = (
-    "zero", "bucket_bytes", "prefetch", "in_flight", "recompute", "keep_gathered", "unshard", "check_collectives",
-)  # fmt: skip
+_ONLY_PASSES_READ = (*SEARCHED[1:], "prefetch", "reduce_precision", "state_precision", "check_collectives")

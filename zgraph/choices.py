@@ -53,6 +53,9 @@ VARIED: dict[str, Variation] = {
 }
 """None of them matters on a single rank."""
 
+STORED = ("zero", "bucket_bytes")
+"""Options that say how state lies in memory."""
+
 SEARCHED = (ACCUMULATE, *CHAINED, *CROSSED, *VARIED)
 
 

@@ -12,8 +12,8 @@ import gc
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import InitVar, dataclass, field
 from functools import partial
 from textwrap import shorten
@@ -28,16 +28,20 @@ from torch.utils import _pytree as pytree
 
 from zgraph.agreement import CheckedComm
 from zgraph.averages import WEIGHT_EMA
-from zgraph.batches import Call, micro_batches
+from zgraph.batches import Call, MicroBatches, micro_batches
+from zgraph.budget import Budget, free_bytes, refuse_open_options
 from zgraph.capture import batch_device, capture, check_optimizer
+from zgraph.captures import Captures
+from zgraph.choices import ACCUMULATE, SEARCHED, STORED
 from zgraph.codegen.emit import emit
 from zgraph.collector import collect_garbage
 from zgraph.comm import Comm
 from zgraph.config import Config, check_numbers
+from zgraph.decision import decide
 from zgraph.eager import GatherOnUse
 from zgraph.errors import CaptureError, OptimizerError, OptionError, StateError, ZgraphError
 from zgraph.execute import Executable
-from zgraph.facts import ARGUMENTS, ATTRIBUTES, STEP_COUNTS, Facts, hold, state_spec
+from zgraph.facts import ARGUMENTS, ATTRIBUTES, STEP_COUNTS, Facts, fact_of, hold, state_spec
 from zgraph.groups import process_group
 from zgraph.hardware import Hardware
 from zgraph.heap import release_free_memory
@@ -48,6 +52,7 @@ from zgraph.pipeline import Pass, PassRecord
 from zgraph.plans import Plan, default_budget, describe, show_bytes
 from zgraph.predict import predict
 from zgraph.program import Guard, Input, Mesh, Program, Role
+from zgraph.search import Search
 from zgraph.skipping import GRADIENT_NORM, NUM_SKIPPED, report
 from zgraph.state import TrainingState
 from zgraph.tracing import forget
@@ -70,6 +75,7 @@ def compile(  # noqa: A001
     metrics: Mapping[str, Any] = MappingProxyType({}),
     passes: Sequence[Pass] = (),
     plan: Plan | None = None,
+    memory: int | str | None = None,
     **options: Any,
 ) -> Any:
     """Give ``model`` a ``train_step`` that runs forward, backward, communication and update as one graph.
@@ -92,6 +98,12 @@ def compile(  # noqa: A001
         passes: of your own. Each runs after the last of zgraph's that gives the stage it takes, under the same
             verifier; it must leave the stage as it was.
         plan: of ``zgraph.plan``, whose options are taken. It must be for as many ranks as there are, and fit.
+        memory: what one rank may take: bytes, a string such as ``"8GiB"``, or ``"auto"`` for what its device has free,
+            less 6 %. The first step then takes the fastest options whose predicted peak is within it, as
+            ``zgraph.plan`` finds them, or is refused. Options that are given stay as they are; those that
+            ``zgraph.choices`` lists are chosen if they are ``"auto"`` or not given, but for ``accumulate``, which is 1
+            unless it is ``"auto"``: micro-batches change results where the loss is no mean over the rows of a batch.
+            ``model.plan`` says what was chosen.
         options: see ``zgraph.config.Config``.
 
     Returns:
@@ -102,7 +114,15 @@ def compile(  # noqa: A001
         OptimizerError: the optimizer holds parameters that are not the model's, or has step hooks.
         CaptureError: there is nothing to train, or a lazy module has not been called yet.
     """
-    config = Config.from_options(_with_plan(plan, options))
+    budget = None
+    if memory is None:
+        refuse_open_options(options)
+        config = Config.from_options(_with_plan(plan, options))
+    elif plan is not None:
+        raise OptionError("memory beside a plan, which has a budget of its own", fix="give memory to zgraph.plan")
+    else:
+        budget = Budget.of(memory, options)
+        config = budget.config
     check_arguments(model, optimizer, loss, weight, passes, config)
     for name in ("train_step", "stats", "program", "source", "recipe", "ema_state_dict", "plan"):
         if hasattr(model, name):
@@ -112,7 +132,7 @@ def compile(  # noqa: A001
     group = process_group()
     if plan is not None:
         _check_plan(plan, group, model)
-    runtime = _Runtime(model, optimizer, loss, weight, check_metrics(metrics), config, group, tuple(passes))
+    runtime = _Runtime(model, optimizer, loss, weight, check_metrics(metrics), config, group, tuple(passes), budget)
     model.__class__ = type(f"Compiled{type(model).__name__}", (CompiledModule, type(model)), {})
     model.__dict__["_zgraph"] = runtime
     return model
@@ -224,11 +244,13 @@ class _Compiled:
     """
 
     keys: set[str]
+    config: Config
     executable: Executable
     micro: Executable | None  # runs on every micro-batch but the last
     guards: tuple[Guard, ...]
     records: tuple[PassRecord, ...]
     capture_s: float
+    decided: Plan | None  # of the options, where a budget chose them
 
     @property
     def layout(self) -> Layout:
@@ -247,9 +269,13 @@ class _Runtime:
     config: Config
     group: InitVar[dist.ProcessGroup | None]
     passes: tuple[Pass, ...] = ()
+    budget: Budget | None = None
     cache: list[_Compiled] = field(default_factory=list)  # in order of last use
     _comm: Comm | None = None
     _machine: str | None = None
+    _budget_bytes: int | None = None
+    _decided: dict[str, Plan] = field(default_factory=dict)  # by what a step is given
+    _last_decided: Plan | None = None
     _num_captures: int = 0
     _num_skipped: int = 0
     _num_changes: Counter[str] = field(default_factory=Counter)
@@ -271,6 +297,8 @@ class _Runtime:
             raise OptimizerError(
                 "train_step needs an optimizer", fix="zgraph.compile(model, optimizer=torch.optim.AdamW(...))"
             )
+        if self.budget is not None:
+            self._choose_options(self.budget, args, kwargs)
         hypers: dict[str, float] = {}
         facts: dict[str, str] = {}
         replaced: list[str] = []
@@ -342,7 +370,8 @@ class _Runtime:
         """The step for a call, in these buckets if it is said which; a new one is added to ``made``."""
         for compiled in (*self.cache, *(new for _, new in made)):
             fits = layout is None or compiled.layout == layout
-            if key in compiled.keys and fits and hold(compiled.guards, values):
+            asked = key in compiled.keys and compiled.config == self.config
+            if asked and fits and hold(compiled.guards, values):
                 return compiled
         if self._last is not None:
             self._warn(key, facts)
@@ -367,8 +396,7 @@ class _Runtime:
 
     def _compile(self, key: str, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout | None) -> _Compiled:
         assert self.optimizer is not None
-        if self._machine is None:
-            self._machine = self.agreement.of_first(partial(self._tell_machine, (args, kwargs)))
+        self._agree_on_machine((args, kwargs))
         error: Exception | None = None
         digest = b""
         self._capturing = True
@@ -391,6 +419,7 @@ class _Runtime:
             mesh = Mesh(self.agreement.world)
             lowered = lower(program, self.config, mesh, layout, self.passes, hardware=self._hardware)
             digest = lowered.digest()
+            self._check_budget(lowered)
             del program
         except Exception as caught:  # noqa: BLE001 -- whatever it is, the other ranks are told before this one stops
             error = caught
@@ -408,20 +437,29 @@ class _Runtime:
         gc.collect()  # graphs are full of cycles; what capture left behind is gone before the first step
         release_free_memory()
         assert executable is not None
-        return _Compiled({key}, executable, micro, lowered.last.guards, lowered.records, capture_s)
+        guards, records = lowered.last.guards, lowered.records
+        return _Compiled({key}, self.config, executable, micro, guards, records, capture_s, self._last_decided)
 
     def _executable(self, program: Program) -> Executable:
         assert self._comm is not None
         step = emit(program, tagged=isinstance(self._comm, CheckedComm), staged=self._comm.is_staged)
         return Executable(program, step, self.state, self._comm)
 
+    def _agree_on_machine(self, batch: Call) -> None:
+        if self._machine is None:
+            self._machine = self.agreement.of_first(partial(self._tell_machine, batch))
+
     def _tell_machine(self, batch: Call) -> str:
         """The machine as ``zgraph.which_hardware`` tells it; nothing where it is a GPU that is not known."""
-        devices = [p.device for p in self.model.parameters() if not p.is_meta]
         try:
-            return tell(self._device() or (devices[0] if devices else batch_device(batch)))
+            return tell(self._place(batch))
         except OptionError:
             return ""
+
+    def _place(self, batch: Call) -> torch.device:
+        """Where the step computes."""
+        devices = [p.device for p in self.model.parameters() if not p.is_meta]
+        return self._device() or (devices[0] if devices else batch_device(batch))
 
     @property
     def _hardware(self) -> Hardware | None:
@@ -473,6 +511,96 @@ class _Runtime:
                     values[Input(Role.OPT_STATE, bucket, key)] = value
         return values
 
+    # -- a budget -------------------------------------------------------------------------------------------
+
+    def _choose_options(self, budget: Budget, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take the options that were chosen for such a step; choose them now, on all ranks, if none were."""
+        assert self.optimizer is not None
+        try:
+            check_step(self.optimizer)
+            calls = _calls(args, kwargs)
+            leaves, spec = pytree.tree_flatten(calls)
+            batch = repr(([fact_of(leaf) for leaf in leaves], spec))
+        except Exception:  # noqa: BLE001 -- the step meets it again, and tells the other ranks
+            return
+        if batch not in self._decided:
+            self.agreement.check("model.train_step(), whose options are to be chosen", {"the batch": batch})
+            largest = max(calls, key=_num_elements)
+            self._agree_on_machine(largest)
+            if self._hardware is None:
+                raise OptionError("this GPU is not known, so that memory= has no times", fix="run `zgraph calibrate`")
+            if self._budget_bytes is None:
+                self._budget_bytes = self.agreement.least(budget.num_bytes or self._free_bytes(largest))
+            split = (
+                MicroBatches([largest] * len(calls)) if len(args) == 1 and isinstance(args[0], MicroBatches) else None
+            )
+            call: Call = ((split,), {}) if split is not None else largest
+            plan = Plan.from_json(self.agreement.of_first(partial(self._choose, budget, call, self._hardware)))
+            if not plan.fits:
+                raise plan.refusal()
+            log.info("zgraph: options chosen for a budget of %s: %s", show_bytes(plan.budget_bytes), plan.options)
+            self._decided[batch] = plan
+        self._last_decided = self._decided[batch]
+        self.config = self._last_decided.config
+
+    def _choose(self, budget: Budget, call: Call, hardware: Hardware) -> str:
+        """The plan for a step, as JSON.
+
+        Once there are buckets they stay, and so do all options if the step fits with them.
+        """
+        assert self.optimizer is not None
+        assert self._budget_bytes is not None
+        fixed = dict(budget.fixed)
+        if isinstance(call[0][0] if call[0] else None, MicroBatches):
+            fixed.setdefault(ACCUMULATE, len(call[0][0].batches))
+        kept: list[dict[str, Any]] = []
+        if self._last_decided is not None:
+            before = self._last_decided.config
+            kept = [{**{name: getattr(before, name) for name in SEARCHED}, **fixed}]
+            fixed = {**{name: getattr(before, name) for name in STORED}, **fixed}
+        with self._plain() as model:
+            captures = Captures(model, self.optimizer, call, self.loss, self.weight, self.metrics, self._place(call))
+            for options in kept:
+                with suppress(ZgraphError):  # the batch does not divide into as many micro-batches
+                    search = Search(captures, hardware, self.agreement.world, options, self.passes)
+                    if search.within(self._budget_bytes) is not None:
+                        return decide(search, self._budget_bytes).to_json()
+            search = Search(captures, hardware, self.agreement.world, fixed, self.passes)
+            return decide(search, self._budget_bytes).to_json()
+
+    @contextmanager
+    def _plain(self) -> Iterator[nn.Module]:
+        """The model as it was before it was compiled, which can be copied."""
+        compiled = self.model.__class__
+        runtime = self.model.__dict__.pop("_zgraph")
+        self.model.__class__ = compiled.__bases__[1]
+        try:
+            yield self.model
+        finally:
+            self.model.__class__ = compiled
+            self.model.__dict__["_zgraph"] = runtime
+
+    def _free_bytes(self, call: Call) -> int:
+        assert self.optimizer is not None
+        params = list(self.model.parameters())
+        states = [v for entries in self.optimizer.state.values() for v in entries.values()]
+        stored = [v for entries in self.state.opt.values() for v in entries.values()]
+        held = [*params, *(p.grad for p in params), *self.model.buffers(), *states, *stored, *_tensors(call)]
+        tensors = [t for t in held if isinstance(t, torch.Tensor) and not t.is_meta]
+        return free_bytes(self._place(call), self.agreement.world, tensors)
+
+    def _check_budget(self, lowered: Lowered) -> None:
+        """Refuse a program that takes more than its plan said, before it runs.
+
+        Raises:
+            BudgetError: with what is in the way.
+        """
+        if self._last_decided is None or self._hardware is None:
+            return
+        made, budget = predict(lowered, self._hardware, self.config.accumulate), self._last_decided.budget_bytes
+        if made.reserved_bytes > budget:
+            raise describe(self.model, lowered, made, _given(self.config), self._hardware, budget).refusal()
+
     # -- around steps ---------------------------------------------------------------------------------------
 
     def eager(self) -> Any:
@@ -515,9 +643,20 @@ class _Runtime:
         micro = last.micro.program if last.micro is not None else None
         lowered = Lowered(last.executable.program, micro, last.records)
         hardware = self._hardware or hardware_of(last.layout.buckets[0].device, self.agreement.world)
-        given = {name: value for name, value in vars(self.config).items() if value != getattr(Config, name)}
-        made = predict(lowered, hardware, self.config.accumulate)
-        return describe(self.model, lowered, made, given, hardware, default_budget(hardware))
+        made = predict(lowered, hardware, last.config.accumulate)
+        if last.decided is None:
+            return describe(self.model, lowered, made, _given(last.config), hardware, default_budget(hardware))
+        decided = last.decided
+        return describe(
+            self.model,
+            lowered,
+            made,
+            decided.options,
+            hardware,
+            decided.budget_bytes,
+            rejected=decided.rejected,
+            notes=decided.notes,
+        )
 
     def stats(self) -> dict[str, Any]:
         last = self.last()
@@ -565,8 +704,23 @@ def _check_plan(plan: Plan, group: dist.ProcessGroup | None, model: nn.Module) -
             fix="plan with this model",
         )
     if not plan.fits:
-        over = show_bytes(plan.chosen.reserved_bytes - plan.budget_bytes)
-        raise OptionError(f"the plan does not fit: {over} too much", fix="print(plan) shows the ways out")
+        raise plan.refusal()
+
+
+def _given(config: Config) -> dict[str, Any]:
+    """Options that differ from their defaults."""
+    return {name: value for name, value in vars(config).items() if value != getattr(Config, name)}
+
+
+def _calls(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Call]:
+    """What ``train_step`` was given: one call, or those of a ``MicroBatches``."""
+    if len(args) == 1 and not kwargs and isinstance(args[0], MicroBatches):
+        return micro_batches(args, kwargs, len(args[0].batches))
+    return [(args, kwargs)]
+
+
+def _num_elements(call: Call) -> int:
+    return sum(tensor.numel() for tensor in _tensors(call))
 
 
 def _tensors(call: Call) -> list[torch.Tensor]:

@@ -121,6 +121,9 @@ def _recompute(value: Any) -> str | tuple[str, ...] | float | None:
 class Config:
     """Options of ``zgraph.compile``.
 
+    With ``memory=``, those that ``zgraph.choices`` lists are chosen by it where they are not given; the defaults below
+    are for a step without.
+
     Attributes:
         zero: ZeRO stage (Rajbhandari et al., 2020): 0 averages gradients; 1 also shards optimizer
             state; 2 also shards gradients; 3 also shards parameters.

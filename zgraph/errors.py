@@ -48,6 +48,10 @@ class RankError(ZgraphError):
     """The ranks of a job disagree, or another rank failed."""
 
 
+class BudgetError(ZgraphError, MemoryError):
+    """No choice of options fits the memory that a rank may take, or a step took more than was planned."""
+
+
 class VerifyError(ZgraphError):
     """A pass produced a program that breaks a rule; the program was not run."""
 

@@ -15,7 +15,8 @@ from torch import nn
 
 from zgraph.batches import common_rows
 from zgraph.config import Config
-from zgraph.expected_error import NOTHING_MEASURED, ExpectedError, expected_error
+from zgraph.errors import BudgetError, quoted
+from zgraph.expected_error import NOTHING_MEASURED, ExpectedError, Spread, expected_error
 from zgraph.footprint import Holding
 from zgraph.hardware import Hardware
 from zgraph.lower import Lowered
@@ -25,6 +26,9 @@ from zgraph.program import Role
 from zgraph.timeline import least_s
 
 VERSION = 1
+
+_NUM_TOLD = 5
+"""Owners of the peak that a refusal names."""
 
 MARGIN = 0.06
 """Part of a device's memory that a default budget leaves alone: for the context of the driver, for libraries and
@@ -41,6 +45,7 @@ class Owner:
         num_bytes: of all of them together.
         count: how many there are.
         source: the user's line that makes them; None for state.
+        module: the user's module that makes the first of them; empty for state.
     """
 
     what: str
@@ -48,6 +53,7 @@ class Owner:
     num_bytes: int
     count: int
     source: str | None
+    module: str = ""
 
 
 @dataclass(frozen=True)
@@ -177,6 +183,45 @@ class Plan:
         """All of it as a JSON object; bytes and seconds are numbers."""
         return json.dumps({"version": VERSION, "fits": self.fits, **asdict(self)}, indent=2)
 
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """What ``to_json`` gave."""
+        data = json.loads(text)
+        del data["version"], data["fits"]
+        spreads = {
+            name: Spread(**data["error"][name])
+            for name in ("live", "reserved", "time")
+            if data["error"][name] is not None
+        }
+        rejected = (Rejected(Estimate(**each["estimate"]), each["why"]) for each in data["rejected"])
+        return cls(**{
+            **data,
+            "chosen": Estimate(**data["chosen"]),
+            "owners": tuple(Owner(**owner) for owner in data["owners"]),
+            "rejected": tuple(rejected),
+            "ways_out": tuple(WayOut(**way) for way in data["ways_out"]),
+            "error": ExpectedError(data["error"]["measured_on"], **spreads),
+            "notes": tuple(data["notes"]),
+        })  # fmt: skip
+
+    def refusal(self) -> BudgetError:
+        """The error of a plan that does not fit: by how much, what is in the way, and what would help."""
+        over = show_bytes(self.chosen.reserved_bytes - self.budget_bytes)
+        what = f"no options fit {show_bytes(self.budget_bytes)} on each of {self.world_size} x {self.hardware}: "
+        what += f"{show_options(self.options) or 'the defaults'} take {show_bytes(self.chosen.reserved_bytes)}, "
+        lines = [f"{what}{over} too much, of which at the peak:"]
+        for owner in self.owners[:_NUM_TOLD]:
+            times = f"{owner.count} x " if owner.count > 1 else ""
+            where = ", ".join(filter(None, (owner.module and f"module {owner.module}", quoted(owner.source))))
+            told = f"  {show_bytes(owner.num_bytes)}: {times}{owner.what} ({owner.kind})"
+            lines.append(told + (f", {where}" if where else ""))
+        ways = [
+            f"{way.change} (takes {show_bytes(way.reserved_bytes)}, an example costs x {way.cost:.2f})"
+            for way in self.ways_out
+        ]
+        fix = "; or ".join(ways) if ways else "use a larger machine, a smaller model or a smaller batch"
+        return BudgetError("\n".join(lines), fix=fix)
+
     def __str__(self) -> str:
         console = Console(file=StringIO(), width=110, force_terminal=False)
         with console.capture() as capture:
@@ -303,10 +348,13 @@ def default_budget(hardware: Hardware) -> int:
 
 def _owners(held: Sequence[Holding], num: int = 8) -> tuple[Owner, ...]:
     """What is held, alike tensors together, largest first."""
-    alike: dict[tuple[str, str, str | None], list[int]] = {}
+    alike: dict[tuple[str, str, str | None], list[Holding]] = {}
     for holding in held:
-        alike.setdefault((holding.what, holding.kind.value, holding.source), []).append(holding.num_bytes)
-    found = [Owner(what, kind, sum(sizes), len(sizes), source) for (what, kind, source), sizes in alike.items()]
+        alike.setdefault((holding.what, holding.kind.value, holding.source), []).append(holding)
+    found = [
+        Owner(what, kind, sum(each.num_bytes for each in of_them), len(of_them), source, of_them[0].module)
+        for (what, kind, source), of_them in alike.items()
+    ]
     return tuple(sorted(found, key=lambda owner: -owner.num_bytes)[:num])
 
 

@@ -1,0 +1,184 @@
+"""A budget chooses the options of a step, or refuses it with what is in the way; what was given stays as it is."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import zgraph
+from tests.ranks import Ranks
+from tests.reference import world
+from tests.test_planner import ROWS, Stack, planned, rows
+from zgraph.budget import Budget, free_bytes
+from zgraph.errors import BudgetError, OptionError
+
+CPU = torch.device("cpu")
+
+
+def compiled(memory: int | str, **options: Any) -> Any:
+    torch.manual_seed(0)
+    model = Stack()
+    return zgraph.compile(model, optimizer=torch.optim.AdamW(model.parameters()), memory=memory, **options)
+
+
+def need(num_rows: int = ROWS, **options: Any) -> int:
+    """Bytes that a step takes, with these options fixed."""
+    fixed = {"zero": 0, "accumulate": 1, "recompute": None, **options}
+    return planned(batch=rows(num_rows), world_size=1, hardware="cpu", memory=1, **fixed).chosen.reserved_bytes
+
+
+def test_ample_memory_chooses_as_a_plan_does_and_the_plan_says_so() -> None:
+    model = compiled("1GiB")
+    loss = model.train_step(*rows())
+    plan = planned(world_size=1, hardware="cpu", memory="1GiB", accumulate=1)
+    assert (model.plan.config, model.plan.budget_bytes) == (plan.config, 2**30)
+    assert model.plan.chosen.peak_bytes == plan.chosen.peak_bytes
+    torch.manual_seed(0)
+    plain = Stack()
+    assert torch.equal(loss, plain(*rows()).detach())
+
+
+@pytest.mark.slow
+def test_a_tight_budget_is_held_and_the_step_is_the_same() -> None:
+    roomy, least = need(), need(recompute="blocks")
+    assert least < roomy
+    tight, ample = compiled(roomy - 1), compiled(roomy)
+    for _ in range(2):
+        assert torch.equal(tight.train_step(*rows()), ample.train_step(*rows()))
+    assert ample.plan.config.recompute is None
+    assert tight.plan.config.recompute is not None
+    assert tight.plan.chosen.reserved_bytes < roomy
+    for name, value in tight.state_dict().items():
+        assert torch.equal(value, ample.state_dict()[name])
+
+
+@pytest.mark.slow
+def test_micro_batches_are_chosen_only_on_request() -> None:
+    smallest = need(recompute="blocks")
+    with pytest.raises(BudgetError, match="too much"):
+        compiled(smallest - 1).train_step(*rows())
+    model = compiled(smallest - 1, accumulate="auto")
+    model.train_step(*rows())
+    assert model.plan.config.accumulate > 1
+
+
+def test_a_refusal_says_what_is_in_the_way_and_changes_nothing() -> None:
+    model = compiled("64KiB")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(MemoryError) as raised:
+        model.train_step(*rows())
+    for part in ("no options fit 64 KiB", "too much", "test_planner.py", "module blocks.", "memory=", "example costs"):
+        assert part in str(raised.value)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    torch.optim.AdamW(model.parameters()).step()  # parameters are still the user's
+
+
+@pytest.mark.slow
+def test_a_larger_batch_that_does_not_fit_is_refused_and_smaller_ones_go_on() -> None:
+    budget = need(recompute="blocks")
+    model = compiled(budget)
+    model.train_step(*rows())
+    chosen, state = model.plan.config, model.state_dict()
+    state = {name: value.clone() for name, value in state.items()}
+    with pytest.raises(BudgetError, match="too much"):
+        model.train_step(*rows(4 * ROWS))
+    assert model.plan.config == chosen
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    model.train_step(*rows(2))
+    assert model.plan.config == chosen  # it fits, so nothing else is chosen
+    model.train_step(*rows())
+
+
+def test_what_is_given_stays() -> None:
+    model = compiled("1GiB", zero=2, bucket_bytes="64KiB", prefetch=0, accumulate=2, recompute="blocks", clip_norm=1.0)
+    model.train_step(*rows())
+    given = {"zero": 2, "bucket_bytes": 2**16, "prefetch": 0, "accumulate": 2, "recompute": "blocks", "clip_norm": 1.0}
+    assert model.plan.config == zgraph.Config(**given)
+
+
+@pytest.mark.slow
+def test_micro_batches_of_the_user_are_planned_by_the_largest() -> None:
+    small, large = compiled("1GiB", accumulate=2), compiled("1GiB", accumulate=2)
+    small.train_step(zgraph.MicroBatches([rows(1), rows(1)]))
+    large.train_step(zgraph.MicroBatches([rows(3), rows(1)]))
+    predicted = [model.__dict__["_zgraph"]._last_decided.chosen.peak_bytes for model in (small, large)]
+    assert predicted[1] > predicted[0]
+
+
+def test_automatic_is_what_is_free_less_a_margin() -> None:
+    model = compiled("auto")
+    model.train_step(*rows())
+    free = free_bytes(CPU, 1, ())
+    assert 0.5 * free < model.plan.budget_bytes < 2 * free  # others allocate, too
+    held = torch.empty(2**20)
+    assert free_bytes(CPU, 1, [held, held.view(2, -1)]) - free < 2**30
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"memory": "8 gibbons"}, "memory='8 gibbons'"),
+        ({"memory": 0}, "memory=0"),
+        ({"memory": "1GiB", "clip_norm": "auto"}, "clip_norm='auto' is not searched"),
+        ({"memory": "1GiB", "zero": 4}, "zero=4"),
+        ({"zero": "auto"}, "zero='auto' is chosen by a budget"),
+        ({"accumulate": "auto"}, "accumulate='auto' is chosen by a budget"),
+    ],
+)
+def test_bad_input_is_refused_at_once(given: dict[str, Any], words: str) -> None:
+    model = Stack()
+    with pytest.raises(OptionError) as raised:
+        zgraph.compile(model, optimizer=torch.optim.AdamW(model.parameters()), **given)
+    assert words in str(raised.value)
+    assert type(model) is Stack
+
+
+def test_memory_beside_a_plan_is_refused() -> None:
+    model: nn.Module = Stack()
+    plan = planned(world_size=1, zero=0, accumulate=1, recompute=None)
+    with pytest.raises(OptionError, match="memory beside a plan"):
+        zgraph.compile(model, optimizer=torch.optim.AdamW(model.parameters()), plan=plan, memory="1GiB")
+
+
+def test_only_accumulate_is_fixed_unasked() -> None:
+    assert Budget.of("1GiB", {}) == Budget(2**30, {"accumulate": 1})
+    assert Budget.of("auto", {"accumulate": "auto", "zero": 1, "recompute": "auto"}) == Budget(None, {"zero": 1})
+
+
+def test_a_plan_comes_back_from_its_json() -> None:
+    plan = planned(memory="64KiB", world_size=1, zero=0, accumulate=1)
+    assert plan.ways_out
+    assert type(plan).from_json(plan.to_json()) == plan
+    assert json.loads(plan.to_json())["owners"][0]["module"] == plan.owners[0].module
+
+
+def train_within(memory: int, num_rows: int) -> tuple[dict[str, Any], int]:
+    rank, _ = world()
+    model = compiled(memory + rank)  # the smallest holds for all
+    model.train_step(*rows(num_rows))
+    return model.plan.options, model.plan.budget_bytes
+
+
+@pytest.mark.slow
+def test_all_ranks_take_what_the_first_one_chose(ranks: Ranks) -> None:
+    found = ranks.run(train_within, 2**30, 2)
+    assert found[0] == found[1]
+    assert found[0][1] == 2**30
+
+
+def refused_on_all_ranks() -> str:
+    model = compiled(2**16)
+    with pytest.raises(BudgetError) as raised:
+        model.train_step(*rows(2))
+    return str(raised.value)
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_refused_on_all_ranks_alike(ranks: Ranks) -> None:
+    first, second = ranks.run(refused_on_all_ranks)
+    assert first == second
+    assert "on each of 2 x cpu" in first
