@@ -17,6 +17,7 @@ from zgraph.codegen.owned import OwnedUpdate
 from zgraph.codegen.source import SourceWriter
 from zgraph.heap import release_free_memory
 from zgraph.liveness import alive_bytes, last_uses
+from zgraph.memory_check import MemoryCheck
 from zgraph.program import Phase, Program, describe, operand
 
 _COMM_METHODS: dict[Any, str] = {
@@ -37,12 +38,15 @@ class Step:
     function: Callable[[list[Any], Any], list[Any]]
 
 
-def emit(program: Program, *, tagged: bool = False, staged: bool = True) -> Step:
+def emit(
+    program: Program, *, tagged: bool = False, staged: bool = True, watch: MemoryCheck | None = None
+) -> Step:
     """Write and compile ``program``.
 
     Args:
         tagged: each collective says which one it is, for ``zgraph.agreement.CheckedComm``.
         staged: see ``zgraph.liveness.lifetimes``.
+        watch: is shown everything that the step holds after each call.
     """
     writer = SourceWriter()
     names: dict[fx.Node, str] = {node: f"v{i}" for i, node in enumerate(program.graph.nodes)}
@@ -52,11 +56,14 @@ def emit(program: Program, *, tagged: bool = False, staged: bool = True) -> Step
     for node, what in placeholders:
         lines.append(f"    # {names[node]}: {describe(node.meta['val'])} is {_comment(str(what))}")
     lines.append(f"    [{', '.join(names[node] for node, _ in placeholders)}] = inputs")
+    watched = writer.bind(watch, "memory") if watch is not None else None
+    if watched is not None:
+        lines.append(f"    {watched}.begin(inputs)")
     lines.append("    inputs.clear()")
     phase: Phase | None = None
     module = ""
     full = _where_memory_is_short(program, staged)
-    for node in program.graph.nodes:
+    for number, node in enumerate(program.graph.nodes):
         if node in full:
             lines.append(
                 f"    {writer.bind(release_free_memory, 'release_free_memory')}()  # memory is short from here"
@@ -71,6 +78,8 @@ def emit(program: Program, *, tagged: bool = False, staged: bool = True) -> Step
             lines.append(f"    # {phase.value} {_comment(module)}".rstrip())
         tag = _tag(node, names[node]) if tagged and node.target in ops.STARTS else None
         lines.append(f"    {names[node]} = {_expression(writer, node, names, tag)}")
+        if watched is not None:
+            lines.append(f"    {watched}.see({number}, locals())")
         dead = [names[n] for n in dying.get(node, ())]
         if dead:
             lines.append(f"    del {', '.join(dead)}")

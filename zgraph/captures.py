@@ -123,4 +123,6 @@ class Captures:
 
 
 _DEFAULTS = Config()
-_ONLY_PASSES_READ = (*SEARCHED[1:], "prefetch", "reduce_precision", "state_precision", "check_collectives")
+_ONLY_PASSES_READ = (
+    *SEARCHED[1:], "prefetch", "reduce_precision", "state_precision", "check_collectives", "check_memory",
+)  # fmt: skip

@@ -47,6 +47,7 @@ from zgraph.hardware import Hardware
 from zgraph.heap import release_free_memory
 from zgraph.layout import Layout
 from zgraph.lower import Lowered, check_same_buckets, lower
+from zgraph.memory_check import MemoryCheck
 from zgraph.metrics import Metric, by_name, check_metrics
 from zgraph.pipeline import Pass, PassRecord
 from zgraph.plans import Plan, default_budget, describe, show_bytes
@@ -442,7 +443,9 @@ class _Runtime:
 
     def _executable(self, program: Program) -> Executable:
         assert self._comm is not None
-        step = emit(program, tagged=isinstance(self._comm, CheckedComm), staged=self._comm.is_staged)
+        staged = self._comm.is_staged
+        watch = MemoryCheck(program, staged=staged) if self.config.check_memory else None
+        step = emit(program, tagged=isinstance(self._comm, CheckedComm), staged=staged, watch=watch)
         return Executable(program, step, self.state, self._comm)
 
     def _agree_on_machine(self, batch: Call) -> None:

@@ -181,6 +181,9 @@ class Config:
             a compiled model may change from step to step.
         check_collectives: before each collective of a step all ranks compare which one they are about to start, and
             stop with both names if they differ. For finding out why ranks part: it makes steps slower.
+        check_memory: after each call of a step, count the bytes of the tensors that it holds, and stop at the first
+            call where they are more than was predicted by over ``zgraph.memory_check.TOLERANCE``, with the line of the
+            model. For finding out why a step takes more than its plan: it makes steps slower.
     """
 
     zero: int = 3
@@ -202,6 +205,7 @@ class Config:
     gradient_noise: float | None = None
     ema: float | None = None
     check_collectives: bool = False
+    check_memory: bool = False
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> Config:
@@ -277,7 +281,7 @@ class Config:
                 "clip_norm and clip_value are both given", fix="choose one: clipping twice is not what either says"
             )
         check_numbers(config.numbers(), config)
-        for name in ("check_collectives", "keep_gathered"):
+        for name in ("check_collectives", "check_memory", "keep_gathered"):
             if not isinstance(getattr(config, name), bool):
                 raise OptionError(f"{name}={getattr(config, name)!r} is not a bool", fix="give True or False")
         if config.keep_gathered and (config.zero < 3 or config.accumulate == 1):

@@ -1,0 +1,72 @@
+"""What a running step holds, beside what was predicted: the first call at which reality leaves the plan.
+
+After each call, the memory of all values that the emitted function has is added up, storage by storage, without that of
+its inputs. That is what ``zgraph.liveness`` predicts; what an operator allocates and frees inside is seen by neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+
+from zgraph.errors import BudgetError, quoted
+from zgraph.liveness import held_bytes, lifetimes
+from zgraph.plans import show_bytes
+from zgraph.program import Program, target_name
+
+TOLERANCE = 0.01
+"""Of the most that is predicted for any call."""
+
+
+class MemoryCheck:
+    """Compares what a program holds while it runs with what it was predicted to hold.
+
+    Args:
+        program: as it is emitted.
+        staged: see ``zgraph.liveness.lifetimes``.
+    """
+
+    def __init__(self, program: Program, *, staged: bool) -> None:
+        self._nodes = list(program.graph.nodes)
+        self._expected = held_bytes(lifetimes(program, staged=staged), len(self._nodes))
+        self._slack = TOLERANCE * max(self._expected, default=0)
+        self._given: set[int] = set()
+
+    def begin(self, inputs: Iterable[Any]) -> None:
+        """A step begins, which has been given these values: their memory is not the step's own."""
+        self._given = {storage.data_ptr() for storage in _storages(inputs)}
+
+    def see(self, number: int, values: Mapping[str, Any]) -> None:
+        """The call of this number in the graph has run.
+
+        Raises:
+            BudgetError: the values hold more than was predicted.
+        """
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in _storages(values.values())}
+        found = sum(size for memory, size in sizes.items() if memory not in self._given)
+        expected = self._expected[number]
+        if found > expected + self._slack:
+            node = self._nodes[number]
+            origin = node.meta["origin"]
+            module = f" of module {origin.module}" if origin.module else ""
+            raise BudgetError(
+                f"after call {number} of a step, {target_name(node.target)}{module}, it holds {found} bytes besides "
+                f"its inputs, where {expected} were predicted: {show_bytes(found - expected)} more",
+                where=quoted(origin.source),
+                fix="report it: the prediction is wrong here; until then leave that much of the memory alone",
+            )
+
+
+def _storages(value: Any) -> Iterator[torch.UntypedStorage]:
+    """Of all tensors in a value: a transfer that was started has them among its fields."""
+    if isinstance(value, torch.Tensor):
+        yield value.untyped_storage()
+    elif is_dataclass(value) and not isinstance(value, type):
+        for each in fields(value):
+            yield from _storages(getattr(value, each.name))
+    elif isinstance(value, Iterable) and not isinstance(value, (str, bytes)):
+        for each in value:
+            yield from _storages(each)
