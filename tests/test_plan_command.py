@@ -55,6 +55,14 @@ def test_a_config_is_planned_as_a_table(config: str, capsys: pytest.CaptureFixtu
     assert not printed.err
 
 
+def test_options_of_the_command_are_those_of_the_plan(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--state-precision", "int8", "--bucket-bytes", "1MiB", "--prefetch", "2"]
+    arguments = ["plan", "--hf", config, "--world", "4", "--hardware", "h100", "--seq", "16", *FIXED, *given, "--json"]
+    assert cli.main(arguments) == 0
+    options = json.loads(capsys.readouterr().out)["chosen"]["options"]
+    assert (options["state_precision"], options["bucket_bytes"], options["prefetch"]) == ("int8", 2**20, 2)
+
+
 def test_a_plan_that_does_not_fit_has_a_status_of_its_own(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["plan", "--hf", config, "--world", "1", "--hardware", "h100", "--seq", "16", "--memory", "1MiB"]
     assert cli.main([*arguments, "--json", *FIXED]) == 1

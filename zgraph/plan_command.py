@@ -57,6 +57,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seq", type=int, default=1024, metavar="N", help="tokens of an example; default: 1024")
     command.add_argument("--optimizer", choices=sorted(OPTIMIZERS), default="adamw", help="default: %(default)s")
     command.add_argument("--precision", choices=sorted(PRECISIONS), help="default: float32")
+    command.add_argument("--state-precision", choices=["int8"], help="default: as the optimizer makes it")
+    command.add_argument("--bucket-bytes", default=AUTO, metavar="BYTES", help="such as 16MiB; default: searched")
+    command.add_argument("--prefetch", default=AUTO, metavar="N", help="gathers ahead; default: by cost")
     command.add_argument("--clip-norm", type=float, metavar="X", help="default: no clipping")
     command.add_argument("--zero", default=AUTO, metavar="0-3", help="default: searched")
     command.add_argument("--accumulate", default=AUTO, metavar="N", help="micro-batches of a step; default: searched")
@@ -82,9 +85,11 @@ def run(arguments: argparse.Namespace) -> bool:
     options: dict[str, Any] = {
         "zero": _integer(arguments.zero, "zero"),
         "accumulate": _integer(arguments.accumulate, "accumulate"),
+        "prefetch": _integer(arguments.prefetch, "prefetch"),
+        "bucket_bytes": arguments.bucket_bytes,
         "recompute": None if arguments.recompute == "none" else _number(arguments.recompute),
     }
-    for name in ("precision", "clip_norm"):
+    for name in ("precision", "state_precision", "clip_norm"):
         if getattr(arguments, name) is not None:
             options[name] = getattr(arguments, name)
     model, batch = _model_and_batch(arguments)
