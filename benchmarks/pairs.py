@@ -120,7 +120,13 @@ def predict(pair: Pair) -> zgraph.Plan:
     """The plan of a pair, its options fixed."""
     peer = parse_peer(pair.peer)
     options = dict(peer.build.keywords)  # type: ignore[attr-defined]
-    open_options = {"bucket_bytes": 16 * 2**20, "prefetch": 1, "accumulate": 1, "recompute": None}
+    open_options = {
+        "bucket_bytes": 16 * 2**20,
+        "prefetch": 1,
+        "accumulate": 1,
+        "recompute": None,
+        "keep_gathered": False,
+    }
     return zgraph.plan(
         lambda: GPT(pair.shape),
         lambda params: torch.optim.AdamW(params, **ADAMW),
