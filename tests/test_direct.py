@@ -6,17 +6,22 @@ import datetime as dt
 import os
 import time
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
+import zgraph
 from tests.ranks import Ranks, RanksError
 from tests.test_comm import DTYPES, everyones, group, made, pids
+from zgraph import compiler
 from zgraph.comm import Comm, PointToPointComm
 from zgraph.direct import DirectComm
 from zgraph.errors import RankError
 from zgraph.peer_memory import find_readable_peers
+from zgraph.which_comm import make_comm
 
 SIZES = [0, 1, 65, 1000]
 
@@ -132,6 +137,28 @@ def mix() -> None:
 
 def test_groups_and_models_do_not_take_each_others_messages(ranks: Ranks) -> None:
     ranks.run(mix, world=3)
+
+
+def train(zero: int) -> None:
+    """Steps of tensors that are read and of tensors that are sent, beside a step that sends all."""
+    ends = []
+    for choose in (make_comm, lambda group, _: PointToPointComm(group)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(96, 200), nn.Tanh(), nn.Linear(200, 96))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        with mock.patch.object(compiler, "make_comm", choose):
+            step = zgraph.compile(
+                model, optimizer=optimizer, loss=lambda y, x: (y - x).square().mean(), zero=zero, bucket_bytes=50000
+            )
+            losses = [step.train_step(made(96, torch.float32).view(1, 96) + i) for i in range(3)]
+        ends.append((losses, list(step.state_dict().values())))
+    for found, expected in zip(*ends, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_a_step_trains_to_the_same_bits_as_with_messages(ranks: Ranks, zero: int) -> None:
+    ranks.run(train, zero)
 
 
 def disagree() -> str:
