@@ -38,9 +38,7 @@ class Step:
     function: Callable[[list[Any], Any], list[Any]]
 
 
-def emit(
-    program: Program, *, tagged: bool = False, staged: bool = True, watch: MemoryCheck | None = None
-) -> Step:
+def emit(program: Program, *, tagged: bool = False, staged: bool = True, watch: MemoryCheck | None = None) -> Step:
     """Write and compile ``program``.
 
     Args:

@@ -64,7 +64,7 @@ def default_passes(
         UpdateInPlace(),
         *((Unshard(config.unshard, hardware),) if config.zero == 3 and mesh.size > 1 else ()),
     )
-    passes = (Tidy(), *_recompute(config.recompute, hardware, then), *then)
+    passes = (Tidy(), *_recompute(config, hardware, then), *then)
     last = {p.gives: p for p in passes}
     return tuple(q for p in passes for q in (p, *(o for o in own if last.get(o.takes) is p)))
 
@@ -76,9 +76,8 @@ def _order(config: Config, hardware: Hardware | None) -> Pass:
     return Schedule(hardware, config.in_flight)
 
 
-def _recompute(
-    what: str | tuple[str, ...] | float | None, hardware: Hardware | None, then: tuple[Pass, ...]
-) -> tuple[Pass, ...]:
+def _recompute(config: Config, hardware: Hardware | None, then: tuple[Pass, ...]) -> tuple[Pass, ...]:
+    what = config.recompute
     if what is None or what == 0:
         return ()
     if isinstance(what, tuple):
@@ -90,7 +89,7 @@ def _recompute(
             f"recompute={what!r} weighs bytes against seconds, and this machine is not known",
             fix="run `zgraph calibrate` to measure it, or give recompute='blocks'",
         )
-    return (RecomputeActivations(what, hardware, then),)
+    return (RecomputeActivations(what, hardware, then, config.recompute_solver),)
 
 
 __all__ = [

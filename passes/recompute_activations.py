@@ -6,13 +6,15 @@ Unlike ``RecomputeModules`` this needs no blocks: it decides for each tensor, by
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import fx
 
 from zgraph.footprint import footprint
-from zgraph.frontier import frontier
+from zgraph.frontier import Choice, frontier
 from zgraph.hardware import Hardware
+from zgraph.optimal_recomputation import optimum
 from zgraph.passes.again import make_again
 from zgraph.pipeline import Pass, run
 from zgraph.program import Program, Stage
@@ -39,11 +41,14 @@ class RecomputeActivations(Pass):
         level: from 0, where nothing is dropped, to 1. A higher one never has a higher peak, nor less to compute.
         hardware: the machine, whose seconds are weighed against bytes.
         then: the passes that follow this one.
+        solver: ``"milp"`` looks for the fastest choice for the bytes that the level says; see
+            ``zgraph.optimal_recomputation``. Without, it is a greedy one.
     """
 
     level: float
     hardware: Hardware
     then: tuple[Pass, ...]
+    solver: str | None = None
 
     takes, gives = Stage.CAPTURED, Stage.CAPTURED
 
@@ -74,19 +79,25 @@ class _Chosen:
         end = len(self.choices) - 1
         while end and self._peak_bytes(end) >= highest:
             end -= 1
-        most = highest - self.made.level * (highest - self._peak_bytes(end))
+        most = math.floor(highest - self.made.level * (highest - self._peak_bytes(end)))
         first = next(i for i in range(end + 1) if self.choices[i].peak_bytes <= most or i == end)
         taken = next(i for i in range(first, end + 1) if self._peak_bytes(i) <= most)
+        best = optimum(self.profile, most).choice if self.made.solver == "milp" else None
+        if best is not None and best.seconds < self.choices[taken].seconds and self._tried_bytes(best) <= most:
+            return best.dropped
         return self.choices[taken].dropped
 
     def _peak_bytes(self, index: int) -> int:
         """What the schedule holds with a choice."""
-        if not self.choices[index].dropped:
-            return self.profile.kept.peak_bytes
         if index not in self._tried:
-            copy = self.program.clone()
-            copies = dict(zip(self.program.graph.nodes, copy.graph.nodes, strict=True))
-            make_again(copy, {copies[node] for node in self.profile.again(self.choices[index].dropped)})
-            tried = run(self.made.then, copy, prove=False).program
-            self._tried[index] = footprint(tried, staged=self.made.hardware.device_type == "cpu").peak_bytes
+            self._tried[index] = self._tried_bytes(self.choices[index])
         return self._tried[index]
+
+    def _tried_bytes(self, choice: Choice) -> int:
+        if not choice.dropped:
+            return self.profile.kept.peak_bytes
+        copy = self.program.clone()
+        copies = dict(zip(self.program.graph.nodes, copy.graph.nodes, strict=True))
+        make_again(copy, {copies[node] for node in self.profile.again(choice.dropped)})
+        tried = run(self.made.then, copy, prove=False).program
+        return footprint(tried, staged=self.made.hardware.device_type == "cpu").peak_bytes

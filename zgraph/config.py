@@ -160,6 +160,8 @@ class Config:
             patterns of module paths, such as ``["encoder", "decoder.layers.*"]``: each of these modules is a block.
             What draws random numbers, as dropout and attention with dropout do, never runs again: its results are kept.
             By default all is kept.
+        recompute_solver: for a number as ``recompute``: ``"milp"`` finds the fastest choice that goes as far, by SciPy,
+            for steps with up to 64 activations. By default a search finds one that is near it, for any step.
         accumulate: how many micro-batches a step has. Their gradients add up, and the update reads the mean.
         keep_gathered: with ZeRO-3 and several micro-batches: gather parameters once for all micro-batches of a step and
             keep them whole until its update, instead of twice for each micro-batch. It takes the memory of all
@@ -197,6 +199,7 @@ class Config:
     reduce_precision: str | None = None
     state_precision: str | None = None
     recompute: str | tuple[str, ...] | float | None = None
+    recompute_solver: str | None = None
     accumulate: int = 1
     keep_gathered: bool = False
     unshard: float = 0.0
@@ -259,6 +262,12 @@ class Config:
             raise OptionError(f"reduce_precision={config.reduce_precision!r} is not known", fix="give 'bf16', or None")
         if config.state_precision not in (None, "int8"):
             raise OptionError(f"state_precision={config.state_precision!r} is not known", fix="give 'int8', or None")
+        if config.recompute_solver not in (None, "milp"):
+            raise OptionError(f"recompute_solver={config.recompute_solver!r} is not known", fix="give 'milp', or None")
+        if config.recompute_solver is not None and not isinstance(config.recompute, float):
+            raise OptionError(
+                f"recompute_solver with recompute={config.recompute!r}", fix="give a number from 0 to 1 as recompute"
+            )
         for name in ("loss_scale", "loss_scale_interval"):
             if name in options and config.precision != "fp16":
                 raise OptionError(f"{name} is for precision='fp16'", fix="leave it out")
