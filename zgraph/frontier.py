@@ -20,8 +20,8 @@ from zgraph.recomputation import Outcome, Profile
 
 _SHARPNESS = 16
 _MOST_PARTS = 12
-_MOST_POLISHED = 8
-_MOST_ROUNDS = 2
+_MOST_WORK = 6_000_000
+"""Calls of the programs that are looked at, all together, beyond those that the search needs in any case."""
 
 
 @dataclass(frozen=True)
@@ -72,31 +72,35 @@ class _Search:
                 more = dropped | part
                 if self._height(more) < self._height(dropped):
                     dropped = more
-        units = [unit for family in families for unit in family]
-        self._polish(dropped, units, 0)
-        found = pareto(self._choices())
-        for choice in found[:: -(-len(found) // _MOST_POLISHED)]:
-            self._polish(choice.dropped, units, choice.peak_bytes)
+        parts = [list(_parts(family)) for family in families]
+        self._polish(dropped, [part for family in parts for part in family])
+        self._look_around(parts)
         return self._choices()
 
-    def _polish(self, dropped: frozenset[fx.Node], units: list[frozenset[fx.Node]], enough: int) -> None:
-        """Keep or drop single calls otherwise, as long as that is better; what was right before others may not be now.
+    def _polish(self, dropped: frozenset[fx.Node], parts: list[frozenset[fx.Node]]) -> None:
+        """Keep or drop single parts otherwise where that lowers the peak: what was right before may not be now."""
+        for part in parts[: self._num_left()]:
+            other = dropped - part if part <= dropped else dropped | part
+            if self._height(other) < self._height(dropped):
+                dropped = other
 
-        Better is a lower peak; where it is low enough, less time.
+    def _look_around(self, parts: list[list[frozenset[fx.Node]]]) -> None:
+        """From choices that nothing beats so far, drop one part more of each family, or one less.
+
+        The order of families is right for whole ones, and leaves a little to gain in between.
         """
+        found = pareto(self._choices())
+        stride = max(-(-len(found) * len(parts) * 2 // max(self._num_left(), 1)), 1)
+        for choice in found[::stride]:
+            for family in parts:
+                more = next((part for part in family if not part <= choice.dropped), frozenset())
+                less = next((part for part in reversed(family) if part <= choice.dropped), frozenset())
+                self._outcome(choice.dropped | more)
+                self._outcome(choice.dropped - less)
 
-        def rank(dropped: frozenset[fx.Node]) -> tuple[float, float]:
-            outcome = self._outcome(dropped)
-            return 0 if outcome.peak_bytes <= enough else self._height(dropped), outcome.seconds
-
-        for _ in range(_MOST_ROUNDS):
-            before = dropped
-            for unit in units:
-                other = dropped - unit if unit <= dropped else dropped | unit
-                if rank(other) < rank(dropped):
-                    dropped = other
-            if dropped == before:
-                return
+    def _num_left(self) -> int:
+        """How many more choices to look at, so that a step of many calls does not take much longer than one of few."""
+        return max(_MOST_WORK // len(self.profile.nodes) - len(self.outcomes), 0)
 
     def _choices(self) -> list[Choice]:
         return [Choice(dropped, o.peak_bytes, o.seconds) for dropped, o in self.outcomes.items()]
