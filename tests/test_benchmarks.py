@@ -181,3 +181,11 @@ def test_quick_run_compares_every_peer(tmp_path: Path) -> None:
             assert results[name]["losses"] == pytest.approx(results["single"]["losses"], rel=1e-5)
             if results[name]["settings"]["private_network"]:
                 assert results[name]["wire_bytes"] > results[name]["num_parameters"] * 4
+
+
+@pytest.mark.slow
+def test_recomputation_is_no_worse_than_what_torch_chooses() -> None:
+    command = [sys.executable, str(BENCHMARKS / "recompute.py"), "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("\n| 0.5 |") == 1
