@@ -49,6 +49,14 @@ def test_what_is_read_of_a_bucket_in_one_low_precision_travels_in_it() -> None:
     assert_same_step(program, captured)
 
 
+@pytest.mark.parametrize("prefetch", [1, 2])
+def test_a_slice_is_cast_as_early_as_its_gather_starts(prefetch: int) -> None:
+    program = run(default_passes(Config(3, 10**6, prefetch=prefetch), Mesh(2)), read_in_low_precision()).program
+    calls = [node for node in program.graph.nodes if node.op == "call_function"]
+    cast = [node for node in calls if node.target is ops.all_gather and operand(node).op == "call_function"]
+    assert any(start.next not in start.users for start in cast)
+
+
 def test_a_slice_is_cast_and_the_casts_of_what_was_gathered_are_gone() -> None:
     passes = default_passes(Config(3, 1, prefetch=0), Mesh(2))[:8]
     program = run(passes, read_in_low_precision()).program
