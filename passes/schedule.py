@@ -22,6 +22,7 @@ from zgraph.hardware import Hardware
 from zgraph.liveness import held_bytes, lifetimes
 from zgraph.passes.inplace import fused_updates
 from zgraph.passes.order import arrange
+from zgraph.passes.overlap import Overlap
 from zgraph.pipeline import Pass
 from zgraph.program import Phase, Program, Role, Stage, operand, phase_of
 from zgraph.timeline import COMPUTE, Lanes, least_s, play
@@ -29,6 +30,12 @@ from zgraph.work import FREE, Work, num_bytes_of
 
 MARGIN = 1.25
 """Of what a gather is predicted to take, how much it is given to be there in time."""
+
+DISTANCES = (1, 2)
+"""Of gathers, how many buckets ahead are tried, too: where links are busy all the time, that may keep them busier."""
+
+FAR = 2**62
+"""Bytes of a bucket that may be gathered ahead of time: any."""
 
 GAIN = 1e-3
 """Of a step's time, what more bytes in flight must save."""
@@ -78,13 +85,20 @@ class Schedule(Pass):
         if given_s < best_s and given_peak <= least_peak:
             best_s, best = given_s, given
         enough_s = least_s(program, self.hardware, cost_of=costs.__getitem__) * (1 + GAIN)
+        fixed: list[tuple[float, int, list[fx.Node]]] = []
         for limit in _up_to(self.in_flight) if step.bucket_bytes else ():
             if best_s <= enough_s:
                 break
             most = math.inf if limit is None else least_peak + limit * step.bucket_bytes
             _put(program, step.order(most, held))
-            if peak() <= most and (found_s := seconds()) < best_s * (1 - GAIN):
-                best_s, best = found_s, list(_calls(program))
+            found = [(seconds(), peak(), list(_calls(program)))]
+            for distance in DISTANCES if not fixed else ():
+                _put(program, best)
+                Overlap(distance, FAR).rewrite(program)
+                fixed.append((seconds(), peak(), list(_calls(program))))
+            for found_s, found_peak, order in (*found, *fixed):
+                if found_peak <= most and found_s < best_s * (1 - GAIN):
+                    best_s, best = found_s, order
         _put(program, best)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -145,8 +146,10 @@ def test_where_nothing_is_hidden_nothing_is_in_flight() -> None:
 
 def test_what_is_gathered_is_there_in_time_and_no_gather_stands_earlier_than_it_has_to() -> None:
     """Links that are ten times as fast need a tenth of the time ahead: here, one product."""
-    program = Schedule(FAST, None)(sharded(blocks(4)))
-    calls = [node for node in program.graph.nodes if node.op == "call_function"]
+    program = sharded(blocks(4))
+    step = _Step(program, FAST, _costs(program, FAST))
+    _put(program, step.order())
+    calls = step.order(math.inf, step.held_by_each(program, _held(program, staged=False)))
     for wait in calls:
         if wait.target is ops.wait and operand(wait).target is ops.all_gather:
             between = calls[calls.index(operand(wait)) : calls.index(wait)]
