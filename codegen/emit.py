@@ -25,6 +25,7 @@ _COMM_METHODS: dict[Any, str] = {
     ops.all_gather_into: "all_gather",
     ops.reduce_scatter: "reduce_scatter",
     ops.all_reduce: "all_reduce",
+    ops.all_to_all: "all_to_all",
     ops.wait: "wait",
     ops.shard: "shard",
 }

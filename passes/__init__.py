@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from zgraph.config import Config
 from zgraph.errors import OptionError
 from zgraph.hardware import Hardware
-from zgraph.layout import Layout
+from zgraph.layout import ALIGN, Layout
+from zgraph.packed import BLOCK
 from zgraph.passes.bucket import FormBuckets
 from zgraph.passes.inplace import UpdateInPlace
 from zgraph.passes.keep import ReadGathered
 from zgraph.passes.overlap import Overlap
-from zgraph.passes.precision import CastBeforeGather, ReduceInLowPrecision
+from zgraph.passes.precision import CastBeforeGather, GatherInLowPrecision, ReduceInLowPrecision
 from zgraph.passes.quantize import QuantizeState
+from zgraph.passes.quantize_communication import GatherQuantized, ReduceQuantized
 from zgraph.passes.recompute import EXPENSIVE, RecomputeModules
 from zgraph.passes.recompute_activations import RecomputeActivations
 from zgraph.passes.schedule import Schedule
@@ -52,13 +54,18 @@ def default_passes(
             ReadParamsEarly(),
             ShardParams(mesh),
             CastBeforeGather(),
+            *((GatherInLowPrecision(),) if config.gather_precision == "bf16" and mesh.size > 1 else ()),
+            *((GatherQuantized(),) if config.gather_precision == "int8" and mesh.size > 1 else ()),
             *((ReadGathered(),) if config.keep_gathered else ()),
         ),
     )
     then = (
-        FormBuckets(mesh.size, config.bucket_bytes, layout, packed=config.state_precision == "int8"),
+        FormBuckets(
+            mesh.size, config.bucket_bytes, layout, packed=config.state_precision == "int8", granule=_granule(config)
+        ),
         *(p for stage in zero[: config.zero + 1] for p in stage),
         *((ReduceInLowPrecision(),) if config.reduce_precision == "bf16" and mesh.size > 1 else ()),
+        *((ReduceQuantized(),) if config.reduce_precision == "int8" and mesh.size > 1 else ()),
         *((QuantizeState(),) if config.state_precision == "int8" else ()),
         _order(config, hardware),
         UpdateInPlace(),
@@ -67,6 +74,12 @@ def default_passes(
     passes = (Tidy(), *_recompute(config, hardware, then), *then)
     last = {p.gives: p for p in passes}
     return tuple(q for p in passes for q in (p, *(o for o in own if last.get(o.takes) is p)))
+
+
+def _granule(config: Config) -> int:
+    """Of which a rank's part of a bucket has a multiple of elements."""
+    is_in_blocks = "int8" in (config.state_precision, config.gather_precision, config.reduce_precision)
+    return BLOCK if is_in_blocks else ALIGN
 
 
 def _order(config: Config, hardware: Hardware | None) -> Pass:
@@ -96,6 +109,8 @@ __all__ = [
     "AverageGradients",
     "CastBeforeGather",
     "FormBuckets",
+    "GatherInLowPrecision",
+    "GatherQuantized",
     "Overlap",
     "QuantizeState",
     "ReadGathered",
@@ -103,6 +118,7 @@ __all__ = [
     "RecomputeActivations",
     "RecomputeModules",
     "ReduceInLowPrecision",
+    "ReduceQuantized",
     "Schedule",
     "ShardGradients",
     "ShardOptimizer",

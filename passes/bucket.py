@@ -17,7 +17,6 @@ from torch import fx
 from zgraph import ops
 from zgraph.averages import WEIGHT_EMA
 from zgraph.layout import ALIGN, Bucket, Layout, ParamSpec, make_buckets
-from zgraph.packed import BLOCK
 from zgraph.passes.own import owned_update
 from zgraph.passes.tidy import remove_dead
 from zgraph.passes.updates import Updates
@@ -54,12 +53,14 @@ class FormBuckets(Pass):
         bucket_bytes: target size of a bucket.
         layout: use these buckets instead of forming new ones, if the update allows it.
         packed: optimizer state is to lie in 8 bits an element, where it is float32 and not an average of weights.
+        granule: of which a rank's part of a bucket has a multiple of elements; a multiple itself of ``ALIGN``.
     """
 
     world: int
     bucket_bytes: int
     layout: Layout | None = None
     packed: bool = False
+    granule: int = ALIGN
 
     takes, gives = Stage.CAPTURED, Stage.BUCKETED
 
@@ -69,8 +70,7 @@ class FormBuckets(Pass):
         if self.layout is not None and _fits(self.layout, specs):
             layout = self.layout
         else:
-            granule = BLOCK if self.packed else ALIGN
-            buckets = make_buckets(specs, self.world, self.bucket_bytes, granule)
+            buckets = make_buckets(specs, self.world, self.bucket_bytes, self.granule)
             layout = Layout(buckets, self.world, packed=tuple(_packed(buckets, updates)) if self.packed else ())
         _Flattener(program, updates, layout).run()
         program.layout = replace(layout, shard_params=False, shard_state=False)

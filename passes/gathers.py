@@ -1,10 +1,12 @@
-"""What a gather sends."""
+"""Gathers of parameters, and what they send."""
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
-from zgraph.program import Role
+from zgraph import ops
+from zgraph.program import Phase, Program, Role, operand
 
 
 def prepares(start: fx.Node) -> set[fx.Node] | None:
@@ -25,4 +27,17 @@ def prepares(start: fx.Node) -> set[fx.Node] | None:
             if source.op == "call_function" and source not in found:
                 found.add(source)
                 stack.append(source)
+    return found
+
+
+def gathers_of_params(program: Program) -> list[tuple[fx.Node, fx.Node, fx.Node]]:
+    """Before the update, each gather of a bucket of parameters or of a cast of one: start, wait, and the parameters."""
+    found = []
+    for start in program.graph.find_nodes(op="call_function", target=ops.all_gather):
+        sent = operand(start)
+        param = operand(sent) if sent.target is torch.ops.aten._to_copy.default else sent
+        is_param = param.op == "placeholder" and param.meta["input"].role is Role.PARAM
+        if is_param and start.meta["origin"].phase is not Phase.UPDATE:
+            (wait,) = start.users
+            found.append((start, wait, param))
     return found

@@ -21,7 +21,12 @@ from zgraph.pipeline import Pass
 from zgraph.program import OF_PARAMETERS, Origin, Phase, Program, Role, Stage, operand, update_nodes
 
 aten = torch.ops.aten
-_APART = frozenset({*ops.STARTS, ops.wait, ops.shard, ops.elements, ops.pack_state, ops.unpack_state, operator.getitem})
+_APART = frozenset(
+    {
+        *ops.STARTS, ops.wait, ops.shard, ops.elements, ops.pack_state, ops.unpack_state, ops.mean_of_quantized,
+        operator.getitem,
+    }
+)  # fmt: skip
 """Operators whose vectors are no part of an elementwise update."""
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from zgraph import ops
+from zgraph.passes.gathers import gathers_of_params
 from zgraph.passes.tidy import remove_dead
 from zgraph.pipeline import Pass
-from zgraph.program import Input, Phase, Program, Role, Stage, operand
+from zgraph.program import Input, Program, Role, Stage
 
 
 @dataclass(frozen=True)
@@ -25,19 +23,11 @@ class ReadGathered(Pass):
 
     def rewrite(self, program: Program) -> None:
         found = program.inputs(Role.GATHERED)
-        for start in program.graph.find_nodes(op="call_function", target=ops.all_gather):
-            if start.meta["origin"].phase is Phase.UPDATE:
-                continue
-            shard = operand(start)
-            param = operand(shard) if shard.target is torch.ops.aten._to_copy.default else shard
-            if param.op != "placeholder":
-                continue
+        for _, wait, param in gathers_of_params(program):
             what: Input = param.meta["input"]
-            (wait,) = start.users
             val = wait.meta["val"]
             at = what.name, str(val.dtype).removeprefix("torch.")
-            if what.role is Role.PARAM and at not in found:
+            if at not in found:
                 found[at] = program.placeholder(Input(Role.GATHERED, *at), val)
-            if what.role is Role.PARAM:
-                wait.replace_all_uses_with(found[at])
+            wait.replace_all_uses_with(found[at])
         remove_dead(program)

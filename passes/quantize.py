@@ -11,7 +11,7 @@ from zgraph import ops
 from zgraph.packed import packed_numel
 from zgraph.pipeline import Pass
 from zgraph.program import Input, Origin, Phase, Program, Role, Stage, update_nodes
-from zgraph.terms import Axiom, Form, Term, Terms, zero_times
+from zgraph.terms import Axiom, Form, Term, Terms, is_input, zero_times
 
 aten = torch.ops.aten
 
@@ -23,13 +23,18 @@ def _packed_before(terms: Terms, term: Term) -> Term | None:
         return None
     state: Term = packed.args[0]
     whole = state.args[0] if state.target is Form.SHARD else state
-    given = all(zero_times(base) == frozenset() or _is_state(base) for base, _, _ in terms.pieces(whole))
+    given = all(zero_times(base) == frozenset() or is_input(base, Role.OPT_STATE) for base, _, _ in terms.pieces(whole))
     return state if given else None
 
 
-def _is_state(base: Term) -> bool:
-    what = base.args[0] if base.target is Form.INPUT else None
-    return isinstance(what, Input) and what.role is Role.OPT_STATE
+def elements_of(program: Program, bucket: str, part: fx.Node, origin: Origin, before: fx.Node) -> fx.Node:
+    """Where a bucket, or this rank's part of it if ``part`` is one, has elements of parameters."""
+    assert program.layout is not None
+    flat, mesh, val = program.layout.by_name[bucket], program.mesh, part.meta["val"]
+    found = program.call(ops.elements, *flat.ranges(), flat.numel, device=val.device, origin=origin, before=before)
+    if len(val) == flat.numel:
+        return found
+    return program.call(ops.shard, found, mesh.size, mesh.axis, origin=origin, before=before)
 
 
 @dataclass(frozen=True)
@@ -64,24 +69,14 @@ class QuantizeState(Pass):
                 new, origin = results[i], replace(results[i].meta["origin"], module=output.name)
                 before, val = new.next, new.meta["val"]
                 if output.name not in elements:
-                    elements[output.name] = self._elements(program, output.name, origin, val)
+                    first = update_nodes(program)[output.name][0]
+                    elements[output.name] = elements_of(program, output.name, new, origin, first)
                 zero = program.call(
                     aten.zeros.default, [], dtype=val.dtype, device=val.device, origin=origin, before=before
                 )
                 kept = program.call(aten.where.self, elements[output.name], new, zero, origin=origin, before=before)
                 results[i] = program.call(ops.pack_state, kept, origin=origin, before=before)
         program.set_results(results, program.outputs)
-
-    def _elements(self, program: Program, bucket: str, origin: Origin, val: torch.Tensor) -> fx.Node:
-        """Where this rank's part of a bucket has elements of parameters."""
-        assert program.layout is not None
-        flat, before = program.layout.by_name[bucket], update_nodes(program)[bucket][0]
-        starts, stops = flat.ranges()
-        found = program.call(ops.elements, starts, stops, flat.numel, device=val.device, origin=origin, before=before)
-        if len(val) == flat.numel:
-            return found
-        mesh = program.mesh
-        return program.call(ops.shard, found, mesh.size, mesh.axis, origin=origin, before=before)
 
     def _is_packed(self, program: Program, what: Input) -> bool:
         assert program.layout is not None

@@ -108,6 +108,25 @@ def test_reductions_equal_torchs_own(ranks: Ranks, kind: str, world: int) -> Non
     ranks.run(reduce_everything, kind, world=world)
 
 
+def exchange_everything(kind: str) -> None:
+    (rank, world) = (dist.get_rank(), dist.get_world_size())
+    for comm in (KINDS[kind](), FunctionalComm(group())):
+        for dtype in [*DTYPES, torch.uint8]:
+            full = made(16 * world, dtype)
+            sent = everyones(full)
+            expected = torch.cat([other[rank * 16 : (rank + 1) * 16] for other in sent])
+            assert torch.equal(comm.wait(comm.all_to_all(full)), expected)
+            assert torch.equal(full, sent[rank]), "what is sent stays as it was"
+        num_bytes = sum(dtype.itemsize for dtype in [*DTYPES, torch.uint8]) * 16 * (world - 1)
+        assert comm.traffic.as_dict() == {"all_to_all": {"count": len(DTYPES) + 1, "bytes": num_bytes}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("world", [2, 3])
+def test_all_to_all_brings_each_rank_its_part_of_everyones(ranks: Ranks, kind: str, world: int) -> None:
+    ranks.run(exchange_everything, kind, world=world)
+
+
 def own_the_same(kind: str) -> list[float]:
     """Every rank owns the same numbers of everybody's."""
     comm, block = KINDS[kind](), made(64, torch.float32)

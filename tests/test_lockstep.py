@@ -36,8 +36,9 @@ def collective(target: object, *args: object) -> Program:
         (collective(ops.reduce_scatter, "sum", 2, "data"), [[10.0, 12], [14, 16]]),
         (collective(ops.reduce_scatter, "avg", 2, "data"), [[5.0, 6], [7, 8]]),
         (collective(ops.all_gather, 2, "data"), [[1.0, 2, 3, 4, 9, 10, 11, 12]] * 2),
+        (collective(ops.all_to_all, [2, 2], [2, 2], "data"), [[1.0, 2, 9, 10], [3, 4, 11, 12]]),
     ],
-    ids=["all-reduce sum", "all-reduce avg", "reduce-scatter sum", "reduce-scatter avg", "all-gather"],
+    ids=["all-reduce sum", "all-reduce avg", "reduce-scatter sum", "reduce-scatter avg", "all-gather", "all-to-all"],
 )
 @pytest.mark.parametrize("late", [False, True])
 def test_every_rank_receives_its_part_of_what_all_have_sent(

@@ -30,6 +30,10 @@ CONFIGS = [
 ]  # fmt: skip
 
 INEXACT = [(Config(zero, 200, reduce_precision="bf16", state_precision="int8"), Mesh(2)) for zero in (0, 1, 3)]
+INEXACT += [
+    (Config(3, 200, reduce_precision="int8", gather_precision="int8"), Mesh(2)),
+    (Config(3, 200, gather_precision="bf16"), Mesh(2)),
+]
 """For mistakes in what is rounded on request; numbers show nothing there."""
 
 RECOMPUTING = [

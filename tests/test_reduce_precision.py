@@ -12,14 +12,17 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import zgraph
+from tests.mutants.steps import in_single_precision
 from tests.programs import accumulated, one_layer
 from tests.reference import assert_equal
 from zgraph import ops
 from zgraph.config import Config
 from zgraph.errors import VerifyError
+from zgraph.packed import BLOCK
 from zgraph.passes import default_passes
 from zgraph.pipeline import Pass, run
 from zgraph.program import Mesh, Stage, operand
+from zgraph.quantized import dequantize, quantize
 
 LOW = Config(reduce_precision="bf16")
 
@@ -153,6 +156,114 @@ def test_a_mistake_beside_it_is_refused(mistake: Pass) -> None:
     for program in (one_layer(), accumulated(one_layer(), 2, weighted=True)):
         with pytest.raises(VerifyError, match=f"{mistake.name} changed what the step computes"):
             run(default_passes(config, Mesh(2), own=[mistake]), program)
+
+
+# In 8 bits
+
+
+def quantised_mean(gradients: list[Tensor]) -> Tensor:
+    """As ranks add up what each has quantised: in rank order."""
+    total = torch.zeros_like(gradients[0])
+    for gradient in gradients:
+        total += dequantize(quantize(gradient))
+    return total / len(gradients)
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_mean_is_that_of_quantised_gradients_and_within_its_bound(world: int, zero: int) -> None:
+    torch.manual_seed(0)
+    model = Net()
+    reference = copy.deepcopy(model)
+    ranks = zgraph.simulate_ranks(
+        model, SGD(model.parameters(), lr=0.5), world_size=world, zero=zero, reduce_precision="int8"
+    )
+    optimizer = SGD(reference.parameters(), lr=0.5)
+    params = dict(reference.named_parameters())
+    for step in range(3):
+        parts = torch.randn(6 * world, 6).chunk(world)
+        ranks.train_step([(part,) for part in parts])
+        assert ranks.layout is not None
+        (bucket,) = ranks.layout.buckets
+        flats = [torch.zeros(bucket.numel) for _ in parts]
+        for flat, part in zip(flats, parts, strict=True):
+            gradients = torch.autograd.grad(reference(part), list(params.values()))
+            of = dict(zip(params, gradients, strict=True))
+            for s in bucket.segments:
+                flat[s.offset : s.offset + s.numel] = of[s.name].flatten()
+        mean = quantised_mean(flats)
+        exact = torch.stack(flats).double().mean(0)
+        largest = torch.stack([flat.view(-1, BLOCK).abs().amax(1, keepdim=True) for flat in flats]).double().mean(0)
+        assert ((mean - exact).view(-1, BLOCK).abs() <= largest * (1 / 254 + 2**-20)).all()
+        for s in bucket.segments:
+            params[s.name].grad = mean[s.offset : s.offset + s.numel].view(s.shape)
+        optimizer.step()
+        assert_equal(ranks.state_dict(), reference.state_dict(), f"step {step}")
+
+
+@pytest.mark.parametrize("options", [{"clip_norm": 1.0}, {"precision": "fp16"}])
+def test_a_gradient_that_is_not_finite_on_one_rank_is_found(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = Net()
+    ranks = zgraph.simulate_ranks(
+        model, SGD(model.parameters(), lr=0.5), world_size=3, reduce_precision="int8", accumulate=2, **options
+    )
+    before = ranks.state_dict() if ranks.layout else {n: p.detach().clone() for n, p in model.state_dict().items()}
+    broken = torch.randn(4, 6)
+    broken[3, 2] = torch.inf
+    ranks.train_step([(torch.randn(4, 6),), (broken,), (torch.randn(4, 6),)])
+    assert ranks.stats()["num_skipped_steps"] == 1
+    assert all(torch.equal(before[name], value) for name, value in ranks.state_dict().items())
+    ranks.train_step([(torch.randn(4, 6),) for _ in range(3)])
+    assert not torch.equal(before["out.weight"], ranks.state_dict()["out.weight"])
+
+
+def test_only_float32_gradients_are_quantised_and_the_proof_says_what_it_takes_on_trust() -> None:
+    done = run(default_passes(Config(3, reduce_precision="int8"), Mesh(2)), in_single_precision())
+    sent = {
+        t: done.program.graph.find_nodes(op="call_function", target=t) for t in (ops.all_to_all, ops.reduce_scatter)
+    }
+    assert [operand(n).meta["val"].dtype for n in sent[ops.all_to_all]] == [torch.uint8]
+    assert [operand(n).meta["val"].dtype for n in sent[ops.reduce_scatter]] == [torch.float64]
+    assert {record.name: record.assumes for record in done.records if record.assumes} == {
+        "ReduceQuantized": ("mean(all_to_all(quantize(g))) = shard(mean(g))",)
+    }
+
+
+@dataclass(frozen=True)
+class ExchangeOnes(Pass):
+    """Quantise and average what is no gradient."""
+
+    takes = gives = Stage.SHARDED
+
+    def rewrite(self, program: Any) -> None:
+        (data,) = program.graph.find_nodes(op="call_function", target=ops.quantize)
+        gradient, ones = operand(data), torch.ops.aten.ones_like.default
+        data.replace_input_with(gradient, program.call(ones, gradient, origin=data.meta["origin"], before=data))
+
+
+@dataclass(frozen=True)
+class DivideByMore(Pass):
+    """Let each rank be sent what another is to own."""
+
+    takes = gives = Stage.SHARDED
+
+    def rewrite(self, program: Any) -> None:
+        (exchange,) = program.graph.find_nodes(op="call_function", target=ops.all_to_all)
+        data, sizes, _, axis = exchange.args
+        exchange.args = (data, [sizes[0] - 260, sizes[1] + 260], [sizes[0] + 260, sizes[1] - 260], axis)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "rule"),
+    [
+        (ExchangeOnes(), "ExchangeOnes left .* each rank must return its part of one vector"),
+        (DivideByMore(), "sends parts that are not equal, or not for 2 ranks"),
+    ],
+)
+def test_a_mistake_with_what_is_quantised_is_refused(mistake: Pass, rule: str) -> None:
+    with pytest.raises(VerifyError, match=rule):
+        run(default_passes(Config(3, reduce_precision="int8"), Mesh(2), own=[mistake]), in_single_precision())
 
 
 def test_other_precisions_are_refused() -> None:

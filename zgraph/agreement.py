@@ -220,6 +220,11 @@ class CheckedComm:
         self._agreement.check(tag)
         return self._comm.all_reduce(value, operation)
 
+    def all_to_all(self, full: torch.Tensor, *, tag: str = "") -> Any:
+        """As ``Comm.all_to_all``; raises as ``all_gather`` does."""
+        self._agreement.check(tag)
+        return self._comm.all_to_all(full)
+
     def wait(self, started: Any) -> torch.Tensor:
         return self._comm.wait(started)
 

@@ -50,6 +50,7 @@ class Comm(Protocol):
     def all_gather(self, shard: torch.Tensor, out: torch.Tensor | None = None) -> Any: ...
     def reduce_scatter(self, full: torch.Tensor, operation: str) -> Any: ...
     def all_reduce(self, value: torch.Tensor, operation: str) -> Any: ...
+    def all_to_all(self, full: torch.Tensor) -> Any: ...
     def wait(self, started: Any) -> torch.Tensor: ...
     def shard(self, full: torch.Tensor) -> torch.Tensor: ...
 
@@ -99,6 +100,11 @@ class FunctionalComm(Group):
     def all_reduce(self, value: torch.Tensor, operation: str) -> torch.Tensor:
         self.traffic.add("all_reduce", 2 * self._others(value.nbytes))
         return _tensor(ops.all_reduce(value, operation, self._name))
+
+    def all_to_all(self, full: torch.Tensor) -> torch.Tensor:
+        self.traffic.add("all_to_all", self._others(full.nbytes))
+        sizes = [len(full) // self.world] * self.world
+        return _tensor(ops.all_to_all(full, sizes, sizes, self._name))
 
     def wait(self, started: torch.Tensor) -> torch.Tensor:
         return _tensor(ops.wait(started))
@@ -179,6 +185,15 @@ class PointToPointComm(Group):
         assert work is not None
         return Transfer([work], result, divide_by=self._divisor(operation))
 
+    def all_to_all(self, full: torch.Tensor) -> Transfer:
+        tag, size = self.next_tag(), full.shape[0] // self.world
+        self.traffic.add("all_to_all", self._others(full.nbytes))
+        out = torch.empty_like(full)
+        works = [self.receive(out[p * size : (p + 1) * size], p, tag) for p in self.peers]
+        works += [self.send(full[p * size : (p + 1) * size], p, tag) for p in self.peers]
+        self.shard(out).copy_(self.shard(full))
+        return Transfer(works, out, keep=full)
+
     def wait(self, started: Transfer) -> torch.Tensor:
         for work in started.works:
             work.wait()
@@ -208,6 +223,9 @@ class SingleComm(Group):
         raise AssertionError("a program for one rank has no collectives")
 
     def all_reduce(self, value: torch.Tensor, operation: str) -> torch.Tensor:
+        raise AssertionError("a program for one rank has no collectives")
+
+    def all_to_all(self, full: torch.Tensor) -> torch.Tensor:
         raise AssertionError("a program for one rank has no collectives")
 
     def wait(self, started: Any) -> torch.Tensor:

@@ -144,8 +144,15 @@ class Config:
         loss_scale_interval: for float16: so many steps in a row that are not skipped double it.
         keep_float32: names of modules, or of parameters, whose modules compute in float32 all the same.
         reduce_precision: ``"bf16"`` averages gradients over the ranks in bfloat16: half the bytes travel, and the mean
-            is off by at most ``(ranks + 1) / 256`` of the mean magnitude of an element, to first order. By default they
+            is off by at most ``(ranks + 1) / 256`` of the mean magnitude of an element, to first order. ``"int8"``,
+            with ZeRO-2 and 3, sends float32 gradients in 8 bits an element and a scale for each 256 of them, and adds
+            them up in float32: each is off by at most 1/254 of the largest magnitude among its 256. By default they
             travel as they are: in float32 for parameters in float32.
+        gather_precision: with ZeRO-3: how float32 parameters travel to forward and backward, which compute with what
+            arrives. ``"bf16"``: half the bytes travel of what is read in float32, and each element is off by at most
+            2^-8 of it. ``"int8"``: 8 bits an element and a scale for each 256 of them, also of what is read in 16 bits;
+            an element is off by at most 1/254 of the largest magnitude among its 256. What is updated, saved and
+            evaluated keeps its precision. By default all travels in the dtype in which it is read.
         state_precision: ``"int8"`` keeps float32 optimizer state in 8 bits an element and a scale for each 256 of them,
             where the update treats every element alike; ``optimizer.state_dict()`` has it in float32.
             ``zgraph.packed`` bounds the error. It is for moments: an optimizer that keeps weights in its state (ASGD's
@@ -197,6 +204,7 @@ class Config:
     loss_scale_interval: int = 2000
     keep_float32: tuple[str, ...] = ()
     reduce_precision: str | None = None
+    gather_precision: str | None = None
     state_precision: str | None = None
     recompute: str | tuple[str, ...] | float | None = None
     recompute_solver: str | None = None
@@ -258,8 +266,26 @@ class Config:
             raise OptionError(
                 "gradient_noise with precision='fp16', whose gradients are scaled", fix="use bf16, or leave it out"
             )
-        if config.reduce_precision not in (None, "bf16"):
-            raise OptionError(f"reduce_precision={config.reduce_precision!r} is not known", fix="give 'bf16', or None")
+        for name in ("reduce_precision", "gather_precision"):
+            if getattr(config, name) not in (None, "bf16", "int8"):
+                raise OptionError(
+                    f"{name}={getattr(config, name)!r} is not known", fix="give 'bf16' or 'int8', or None"
+                )
+        if config.reduce_precision == "int8" and config.zero < 2:
+            raise OptionError(
+                f"reduce_precision='int8' with zero={config.zero}, where every rank needs the whole mean",
+                fix="give zero=2 or 3, or reduce_precision='bf16'",
+            )
+        if config.gather_precision is not None and config.zero < 3:
+            raise OptionError(
+                f"gather_precision={config.gather_precision!r} with zero={config.zero}, where what the ranks share is "
+                "what they keep",
+                fix="give zero=3, or leave it out",
+            )
+        if config.gather_precision == "int8" and config.keep_gathered:
+            raise OptionError(
+                "gather_precision='int8' with keep_gathered, which keeps what is read", fix="give 'bf16', or None"
+            )
         if config.state_precision not in (None, "int8"):
             raise OptionError(f"state_precision={config.state_precision!r} is not known", fix="give 'int8', or None")
         if config.recompute_solver not in (None, "milp"):

@@ -208,6 +208,24 @@ class DirectComm(Group):
 
         return _Started(finish)
 
+    def all_to_all(self, full: torch.Tensor) -> _Started | Transfer:
+        size = full.shape[0] // self.world
+        if full.nbytes // self.world <= self._message_bytes:
+            return self._pairs.all_to_all(full)
+        self.traffic.add("all_to_all", self._others(full.nbytes))
+        result = torch.empty_like(full)
+        exchange = _Exchange(self._pairs, self._memory, "an all-to-all", full, rounds=1)
+
+        def finish() -> torch.Tensor:
+            for peer in self._pairs.peers:
+                exchange.read(peer, self.rank * size, result[peer * size : (peer + 1) * size])
+            exchange.say()
+            self.shard(result).copy_(self.shard(full))
+            exchange.hear()
+            return result
+
+        return _Started(finish)
+
     def wait(self, started: _Started | Transfer) -> torch.Tensor:
         return started.finish() if isinstance(started, _Started) else self._pairs.wait(started)
 

@@ -179,6 +179,10 @@ def _maker(node: fx.Node) -> str:
 def _kind(node: fx.Node, last: fx.Node) -> Kind:
     if node.target in (ops.all_gather, ops.all_gather_into):
         return Kind.GATHERED
+    if node.target is ops.dequantize or _is_widened(node):
+        return Kind.GATHERED
+    if node.target is ops.all_to_all:
+        return Kind.COMMUNICATION
     if node.target is ops.reduce_scatter or _is_gradient(node):
         return Kind.GRADIENTS
     phase: Phase = node.meta["origin"].phase
@@ -188,6 +192,14 @@ def _kind(node: fx.Node, last: fx.Node) -> Kind:
     if any(user.target in ops.STARTS for user in node.users):
         return Kind.COMMUNICATION
     return Kind.TEMPORARIES
+
+
+def _is_widened(node: fx.Node) -> bool:
+    """Whether a value is a whole bucket of parameters in another dtype than it was gathered in."""
+    if node.target is not torch.ops.aten._to_copy.default:
+        return False
+    source = operand(node)
+    return source.target is ops.wait and operand(source).target is ops.all_gather
 
 
 def _is_gradient(node: fx.Node) -> bool:

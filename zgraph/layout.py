@@ -64,6 +64,11 @@ class Bucket:
         """Where segments start, and where they stop."""
         return [s.offset for s in self.segments], [s.offset + s.numel for s in self.segments]
 
+    @property
+    def has_padding(self) -> bool:
+        """Whether some elements are of no segment."""
+        return sum(segment.numel for segment in self.segments) < self.numel
+
     def keeps(self, key: str) -> bool:
         """Whether optimizer state called ``key`` has tensors of shapes of their own."""
         return any(key == own for own, _ in self.states)

@@ -130,6 +130,9 @@ class _Started:
         if target in (ops.all_gather, ops.all_gather_into):
             full = torch.cat(sent)
             return [out.copy_(full) for out in self._out] if self._out else [full.clone() for _ in sent]
+        if target is ops.all_to_all:
+            ranks = range(len(sent))
+            return [torch.cat([part_of(full, rank, len(sent)) for full in sent]) for rank in ranks]
         reduced = _reduced(sent, self._node.args[1])
         if target is ops.all_reduce:
             return [reduced.clone() for _ in sent]

@@ -162,6 +162,10 @@ def _reduce_scatter(call: Call) -> Value:
     return Started(call.terms.shard(_over_ranks(call), call.shape))
 
 
+def _all_to_all(call: Call) -> Value:
+    return Started(call.terms.make(Form.EXCHANGE, (call.args[0],), call.shape, call.dtype, varies=True))
+
+
 def _over_ranks(call: Call) -> Term:
     x, operation = call.args[:2]
     return call.terms.mean(x) if operation == "avg" else call.terms.sum(x, call.world)
@@ -284,6 +288,7 @@ RULES: dict[Any, Rule] = {
     ops.all_gather_into: _all_gather,
     ops.all_reduce: _all_reduce,
     ops.reduce_scatter: _reduce_scatter,
+    ops.all_to_all: _all_to_all,
     ops.square_sum: _square_sum,
     ops.add_up: _add_up,
     aten.amax.default: _amax,

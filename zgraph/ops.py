@@ -4,8 +4,9 @@ Collectives are torch's functional ones (``_c10d_functional``): a start returns 
 ``wait_tensor``. Groups are named by mesh axis; the runtime binds the name to a process group. ``zgraph::shard`` is the
 slice of a flat buffer that this rank owns: the one operator whose meaning depends on the rank, so that the program
 text is the same on all. ``zgraph::square_sum`` and ``zgraph::add_up`` make a norm of tensors that lie in parts;
-``zgraph::pack_state`` and ``zgraph::unpack_state`` are for tensors in 8 bits an element, and ``zgraph::elements`` says
-where a flat buffer has elements of parameters rather than padding.
+``zgraph::pack_state`` and ``zgraph::unpack_state`` are for tensors that are kept in 8 bits an element, and
+``zgraph::quantize`` and what reads its result for those that travel so; ``zgraph::elements`` says where a flat buffer
+has elements of parameters rather than padding.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 import torch.distributed._functional_collectives  # registers torch.ops._c10d_functional
 from torch import fx
 
-from zgraph import packed
+from zgraph import packed, quantized
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
@@ -33,6 +34,9 @@ _library.define("max_over_ranks(Tensor x) -> Tensor")  # type: ignore[no-untyped
 _library.define("pack_state(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("pack_state.out(Tensor x, *, Tensor(a!) out) -> Tensor(a!)")  # type: ignore[no-untyped-call]
 _library.define("unpack_state(Tensor packed) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("quantize(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("dequantize(Tensor data, ScalarType dtype) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("mean_of_quantized(Tensor data, int world) -> Tensor")  # type: ignore[no-untyped-call]
 
 
 def _shard_shape(x: torch.Tensor, world: int, axis: str) -> torch.Tensor:  # noqa: ARG001 -- the operator's schema
@@ -71,6 +75,8 @@ def _unpacked_shape(x: torch.Tensor) -> torch.Tensor:
 
 
 _library.impl("shard", _shard_shape, "Meta")  # type: ignore[no-untyped-call]
+for _name in ("quantize", "dequantize", "mean_of_quantized"):
+    _library.impl(_name, getattr(quantized, _name), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _library.impl("max_over_ranks", torch.clone, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _library.impl("elements", _elements, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _library.impl("square_sum", _square_sum, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
@@ -98,13 +104,21 @@ pack_state_into = torch.ops.zgraph.pack_state.out
 """The same, over what lies in ``out``."""
 unpack_state = torch.ops.zgraph.unpack_state.default
 """The vector that was packed."""
+quantize = torch.ops.zgraph.quantize.default
+"""A float32 vector in 8 bits an element: see ``zgraph.quantized``."""
+dequantize = torch.ops.zgraph.dequantize.default
+"""The vector that was quantised, in a dtype."""
+mean_of_quantized = torch.ops.zgraph.mean_of_quantized.default
+"""The mean of the vectors that lie one after the other, one of each rank, in float32."""
 all_gather = c10d.all_gather_into_tensor.default
 all_reduce = c10d.all_reduce.default
 all_gather_into = c10d.all_gather_into_tensor_out.default
 reduce_scatter = c10d.reduce_scatter_tensor.default
+all_to_all = c10d.all_to_all_single.default
+"""Each rank receives its part of what every rank sends, in rank order: equal parts, whose sizes are given twice."""
 wait = c10d.wait_tensor.default
 
-STARTS = frozenset({all_gather, all_gather_into, all_reduce, reduce_scatter})
+STARTS = frozenset({all_gather, all_gather_into, all_reduce, reduce_scatter, all_to_all})
 """Operators that start a collective; each value is waited for exactly once before it is read."""
 
 INTO = frozenset({all_gather_into, pack_state_into})

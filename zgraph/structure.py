@@ -117,12 +117,17 @@ def _check_collective(program: Program, node: fx.Node, after: str) -> None:
     *_, axis = node.args
     if axis != mesh.axis:
         raise broken(after, node, f"is on axis {axis!r} of a mesh whose axis is {mesh.axis!r}")
-    if node.target is not ops.all_reduce and node.args[-2] != mesh.size:
+    if node.target is ops.all_to_all:
+        part = len(operand(node).meta["val"]) // mesh.size
+        if any(list(sizes) != [part] * mesh.size for sizes in node.args[1:3]):  # type: ignore[arg-type]
+            raise broken(after, node, f"sends parts that are not equal, or not for {mesh.size} ranks")
+    elif node.target is not ops.all_reduce and node.args[-2] != mesh.size:
         raise broken(after, node, f"is for {node.args[-2]} ranks of a mesh of {mesh.size}")
     if node.target in (ops.all_reduce, ops.reduce_scatter) and node.args[1] not in ("avg", "sum"):
         raise broken(after, node, f"reduces by {node.args[1]!r}; only 'avg' and 'sum' are known")
     divided = operand(node).meta["val"]
-    if node.target in (ops.shard, ops.reduce_scatter) and (divided.dim() != 1 or len(divided) % mesh.size):
+    divides = node.target in (ops.shard, ops.reduce_scatter, ops.all_to_all)
+    if divides and (divided.dim() != 1 or len(divided) % mesh.size):
         raise broken(after, node, f"divides {describe(divided)} over {mesh.size} ranks")
 
 

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 
 from zgraph.errors import VerifyError
-from zgraph.program import target_name
+from zgraph.program import Input, Role, target_name
 
 Shape = tuple[int, ...]
 
@@ -61,6 +61,7 @@ class Form(enum.Enum):
     SQUARES = "squares"
     SHARE = "share"
     GATHER = "gather"
+    EXCHANGE = "exchange"
 
 
 class Term:
@@ -482,6 +483,12 @@ def _is_number(x: Any, dtype: torch.dtype | None) -> bool:
 
 def _is_zero(x: Term) -> bool:
     return x.target is Form.FILL and x.args[0] in (0, literal(0.0))
+
+
+def is_input(x: Term, role: Role) -> bool:
+    """Whether a term is an input of this role, as the step has found it."""
+    what = x.args[0] if x.target is Form.INPUT else None
+    return isinstance(what, Input) and what.role is role
 
 
 def zero_times(x: Term) -> frozenset[Term] | None:

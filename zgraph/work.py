@@ -46,7 +46,7 @@ class Work:
         in_place: whether all that is written lies in memory that is in use already.
         dtype: that the operations are done in.
         shape: batch, m, n and k of a matrix product.
-        collective: ``all_gather``, ``reduce_scatter`` or ``all_reduce``, whose ``read_bytes`` are those of the whole.
+        collective: one of ``zgraph.hardware.KINDS``, whose ``read_bytes`` are those of the whole.
         world: ranks that a collective is among.
         is_known: whether a family claims the operator.
         num_operators: that are started; of a kernel, those of its body, for each slice of it.
@@ -301,7 +301,8 @@ def _collective(node: fx.Node, world: Size) -> Work:
     whole = num_bytes_of(sent)
     if node.target in (ops.all_gather, ops.all_gather_into):
         return Work("collective", LINK, read_bytes=whole * world, collective="all_gather", world=world)
-    kind = "reduce_scatter" if node.target is ops.reduce_scatter else "all_reduce"
+    kinds: dict[Any, str] = {ops.reduce_scatter: "reduce_scatter", ops.all_to_all: "all_to_all"}
+    kind = kinds.get(node.target, "all_reduce")
     return Work("collective", LINK, read_bytes=whole, collective=kind, world=world)
 
 
@@ -625,11 +626,13 @@ for _target in (ops.square_sum, ops.add_up, ops.max_over_ranks):
 
 
 def _packing(node: fx.Node) -> Iterable[Work]:
-    """A maximum, a scale and a rounding of each element (``zgraph.packed``)."""
+    """A maximum, a scale and a rounding of each element (``zgraph.packed``, ``zgraph.quantized``)."""
     yield replace(_moving("pack", node), flops=12 * sum(map(numel, _sources(node))))
 
 
-for _target in (ops.pack_state, ops.pack_state_into, ops.unpack_state, ops.elements):
+_QUANTIZING = (ops.quantize, ops.dequantize, ops.mean_of_quantized)
+
+for _target in (ops.pack_state, ops.pack_state_into, ops.unpack_state, ops.elements, *_QUANTIZING):
     _FAMILIES[_target] = _packing
 
 

@@ -283,7 +283,42 @@ EDITS = [
         "numel = bucket.numel",
         Refusal.SHAPE,
     ),
+    Edit(
+        "a bucket stays for another one of its size",
+        "unshard",
+        "firsts.setdefault(_expression(start), wait)",
+        'firsts.setdefault(start.meta["val"].shape, wait)',
+    ),
     # On request
+    Edit(
+        "zeros travel in place of parameters",
+        "quantize_communication",
+        "aten.where.self, elements, param, zero, origin",
+        "aten.where.self, elements, zero, param, origin",
+        on_request=True,
+    ),
+    Edit(
+        "padding sets the scale of what travels",
+        "quantize_communication",
+        "data = program.call(ops.quantize, sent, origin",
+        "data = program.call(ops.quantize, param, origin",
+        on_request=True,
+    ),
+    Edit(
+        "the update reads what this rank has quantised",
+        "quantize_communication",
+        "ops.mean_of_quantized, arrived, mesh.size",
+        "ops.mean_of_quantized, data, mesh.size",
+        Refusal.DIVISION,
+        on_request=True,
+    ),
+    Edit(
+        "parameters travel in less than was asked for",
+        "precision",
+        "param, dtype=torch.bfloat16, origin",
+        "param, dtype=torch.float16, origin",
+        on_request=True,
+    ),
     Edit(
         "elements of parameters are taken for padding",
         "quantize",
