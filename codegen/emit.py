@@ -1,24 +1,29 @@
 """Emit a program as one readable Python function.
 
 Each value is dropped right after its last use, and the argument list is emptied on entry, so that a buffer is free as
-soon as the program is done with it. Collectives go through a ``comm`` object; everything else is a plain call.
+soon as the program is done with it. What has a place in an arena is stored there. Collectives go through a ``comm``
+object; everything else is a plain call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from zgraph import ops
 from zgraph.codegen.owned import OwnedUpdate
 from zgraph.codegen.source import SourceWriter
-from zgraph.heap import release_free_memory
-from zgraph.liveness import alive_bytes, last_uses
+from zgraph.into import into
+from zgraph.liveness import last_uses
 from zgraph.memory_check import MemoryCheck
+from zgraph.placement import Place, Placement, copied_bytes
 from zgraph.program import Phase, Program, describe, operand
+
+aten = torch.ops.aten
 
 _COMM_METHODS: dict[Any, str] = {
     ops.all_gather: "all_gather",
@@ -31,26 +36,38 @@ _COMM_METHODS: dict[Any, str] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
-    """An emitted program: its source and the function ``step(inputs, comm) -> results``."""
+    """An emitted program.
+
+    Attributes:
+        source: what is run.
+        function: ``step(inputs, comm) -> results``; where there are places, ``step(inputs, comm, arena) -> results``.
+        places: what ``arena`` has a tensor for each.
+        copied_bytes: see ``zgraph.placement.Placement``.
+    """
 
     source: str
-    function: Callable[[list[Any], Any], list[Any]]
+    function: Callable[..., list[Any]]
+    places: tuple[Place, ...]
+    copied_bytes: int
 
 
-def emit(program: Program, *, tagged: bool = False, staged: bool = True, watch: MemoryCheck | None = None) -> Step:
+def emit(
+    program: Program, placement: Placement | None = None, *, tagged: bool = False, watch: MemoryCheck | None = None
+) -> Step:
     """Write and compile ``program``.
 
     Args:
+        placement: where results are stored; all are allocated if None.
         tagged: each collective says which one it is, for ``zgraph.agreement.CheckedComm``.
-        staged: see ``zgraph.liveness.lifetimes``.
         watch: is shown everything that the step holds after each call.
     """
     writer = SourceWriter()
     names: dict[fx.Node, str] = {node: f"v{i}" for i, node in enumerate(program.graph.nodes)}
     dying = last_uses(program.graph)
-    lines = ["def step(inputs, comm):"]
+    arena = _Arena(placement)
+    lines = [f"def step(inputs, comm{', arena' if arena.names else ''}):"]
     placeholders = list(program.placeholders())
     for node, what in placeholders:
         lines.append(f"    # {names[node]}: {describe(node.meta['val'])} is {_comment(str(what))}")
@@ -59,14 +76,10 @@ def emit(program: Program, *, tagged: bool = False, staged: bool = True, watch: 
     if watched is not None:
         lines.append(f"    {watched}.begin(inputs)")
     lines.append("    inputs.clear()")
+    lines += arena.header()
     phase: Phase | None = None
     module = ""
-    full = _where_memory_is_short(program, staged)
     for number, node in enumerate(program.graph.nodes):
-        if node in full:
-            lines.append(
-                f"    {writer.bind(release_free_memory, 'release_free_memory')}()  # memory is short from here"
-            )
         if node.op == "output":
             lines.append(f"    return {writer.argument(node.args[0], names)}")
         if node.op != "call_function":
@@ -76,14 +89,50 @@ def emit(program: Program, *, tagged: bool = False, staged: bool = True, watch: 
             phase, module = origin.phase, origin.module
             lines.append(f"    # {phase.value} {_comment(module)}".rstrip())
         tag = _tag(node, names[node]) if tagged and node.target in ops.STARTS else None
-        lines.append(f"    {names[node]} = {_expression(writer, node, names, tag)}")
+        for index, place in arena.copied(node).items():
+            vectors: Any = node.args[0]
+            lines.append(f"    {writer.expression(aten.copy_.default, [arena.names[place], names[vectors[index]]])}")
+        lines.append(f"    {names[node]} = {_expression(writer, node, names, tag, arena)}")
         if watched is not None:
             lines.append(f"    {watched}.see({number}, locals())")
         dead = [names[n] for n in dying.get(node, ())]
         if dead:
             lines.append(f"    del {', '.join(dead)}")
     source = "\n".join(lines) + "\n"
-    return Step(source, writer.compile(source, "step", f"<zgraph step {id(program):x}>"))
+    function = writer.compile(source, "step", f"<zgraph step {id(program):x}>")
+    copied = copied_bytes(program, {}) if placement is None else placement.copied_bytes
+    return Step(source, function, tuple(arena.names), copied)
+
+
+class _Arena:
+    """What the places of a program are called; those that are alike have one name."""
+
+    def __init__(self, placement: Placement | None) -> None:
+        self.placement = placement
+        self.names: dict[Place, str] = {}
+        if placement is not None:
+            for place in (
+                *placement.places.values(),
+                *(p for each in placement.copied.values() for p in each.values()),
+            ):
+                self.names.setdefault(place, f"a{len(self.names)}")
+
+    def header(self) -> Iterator[str]:
+        for place, name in self.names.items():
+            yield f"    # {name}: {describe(place.like())} is bytes {place.start} to {place.stop} of the arena"
+        if self.names:
+            yield f"    [{', '.join(self.names.values())}] = arena"
+
+    def name(self, node: fx.Node) -> str | None:
+        """That of a call's place; None if it has none."""
+        place = None if self.placement is None else self.placement.places.get(node)
+        return None if place is None else self.names[place]
+
+    def copied(self, node: fx.Node) -> Mapping[int, Place]:
+        return {} if self.placement is None else self.placement.copied.get(node, {})
+
+    def is_made_of_parts(self, node: fx.Node) -> bool:
+        return self.placement is not None and node in self.placement.copied
 
 
 def _tag(node: fx.Node, name: str) -> str:
@@ -92,33 +141,31 @@ def _tag(node: fx.Node, name: str) -> str:
     return f"{what} ({node.meta['origin'].source or 'no line of the model'})"
 
 
-def _expression(writer: SourceWriter, node: fx.Node, names: dict[fx.Node, str], tag: str | None) -> str:
+def _expression(writer: SourceWriter, node: fx.Node, names: dict[fx.Node, str], tag: str | None, arena: _Arena) -> str:
+    place = arena.name(node)
+    if place is not None and arena.is_made_of_parts(node):
+        return place
     method = _COMM_METHODS.get(node.target)
     if method is not None:
         # The mesh gives size and axis; what is passed is the tensor, the reduction, and where to put the result.
         args = [writer.argument(a, names) for a in node.args[: 2 if "reduce" in method else 1]]
         args += [f"{key}={writer.argument(value, names)}" for key, value in node.kwargs.items()]
+        if place is not None:
+            args.append(f"out={place}")
         if tag is not None:
             args.append(f"tag={writer.literal(tag)}")
         return f"comm.{method}({', '.join(args)})"
+    if place is not None:
+        call = into(node)
+        assert call is not None, node
+        args = [writer.argument(a, names) for a in call.args]
+        args += [f"{key}={writer.argument(value, names)}" for key, value in call.kwargs.items()]
+        return writer.expression(call.target, [*args, f"{call.out}={place}"])
     if isinstance(node.target, OwnedUpdate):
         vals = tuple(arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in node.args)
         whose = ["rank=comm.rank"] if node.target.is_divided(vals) else []
         return writer.expression(node.target, [*(writer.argument(arg, names) for arg in node.args), *whose])
     return writer.call(node, names)
-
-
-_SHORT = (0.0, 0.6, 0.8, 0.9, 1.0)
-"""Fractions of the peak of temporary memory; free heap pages are returned when each is first reached."""
-
-
-def _where_memory_is_short(program: Program, staged: bool) -> set[fx.Node]:
-    """Calls before which host memory should be returned; none on devices that manage their own memory."""
-    if program.layout is None or any(bucket.device.type != "cpu" for bucket in program.layout.buckets):
-        return set()
-    alive = [item for item in alive_bytes(program, staged=staged) if item[0].op == "call_function"]
-    peak = max(num_bytes for _, num_bytes in alive)
-    return {next(node for node, num_bytes in alive if num_bytes >= fraction * peak) for fraction in _SHORT}
 
 
 def _comment(text: str) -> str:

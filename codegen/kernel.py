@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from zgraph.codegen.source import SourceWriter
+from zgraph.into import out_overload
 from zgraph.program import copy_graph, show, target_name
 
 SLICE = 65536
@@ -122,14 +123,16 @@ class _Slices:
         self.content[place] = node
 
     def _statement(self, node: fx.Node) -> str:
-        place, target = self._free_place(node), _with_out(node.target)
+        place = self._free_place(node)
+        found = out_overload(node.target) if isinstance(node.target, torch._ops.OpOverload) else None
         args = [self._argument(arg, node) for arg in node.args]
         args += [f"{key}={self._argument(arg, node)}" for key, arg in node.kwargs.items()]
-        if place is None or target is None:
+        if place is None or found is None:
             place = f"v{self.order[node]}"
             expression = self.writer.expression(node.target, args)
         else:
-            expression = self.writer.expression(target, [*args, f"out={place}"])
+            target, out = found
+            expression = self.writer.expression(target, [*args, f"{out}={place}"])
         self._put(node, place)
         return f"{place} = {expression}"
 
@@ -160,21 +163,6 @@ class _Slices:
 def _is_flat(node: fx.Node) -> bool:
     val = node.meta["val"]
     return isinstance(val, torch.Tensor) and val.dim() == 1
-
-
-def _with_out(target: Any) -> torch._ops.OpOverload | None:
-    """The overload of an operator that stores its result in an ``out`` argument, all else equal."""
-    if not isinstance(target, torch._ops.OpOverload):
-        return None
-    wanted = [(argument.name, str(argument.type)) for argument in target._schema.arguments]
-    for name in target.overloadpacket.overloads():
-        overload = getattr(target.overloadpacket, name)
-        given = [(a.name, str(a.type)) for a in overload._schema.arguments if not a.is_out]
-        outs = [a.name for a in overload._schema.arguments if a.is_out]
-        if outs == ["out"] and given == wanted:
-            assert isinstance(overload, torch._ops.OpOverload)
-            return overload
-    return None
 
 
 def expressions(body: fx.Graph) -> str:

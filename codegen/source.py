@@ -25,7 +25,7 @@ _INFIX: dict[Any, str] = {
     operator.mod: "%",
 }  # fmt: skip
 _MATH = {"sqrt": math.sqrt, "cos": math.cos, "sin": math.sin, "tanh": math.tanh, "float": float, "int": int}
-_LOCAL = re.compile(r"[abn]|(?:si|[iov])\d+")
+_LOCAL = re.compile(r"[abn]|(?:si|[aiov])\d+")
 """What variables in generated functions are called; no global is (``aten.i0``, say, would be hidden by an input)."""
 _TORCH_REPR = (torch.dtype, torch.layout, torch.memory_format)
 
@@ -96,7 +96,7 @@ class SourceWriter:
         if not isinstance(target, torch._ops.OpOverload) and short in _MATH:
             return f"{self.bind(_MATH[short], short)}({', '.join(args)})"
         hint = getattr(target, "name", "kernel") if hasattr(target, "writes") else target_name(target)
-        hint = hint.removeprefix("aten.").removesuffix(".default")
+        hint = hint.removeprefix("aten.").removeprefix("zgraph.into.").removesuffix(".default")
         return f"{self.bind(target, hint)}({', '.join(args)})"
 
     def compile(self, source: str, name: str, filename: str) -> Callable[..., Any]:

@@ -65,7 +65,6 @@ def step(inputs, comm):
     # v3: float is hyper:lr
     [v0, v1, v2, v3] = inputs
     inputs.clear()
-    release_free_memory()  # memory is short from here
     # update
     v4 = -v3
     del v3
@@ -78,7 +77,6 @@ def step(inputs, comm):
     del v6
     v8 = view(v7, [2, 3])
     del v7
-    release_free_memory()  # memory is short from here
     v9 = mm(v2, v8)
     del v8
     v10 = sum(v9)
@@ -93,7 +91,6 @@ def step(inputs, comm):
     v14 = reshape(v13, [-1])
     del v13
     v15 = full([26], 0, dtype=torch.float64, device=torch.device('cpu'))
-    release_free_memory()  # memory is short from here
     v16 = cat([v14, v15])
     del v14, v15
     v17 = comm.reduce_scatter(v16, 'avg')

@@ -27,6 +27,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from zgraph.agreement import CheckedComm
+from zgraph.arena import Arena
 from zgraph.averages import WEIGHT_EMA
 from zgraph.batches import Call, MicroBatches, micro_batches
 from zgraph.budget import Budget, free_bytes, refuse_open_options
@@ -49,7 +50,9 @@ from zgraph.layout import Layout
 from zgraph.lower import Lowered, check_same_buckets, lower
 from zgraph.memory_check import MemoryCheck
 from zgraph.metrics import Metric, by_name, check_metrics
+from zgraph.overwrites import check_overwrites
 from zgraph.pipeline import Pass, PassRecord
+from zgraph.placement import place
 from zgraph.plans import Plan, default_budget, describe, show_bytes
 from zgraph.predict import predict
 from zgraph.program import Guard, Input, Mesh, Program, Role
@@ -163,7 +166,9 @@ class CompiledModule(nn.Module):
         """Bytes this rank stores, collectives it issued, and what compiling cost.
 
         Returns:
-            ``param_bytes``, ``optimizer_state_bytes``, ``buffer_bytes``; ``collectives`` of the last step: operation
+            ``param_bytes``, ``optimizer_state_bytes``, ``buffer_bytes``; ``arena_bytes`` that temporaries of all steps
+            share on a CPU, and ``copied_bytes`` that the last step copied to put gradients side by side, as they could
+            not be made there; ``collectives`` of the last step: operation
             -> ``count`` and ``bytes`` received or, for all_reduce, received and sent; ``num_nodes``,
             ``num_captures``, ``capture_s``, ``passes_s``; with ``clip_norm`` or float16 also ``gradient_norm`` of the
             last step, before it was clipped, and ``num_skipped_steps`` since the model was compiled; with float16
@@ -253,6 +258,11 @@ class _Compiled:
     capture_s: float
     decided: Plan | None  # of the options, where a budget chose them
 
+    def copied_bytes(self, num_steps: int) -> int:
+        """What so many micro-batches copy into flat gradients."""
+        before = 0 if self.micro is None else (num_steps - 1) * self.micro.step.copied_bytes
+        return before + self.executable.step.copied_bytes
+
     @property
     def layout(self) -> Layout:
         layout = self.executable.program.layout
@@ -272,6 +282,7 @@ class _Runtime:
     passes: tuple[Pass, ...] = ()
     budget: Budget | None = None
     cache: list[_Compiled] = field(default_factory=list)  # in order of last use
+    arena: Arena = field(default_factory=Arena)
     _comm: Comm | None = None
     _machine: str | None = None
     _budget_bytes: int | None = None
@@ -443,10 +454,14 @@ class _Runtime:
 
     def _executable(self, program: Program) -> Executable:
         assert self._comm is not None
-        staged = self._comm.is_staged
-        watch = MemoryCheck(program, staged=staged) if self.config.check_memory else None
-        step = emit(program, tagged=isinstance(self._comm, CheckedComm), staged=staged, watch=watch)
-        return Executable(program, step, self.state, self._comm)
+        tagged = isinstance(self._comm, CheckedComm)
+        if self.config.check_memory:
+            watch = MemoryCheck(program, staged=self._comm.is_staged)
+            return Executable(program, emit(program, tagged=tagged, watch=watch), self.state, self._comm, self.arena)
+        placement = place(program, staged=self._comm.is_staged)
+        check_overwrites(program, placement)
+        self.arena.reserve(placement.num_bytes)
+        return Executable(program, emit(program, placement, tagged=tagged), self.state, self._comm, self.arena)
 
     def _agree_on_machine(self, batch: Call) -> None:
         if self._machine is None:
@@ -668,6 +683,8 @@ class _Runtime:
             "param_bytes": sum(t.nbytes for t in self.state.params.values()),
             "optimizer_state_bytes": sum(t.nbytes for t in states),
             "buffer_bytes": sum(b.nbytes for b in self.model.buffers()),
+            "arena_bytes": self.arena.num_bytes,
+            "copied_bytes": last.copied_bytes(self.config.accumulate),
             "collectives": self._comm.traffic.as_dict() if self._comm is not None else {},
             "num_nodes": last.executable.program.num_nodes(),
             "num_captures": self._num_captures,

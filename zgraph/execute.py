@@ -9,6 +9,7 @@ import torch
 
 from zgraph import ops
 from zgraph.agreement import CheckedComm
+from zgraph.arena import Arena
 from zgraph.codegen.emit import Step
 from zgraph.comm import Comm
 from zgraph.layout import Bucket
@@ -21,9 +22,9 @@ from zgraph.state import TrainingState
 class Executable:
     """A lowered program bound to the state it updates and the ranks it runs on."""
 
-    def __init__(self, program: Program, step: Step, state: TrainingState, comm: Comm) -> None:
+    def __init__(self, program: Program, step: Step, state: TrainingState, comm: Comm, arena: Arena) -> None:
         self.program, self.step = program, step
-        self._state, self._comm = state, comm
+        self._state, self._comm, self._arena = state, comm, arena
         self._values = {what: node.meta["val"] for node, what in program.placeholders()}
 
     def run(self, batch: Sequence[torch.Tensor], hypers: dict[str, float]) -> torch.Tensor:
@@ -38,10 +39,11 @@ class Executable:
         """
         with torch.no_grad():
             inputs = [self._fetch(what, batch, hypers) for what in self._values]
+            arena = (self._arena.tensors(self.step),) if self.step.places else ()
             # In grad mode, as in eager: nn.LSTM's operator keeps what its backward needs only there. No input requires
             # a gradient, so autograd records nothing.
             with torch.enable_grad():
-                loss, *new = self.step.function(inputs, self._comm)
+                loss, *new = self.step.function(inputs, self._comm, *arena)
             results = dict(zip(self.program.outputs[1:], new, strict=True))
             count = self._state.recipe.get(NUM_SKIPPED.name)
             for what, value in without_unmade(self._values, count, results).items():

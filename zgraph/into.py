@@ -56,11 +56,8 @@ def into(node: fx.Node) -> Into | None:
     own = _OWN.get(node.target)
     if own is not None:
         return own(node)
-    overload = out_overload(node.target)
-    if overload is None or node.target in _RESIZING:
-        return None
-    (out,) = (argument.name for argument in overload._schema.arguments if argument.is_out)
-    return Into(overload, out, node.args, node.kwargs)
+    found = None if node.target in _RESIZING else out_overload(node.target)
+    return None if found is None else Into(*found, node.args, node.kwargs)
 
 
 _RESIZING = frozenset(
@@ -83,15 +80,19 @@ def _is_plain(val: torch.Tensor) -> bool:
 
 
 @cache
-def out_overload(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
-    """The overload that stores an operator's only result in an argument of its own kernel, all else equal."""
+def out_overload(target: torch._ops.OpOverload) -> tuple[torch._ops.OpOverload, str] | None:
+    """The overload that stores an operator's only result in an argument of its own kernel, all else equal.
+
+    Returns:
+        The overload and the name of that argument; None if there is none.
+    """
     wanted = [(argument.name, str(argument.type)) for argument in target._schema.arguments]
     for name in target.overloadpacket.overloads():
         overload: torch._ops.OpOverload = getattr(target.overloadpacket, name)
         given = [(a.name, str(a.type)) for a in overload._schema.arguments if not a.is_out]
-        is_one = sum(a.is_out for a in overload._schema.arguments) == len(target._schema.returns) == 1
-        if is_one and given == wanted and _has_kernel(overload):
-            return overload
+        outs = [a.name for a in overload._schema.arguments if a.is_out]
+        if len(outs) == len(target._schema.returns) == 1 and given == wanted and _has_kernel(overload):
+            return overload, outs[0]
     return None
 
 

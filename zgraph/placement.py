@@ -82,13 +82,14 @@ class Placement:
     copied_bytes: int
 
 
-def place(program: Program) -> Placement:
+def place(program: Program, *, staged: bool = True) -> Placement:
     """Decide what lies where.
 
     Args:
         program: after all passes.
+        staged: see ``zgraph.liveness.lifetimes``.
     """
-    found = lifetimes(program)
+    found = lifetimes(program, staged=staged)
     if not _is_on_cpu(program):
         return Placement({}, {}, 0, 0, (), tuple(found), copied_bytes(program, {}))
     alone = _placeable(program, found)

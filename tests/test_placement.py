@@ -1,0 +1,225 @@
+"""What lies where in an arena: by hand, of any program and of captured models, run in memory full of other bytes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.models import CASES
+from tests.programs import (
+    Builder,
+    assert_identical,
+    divide,
+    few_examples,
+    join,
+    param,
+    reference,
+    rewritten,
+    two_layers,
+    values_for,
+)
+from tests.recipes import Recipe, build, recipes
+from tests.reference import slow
+from zgraph import placement
+from zgraph.arena import Arena
+from zgraph.capture import capture
+from zgraph.codegen.emit import emit
+from zgraph.comm import SingleComm
+from zgraph.config import Config
+from zgraph.liveness import held_bytes, lifetimes
+from zgraph.lockstep import Values
+from zgraph.lower import lower
+from zgraph.overwrites import check_overwrites
+from zgraph.placement import Placement, place
+from zgraph.program import Input, Mesh, Phase, Program, Role
+
+aten = torch.ops.aten
+
+
+@pytest.fixture
+def _small_values_count() -> Iterator[None]:
+    """Values of programs that are built by hand are small."""
+    with mock.patch.object(placement, "SMALLEST_BYTES", 1):
+        yield
+
+
+def two_gradients() -> Program:
+    """``loss = sum(x @ w + v)``, trained by SGD: the gradients of a matrix and of a vector."""
+    b = Builder()
+    w, v = b.input(Role.PARAM, "w", shape=[6, 8]), b.input(Role.PARAM, "v", shape=[8])
+    x, lr = b.input(Role.BATCH, "0", shape=[4, 6]), b.input(Role.HYPER, "lr")
+    y = b.forward(aten.addmm.default, v, x, w)
+    loss = b.forward(aten.sum.default, y)
+    gy = b.backward(aten.ones_like.default, y)
+    gw = b.backward(aten.mm.default, b.backward(aten.t.default, x), gy)
+    gv = b.backward(aten.sum.dim_IntList, gy, [0])
+    size = b.call(Phase.UPDATE, operator.neg, lr)
+    new = {
+        name: b.call(Phase.UPDATE, aten.add.Tensor, p, g, alpha=size, module=name)
+        for name, p, g in (("w", w, gw), ("v", v, gv))
+    }
+    return b.finish({None: loss, param("w"): new["w"], param("v"): new["v"]})
+
+
+def run_placed(program: Program, inputs: Values) -> Values:
+    """Emit a program for one rank and run it in an arena full of ones, which is full of ones again when it returns."""
+    made = place(program)
+    check_overwrites(program, made)
+    step, arena = emit(program, made), Arena()
+    arena.reserve(made.num_bytes)
+    tensors = arena.tensors(step)
+    for tensor in tensors:
+        tensor.untyped_storage().fill_(1)
+    arguments = [inputs[what] for _, what in program.placeholders()]
+    results = step.function(arguments, SingleComm(), *([tensors] if step.places else []))
+    for tensor in tensors:
+        tensor.untyped_storage().fill_(1)
+    return dict(zip(program.outputs, results, strict=True))
+
+
+def assert_same_in_an_arena(captured: Program, program: Program) -> None:
+    inputs = values_for(captured)
+    expected = reference(captured, inputs)
+    torch.set_rng_state(torch.Generator().manual_seed(0).get_state())
+    assert_identical(join(program, [run_placed(program, divide(program, inputs)[0])]), expected)
+
+
+# What lies where
+
+
+@pytest.mark.usefixtures("_small_values_count")
+def test_gradients_are_made_in_the_flat_gradient_and_zeros_are_written_between_them() -> None:
+    program = rewritten(two_gradients(), 0, 1)
+    source = emit(program, place(program)).source
+    lines = source[source.index("    # a0") :].splitlines()
+    assert_expected_inline(
+        "\n".join(line for line in lines if not line.startswith("    del ")),
+        """\
+    # a0: f64[16] is bytes 0 to 128 of the arena
+    # a1: f64[8] is bytes 0 to 64 of the arena
+    # a2: f64[8] is bytes 64 to 128 of the arena
+    # a3: f64[4, 8] is bytes 0 to 256 of the arena
+    # a4: f64[4, 8] is bytes 384 to 640 of the arena
+    # a5: f64[6, 8] is bytes 0 to 384 of the arena
+    [a0, a1, a2, a3, a4, a5] = arena
+    # update
+    v4 = -v3
+    # forward
+    v5 = slice_Tensor(v0, 0, 0, 48)
+    v6 = view(v5, [6, 8])
+    v7 = slice_Tensor(v1, 0, 0, 8)
+    v8 = view(v7, [8])
+    v9 = addmm_out(v8, v2, v6, out=a3)
+    v10 = sum(v9)
+    # backward
+    v11 = fill(1, out=a4)
+    v12 = t(v2)
+    v13 = mm_out(v12, v11, out=a5)
+    # backward bucket0
+    v14 = reshape(v13, [-1])
+    # update bucket0
+    v15 = update_bucket0(v0, v14, v4)
+    v16 = v15[0]
+    # backward
+    v17 = sum_IntList_out(v11, [0], out=a1)
+    # backward bucket1
+    v18 = reshape(v17, [-1])
+    v19 = fill(0, out=a2)
+    v20 = a0
+    # update bucket1
+    v21 = update_bucket1(v1, v20, v4)
+    v22 = v21[0]
+    return [v10, v16, v22]""",
+    )
+    assert place(program).copied_bytes == 0
+    assert_same_in_an_arena(two_gradients(), program)
+
+
+@few_examples(10)
+@given(recipes(), st.integers(0, 3), st.sampled_from([1, 200]))
+def test_any_step_computes_the_same_in_an_arena(recipe: Recipe, zero: int, bucket_bytes: int) -> None:
+    with mock.patch.object(placement, "SMALLEST_BYTES", 1):
+        captured = build(recipe)
+        assert_same_in_an_arena(captured, rewritten(captured, zero, 1, bucket_bytes))
+
+
+@few_examples(10)
+@given(recipes(), st.integers(0, 3), st.sampled_from([1, 2, 4]))
+def test_an_arena_raises_no_peak_and_nothing_in_it_is_written_over(recipe: Recipe, zero: int, world: int) -> None:
+    with mock.patch.object(placement, "SMALLEST_BYTES", 1):
+        program = rewritten(build(recipe), zero, world)
+        assert_good(program, place(program))
+
+
+def assert_good(program: Program, made: Placement) -> None:
+    check_overwrites(program, made)
+    everything, num_positions = lifetimes(program), len(program.graph.nodes)
+    assert {*made.places} <= {life.node for life in everything}
+    assert len(made.elsewhere) == sum(life.is_received or life.node not in made.places for life in everything)
+    together = [*made.inside, *made.elsewhere]
+    assert max(held_bytes(together, num_positions)) <= max(held_bytes(everything, num_positions))
+
+
+def captured_step(name: str, config: Config) -> Program:
+    case = CASES[name]
+    model, batch = case.model(), case.batches(1)[0]
+    return capture(model, torch.optim.AdamW(model.parameters()), *batch, loss=case.loss, config=config)
+
+
+CONFIGS = {
+    "zero 3": Config(3, bucket_bytes=2**14),
+    "zero 0": Config(0),
+    "accumulate": Config(2, accumulate=2),
+    "bf16": Config(3, precision="bf16"),
+}
+
+
+@pytest.mark.parametrize("name", ["gpt", *slow("resnet", "recurrent")])
+@pytest.mark.parametrize("options", ["zero 3", *slow(*(name for name in CONFIGS if name != "zero 3"))])
+def test_what_lies_in_the_arena_of_a_model_is_never_written_over(name: str, options: str) -> None:
+    with mock.patch.object(placement, "SMALLEST_BYTES", 1):
+        for program in lower(captured_step(name, CONFIGS[options]), CONFIGS[options], Mesh(2), None, ()).programs:
+            made = place(program)
+            assert_good(program, made)
+            assert made.num_bytes <= 1.05 * made.least_bytes
+
+
+@pytest.mark.usefixtures("_small_values_count")
+def test_nothing_is_placed_that_is_not_on_a_cpu() -> None:
+    program = rewritten(two_gradients(), 0, 1)
+    assert place(program).places
+    layout = program.layout
+    assert layout is not None
+    elsewhere = tuple(replace(bucket, device=torch.device("cuda")) for bucket in layout.buckets)
+    program.layout = replace(layout, buckets=elsewhere)
+    made = place(program)
+    assert not made.places
+    assert made.num_bytes == 0
+    assert list(made.elsewhere) == lifetimes(program)
+
+
+def test_small_values_stay_with_the_c_library() -> None:
+    assert not place(rewritten(two_layers(), 0, 1)).places
+
+
+@pytest.mark.usefixtures("_small_values_count")
+def test_what_a_step_returns_does_not_lie_in_the_arena() -> None:
+    b = Builder()
+    w, x = b.input(Role.PARAM, "w", shape=[4]), b.input(Role.BATCH, "0", shape=[4])
+    y = b.forward(aten.mul.Tensor, x, w)
+    kept = b.forward(aten.view.default, b.forward(aten.neg.default, y), [2, 2])
+    loss = b.forward(aten.sum.default, y)
+    new = b.call(Phase.UPDATE, aten.sub.Tensor, w, b.backward(aten.mul.Tensor, x, 2.0), module="w")
+    captured = b.finish({None: loss, Input(Role.BUFFER, "b"): kept, param("w"): new})
+    program = rewritten(captured, 0, 1)
+    placed = {node.target for node in place(program).places}
+    assert aten.mul.Tensor in placed
+    assert not placed & {aten.neg.default, aten.sum.default}
