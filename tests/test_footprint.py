@@ -7,6 +7,7 @@ import itertools
 import operator
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,13 +15,14 @@ import torch
 from tests.models import CASES
 from tests.programs import Builder, param, rewritten, two_layers
 from tests.reference import slow
-from zgraph import ops
+from zgraph import ops, placement
 from zgraph.capture import capture
 from zgraph.config import Config
 from zgraph.footprint import Footprint, Holding, Kind, footprint
-from zgraph.liveness import alive_bytes
+from zgraph.liveness import alive_bytes, held_bytes
 from zgraph.lower import Lowered, lower
 from zgraph.machines import preset, this_cpu
+from zgraph.placement import place
 from zgraph.predict import predict
 from zgraph.program import OF_PARAMETERS, Input, Mesh, Program, Role
 
@@ -200,3 +202,22 @@ def test_a_prediction_says_what_is_held_at_the_peak_and_by_what() -> None:
     assert [h.num_bytes for h in owners] == sorted((h.num_bytes for h in owners), reverse=True)
     assert made.peak_bytes == made.peak.peak_bytes == sum(made.peak.peak_by_kind().values())
     assert made.reserved_bytes >= made.peak_bytes
+
+
+@pytest.mark.parametrize("name", ["zero 3", *slow("accumulated")])
+def test_on_a_cpu_the_arena_is_held_as_a_whole_and_the_rest_comes_and_goes(name: str) -> None:
+    with mock.patch.object(placement, "SMALLEST_BYTES", 2**10):
+        lowered_step = lowered(name)
+        arenas = [place(program) for program in lowered_step.programs]
+        made = predict(lowered_step, replace(preset("H100"), device_type="cpu"))
+    num_bytes = max(arena.num_bytes for arena in arenas)
+    for found, arena, program in zip(made.footprints, arenas, lowered_step.programs, strict=True):
+        assert found.arena_bytes == num_bytes
+        assert sum(h.in_arena for h in found.holdings) == len(arena.inside) > 0
+        outside = [h for h in found.holdings if not h.in_arena]
+        given = given_bytes(program) + sum(h.num_bytes for h in outside if h.kind is Kind.SCRATCH)
+        rest = max(held_bytes(arena.elsewhere, found.num_positions))
+        assert found.peak_bytes == given + rest + num_bytes
+        assert sum(found.peak_by_kind().values()) == found.peak_bytes
+    assert made.reserved_bytes == made.peak_bytes
+    assert made.peak.peak_by_kind()[Kind.UNUSED] < 0.2 * made.peak_bytes

@@ -10,7 +10,7 @@ import enum
 import operator
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -20,6 +20,7 @@ from zgraph import ops
 from zgraph.fusion import Fusion
 from zgraph.liveness import held_bytes, lifetimes
 from zgraph.ops import root_of
+from zgraph.placement import Placement
 from zgraph.program import FlatGradient, Phase, Program, Role, operand, target_name
 
 
@@ -27,7 +28,8 @@ class Kind(enum.Enum):
     """What bytes are for.
 
     ACTIVATIONS are computed in forward and held beyond it. COMMUNICATION is what is sent and is none of the kinds
-    before, and what other ranks sent before it is added up.
+    before, and what other ranks sent before it is added up. UNUSED is what an arena (``zgraph.placement``) has beyond
+    what lies in it.
     """
 
     PARAMS = "parameter shards"
@@ -39,6 +41,7 @@ class Kind(enum.Enum):
     COMMUNICATION = "communication buffers"
     TEMPORARIES = "temporaries"
     SCRATCH = "scratch of libraries"
+    UNUSED = "arena, not in use"
 
 
 _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
@@ -67,6 +70,7 @@ class Holding:
         first, last: positions in the graph of the first and last call during which they are held.
         module: the user's module that they belong to; empty if to none.
         source: the user's line that made them; None where not known.
+        in_arena: whether they lie in the arena.
     """
 
     what: str
@@ -76,6 +80,7 @@ class Holding:
     last: int
     module: str = ""
     source: str | None = None
+    in_arena: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,10 +90,12 @@ class Footprint:
     Attributes:
         holdings: in order of their first position.
         num_positions: nodes of the graph.
+        arena_bytes: what a model's arena holds throughout, whatever lies in it.
     """
 
     holdings: tuple[Holding, ...]
     num_positions: int
+    arena_bytes: int = 0
 
     @cached_property
     def alive_bytes(self) -> Sequence[int]:
@@ -101,13 +108,14 @@ class Footprint:
 
     @cached_property
     def peak_bytes(self) -> int:
-        """The most that is held at once."""
-        return max(self.alive_bytes)
+        """The most that is held at once, the whole arena included."""
+        outside = (h for h in self.holdings if not h.in_arena)
+        return max(held_bytes(outside, self.num_positions)) + self.arena_bytes
 
     @cached_property
     def peak_position(self) -> int:
         """Where in the graph the most is held; the first such place."""
-        return self.alive_bytes.index(self.peak_bytes)
+        return self.alive_bytes.index(max(self.alive_bytes))
 
     def held_at(self, position: int) -> list[Holding]:
         """What is held while a node runs, largest first."""
@@ -124,16 +132,21 @@ class Footprint:
         found: Counter[Kind] = Counter()
         for holding in self.peak_holdings:
             found[holding.kind] += holding.num_bytes
+        if self.arena_bytes:
+            found[Kind.UNUSED] = self.peak_bytes - found.total()
         return found
 
 
-def footprint(program: Program, *, staged: bool = True, fusion: Fusion | None = None) -> Footprint:
+def footprint(
+    program: Program, *, staged: bool = True, fusion: Fusion | None = None, placement: Placement | None = None
+) -> Footprint:
     """What a program holds.
 
     Args:
         program: at any stage.
         staged: see ``zgraph.liveness.lifetimes``.
         fusion: which calls are one kernel, so that what lies between them is not held; none if None.
+        placement: what lies in an arena; nothing does if None.
     """
     nodes = list(program.graph.nodes)
     found = []
@@ -142,15 +155,20 @@ def footprint(program: Program, *, staged: bool = True, fusion: Fusion | None = 
         if isinstance(val, torch.Tensor):
             kind = _OF_ROLE.get(what.role, Kind.BUFFERS)
             found.append(Holding(str(what), kind, val.nbytes, 0, len(nodes) - 1))
-    for life in lifetimes(program, staged=staged, also_reads=fusion.reads if fusion else {}):
+    if placement is None:
+        lives = [(life, False) for life in lifetimes(program, staged=staged, also_reads=fusion.reads if fusion else {})]
+    else:
+        lives = [*((life, True) for life in placement.inside), *((life, False) for life in placement.elsewhere)]
+    for life, in_arena in sorted(lives, key=lambda item: item[0].first):
         if fusion is not None and life.node in fusion.internal:
             continue
         origin = life.node.meta["origin"]
         if life.num_bytes:
             kind = Kind.COMMUNICATION if life.is_received else _kind(life.node, nodes[life.last])
             name = _maker(life.node)
-            found.append(Holding(name, kind, life.num_bytes, life.first, life.last, origin.module, origin.source))
-    return Footprint(tuple(found), len(nodes))
+            at = (life.first, life.last, origin.module, origin.source)
+            found.append(Holding(name, kind, life.num_bytes, *at, in_arena))
+    return Footprint(tuple(found), len(nodes), placement.num_bytes if placement is not None else 0)
 
 
 def with_scratch(found: Footprint, program: Program) -> Footprint:
@@ -167,7 +185,7 @@ def with_scratch(found: Footprint, program: Program) -> Footprint:
     ]
     num_bytes = min(max(packed, default=0), SCRATCH_BYTES)
     scratch = Holding("matrix products", Kind.SCRATCH, num_bytes, 0, found.num_positions - 1)
-    return Footprint((scratch, *found.holdings), found.num_positions)
+    return replace(found, holdings=(scratch, *found.holdings))
 
 
 def _maker(node: fx.Node) -> str:

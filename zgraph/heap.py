@@ -1,8 +1,7 @@
-"""Give free heap memory back to the system, so that resident memory follows live memory.
+"""Give free heap memory back to the system.
 
-glibc keeps freed blocks below 32 MiB for reuse; between them, a training step leaves gaps that no later tensor fits.
-Calling this just before the step's memory peak returns those gaps: a few milliseconds once per step, where mapping
-every tensor separately costs page faults throughout.
+glibc keeps freed blocks below 32 MiB for reuse. What capture leaves behind is never used again, and what is to be
+measured as fresh memory must not be memory that was used before.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ class Placement:
     copied: Mapping[fx.Node, Mapping[int, Place]]
     num_bytes: int
     least_bytes: int
-    inside: tuple[Held, ...]
+    inside: tuple[Lifetime, ...]
     elsewhere: tuple[Lifetime, ...]
     copied_bytes: int
 
@@ -118,7 +118,7 @@ def place(program: Program, *, staged: bool = True) -> Placement:
         copied=copied,
         num_bytes=offsets.num_bytes,
         least_bytes=offsets.least_bytes,
-        inside=tuple(blocks),
+        inside=tuple(Lifetime(block.node, block.num_bytes, block.first, block.last) for block in blocks),
         elsewhere=elsewhere,
         copied_bytes=copied_bytes(program, copied),
     )

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from zgraph.allocator import reserved_bytes
 from zgraph.footprint import Footprint, footprint, with_scratch
 from zgraph.hardware import Hardware
 from zgraph.lower import Lowered
+from zgraph.placement import place
 from zgraph.timeline import Timeline, play
-
-HOLES = 0.1
-"""Of live memory, what holes in the heap of the C library come to: the median over pairs of models and options that
-``benchmarks/accuracy.py --here`` measures, between 0.02 and 0.34."""
 
 
 @dataclass(frozen=True)
@@ -55,18 +52,20 @@ class Prediction:
 
     @property
     def peak_bytes(self) -> int:
-        """The most that tensors hold at once: ``torch.cuda.max_memory_allocated``, but for rounding."""
+        """The most that tensors hold at once: ``torch.cuda.max_memory_allocated``, but for rounding.
+
+        On a CPU the arena counts as a whole, which holds it from step to step.
+        """
         return self.peak.peak_bytes
 
     @cached_property
     def reserved_bytes(self) -> int:
         """What the allocator takes from the device: ``torch.cuda.max_memory_reserved``.
 
-        On a CPU, resident memory: blocks above 32 MiB go back to the system when they are freed, and pages of smaller
-        ones before each peak (``zgraph.heap``); what is left of holes is ``HOLES`` of what is live.
+        On a CPU, resident memory: what is live, for nearly all that comes and goes does so within the arena.
         """
         if self.device_type == "cpu":
-            return round(self.peak_bytes * (1 + HOLES))
+            return self.peak_bytes
         return reserved_bytes(*(f.holdings for f in self.footprints))
 
     @property
@@ -89,8 +88,12 @@ def predict(lowered: Lowered, hardware: Hardware, accumulate: int = 1) -> Predic
     is_cpu = hardware.device_type == "cpu"
     staged = is_cpu and not hardware.reads_peers
     timelines = tuple(play(program, hardware) for program in lowered.programs)
-    footprints = tuple(footprint(program, staged=staged) for program in lowered.programs)
     if is_cpu:
-        both = zip(footprints, lowered.programs, strict=True)
-        footprints = tuple(with_scratch(found, program) for found, program in both)
+        arenas = [place(program, staged=staged) for program in lowered.programs]
+        both = zip(lowered.programs, arenas, strict=True)
+        found = [with_scratch(footprint(program, staged=staged, placement=arena), program) for program, arena in both]
+        num_bytes = max(arena.num_bytes for arena in arenas)  # they share one
+        footprints = tuple(replace(each, arena_bytes=num_bytes) for each in found)
+    else:
+        footprints = tuple(footprint(program, staged=False) for program in lowered.programs)
     return Prediction(timelines, footprints, (accumulate - 1, 1)[-len(timelines) :], hardware.device_type)
