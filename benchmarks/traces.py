@@ -341,7 +341,7 @@ def _lowered(captured: Program, case: Case) -> Iterator[Program]:
     """The programs of a step as the case's software would run it: its micro-batches but the last, and the last."""
     config, mesh = _config(case), Mesh(case.world)
     programs = [captured] if case.accumulate == 1 else [micro_step(captured), captured]
-    layout = _layout_by_block(captured, case.world)
+    layout = layout_by_block(captured, case.world)
     for program in programs:
         program = program.clone()
         first, *passes = default_passes(config, mesh, layout)
@@ -410,7 +410,7 @@ def _recomputation(case: Case) -> Iterator[RecomputeModules]:
         yield RecomputeModules(keep=EXPENSIVE, every_second=second)
 
 
-def _layout_by_block(program: Program, world: int) -> Layout:
+def layout_by_block(program: Program, world: int) -> Layout:
     """A bucket for each block, one for the embeddings, and one for what comes behind the blocks."""
     specs = param_specs(program, Updates(program))
     grouped = [replace(spec, group=(spec.group, _part_of(spec.name))) for spec in specs]
