@@ -67,21 +67,21 @@ def test_each_rank_adds_the_squares_of_its_slices_as_they_arrive_and_one_number_
     assert_expected_inline(
         between,
         """\
-_tensor.default(%32, 'avg', 2, 'data')
-%34: f64[2, 4] = aten.t.default(%4)
-%35: f64[2, 3] = aten.mm.default(%34, %27)
-%36: f64[6] = aten.reshape.default(%35, [-1])
-%37: f64[26] = aten.full.default([26], 0, device=cpu, dtype=torch.float64)
-%38: f64[32] = aten.cat.default([%36, %37])
-%39: f64[16] = _c10d_functional.reduce_scatter_tensor.default(%38, 'avg', 2, 'data')
-%40: f64[16] = _c10d_functional.wait_tensor.default(%33)
+_tensor.default(%30, 'avg', 2, 'data')
+%32: f64[2, 4] = aten.t.default(%4)
+%33: f64[2, 3] = aten.mm.default(%32, %25)
+%34: f64[6] = aten.reshape.default(%33, [-1])
+%35: f64[26] = aten.full.default([26], 0, device=cpu, dtype=torch.float64)
+%36: f64[32] = aten.cat.default([%34, %35])
+%37: f64[16] = _c10d_functional.reduce_scatter_tensor.default(%36, 'avg', 2, 'data')
+%38: f64[16] = _c10d_functional.wait_tensor.default(%31)
+%39: f64[] = zgraph.square_sum.default(%38)
+%40: f64[16] = _c10d_functional.wait_tensor.default(%37)
 %41: f64[] = zgraph.square_sum.default(%40)
-%42: f64[16] = _c10d_functional.wait_tensor.default(%39)
-%43: f64[] = zgraph.square_sum.default(%42)
-%44: f64[] = zgraph.add_up.default([%43, %41])
-%45: f64[] = _c10d_functional.all_reduce.default(%44, 'sum', 'data')
-%46: f64[] = _c10d_functional.wait_tensor.default(%45)
-%47: f64[] = """,
+%42: f64[] = zgraph.add_up.default([%41, %39])
+%43: f64[] = _c10d_functional.all_reduce.default(%42, 'sum', 'data')
+%44: f64[] = _c10d_functional.wait_tensor.default(%43)
+%45: f64[] = """,
     )
 
 

@@ -48,21 +48,21 @@ def test_a_bucket_is_updated_by_one_kernel_that_writes_over_its_state() -> None:
 %6: float = input hyper:group_of_w2.lr
 %7: float = operator.neg(%5)
 %8: float = operator.neg(%6)
-%40: (f64[16], f64[16]) = update_bucket1{
+%38: (f64[16], f64[16]) = update_bucket1{
     %4 = aten.add.Tensor(%0, %1)
     %5 = aten.add.Tensor(%2, %4, alpha=%3)
     return [%4, %5] over [0, 2]
-}(%3, %39, %2, %8)
-%41: f64[16] = operator.getitem(%40, 0)
-%42: f64[16] = operator.getitem(%40, 1)
-%44: (f64[16], f64[16]) = update_bucket0{
+}(%3, %37, %2, %8)
+%39: f64[16] = operator.getitem(%38, 0)
+%40: f64[16] = operator.getitem(%38, 1)
+%42: (f64[16], f64[16]) = update_bucket0{
     %4 = aten.add.Tensor(%0, %1)
     %5 = aten.add.Tensor(%2, %4, alpha=%3)
     return [%4, %5] over [0, 2]
-}(%1, %43, %0, %7)
-%45: f64[16] = operator.getitem(%44, 0)
-%46: f64[16] = operator.getitem(%44, 1)
-return [%48, %46, %45, %42, %41]  # loss, param:bucket0, opt_state:bucket0:m, param:bucket1, opt_state:bucket1:m""",
+}(%1, %41, %0, %7)
+%43: f64[16] = operator.getitem(%42, 0)
+%44: f64[16] = operator.getitem(%42, 1)
+return [%46, %44, %43, %40, %39]  # loss, param:bucket0, opt_state:bucket0:m, param:bucket1, opt_state:bucket1:m""",
     )
 
 

@@ -158,8 +158,9 @@ class PackAndUnpack(Pass):
 @pytest.mark.parametrize("what", ["gradient", "state", "parameter"])
 def test_nothing_but_given_state_may_go_through_8_bits(what: str) -> None:
     zero = Config(3, state_precision="int8")
+    before = [p for p in default_passes(zero, Mesh(2)) if p.gives < Stage.SCHEDULED]
     with pytest.raises(VerifyError, match=r"PackAndUnpack (changed what the step computes|left the new value of)"):
-        run([*default_passes(zero, Mesh(2))[:-2], PackAndUnpack(what)], in_single_precision())
+        run([*before, PackAndUnpack(what)], in_single_precision())
 
 
 @dataclass(frozen=True)
