@@ -18,7 +18,7 @@ def test_a_family_is_every_stage_and_recomputation_with_one_variation_at_most() 
         for varied in (
             {},
             *({"bucket_bytes": size * mebi} for size in (4, 64, 256)),
-            *([{"prefetch": 2}] if zero == 3 else []),
+            *([{"in_flight": 0}, {"in_flight": None}, {"unshard": 0.5}, {"unshard": 1.0}] if zero == 3 else []),
         )
     ]
 

@@ -214,10 +214,9 @@ def test_half_and_a_quarter_of_the_bytes_travel(ranks: Ranks) -> None:
         ranks.run(travel, options=options)[0]
         for options in ({}, {"gather_precision": "bf16"}, {"gather_precision": "int8", "reduce_precision": "int8"})
     )
-    num_gathers = plain["all_gather"]["count"]
-    assert plain["all_gather"]["bytes"] == num_gathers * numel * 4 // 2
-    assert low["all_gather"] == {"count": num_gathers, "bytes": num_gathers * numel * 2 // 2}
-    assert eight["all_gather"] == {"count": num_gathers, "bytes": num_gathers * numel * 65 // 64 // 2}
+    for found, num_bytes in ((plain, numel * 4), (low, numel * 2), (eight, numel * 65 // 64)):
+        assert 2 <= found["all_gather"]["count"] <= 4
+        assert found["all_gather"]["bytes"] == found["all_gather"]["count"] * num_bytes // 2
     assert plain["reduce_scatter"] == low["reduce_scatter"] == {"count": 2, "bytes": 2 * numel * 4 // 2}
     assert eight["all_to_all"] == {"count": 2, "bytes": 2 * numel * 65 // 64 // 2}
     assert "reduce_scatter" not in eight

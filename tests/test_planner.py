@@ -22,7 +22,9 @@ from zgraph.program import Mesh
 
 WORLD = 4
 ROWS, WIDTH = 4, 32
-FIXED: dict[str, Any] = {"zero": 3, "bucket_bytes": "64KiB", "prefetch": 1, "accumulate": 1, "recompute": None}
+FIXED: dict[str, Any] = {
+    "zero": 3, "bucket_bytes": "64KiB", "prefetch": 1, "accumulate": 1, "recompute": None, "unshard": 0.0,
+}  # fmt: skip
 
 
 class Stack(nn.Module):
@@ -58,7 +60,8 @@ def predicted(**options: Any) -> tuple[float, int]:
         model: nn.Module = Stack()
     batch = rows(ROWS // config.accumulate)
     captured = capture(model, torch.optim.AdamW(model.parameters()), batch, {}, config=config)
-    made = predict(lower(captured, config, Mesh(WORLD), None, ()), preset("H100"), config.accumulate)
+    machine = preset("H100")
+    made = predict(lower(captured, config, Mesh(WORLD), None, (), hardware=machine), machine, config.accumulate)
     return made.step_s, made.reserved_bytes
 
 
@@ -69,7 +72,7 @@ def test_of_all_choices_the_fastest_that_fits_is_taken(monkeypatch: pytest.Monke
         {"zero": zero, "accumulate": accumulate, **({"recompute": recompute} if recompute else {})}
         for zero in range(4)
         for accumulate in (1, 2, 4)
-        for recompute in (None, "operators", "blocks")
+        for recompute in choices.LEVELS
     ]
     found = [predicted(**choice) for choice in of_all]
     for budget in sorted({taken for _, taken in found}):

@@ -21,6 +21,9 @@ CHAINED: dict[str, tuple[Any, ...]] = {"recompute": (None, "operators", "blocks"
 """Options of which each value computes all that the one before computes, and is never faster. So is a larger number of
 micro-batches."""
 
+LEVELS = (None, 0.25, 0.5, 0.75, 1.0)
+"""Of recomputation, instead, where a model is not long: to weigh single activations takes seconds for each choice."""
+
 CROSSED: dict[str, tuple[Any, ...]] = {"zero": (0, 1, 2, 3)}
 """Options of which each value is tried with all of the others."""
 
@@ -47,8 +50,8 @@ def _gathers(config: Config) -> bool:
 
 VARIED: dict[str, Variation] = {
     "bucket_bytes": Variation(tuple(mebi * 2**20 for mebi in (4, 64, 256))),
-    "in_flight": Variation((0, None), lambda config: config.prefetch is None),
-    "unshard": Variation((0.25, 0.5, 1.0), _gathers),
+    "in_flight": Variation((0, None), lambda config: _gathers(config) and config.prefetch is None),
+    "unshard": Variation((0.5, 1.0), lambda config: _gathers(config) and not config.keep_gathered),
     "keep_gathered": Variation((True,), lambda config: _gathers(config) and config.accumulate > 1, {"zero": 2}),
 }
 """None of them matters on a single rank."""
@@ -57,6 +60,12 @@ STORED = ("zero", "bucket_bytes")
 """Options that say how state lies in memory."""
 
 SEARCHED = (ACCUMULATE, *CHAINED, *CROSSED, *VARIED)
+
+
+def searched(config: Config) -> dict[str, Any]:
+    """What a configuration has for options that may be searched, but for one that has no meaning beside another."""
+    ahead = ["in_flight"] if config.prefetch is not None else []
+    return {name: getattr(config, name) for name in SEARCHED if name not in ahead}
 
 
 @dataclass(eq=False)
@@ -76,18 +85,21 @@ class Choice:
     depth: int
 
 
-def family(num_rows: int, world: int, fixed: Mapping[str, Any]) -> list[Choice]:
+def family(num_rows: int, world: int, fixed: Mapping[str, Any], *, is_long: bool = True) -> list[Choice]:
     """All choices, milder ones first.
 
     Args:
         num_rows: what micro-batches divide.
         world: how many ranks.
         fixed: options that the user gave.
+        is_long: the model repeats more blocks than are captured.
 
     Raises:
         OptionError: one of them cannot be.
     """
     chains: dict[str, Sequence[Any]] = {ACCUMULATE: divisors(num_rows), **CHAINED}
+    if not is_long:
+        chains["recompute"] = LEVELS
     crossed = {**chains, **(CROSSED if world > 1 else {"zero": (0,)})}
     crossed = {name: (fixed[name],) if name in fixed else values for name, values in crossed.items()}
     found: dict[Any, Choice] = {}

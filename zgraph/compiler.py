@@ -33,7 +33,7 @@ from zgraph.batches import Call, MicroBatches, micro_batches
 from zgraph.budget import Budget, free_bytes, refuse_open_options
 from zgraph.capture import batch_device, capture, check_optimizer
 from zgraph.captures import Captures
-from zgraph.choices import ACCUMULATE, SEARCHED, STORED
+from zgraph.choices import ACCUMULATE, STORED, searched
 from zgraph.codegen.emit import emit
 from zgraph.collector import collect_garbage
 from zgraph.comm import Comm
@@ -574,7 +574,7 @@ class _Runtime:
         kept: list[dict[str, Any]] = []
         if self._last_decided is not None:
             before = self._last_decided.config
-            kept = [{**{name: getattr(before, name) for name in SEARCHED}, **fixed}]
+            kept = [{**searched(before), **fixed}]
             fixed = {**{name: getattr(before, name) for name in STORED}, **fixed}
         with self._plain() as model:
             captures = Captures(model, self.optimizer, call, self.loss, self.weight, self.metrics, self._place(call))

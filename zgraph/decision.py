@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from zgraph.choices import ACCUMULATE, CHAINED, SEARCHED
+from zgraph.choices import ACCUMULATE, CHAINED, SEARCHED, searched
 from zgraph.config import Config
 from zgraph.errors import OptionError, ZgraphError
 from zgraph.hardware import Hardware
@@ -28,7 +28,7 @@ def fixed_options(options: Mapping[str, Any]) -> dict[str, Any]:
         OptionError: one does not exist or is out of range, or is left open though it is not searched.
     """
     for name, value in options.items():
-        if value == AUTO and name not in SEARCHED:
+        if value == AUTO and name not in (*SEARCHED, "prefetch"):  # the cost model decides that
             raise OptionError(f"{name}='auto' is not searched", fix="give a value, or leave it out")
     fixed = {name: value for name, value in options.items() if value != AUTO}
     config = Config.from_options(fixed)
@@ -100,8 +100,8 @@ class _WaysOut:
     def _fixed(self, *opened: str) -> dict[str, Any]:
         """The options of the choice, but for some that the user left open."""
         config = self._least.choice.config
-        searched = {name: getattr(config, name) for name in SEARCHED if name not in opened}
-        return {**searched, **self._search.fixed}
+        chosen = {name: value for name, value in searched(config).items() if name not in opened}
+        return {**chosen, **self._search.fixed}
 
     def _precisions(self) -> Iterator[WayOut]:
         config = self._least.choice.config

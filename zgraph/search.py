@@ -69,7 +69,7 @@ class Search:
         self, captures: Captures, hardware: Hardware, world: int, fixed: dict[str, Any], passes: Sequence[Pass] = ()
     ) -> None:
         self.captures, self.hardware, self.world, self.fixed, self._passes = captures, hardware, world, fixed, passes
-        self.members = family(captures.num_rows, world, fixed)
+        self.members = family(captures.num_rows, world, fixed, is_long=len(captures.sizes) > 1)
         self.tried: dict[Choice, Tried | None] = {}
         self._more_milder: dict[Choice, list[Choice]] = {choice: [] for choice in self.members}
         for choice in self.members:
@@ -196,8 +196,14 @@ class Search:
             self._extended([each.step_s for each in made]),
             self._extended([each.exposed_s for each in made]),
             live,
-            round(live * made[-1].reserved_bytes / made[-1].peak_bytes),
+            self._reserved(live, made[-1]),
         )
+
+    def _reserved(self, live: int, made: Estimate) -> int:
+        """Of the whole model: on a CPU what is live and the same besides, elsewhere in proportion."""
+        if self.hardware.device_type == "cpu":
+            return live + made.reserved_bytes - made.peak_bytes
+        return round(live * made.reserved_bytes / made.peak_bytes)
 
     def _extended(self, found: Sequence[float]) -> float:
         """To the whole model, from what its few sizes give."""
@@ -228,6 +234,8 @@ class Search:
         """Bytes that a rank holds at least where forward ends, without passes that shard."""
         config = choice.config
         before = replace(config, zero=0, bucket_bytes=Config.bucket_bytes, keep_gathered=False, unshard=Config.unshard)
+        chosen_late = isinstance(config.recompute, float)  # by all passes together
+        before = replace(before, recompute=None) if chosen_late else before
         if before not in self._held:
             try:
                 self._held[before] = tuple(
@@ -238,7 +246,10 @@ class Search:
                 self._held[before] = ()
                 self._skip(choice, error)
         held = self._held[before]
-        return int(self._extended([each.on_rank(config.zero, self.world) for each in held])) if held else 0
+        if not held:
+            return 0
+        activations = 0 if chosen_late else 1
+        return int(self._extended([each.on_rank(config.zero, self.world, activations) for each in held]))
 
 
 def _size(tried: Tried) -> tuple[int, float]:
@@ -286,10 +297,11 @@ class _Held:
         )
         return cls(params, state // 4 if config.state_precision is not None else state, gradients, activations)
 
-    def on_rank(self, zero: int, world: int) -> float:
-        """Of one of so many ranks, with a ZeRO stage."""
+    def on_rank(self, zero: int, world: int, activations: float) -> float:
+        """Of one of so many ranks, with a ZeRO stage and a share of the activations."""
         divided = (self.params if zero == 3 else 0) + (self.state if zero else 0) + (self.gradients if zero > 1 else 0)
-        return self.params + self.state + self.gradients + self.activations - divided * (1 - 1 / world)
+        whole = self.params + self.state + self.gradients + activations * self.activations
+        return whole - divided * (1 - 1 / world)
 
 
 def _is_flat(node: Any) -> bool:
