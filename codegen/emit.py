@@ -21,7 +21,7 @@ from zgraph.into import into
 from zgraph.liveness import last_uses
 from zgraph.memory_check import MemoryCheck
 from zgraph.placement import Place, Placement, copied_bytes
-from zgraph.program import Phase, Program, describe, operand
+from zgraph.program import Mesh, Phase, Program, describe, operand
 
 aten = torch.ops.aten
 
@@ -92,7 +92,7 @@ def emit(
         for index, place in arena.copied(node).items():
             vectors: Any = node.args[0]
             lines.append(f"    {writer.expression(aten.copy_.default, [arena.names[place], names[vectors[index]]])}")
-        lines.append(f"    {names[node]} = {_expression(writer, node, names, tag, arena)}")
+        lines.append(f"    {names[node]} = {_expression(writer, node, names, tag, arena, program.mesh)}")
         if watched is not None:
             lines.append(f"    {watched}.see({number}, locals())")
         dead = [names[n] for n in dying.get(node, ())]
@@ -141,20 +141,27 @@ def _tag(node: fx.Node, name: str) -> str:
     return f"{what} ({node.meta['origin'].source or 'no line of the model'})"
 
 
-def _expression(writer: SourceWriter, node: fx.Node, names: dict[fx.Node, str], tag: str | None, arena: _Arena) -> str:
+def _comm(mesh: Mesh, axis: str) -> str:
+    """What collectives along an axis go through."""
+    return "comm" if axis == mesh.axis else f"comm.axes[{axis!r}]"
+
+
+def _expression(
+    writer: SourceWriter, node: fx.Node, names: dict[fx.Node, str], tag: str | None, arena: _Arena, mesh: Mesh
+) -> str:
     place = arena.name(node)
     if place is not None and arena.is_made_of_parts(node):
         return place
     method = _COMM_METHODS.get(node.target)
     if method is not None:
-        # The mesh gives size and axis; what is passed is the tensor, the reduction, and where to put the result.
+        # The mesh gives the size; what is passed is the tensor, the reduction, and where to put the result.
         args = [writer.argument(a, names) for a in node.args[: 2 if "reduce" in method else 1]]
         args += [f"{key}={writer.argument(value, names)}" for key, value in node.kwargs.items()]
         if place is not None:
             args.append(f"out={place}")
         if tag is not None:
             args.append(f"tag={writer.literal(tag)}")
-        return f"comm.{method}({', '.join(args)})"
+        return f"{_comm(mesh, ops.axis_of(node))}.{method}({', '.join(args)})"
     if place is not None:
         call = into(node)
         assert call is not None, node
@@ -163,7 +170,7 @@ def _expression(writer: SourceWriter, node: fx.Node, names: dict[fx.Node, str], 
         return writer.expression(call.target, [*args, f"{call.out}={place}"])
     if isinstance(node.target, OwnedUpdate):
         vals = tuple(arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in node.args)
-        whose = ["rank=comm.rank"] if node.target.is_divided(vals) else []
+        whose = [f"rank={_comm(mesh, mesh.shard_axis)}.rank"] if node.target.is_divided(vals) else []
         return writer.expression(node.target, [*(writer.argument(arg, names) for arg in node.args), *whose])
     return writer.call(node, names)
 

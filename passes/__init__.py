@@ -61,7 +61,11 @@ def default_passes(
     )
     then = (
         FormBuckets(
-            mesh.size, config.bucket_bytes, layout, packed=config.state_precision == "int8", granule=_granule(config)
+            mesh.shard_size,
+            config.bucket_bytes,
+            layout,
+            packed=config.state_precision == "int8",
+            granule=_granule(config),
         ),
         *(p for stage in zero[: config.zero + 1] for p in stage),
         *((ReduceInLowPrecision(),) if config.reduce_precision == "bf16" and mesh.size > 1 else ()),

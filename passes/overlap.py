@@ -27,6 +27,8 @@ class Overlap(Pass):
         y2 = mm(y1, w2)                    w2 = wait(g2)
                                            y2 = mm(y1, w2)
 
+    A gradient that is reduced between nodes, too, sets out for them one reduction later, and is taken up two later.
+
     Args:
         prefetch: 0 leaves every wait next to its start.
         limit_bytes: buckets larger than this are gathered just in time, so that at most one is held early.
@@ -71,14 +73,24 @@ class Overlap(Pass):
         """Place the wait for a reduced gradient, and its update, right after the start of the next reduction."""
         updates = update_nodes(program)
         reductions: list[tuple[int, str, fx.Node]] = []
+        inside: dict[fx.Node, fx.Node] = {}  # of what is reduced between nodes, the wait for it inside of one
         for name, update in updates.items():
             waits = {source for node in update for source in node.all_input_nodes if source.target is ops.wait}
-            reductions.extend((order[operand(wait)], name, wait) for wait in waits)
+            for wait in waits:
+                sent = operand(wait)
+                if operand(sent).target is ops.wait:
+                    inside[wait] = operand(sent)
+                    sent = operand(inside[wait])
+                reductions.append((order[sent], name, wait))
         reductions.sort(key=lambda item: item[0])
         after = {name: order[update[0]] for name, update in updates.items()}
-        for i, (start, name, _) in enumerate(reductions):
-            last = i + 1 == len(reductions)
-            after[name] = start if last or not self.prefetch else reductions[i + 1][0]
+        starts = [start for start, _, _ in reductions]
+        for i, (start, name, wait) in enumerate(reductions):
+            later = starts[i + 1 : i + 3] if self.prefetch else []
+            after[name] = start if not later else later[-1] if wait in inside else later[0]
+            if wait in inside:
+                for node in (inside[wait], operand(wait)):
+                    place[node] = (later[0] if later else start, NEXT, 0, order[node])
         groups = {name: list(update) for name, update in updates.items()}
         for _, name, wait in reductions:
             groups[name].insert(0, wait)

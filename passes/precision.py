@@ -118,12 +118,13 @@ class ReduceInLowPrecision(Pass):
             holds, dtype = gradient.meta.get("holds"), gradient.meta["val"].dtype
             if not isinstance(holds, FlatGradient) or dtype not in (torch.float32, torch.float64):
                 continue
-            (wait,) = (user for user in start.users if user.target is ops.wait)
+            reduction = _reduction(start)
+            wait = reduction[-1]
             origin: Origin = start.meta["origin"]
             low = program.call(aten._to_copy.default, gradient, dtype=torch.bfloat16, origin=origin, before=start)
             start.replace_input_with(gradient, low)
             slices = [user for user in wait.users if user.target is ops.shard]
-            for node in (start, wait, *slices):
+            for node in (*reduction, *slices):
                 node.meta["val"] = program.infer(node)
             of_update = replace(origin, phase=Phase.UPDATE, module=holds.bucket)
             for mean in (wait, *slices):
@@ -132,6 +133,13 @@ class ReduceInLowPrecision(Pass):
                     wide = program.call(aten._to_copy.default, mean, dtype=dtype, origin=of_update, before=mean.next)
                     for reader in readers:
                         reader.replace_input_with(mean, wide)
+
+
+def _reduction(start: fx.Node) -> list[fx.Node]:
+    """The calls that reduce a gradient, inside of a node and then between nodes; the last of them gives the mean."""
+    (wait,) = (user for user in start.users if user.target is ops.wait)
+    between = [user for user in wait.users if user.target is ops.all_reduce]
+    return [start, wait, *(_reduction(between[0]) if between else ())]
 
 
 def _casts(whole: fx.Node) -> tuple[list[fx.Node], list[fx.Node]] | None:

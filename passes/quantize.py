@@ -34,7 +34,7 @@ def elements_of(program: Program, bucket: str, part: fx.Node, origin: Origin, be
     found = program.call(ops.elements, *flat.ranges(), flat.numel, device=val.device, origin=origin, before=before)
     if len(val) == flat.numel:
         return found
-    return program.call(ops.shard, found, mesh.size, mesh.axis, origin=origin, before=before)
+    return program.call(ops.shard, found, mesh.shard_size, mesh.shard_axis, origin=origin, before=before)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from zgraph.passes.gathers import gathers_of_params
 from zgraph.passes.quantize import elements_of
 from zgraph.pipeline import Pass
 from zgraph.program import FlatGradient, Input, Origin, Phase, Program, Role, Stage, operand
-from zgraph.terms import Axiom, Form, Term, Terms, is_input, zero_times
+from zgraph.terms import Axiom, Form, Term, Terms, axis_of, is_input, zero_times
 
 aten = torch.ops.aten
 
@@ -23,7 +23,7 @@ def _gathered(terms: Terms, term: Term) -> Term | None:
         return None
     assert term.shape is not None
     assert term.dtype is not None
-    whole = terms.whole(data.args[0].args[0], term.shape)
+    whole = terms.whole(data.args[0].args[0], term.shape, axis_of(data))
     if whole is None:
         return None
     given = all(is_input(base, Role.PARAM) or zero_times(base) == frozenset() for base, _, _ in terms.pieces(whole))
@@ -79,7 +79,11 @@ def _exchanged(terms: Terms, term: Term) -> Term | None:
         return None
     gradient: Term = data.args[0].args[0]
     assert term.shape is not None
-    if gradient.numel != term.numel * world or not all(map(terms.is_gradient, _bases(terms, gradient))):
+    if (
+        axis_of(data) is not None
+        or gradient.numel != term.numel * world
+        or not all(map(terms.is_gradient, _bases(terms, gradient)))
+    ):
         return None
     return terms.shard(terms.mean(gradient), term.shape)
 

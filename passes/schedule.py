@@ -54,7 +54,8 @@ class Schedule(Pass):
     How far ahead a gather is issued follows from what it takes and from what is computed meanwhile. With a limit of 0
     it never raises the step's peak: it is in flight where other memory is free. Each bucket of the limit may add the
     bytes of an average one. The fewest bytes in flight are chosen with which the timeline is fastest; where
-    nothing is hidden, as on a CPU, nothing is in flight.
+    nothing is hidden, as on a CPU, nothing is in flight. What travels along different axes of the mesh travels at
+    the same time.
 
     Args:
         hardware: the machine, as each rank finds it; all ranks are given the same.
@@ -146,7 +147,7 @@ class _Step:
     """
 
     def __init__(self, program: Program, hardware: Hardware, costs: Mapping[fx.Node, Cost]) -> None:
-        self.hardware, self.costs, self.axis = hardware, costs, str(program.mesh.axis)
+        self.hardware, self.costs = hardware, costs
         self.calls = list(_calls(program))
         self.place = {node: i for i, node in enumerate(self.calls)}
         output = program.output_node
@@ -183,17 +184,25 @@ class _Step:
 
     def _latest(self, at: Mapping[fx.Node, int]) -> list[float]:
         """When each gather has to start, on the clock of what computes, if nothing is to wait for it."""
-        sent = [0.0] * (len(self.backbone) + 1)  # seconds of what is sent behind each call
-        for node in self.sends:
-            sent[max((at[source] for source in node.all_input_nodes if source in at), default=0)] += self._seconds(node)
-        before = [0.0, *accumulate(sent)]
+        end = len(self.backbone)
+        sent: dict[str, list[float]] = {}  # by axis, seconds of what is sent behind each call
+        behind: dict[fx.Node, int] = {}
+        for node in sorted(self.sends, key=self.place.__getitem__):
+            # What is reduced between nodes has been reduced inside of one before.
+            sources = (operand(source) if source.target is ops.wait else source for source in node.all_input_nodes)
+            behind[node] = max((behind.get(source, at.get(source, 0)) for source in sources), default=0)
+            sent.setdefault(ops.axis_of(node), [0.0] * (end + 1))[behind[node]] += self._seconds(node)
+        before = {axis: [0.0, *accumulate(each)] for axis, each in sent.items()}
         found = [0.0] * len(self.gathers)
-        following, read = math.inf, len(self.backbone)
+        following: dict[str, tuple[float, int]] = {}  # by axis, when the next gather starts, and what reads it
         for i in range(len(self.gathers) - 1, -1, -1):
-            mine = self.first_read[self.gathers[i]]
-            following = min(self.clock[mine], following - (before[read] - before[mine]))
-            following -= MARGIN * self._seconds(self.gathers[i])
-            found[i], read = following, mine
+            gather = self.gathers[i]
+            axis, mine = ops.axis_of(gather), self.first_read[gather]
+            start, read = following.get(axis, (math.inf, end))
+            if axis in before:
+                start -= before[axis][read] - before[axis][mine]
+            found[i] = min(self.clock[mine], start) - MARGIN * self._seconds(gather)
+            following[axis] = found[i], mine
         return found
 
     def _seconds(self, node: fx.Node) -> float:
@@ -268,7 +277,7 @@ class _Listing:
             read = step.first_read[gather]
             start = self.lanes.computed + step.latest[self.next_gather] - step.clock[i]
             if gather not in self.ends and read > i:
-                is_due = start < until and self.lanes.links.get(step.axis, 0.0) < until
+                is_due = start < until and self.lanes.links.get(ops.axis_of(gather), 0.0) < until
                 if not is_due or not self._is_room(i, read, step.bytes[gather]):
                     return
                 self.held[i:read] += step.bytes[gather]
@@ -282,12 +291,20 @@ class _Listing:
         return float(self.held[i:read].max()) + num_bytes + self.sent_bytes <= self.most
 
     def _take_up_arrived(self) -> None:
-        """Take up what has arrived, so that nothing waits for it."""
-        while self.sent:
-            late = (MARGIN - 1) * self.step._seconds(self.sent[0])
-            if self.held is not None and self.ends[self.sent[0]] + late > self.lanes.computed:
-                return
-            self._take_up(self.sent[0])
+        """Take up what has arrived, so that nothing waits for it; each axis delivers in order."""
+        while arrived := next(filter(self._has_arrived, self._next_to_arrive()), None):
+            self._take_up(arrived)
+
+    def _next_to_arrive(self) -> Iterable[fx.Node]:
+        """What was sent first along each axis."""
+        found: dict[str, fx.Node] = {}
+        for start in self.sent:
+            found.setdefault(ops.axis_of(start), start)
+        return found.values()
+
+    def _has_arrived(self, start: fx.Node) -> bool:
+        late = (MARGIN - 1) * self.step._seconds(start)
+        return self.held is None or self.ends[start] + late <= self.lanes.computed
 
     def _take_up(self, start: fx.Node) -> None:
         self._demand(self.step.wait_of[start])
@@ -319,7 +336,8 @@ class _Listing:
                 self.sent.remove(start)
                 self.sent_bytes -= step.bytes[start]
         else:
-            _, self.ends[node] = self.lanes.run(step.costs[node], step.axis if node.target in ops.STARTS else COMPUTE)
+            lane = ops.axis_of(node) if node.target in ops.STARTS else COMPUTE
+            _, self.ends[node] = self.lanes.run(step.costs[node], lane)
             if node in step.sends:
                 self.sent.append(node)
                 self.sent_bytes += step.bytes[node]

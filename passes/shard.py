@@ -15,7 +15,19 @@ from zgraph import ops
 from zgraph.layout import Bucket
 from zgraph.passes.tidy import remove_dead
 from zgraph.pipeline import Pass
-from zgraph.program import FlatGradient, Input, Mesh, Origin, Phase, Program, Role, Stage, operand, update_nodes
+from zgraph.program import (
+    REPLICA,
+    FlatGradient,
+    Input,
+    Mesh,
+    Origin,
+    Phase,
+    Program,
+    Role,
+    Stage,
+    operand,
+    update_nodes,
+)
 
 aten = torch.ops.aten
 
@@ -78,7 +90,8 @@ class ShardOptimizer(Pass):
 
     flat' = update(flat, g, m)    ->    flat' = wait(all_gather(update(shard(flat), shard(g), m_shard)))
 
-    A sum over all gradients becomes the sum over the ranks of what each finds in its slices.
+    A sum over all gradients becomes the sum over the ranks of what each finds in its slices. Where the mesh has nodes,
+    it is the ranks of a node that divide state and share it.
     """
 
     mesh: Mesh
@@ -87,9 +100,9 @@ class ShardOptimizer(Pass):
     def rewrite(self, program: Program) -> None:
         assert program.layout is not None
         program.layout = replace(program.layout, shard_state=True)
-        if self.mesh.size == 1:
+        if self.mesh.shard_size == 1:
             return
-        world, axis = self.mesh.size, self.mesh.axis
+        world, axis = self.mesh.shard_size, self.mesh.shard_axis
         states: dict[str, list[fx.Node]] = {}
         for node, what in program.placeholders():
             if what.role in (Role.OPT_STATE, Role.GRADIENT):
@@ -132,7 +145,7 @@ class ShardOptimizer(Pass):
     def _add_shares(self, program: Program, share: fx.Node) -> None:
         """Let what reads this rank's share of a sum over all gradients read the whole sum."""
         readers, origin = list(share.users), share.meta["origin"]
-        start = program.call(ops.all_reduce, share, "sum", self.mesh.axis, origin=origin, before=share.next)
+        start = program.call(ops.all_reduce, share, "sum", self.mesh.shard_axis, origin=origin, before=share.next)
         whole = program.call(ops.wait, start, origin=origin, before=start.next)
         for reader in readers:
             reader.replace_input_with(share, whole)
@@ -143,6 +156,12 @@ class ShardGradients(Pass):
     """A rank that needs only its slice of a mean gradient gets only that slice.
 
     shard(wait(all_reduce(g, "avg")))    ->    wait(reduce_scatter(g, "avg"))
+
+    Where the mesh has nodes, a slice is averaged inside of the node first, and then between nodes, so that as little as
+    can be crosses from one to another:
+
+        part = wait(reduce_scatter(g, "avg", "shard"))
+        mean = wait(all_reduce(part, "avg", "replica"))
     """
 
     mesh: Mesh
@@ -155,11 +174,20 @@ class ShardGradients(Pass):
                 continue
             start = operand(mean)
             origin: Origin = start.meta["origin"]
-            gradient, operation, axis = start.args
+            gradient, operation, _ = start.args
             scatter = program.call(
-                ops.reduce_scatter, gradient, operation, self.mesh.size, axis, origin=origin, before=start
+                ops.reduce_scatter,
+                gradient,
+                operation,
+                self.mesh.shard_size,
+                self.mesh.shard_axis,
+                origin=origin,
+                before=start,
             )
             piece = program.call(ops.wait, scatter, origin=origin, before=mean)
+            if self.mesh.has_levels:
+                between = program.call(ops.all_reduce, piece, operation, REPLICA, origin=origin, before=mean)
+                piece = program.call(ops.wait, between, origin=origin, before=mean)
             node.replace_all_uses_with(piece)
             for dead in (node, mean, start):
                 program.graph.erase_node(dead)
@@ -219,7 +247,7 @@ class ShardParams(Pass):
     def rewrite(self, program: Program) -> None:
         assert program.layout is not None
         program.layout = replace(program.layout, shard_params=True)
-        if self.mesh.size == 1:
+        if self.mesh.shard_size == 1:
             return
         position = {node: i for i, node in enumerate(program.graph.nodes)}
         params = program.inputs(Role.PARAM)
@@ -229,7 +257,7 @@ class ShardParams(Pass):
                 if node.target is ops.shard:
                     node.replace_all_uses_with(flat)
                     program.graph.erase_node(node)
-            flat.meta["val"] = program.empty([bucket.numel // self.mesh.size], bucket.dtype, bucket.device)
+            flat.meta["val"] = program.empty([bucket.numel // self.mesh.shard_size], bucket.dtype, bucket.device)
             family = _derived(flat, position)
             readers = [u for node in (flat, *family) for u in node.users if u not in family and u.op == "call_function"]
             readers += [
@@ -260,7 +288,8 @@ class ShardParams(Pass):
         A reader that belongs to the family itself is a result of the program, which is then made from that buffer.
         """
         origin = Origin(phase, bucket.name, readers[0].meta["origin"].source)
-        start = program.call(ops.all_gather, flat, self.mesh.size, self.mesh.axis, origin=origin, before=readers[0])
+        world, axis = self.mesh.shard_size, self.mesh.shard_axis
+        start = program.call(ops.all_gather, flat, world, axis, origin=origin, before=readers[0])
         copies: dict[fx.Node, fx.Node] = {flat: program.call(ops.wait, start, origin=origin, before=readers[0])}
         members = set(family)
 

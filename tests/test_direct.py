@@ -142,7 +142,7 @@ def test_groups_and_models_do_not_take_each_others_messages(ranks: Ranks) -> Non
 def train(zero: int) -> None:
     """Steps of tensors that are read and of tensors that are sent, beside a step that sends all."""
     ends = []
-    for choose in (make_comm, lambda group, _: PointToPointComm(group)):
+    for choose in (make_comm, lambda group, *_: PointToPointComm(group)):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(96, 200), nn.Tanh(), nn.Linear(200, 96))
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)

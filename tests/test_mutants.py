@@ -29,6 +29,9 @@ CONFIGS = [
     )
 ]  # fmt: skip
 
+IN_NODES = [(Config(zero, 200, shard_size=2), Mesh(4, shard=2)) for zero in (3, 1)]
+"""For mistakes inside of nodes or between them."""
+
 INEXACT = [(Config(zero, 200, reduce_precision="bf16", state_precision="int8"), Mesh(2)) for zero in (0, 1, 3)]
 INEXACT += [
     (Config(3, 200, reduce_precision="int8", gather_precision="int8"), Mesh(2)),
@@ -45,9 +48,10 @@ RECOMPUTING = [
 captured = lru_cache(maxsize=1)(steps)
 
 
-def attempts(*, exact: bool) -> Iterator[tuple[Program, Config, Mesh]]:
+def attempts(mutant: Mutant, *, exact: bool) -> Iterator[tuple[Program, Config, Mesh]]:
     """What to try a mistake on."""
-    for config, mesh in (*CONFIGS, *([] if exact else INEXACT)):
+    in_nodes = isinstance(mutant, Edit) and mutant.in_nodes
+    for config, mesh in IN_NODES if in_nodes else (*CONFIGS, *([] if exact else INEXACT)):
         for program in captured().values():
             yield program, config, mesh
     for config, mesh in RECOMPUTING:
@@ -56,7 +60,7 @@ def attempts(*, exact: bool) -> Iterator[tuple[Program, Config, Mesh]]:
 
 def refusal(mutant: Mutant) -> VerifyError | None:
     """What the verifier says first, if it says anything."""
-    for program, config, mesh in attempts(exact=False):
+    for program, config, mesh in attempts(mutant, exact=False):
         with mutant.passes(config, mesh) as passes:
             try:
                 run(passes, program)
@@ -67,7 +71,7 @@ def refusal(mutant: Mutant) -> VerifyError | None:
 
 def is_shown_by_numbers(mutant: Mutant) -> bool:
     """Whether some step crashes or computes something else when nothing is verified."""
-    for program, config, mesh in attempts(exact=True):
+    for program, config, mesh in attempts(mutant, exact=True):
         with mutant.passes(config, mesh) as passes, mock.patch.object(Verifier, "check"):
             try:
                 rewritten = run(passes, program).program
@@ -80,7 +84,7 @@ def is_shown_by_numbers(mutant: Mutant) -> bool:
 
 @pytest.mark.parametrize("step", captured())
 def test_without_a_mistake_nothing_is_refused(step: str) -> None:
-    for config, mesh in (*CONFIGS, *(RECOMPUTING if step == "two blocks" else ())):
+    for config, mesh in (*CONFIGS, *IN_NODES, *(RECOMPUTING if step == "two blocks" else ())):
         program = run(default_passes(config, mesh, hardware=MACHINE), captured()[step]).program
         assert_same_step(program, captured()[step])
 
@@ -94,7 +98,7 @@ def test_a_mistake_is_refused_for_what_it_is_with_its_pass_its_place_and_the_use
     name = error.what.split(" ")[0].rstrip(":")
     assert name in {
         p.name
-        for config, mesh in (*CONFIGS, *INEXACT, *RECOMPUTING)
+        for config, mesh in (*CONFIGS, *IN_NODES, *INEXACT, *RECOMPUTING)
         for p in default_passes(config, mesh, hardware=MACHINE)
     } | {type(getattr(mutant, "extra", None)).__name__}
     assert (error.where or "").startswith("model.py:"), error

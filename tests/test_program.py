@@ -19,7 +19,10 @@ from tests.recipes import Recipe, build, recipes
 from zgraph.codegen.kernel import Kernel, region
 from zgraph.layout import Layout, ParamSpec, make_buckets
 from zgraph.program import (
+    REPLICA,
+    SHARD,
     Input,
+    Mesh,
     Origin,
     Phase,
     Program,
@@ -44,6 +47,20 @@ def small(size: int = 3, *, factor: float = 2.0) -> Program:
     loss = b.forward(aten.sum.default, scaled)
     new = b.call(Phase.UPDATE, aten.add.Tensor, w, w, alpha=lr, module="w")
     return b.finish({None: loss, param("w"): new})
+
+
+def test_a_mesh_of_nodes_has_a_group_for_each_node_and_one_for_each_place_in_them() -> None:
+    mesh = Mesh(6, shard=3)
+    assert mesh.axes == {"data": 6, SHARD: 3, REPLICA: 2}
+    assert [list(group) for group in mesh.groups(SHARD)] == [[0, 1, 2], [3, 4, 5]]
+    assert [list(group) for group in mesh.groups(REPLICA)] == [[0, 3], [1, 4], [2, 5]]
+    assert [list(group) for group in mesh.groups("data")] == [[0, 1, 2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize("mesh", [Mesh(3), Mesh(3, shard=3), Mesh(3, shard=1), Mesh(1)])
+def test_a_mesh_of_one_node_or_of_nodes_of_one_rank_has_one_axis(mesh: Mesh) -> None:
+    assert mesh.axes == {"data": mesh.size}
+    assert mesh.shard_axis == "data"
 
 
 def test_text_shows_inputs_operators_results_and_on_request_origins() -> None:

@@ -28,15 +28,14 @@ class Pipeline:
     """
 
     config: Config
-    world: int
+    mesh: Mesh
     tidy: int
     rebucket: int | None
     reshuffle: tuple[tuple[int, int], ...]
 
     def passes(self) -> list[Pass]:
-        mesh = Mesh(self.world)
         tidied: list[Pass] = [Tidy()] * self.tidy
-        passes = [*tidied, *default_passes(self.config, mesh)[1:]]
+        passes = [*tidied, *default_passes(self.config, self.mesh)[1:]]
         for position, seed in self.reshuffle:
             at = position % (len(passes) + 1)
             stage = passes[at].takes if at < len(passes) else passes[-1].gives
@@ -48,7 +47,7 @@ def pipelines() -> st.SearchStrategy[Pipeline]:
     return st.builds(
         Pipeline,
         st.builds(Config, st.integers(0, 3), st.sampled_from([1, 100, 200, 1000, 10**6]), st.integers(0, 3)),
-        st.integers(1, 8),
+        st.sampled_from([*map(Mesh, range(1, 9)), *(Mesh(4 + size, shard=size) for size in (1, 2, 4))]),
         st.integers(0, 2),
         st.none() | st.sampled_from([1, 200]),
         st.lists(st.tuples(st.integers(0, 9), st.integers(0, 99)), max_size=2).map(tuple),
@@ -61,8 +60,9 @@ def test_every_pipeline_is_proved_and_its_ranks_compute_the_step(recipe: Recipe,
     captured = build(recipe)
     passes = how.passes()
     if how.rebucket is not None:  # as after a change of the model's training mode: buckets that exist are kept
-        layout = FormBuckets(how.world, how.rebucket)(captured).layout
-        passes = [FormBuckets(how.world, p.bucket_bytes, layout) if isinstance(p, FormBuckets) else p for p in passes]
+        world = how.mesh.shard_size
+        layout = FormBuckets(world, how.rebucket)(captured).layout
+        passes = [FormBuckets(world, p.bucket_bytes, layout) if isinstance(p, FormBuckets) else p for p in passes]
     event(f"ZeRO {how.config.zero}")
     program = run(passes, captured).program
     verify(program, after="all passes", reference=captured)  # from nothing, as each pass was proved from the last

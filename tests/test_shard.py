@@ -41,7 +41,7 @@ def zero_steps(mesh: Mesh) -> list[list[Pass]]:
 
 
 def sharded(program: Program, zero: int, mesh: Mesh = TWO, bucket_bytes: int = 1) -> Program:
-    program = FormBuckets(mesh.size, bucket_bytes)(program)
+    program = FormBuckets(mesh.shard_size, bucket_bytes)(program)
     for step in zero_steps(mesh)[: zero + 1]:
         for p in step:
             program = p(program)
@@ -107,6 +107,55 @@ loss = wait(all_reduce(local_loss))
 param:bucket0 = add(bucket0, add(m, wait(reduce_scatter(g))), alpha=neg(lr))
 opt_state:bucket0:m = add(m, wait(reduce_scatter(g)))""",
     )
+
+
+TWO_NODES = Mesh(4, shard=2)
+
+
+def test_in_nodes_a_slice_is_averaged_inside_of_them_and_then_between_them() -> None:
+    assert_expected_inline(
+        written(sharded(one_layer(), 3, TWO_NODES)),
+        """\
+loss = wait(all_reduce(local_loss))
+param:bucket0 = add(bucket0, add(m, wait(all_reduce(wait(reduce_scatter(g))))), alpha=neg(lr))
+opt_state:bucket0:m = add(m, wait(all_reduce(wait(reduce_scatter(g)))))""",
+    )
+
+
+def test_in_nodes_collectives_say_along_which_axis_they_are_and_among_how_many() -> None:
+    program = sharded(one_layer(), 3, TWO_NODES)
+    starts = [node for node in program.graph.nodes if node.target in ops.STARTS]
+    assert_expected_inline(
+        "\n".join(f"{target_name(node.target).split('.')[1]}{list(node.args[1:])}" for node in starts),
+        """\
+all_gather_into_tensor[2, 'shard']
+reduce_scatter_tensor['avg', 2, 'shard']
+all_reduce['avg', 'replica']
+all_reduce['avg', 'data']""",
+    )
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_nodes_of_one_rank_divide_nothing(zero: int) -> None:
+    alone, whole = sharded(one_layer(), zero, Mesh(3, shard=1)), sharded(one_layer(), 0, Mesh(3))
+    assert written(alone) == written(whole)
+
+
+@few_examples(20)
+@given(recipes(), st.integers(1, 3), st.sampled_from([(4, 2), (6, 2), (6, 3), (3, 1)]), st.sampled_from([1, 10**6]))
+def test_the_nodes_of_any_step_compute_the_step_with_mean_gradients(
+    recipe: Recipe, zero: int, ranks: tuple[int, int], bucket_bytes: int
+) -> None:
+    captured, mesh = build(recipe), Mesh(ranks[0], shard=ranks[1])
+    program = sharded(captured, zero, mesh, bucket_bytes)
+    assert_same_step(program, captured)
+    assert program.layout is not None
+    for node, what in program.placeholders():
+        val = node.meta["val"]
+        if what.role in (Role.PARAM, Role.OPT_STATE) and val.dim():
+            is_divided = zero >= (3 if what.role is Role.PARAM else 1)
+            whole = program.layout.bucket(what.name, what.key).numel
+            assert val.numel() * (mesh.shard_size if is_divided else 1) == whole
 
 
 def test_stage_3_gathers_parameters_before_forward_and_backward_read_them() -> None:

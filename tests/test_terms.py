@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.programs import few_examples
+from zgraph.program import REPLICA, SHARD
 from zgraph.terms import REPEATED, Axiom, Form, Term, Terms, literal, part, show
 
 aten = torch.ops.aten
@@ -67,6 +68,63 @@ def test_a_sum_divided_by_the_number_of_ranks_is_the_mean_and_no_other_quotient_
         quotient = terms.elementwise(aten.div.Tensor, (terms.sum(g, 3), literal(divisor)), (4,), F32)
         assert (quotient is terms.mean(g)) == is_mean
     assert terms.mean(terms.mean(g)) is not terms.mean(g)
+
+
+def test_a_mean_inside_of_nodes_and_then_between_them_is_the_mean_and_neither_is_alone() -> None:
+    terms = Terms()
+    g = terms.input("g", (4,), F32, varies=True)
+    inside, between = terms.mean(g, SHARD), terms.mean(g, REPLICA)
+    assert terms.mean(inside, REPLICA) is terms.mean(g)
+    assert terms.mean(between, SHARD) is terms.mean(g)
+    assert inside.varies
+    assert between.varies
+    alike = [terms.mean(inside), terms.mean(inside, SHARD), terms.mean(between, REPLICA), inside, between, g]
+    assert len({*alike, terms.mean(g)}) == 7, "the same axis twice, or one of them alone"
+
+
+def test_a_sum_inside_of_nodes_and_then_between_them_counts_all_ranks() -> None:
+    terms = Terms()
+    g = terms.input("g", (4,), F32, varies=True)
+    total = terms.sum(terms.sum(g, 3, SHARD), 2, REPLICA)
+    assert total is terms.sum(g, 6)
+    for divisor, of in ((6, total), (3, terms.sum(g, 3, SHARD)), (6, terms.sum(g, 3, SHARD))):
+        quotient = terms.elementwise(aten.div.Tensor, (of, divisor), (4,), F32)
+        assert (quotient is terms.mean(g)) == (of is total)
+    assert terms.mean(terms.sum(g, 3, SHARD), REPLICA) is not terms.mean(g)
+
+
+def test_the_part_of_a_mean_between_nodes_is_the_mean_of_the_parts() -> None:
+    terms = Terms()
+    g = terms.input("g", (4,), F32, varies=True)
+    inside = terms.shard(terms.mean(g, SHARD), (2,), SHARD)
+    assert terms.whole(inside, (4,), SHARD) is None, "every node has parts of another vector"
+    mean = terms.mean(inside, REPLICA)
+    assert mean is terms.shard(terms.mean(g), (2,), SHARD)
+    assert terms.whole(mean, (4,), SHARD) is terms.mean(g)
+    assert terms.whole(mean, (4,)) is None, "it is divided inside of nodes"
+    assert terms.whole(mean, (4,), REPLICA) is None
+    assert terms.mean(inside, SHARD) is not mean
+    assert terms.mean(inside) is not mean
+
+
+def test_parts_along_unlike_axes_do_not_go_together() -> None:
+    terms = Terms()
+    x, y = tensors(terms, (4,), (4,))
+    ours, theirs = terms.shard(x, (2,), SHARD), terms.shard(y, (2,), REPLICA)
+    total = terms.elementwise(aten.add.Tensor, (ours, theirs), (2,), F32)
+    assert total.varies
+    assert terms.whole(total, (4,), SHARD) is None
+
+
+def test_shares_of_a_norm_add_up_along_the_axis_that_state_is_divided_along() -> None:
+    terms = Terms()
+    (w,) = tensors(terms, (4,))
+    part = terms.shard(w, (2,), SHARD)
+    share = terms.square_sum(part, SHARD)
+    assert share is not None
+    assert terms.square_sum(part) is None
+    assert terms.sum(share, 2, SHARD) is terms.square_sum(w)
+    assert terms.sum(share, 4, of_shares=False) is not terms.square_sum(w), "every node has all of it"
 
 
 def test_only_what_is_the_same_on_all_ranks_can_be_put_together_from_its_shards() -> None:

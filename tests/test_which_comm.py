@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from unittest import mock
 
@@ -13,6 +14,8 @@ from zgraph import peer_memory
 from zgraph.agreement import Agreement, CheckedComm
 from zgraph.comm import FunctionalComm, PointToPointComm, SingleComm
 from zgraph.direct import DirectComm
+from zgraph.groups import open_axes
+from zgraph.program import REPLICA, SHARD, Mesh
 from zgraph.which_comm import make_comm
 
 
@@ -75,3 +78,20 @@ def count_tries() -> int:
         for _ in range(3):
             make_comm(group(), {"cpu"})
     return tried.call_count
+
+
+def choose_in_nodes() -> list[str]:
+    """What is chosen for all ranks, inside of a node and between nodes, where memory of another one cannot be read."""
+    pids: list[int] = [0] * 4
+    dist.all_gather_object(pids, os.getpid())
+    mine = pids[dist.get_rank() // 2 * 2 :][:2]
+    mesh = Mesh(4, shard=2)
+    open_axes(group(), mesh)
+    with mock.patch.object(peer_memory, "_refusal", lambda pid, *_: None if pid in mine else "elsewhere"):
+        comm = make_comm(group(), {"cpu"}, mesh)
+    return [type(each).__name__ for each in (comm, comm.axes[SHARD], comm.axes[REPLICA])]
+
+
+def test_ranks_of_a_node_read_each_others_memory_where_nodes_cannot(ranks: Ranks) -> None:
+    messages = PointToPointComm.__name__
+    assert ranks.run(choose_in_nodes, world=4) == [[messages, DirectComm.__name__, messages]] * 4

@@ -193,13 +193,14 @@ class CheckedComm:
 
     Args:
         comm: does the work.
-        agreement: of the same ranks.
+        agreement: of all ranks, which issue the same collectives along each axis of the mesh.
     """
 
     def __init__(self, comm: Comm, agreement: Agreement) -> None:
         self._comm, self._agreement = comm, agreement
         self.rank, self.world, self.traffic = comm.rank, comm.world, comm.traffic
         self.is_staged = comm.is_staged
+        self.axes = {name: CheckedComm(among, agreement) for name, among in comm.axes.items()}
 
     def all_gather(self, shard: torch.Tensor, out: torch.Tensor | None = None, *, tag: str = "") -> Any:
         """As ``Comm.all_gather``.

@@ -1,4 +1,4 @@
-"""Collectives of one process group, started and waited for separately.
+"""Collectives of a process group, and of those along the axes of a mesh, started and waited for separately.
 
 With NCCL and other backends these are torch's functional collectives. With gloo on CPU they are reads of the peers'
 memory where all ranks share a host (``zgraph.direct``), or else point-to-point transfers straight between the tensors
@@ -40,12 +40,19 @@ class Traffic:
 
 
 class Comm(Protocol):
-    """What an emitted step calls."""
+    """What an emitted step calls.
+
+    Attributes:
+        rank, world: which rank this is, and of how many.
+        traffic: of all axes.
+        axes: by name, the collectives along each axis of the mesh but that of all ranks, whose are its own.
+    """
 
     rank: int
     world: int
     traffic: Traffic
     is_staged: bool  # see zgraph.liveness.lifetimes
+    axes: dict[str, Any]
 
     def all_gather(self, shard: torch.Tensor, out: torch.Tensor | None = None) -> Any: ...
     def reduce_scatter(self, full: torch.Tensor, operation: str) -> Any: ...
@@ -66,6 +73,15 @@ class Group:
         self.rank = dist.get_rank(group) if group is not None else 0
         self.world = dist.get_world_size(group) if group is not None else 1
         self.traffic = Traffic()
+        self.axes: dict[str, Any] = {}
+        self._along = ""
+
+    def be_axis(self, name: str, traffic: Traffic) -> None:
+        """Count what is sent here as what is sent along an axis."""
+        self.traffic, self._along = traffic, f" along {name}"
+
+    def _count(self, operation: str, num_bytes: int) -> None:
+        self.traffic.add(operation + self._along, num_bytes)
 
     def shard(self, full: torch.Tensor) -> torch.Tensor:
         """This rank's contiguous 1/world of a flat buffer, as a view."""
@@ -88,21 +104,21 @@ class FunctionalComm(Group):
         self._name = group.group_name
 
     def all_gather(self, shard: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        self.traffic.add("all_gather", shard.nbytes * (self.world - 1))
+        self._count("all_gather", shard.nbytes * (self.world - 1))
         if out is None:
             return _tensor(ops.all_gather(shard, self.world, self._name))
         return _tensor(ops.all_gather_into(shard, self.world, self._name, out=out))
 
     def reduce_scatter(self, full: torch.Tensor, operation: str) -> torch.Tensor:
-        self.traffic.add("reduce_scatter", self._others(full.nbytes))
+        self._count("reduce_scatter", self._others(full.nbytes))
         return _tensor(ops.reduce_scatter(full, operation, self.world, self._name))
 
     def all_reduce(self, value: torch.Tensor, operation: str) -> torch.Tensor:
-        self.traffic.add("all_reduce", 2 * self._others(value.nbytes))
+        self._count("all_reduce", 2 * self._others(value.nbytes))
         return _tensor(ops.all_reduce(value, operation, self._name))
 
     def all_to_all(self, full: torch.Tensor) -> torch.Tensor:
-        self.traffic.add("all_to_all", self._others(full.nbytes))
+        self._count("all_to_all", self._others(full.nbytes))
         sizes = [len(full) // self.world] * self.world
         return _tensor(ops.all_to_all(full, sizes, sizes, self._name))
 
@@ -160,7 +176,7 @@ class PointToPointComm(Group):
 
     def all_gather(self, shard: torch.Tensor, out: torch.Tensor | None = None) -> Transfer:
         tag, size = self.next_tag(), shard.shape[0]
-        self.traffic.add("all_gather", shard.nbytes * (self.world - 1))
+        self._count("all_gather", shard.nbytes * (self.world - 1))
         if out is None:
             out = shard.new_empty(size * self.world)
         works = [self.receive(out[p * size : (p + 1) * size], p, tag) for p in self.peers]
@@ -172,14 +188,14 @@ class PointToPointComm(Group):
 
     def reduce_scatter(self, full: torch.Tensor, operation: str) -> Transfer:
         tag, size = self.next_tag(), full.shape[0] // self.world
-        self.traffic.add("reduce_scatter", self._others(full.nbytes))
+        self._count("reduce_scatter", self._others(full.nbytes))
         parts = [full.new_empty(size) if p != self.rank else self.shard(full) for p in range(self.world)]
         works = [self.receive(parts[p], p, tag) for p in self.peers]
         works += [self.send(full[p * size : (p + 1) * size], p, tag) for p in self.peers]
         return Transfer(works, full, parts, divide_by=self._divisor(operation))
 
     def all_reduce(self, value: torch.Tensor, operation: str) -> Transfer:
-        self.traffic.add("all_reduce", 2 * self._others(value.nbytes))
+        self._count("all_reduce", 2 * self._others(value.nbytes))
         result = value.clone()
         work = dist.all_reduce(result, group=self.group, async_op=True)
         assert work is not None
@@ -187,7 +203,7 @@ class PointToPointComm(Group):
 
     def all_to_all(self, full: torch.Tensor) -> Transfer:
         tag, size = self.next_tag(), full.shape[0] // self.world
-        self.traffic.add("all_to_all", self._others(full.nbytes))
+        self._count("all_to_all", self._others(full.nbytes))
         out = torch.empty_like(full)
         works = [self.receive(out[p * size : (p + 1) * size], p, tag) for p in self.peers]
         works += [self.send(full[p * size : (p + 1) * size], p, tag) for p in self.peers]

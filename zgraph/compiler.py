@@ -43,7 +43,7 @@ from zgraph.eager import GatherOnUse
 from zgraph.errors import CaptureError, OptimizerError, OptionError, StateError, ZgraphError
 from zgraph.execute import Executable
 from zgraph.facts import ARGUMENTS, ATTRIBUTES, STEP_COUNTS, Facts, fact_of, hold, state_spec
-from zgraph.groups import process_group
+from zgraph.groups import open_axes, process_group
 from zgraph.hardware import Hardware
 from zgraph.heap import release_free_memory
 from zgraph.layout import Layout
@@ -55,7 +55,7 @@ from zgraph.pipeline import Pass, PassRecord
 from zgraph.placement import place
 from zgraph.plans import Plan, default_budget, describe, show_bytes
 from zgraph.predict import predict
-from zgraph.program import Guard, Input, Mesh, Program, Role
+from zgraph.program import Guard, Input, Program, Role
 from zgraph.search import Search
 from zgraph.skipping import GRADIENT_NORM, NUM_SKIPPED, report
 from zgraph.state import TrainingState
@@ -134,6 +134,7 @@ def compile(  # noqa: A001
                 f"the model has an attribute {name!r}, which zgraph.compile would hide", fix="rename the attribute"
             )
     group = process_group()
+    config.mesh(1 if group is None else dist.get_world_size(group))  # or refuse
     if plan is not None:
         _check_plan(plan, group, model)
     runtime = _Runtime(model, optimizer, loss, weight, check_metrics(metrics), config, group, tuple(passes), budget)
@@ -296,7 +297,9 @@ class _Runtime:
     _capturing: bool = False
 
     def __post_init__(self, group: dist.ProcessGroup | None) -> None:
-        self.state = TrainingState(self.model, self.optimizer, group)
+        world = 1 if group is None else dist.get_world_size(group)
+        self.mesh = self.config.mesh(world)
+        self.state = TrainingState(self.model, self.optimizer, group, self.mesh)
         self.numbers = self.config.numbers()
         self.agreement = self.state.agreement
         functions = functions_by_name(self.loss, self.weight, self.metrics)
@@ -343,6 +346,7 @@ class _Runtime:
         except Exception:
             self.facts.forget_last()
             raise
+        open_axes(self.state.group, self.mesh)
         made: list[tuple[Call, _Compiled]] = []
         values = self._guarded_values(hypers)
         last = self._compiled(keys[-1], calls[-1], values, facts, made)
@@ -428,8 +432,7 @@ class _Runtime:
             )
             collect_garbage(program.graph)
             capture_s = time.perf_counter() - start
-            mesh = Mesh(self.agreement.world)
-            lowered = lower(program, self.config, mesh, layout, self.passes, hardware=self._hardware)
+            lowered = lower(program, self.config, self.mesh, layout, self.passes, hardware=self._hardware)
             digest = lowered.digest()
             self._check_budget(lowered)
             del program
@@ -439,7 +442,8 @@ class _Runtime:
             self._capturing = False
         self.agreement.share_outcome(digest, error)
         if self._comm is None:
-            self._comm = make_comm(self.state.group, {bucket.device.type for bucket in lowered.layout.buckets})
+            devices = {bucket.device.type for bucket in lowered.layout.buckets}
+            self._comm = make_comm(self.state.group, devices, self.mesh)
             if self.config.check_collectives and self.state.group is not None:
                 self._comm = CheckedComm(self._comm, self.agreement)
         with self.agreement.together():

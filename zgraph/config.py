@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from zgraph.errors import OptionError
+from zgraph.program import Mesh
 
 _UNITS = {
     "": 1,
@@ -135,6 +136,10 @@ class Config:
         in_flight: how many buckets, of the average size of those that travel, may be in flight on top of the most that
             a step holds if none is; where other memory is free, some are in any case. 0, 1, 2, 4, 8, or None for any
             number. More are taken only where the step is predicted to be faster by them.
+        shard_size: so many ranks that follow each other, those of a node, divide state among them, and every node has a
+            copy of all of it: only means of gradients, a ``shard_size``-th of them for each rank, travel between nodes
+            (hybrid sharding: FSDP's HSDP; MiCS, Zhang et al., 2022). It must divide the number of ranks. By default all
+            ranks divide state.
         precision: None computes in the dtypes that the model has. ``"bf16"`` computes forward and backward in bfloat16
             as ``torch.autocast`` does: matrix products, convolutions and attention in bfloat16, losses and other sums
             in float32. Parameters, their gradients' means and optimizer state stay float32; what travels of a parameter
@@ -199,6 +204,7 @@ class Config:
     bucket_bytes: int = 16 * 2**20
     prefetch: int | None = None
     in_flight: int | None = 2
+    shard_size: int | None = None
     precision: str | None = None
     loss_scale: float = 2.0**16
     loss_scale_interval: int = 2000
@@ -259,6 +265,11 @@ class Config:
                 f"in_flight with prefetch={config.prefetch}, which says how far ahead gathers are",
                 fix="leave one of them out",
             )
+        size: Any = config.shard_size
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise OptionError(f"shard_size={size!r} is no number of ranks", fix="give a positive integer, or None")
+        if size is not None and config.zero == 0:
+            raise OptionError("shard_size with zero=0, which divides nothing", fix="give zero=1, 2 or 3, or omit it")
         if config.precision is not None and config.precision not in tuple(PRECISIONS):
             known_ones = " or ".join(map(repr, PRECISIONS))
             raise OptionError(f"precision={config.precision!r} is not known", fix=f"give {known_ones}, or None")
@@ -275,6 +286,11 @@ class Config:
             raise OptionError(
                 f"reduce_precision='int8' with zero={config.zero}, where every rank needs the whole mean",
                 fix="give zero=2 or 3, or reduce_precision='bf16'",
+            )
+        if config.reduce_precision == "int8" and config.shard_size is not None:
+            raise OptionError(
+                f"reduce_precision='int8' with shard_size={config.shard_size}: means of nodes would be rounded again",
+                fix="give reduce_precision='bf16', or leave one of them out",
             )
         if config.gather_precision is not None and config.zero < 3:
             raise OptionError(
@@ -334,6 +350,22 @@ class Config:
                 fix="leave one of them out",
             )
         return config
+
+    def mesh(self, world: int) -> Mesh:
+        """The mesh of so many ranks.
+
+        Raises:
+            OptionError: ``shard_size`` does not fit it.
+        """
+        size = self.shard_size
+        if size is None:
+            return Mesh(world)
+        if world == 1:
+            raise OptionError(f"shard_size={size} on a single rank", fix="run on several ranks, or leave it out")
+        if world % size:
+            fitting = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
+            raise OptionError(f"shard_size={size} does not divide the {world} ranks", fix=f"give one of {fitting}")
+        return Mesh(world, shard=size)
 
     def inputs(self, numbers: Mapping[str, float], world: int) -> dict[str, float]:
         """What a step on ``world`` ranks is given for the ``numbers`` of its recipe.

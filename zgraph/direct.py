@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from zgraph.comm import Group, PointToPointComm, Transfer
+from zgraph.comm import Group, PointToPointComm, Traffic, Transfer
 from zgraph.errors import RankError
 from zgraph.peer_memory import PeerMemory
 
@@ -145,10 +145,14 @@ class DirectComm(Group):
         self._pairs.traffic = self.traffic
         self._message_bytes, self._passing_bytes = message_bytes, passing_bytes
 
+    def be_axis(self, name: str, traffic: Traffic) -> None:
+        super().be_axis(name, traffic)
+        self._pairs.be_axis(name, traffic)
+
     def all_gather(self, shard: torch.Tensor, out: torch.Tensor | None = None) -> _Started | Transfer:
         if shard.nbytes <= self._message_bytes:
             return self._pairs.all_gather(shard, out)
-        self.traffic.add("all_gather", shard.nbytes * (self.world - 1))
+        self._count("all_gather", shard.nbytes * (self.world - 1))
         size = shard.shape[0]
         result = shard.new_empty(size * self.world) if out is None else out
         exchange = _Exchange(self._pairs, self._memory, "an all-gather", shard, rounds=1)
@@ -168,7 +172,7 @@ class DirectComm(Group):
     def reduce_scatter(self, full: torch.Tensor, operation: str) -> _Started | Transfer:
         if full.nbytes // self.world <= self._message_bytes:
             return self._pairs.reduce_scatter(full, operation)
-        self.traffic.add("reduce_scatter", self._others(full.nbytes))
+        self._count("reduce_scatter", self._others(full.nbytes))
         divisor = self._divisor(operation)
         own = self.shard(full)
         result = torch.empty_like(own)
@@ -184,7 +188,7 @@ class DirectComm(Group):
         return _Started(finish)
 
     def all_reduce(self, value: torch.Tensor, operation: str) -> _Started:
-        self.traffic.add("all_reduce", 2 * self._others(value.nbytes))
+        self._count("all_reduce", 2 * self._others(value.nbytes))
         divisor = self._divisor(operation)
         result = value.clone()
         flat = result.as_strided((result.numel(),), (1,))  # a clone has no gaps
@@ -212,7 +216,7 @@ class DirectComm(Group):
         size = full.shape[0] // self.world
         if full.nbytes // self.world <= self._message_bytes:
             return self._pairs.all_to_all(full)
-        self.traffic.add("all_to_all", self._others(full.nbytes))
+        self._count("all_to_all", self._others(full.nbytes))
         result = torch.empty_like(full)
         exchange = _Exchange(self._pairs, self._memory, "an all-to-all", full, rounds=1)
 

@@ -66,7 +66,7 @@ class GatherOnUse(OnTouch):
         layout = state.layout
         assert layout is not None, "GatherOnUse before commit"
         self._params = FlatTensors(
-            layout, sharded=layout.shard_params, group=state.group, tensors=state.params, num_cached=2
+            layout, sharded=layout.shard_params, group=state.shard_group, tensors=state.params, num_cached=2
         )
         self._names = {id(p): name for name, p in state.model.named_parameters()} if self._params.sharded else {}
 

@@ -25,6 +25,7 @@ class Executable:
     def __init__(self, program: Program, step: Step, state: TrainingState, comm: Comm, arena: Arena) -> None:
         self.program, self.step = program, step
         self._state, self._comm, self._arena = state, comm, arena
+        self._divided: Comm = comm.axes.get(program.mesh.shard_axis, comm)  # among the ranks that divide state
         self._values = {what: node.meta["val"] for node, what in program.placeholders()}
 
     def run(self, batch: Sequence[torch.Tensor], hypers: dict[str, float]) -> torch.Tensor:
@@ -58,9 +59,9 @@ class Executable:
         if what.role is Role.GATHERED:
             if what not in self._state.gathered:
                 part = self._state.params[what.name].to(self._values[what].dtype)
-                gather: Callable[..., Any] = self._comm.all_gather
+                gather: Callable[..., Any] = self._divided.all_gather
                 tags = {"tag": str(what)} if isinstance(self._comm, CheckedComm) else {}
-                self._state.gathered[what] = self._comm.wait(gather(part, **tags))
+                self._state.gathered[what] = self._divided.wait(gather(part, **tags))
             return self._state.gathered[what]
         if what.role is Role.OPT_STATE:
             entries = self._state.opt.setdefault(what.name, {})
@@ -68,7 +69,7 @@ class Executable:
                 start, param = self.program.init[what], self._state.params[what.name]
                 assert self.program.layout is not None
                 bucket = self.program.layout.by_name[what.name]
-                entries[what.key] = initial_state(start, self._values[what], param, self._comm.shard, bucket)
+                entries[what.key] = initial_state(start, self._values[what], param, self._divided.shard, bucket)
             return entries[what.key]
         if what.role is Role.BUFFER:
             return self._state.buffer(what.name).detach()

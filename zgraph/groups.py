@@ -7,11 +7,13 @@ import os
 import sys
 import weakref
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 
 from zgraph.errors import RankError
+from zgraph.program import Mesh
 
 
 class HeldGroup:
@@ -37,11 +39,52 @@ class HeldGroup:
             return None
         group: dist.ProcessGroup | None = held()
         if group is None:
-            raise RankError(
-                "the process group that the model was compiled for was destroyed",
-                fix="call dist.destroy_process_group() after the last use of the model",
-            )
+            raise _destroyed()
         return group
+
+
+_along: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Mesh, str], weakref.ref[dist.ProcessGroup]]] = (
+    WeakKeyDictionary()
+)
+"""By group of all ranks, mesh and axis: the group of this rank, which only torch keeps alive."""
+
+
+def open_axes(group: dist.ProcessGroup | None, mesh: Mesh) -> None:
+    """Make the process groups of a mesh's axes, where there are any; all ranks do it together, for the same meshes.
+
+    They end with ``group``.
+    """
+    known = _along.setdefault(group, {}) if group is not None and mesh.has_levels else {}
+    for axis in mesh.axes:
+        if group is None or axis == mesh.axis or (mesh, axis) in known:
+            continue
+        ranks, mine = dist.get_process_group_ranks(group), dist.get_rank(group)
+        for members in mesh.groups(axis):  # a rank takes part in making those that it does not belong to
+            made = dist.new_group([ranks[member] for member in members], backend=dist.get_backend_config(group))
+            if mine in members:
+                assert isinstance(made, dist.ProcessGroup)
+                known[mesh, axis] = weakref.ref(made)
+
+
+def axis_group(group: dist.ProcessGroup | None, mesh: Mesh, axis: str) -> dist.ProcessGroup | None:
+    """The process group of this rank along an axis of a mesh; None for a single process.
+
+    Raises:
+        RankError: it was destroyed.
+    """
+    if group is None or axis == mesh.axis:
+        return group
+    found = _along[group][mesh, axis]()
+    if found is None:
+        raise _destroyed()
+    return found
+
+
+def _destroyed() -> RankError:
+    return RankError(
+        "the process group that the model was compiled for was destroyed",
+        fix="call dist.destroy_process_group() after the last use of the model",
+    )
 
 
 def backends(group: dist.ProcessGroup) -> dict[str, str]:

@@ -92,7 +92,13 @@ def find_meta_modules(model: nn.Module, *, except_for: Iterable[nn.Parameter] = 
     return found
 
 
-def initialise(modules: list[MetaModule], names: dict[int, str], params: FlatTensors, agreement: Agreement) -> None:
+def initialise(
+    modules: list[MetaModule],
+    names: dict[int, str],
+    params: FlatTensors,
+    agreement: Agreement,
+    group: dist.ProcessGroup | None,
+) -> None:
     """Initialise parameters and buffers, storing this rank's part in ``params``.
 
     Divided parameters are on meta again afterwards; whole ones have become views of their bucket.
@@ -102,6 +108,7 @@ def initialise(modules: list[MetaModule], names: dict[int, str], params: FlatTen
         names: canonical parameter names by ``id``.
         params: where the values go.
         agreement: of the ranks, all of which go on or raise.
+        group: all ranks, also where some of them divide the parameters and the others have copies.
 
     Raises:
         StateError: a ``reset_parameters`` raised, left a tensor unwritten, or replaced a parameter.
@@ -112,7 +119,7 @@ def initialise(modules: list[MetaModule], names: dict[int, str], params: FlatTen
         return
     devices = {bucket.device for bucket in params.layout.buckets}
     tensors = _TensorsOnTouch(modules, names, params, agreement)
-    with _generators_of_rank_0(devices, params.group):
+    with _generators_of_rank_0(devices, group):
         try:
             with agreement.together():
                 for module in modules:

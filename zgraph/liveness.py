@@ -168,7 +168,8 @@ def lifetimes(
                     last[_memory(owner, sent)] = index
                 if source.target is ops.reduce_scatter and staged:
                     # the result is added up where the first part of this rank's slice came to lie
-                    more = _bytes(source.meta["val"]) * max(program.mesh.size - 2, 0)
+                    size = program.mesh.axes[ops.axis_of(source)]
+                    more = _bytes(source.meta["val"]) * max(size - 2, 0)
                     received.append(Lifetime(source, more, first[source], index, is_received=True))
     found = [life for life in received if life.num_bytes]
     for node, start in first.items():

@@ -21,7 +21,7 @@ from zgraph.generators import RandomStream
 from zgraph.layout import Layout
 from zgraph.liveness import last_uses
 from zgraph.packed import pack, unpack
-from zgraph.program import OF_PARAMETERS, Input, Program, Role, target_name
+from zgraph.program import OF_PARAMETERS, Input, Mesh, Program, Role, target_name
 
 Value = torch.Tensor | float | int
 Values = dict[Input | None, Value]
@@ -61,10 +61,11 @@ def run_ranks(
             if node.op == "placeholder":
                 what: Input = node.meta["input"]
                 if what.role is Role.GATHERED:
-                    parts = [given[Input(Role.PARAM, what.name)] for given in inputs]
-                    whole = torch.cat([part for part in parts if isinstance(part, torch.Tensor)])
-                    for mine in values:
-                        mine[node] = whole.to(node.meta["val"].dtype)
+                    for group in _groups(program.mesh, program.mesh.shard_axis, len(inputs)):
+                        parts = [inputs[rank][Input(Role.PARAM, what.name)] for rank in group]
+                        whole = torch.cat([part for part in parts if isinstance(part, torch.Tensor)])
+                        for rank in group:
+                            values[rank][node] = whole.to(node.meta["val"].dtype)
                     continue
                 copied = what.role in OF_PARAMETERS and not overwrite
                 for mine, given in zip(values, inputs, strict=True):
@@ -72,20 +73,22 @@ def run_ranks(
                     value = value.detach() if isinstance(value, torch.Tensor) else value
                     mine[node] = value.clone() if copied and isinstance(value, torch.Tensor) else value
             elif node.target in ops.STARTS:
-                started = _Started(node, values)
-                if late:
-                    started.spoil()
-                else:
-                    started.receive()
-                for mine in values:
-                    mine[node] = started
+                for group in _groups(program.mesh, ops.axis_of(node), len(inputs)):
+                    started = _Started(node, [values[rank] for rank in group])
+                    if late:
+                        started.spoil()
+                    else:
+                        started.receive()
+                    for rank in group:
+                        values[rank][node] = started
             elif node.target is ops.wait:
-                received = values[0][node.args[0]].receive()
-                for mine, value in zip(values, received, strict=True):
-                    mine[node] = value
+                for group in _groups(program.mesh, ops.axis_of(node), len(inputs)):
+                    received = values[group[0]][node.args[0]].receive()
+                    for rank, value in zip(group, received, strict=True):
+                        values[rank][node] = value
             else:
                 for rank in ranks:
-                    values[rank][node] = _evaluate(node, values[rank], rank, len(ranks), streams[rank])
+                    values[rank][node] = _evaluate(node, values[rank], rank, program.mesh, len(ranks), streams[rank])
             for dead in dying.get(node, ()):
                 for mine in values:
                     del mine[dead]
@@ -96,9 +99,14 @@ def run_ranks(
     ]
 
 
+def _groups(mesh: Mesh, axis: str, num_ranks: int) -> list[range]:
+    """The ranks that communicate along an axis; before there is a mesh, all of them would."""
+    return mesh.groups(axis) if mesh.size == num_ranks else [range(num_ranks)]
+
+
 def part_of(full: torch.Tensor, rank: int, world: int) -> torch.Tensor:
-    """The contiguous 1/world of a flat buffer that a rank owns, as a view."""
-    size = len(full) // world
+    """The contiguous 1/world of a flat buffer that a rank owns, as a view; every ``world`` ranks divide one."""
+    size, rank = len(full) // world, rank % world
     return full[rank * size : (rank + 1) * size]
 
 
@@ -148,14 +156,17 @@ def _reduced(sent: Sequence[torch.Tensor], operation: Any) -> torch.Tensor:
     return total / len(sent) if operation == "avg" and len(sent) > 1 else total
 
 
-def _evaluate(node: fx.Node, env: Mapping[fx.Node, Any], rank: int, world: int, stream: RandomStream) -> Any:
+def _evaluate(
+    node: fx.Node, env: Mapping[fx.Node, Any], rank: int, mesh: Mesh, num_ranks: int, stream: RandomStream
+) -> Any:
     arguments: Any = fx.map_arg((node.args, node.kwargs), env.__getitem__)
     args, kwargs = arguments
     if node.target is ops.shard:
-        return part_of(args[0], rank, world)
+        group = next(group for group in _groups(mesh, ops.axis_of(node), num_ranks) if rank in group)
+        return part_of(args[0], group.index(rank), len(group))
     assert callable(node.target), node.target
     if isinstance(node.target, OwnedUpdate) and node.target.is_divided(args):
-        kwargs = {"rank": rank}
+        kwargs = {"rank": rank % node.target.world}
     try:
         if ops.draws(node):
             drawn = next(val for val in pytree.tree_leaves(node.meta["val"]) if isinstance(val, torch.Tensor))
@@ -215,7 +226,7 @@ def _divided(layout: Layout, whole: Values, flat: Collection[Input], rank: int) 
 def join(layout: Layout, divided: Sequence[Values]) -> list[Values]:
     """The values of whole parameters and of their optimizer state, from those that each rank stores.
 
-    What is divided has one value for all ranks. Tensors are views of buckets.
+    What is divided has one value for all ranks that divide it. Tensors are views of buckets.
     """
     whole: list[Values] = [{} for _ in divided]
     for what in divided[0]:
@@ -229,7 +240,8 @@ def join(layout: Layout, divided: Sequence[Values]) -> list[Values]:
             each = [unpack(value) if isinstance(value, torch.Tensor) else value for value in each]
         flats = [value for value in each if isinstance(value, torch.Tensor) and value.dim() == 1]
         if flats and len(flats[0]) < bucket.numel:
-            each = [torch.cat(flats)] * len(flats)
+            nodes = [torch.cat(flats[i : i + layout.world]) for i in range(0, len(flats), layout.world)]
+            each = [whole_flat for whole_flat in nodes for _ in range(layout.world)]
         for values, value in zip(whole, each, strict=True):
             for segment in bucket.segments:
                 part = value

@@ -17,9 +17,9 @@ from torch import fx
 from zgraph import ops
 from zgraph.changes import Look
 from zgraph.layout import Bucket, Layout
-from zgraph.movement import RULES, Call, Value, without_defaults
+from zgraph.movement import RULES, Call, Value, axis_in_terms, without_defaults
 from zgraph.packed import unpacked_numel
-from zgraph.program import OF_PARAMETERS, Input, Phase, Program, Role, Stage, phase_of
+from zgraph.program import OF_PARAMETERS, Input, Mesh, Phase, Program, Role, Stage, phase_of
 from zgraph.terms import REPEATED, Piece, Term, Terms, form, literal
 
 if TYPE_CHECKING:
@@ -31,6 +31,10 @@ Numbers = Mapping[tuple[str, str], str]
 """Parameter and key of optimizer state that is one number for a whole bucket -> the parameter that stands for all."""
 
 
+_BY_MESH = frozenset({*ops.STARTS, ops.shard, ops.square_sum, ops.add_up, aten.amax.default})
+"""Operators whose rules read the mesh: how many ranks there are, or along which axis they divide state."""
+
+
 @dataclass(eq=False)
 class Meaning:
     """What a program computes.
@@ -40,14 +44,14 @@ class Meaning:
         results: of every output, in order.
         draws: what was drawn from the random generator, in order, and by which node.
         implied: whether averages between the ranks are implied.
-        context: what else inputs were read by: the buckets, numbers kept once, how many ranks.
+        context: what else inputs were read by: the buckets, numbers kept once, the ranks.
     """
 
     values: dict[fx.Node, Value] = field(default_factory=dict)
     results: list[Value] = field(default_factory=list)
     draws: dict[fx.Node, Term] = field(default_factory=dict)
     implied: bool = True
-    context: tuple[Layout | None, Numbers, int] = (None, {}, 1)
+    context: tuple[Layout | None, Numbers, Mesh] = (None, {}, Mesh(1))
 
     def of_copy(self, twins: Mapping[fx.Node, fx.Node]) -> Meaning:
         """What a copy of the program means.
@@ -102,12 +106,13 @@ def interpret(
 class _Interpreter:
     def __init__(self, program: Program, terms: Terms, numbers: Numbers, *, is_reference: bool = False) -> None:
         self.program, self.terms, self.numbers, self.is_reference = program, terms, numbers, is_reference
-        self.world = program.mesh.size
-        self.context = (program.layout, numbers, self.world)
+        self.mesh = program.mesh
+        self.axis = axis_in_terms(self.mesh, self.mesh.shard_axis)  # along which state is divided
+        self.context = (program.layout, numbers, self.mesh)
         self.meaning = Meaning(context=self.context)
         self.values = self.meaning.values
         # Until averaging is explicit, and where there is nobody to average with, it is implied.
-        self.implied = self.meaning.implied = program.stage < Stage.SHARDED or self.world == 1
+        self.implied = self.meaning.implied = program.stage < Stage.SHARDED or self.mesh.size == 1
         self.buckets = {} if program.layout is None else program.layout.by_name
 
     def run(self, before: Meaning | None, look: Look | None) -> Meaning:
@@ -136,8 +141,8 @@ class _Interpreter:
         same = self.context == before.context
         inputs = (node for node, what in self.program.placeholders() if not same or what.role is Role.CONSTANT)
         again = {*touched, *before.draws, *inputs}
-        if self.world != before.context[-1]:
-            again.update(node for node in self.program.graph.nodes if node.target in ops.STARTS)  # a sum counts ranks
+        if self.mesh != before.context[-1]:
+            again.update(node for node in self.program.graph.nodes if node.target in _BY_MESH)
         if self.implied is not before.implied:
             again.update(
                 node
@@ -183,7 +188,7 @@ class _Interpreter:
         layout, flat = self.program.layout, self.flat_of(what, bucket, dtype)
         assert layout is not None
         is_shard = layout.shard_params if what.role is Role.PARAM else layout.shard_state
-        return self.terms.shard(flat, shape) if is_shard and self.world > 1 else flat
+        return self.terms.shard(flat, shape, self.axis) if is_shard and self.mesh.shard_size > 1 else flat
 
     def flat_of(self, what: Input, bucket: Bucket, dtype: torch.dtype) -> Term:
         """The parameters of a bucket, or one kind of their state, with padding between them.
@@ -227,7 +232,7 @@ class _Interpreter:
             return self.owned(target, node, args)
         rule = RULES.get(target)
         if rule is not None:
-            value = rule(Call(self.terms, node.meta.get("val"), args, kwargs, self.world))
+            value = rule(Call(self.terms, node.meta.get("val"), args, kwargs, self.mesh))
             if value is not None:
                 return value
         return self.plain(node, target, args, kwargs)
@@ -255,7 +260,7 @@ class _Interpreter:
         first, vals = update.parts[0], node.meta["val"]
         divided = update.is_divided(tuple(n.meta["val"] if isinstance(n, fx.Node) else n for n in node.args))
         wholes: list[Any] = [
-            self.terms.whole(x, (p.numel,)) if divided and p is not None else x
+            self.terms.whole(x, (p.numel,), self.axis) if divided and p is not None else x
             for x, p in zip(args, first.takes, strict=True)
         ]
         if any(x is None for x in wholes):
@@ -277,7 +282,7 @@ class _Interpreter:
                 pieces += self.terms.pieces(self.terms.reshape(value, (place.end - place.offset,)))
                 end = place.end
             flat = self.terms.flat([*pieces, (self.terms.padding, REPEATED, whole.numel - end)], val.dtype)
-            results.append(self.terms.shard(flat, tuple(val.shape)) if divided else flat)
+            results.append(self.terms.shard(flat, tuple(val.shape), self.axis) if divided else flat)
         return tuple(results)
 
     def body(self, body: fx.Graph, args: tuple[Value, ...]) -> tuple[Value, ...]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from zgraph import ops
+from zgraph.program import Mesh
 from zgraph.terms import REPEATED, Form, Piece, Shape, Term, Terms, literal
 
 aten = torch.ops.aten
@@ -36,14 +37,19 @@ class Call:
 
     Attributes:
         val: the recorded value, for its shape and dtype.
-        world: the number of ranks.
+        mesh: the ranks.
     """
 
     terms: Terms
     val: Any
     args: tuple[Value, ...]
     kwargs: dict[str, Value]
-    world: int
+    mesh: Mesh
+
+    @property
+    def axis(self) -> str | None:
+        """The axis that a collective names; None for all ranks."""
+        return axis_in_terms(self.mesh, self.args[-1])
 
     @property
     def shape(self) -> Shape:
@@ -53,6 +59,11 @@ class Call:
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.val.dtype
         return dtype
+
+
+def axis_in_terms(mesh: Mesh, axis: str) -> str | None:
+    """An axis of a mesh as terms name it: not at all if it is that of all ranks."""
+    return None if axis == mesh.axis else axis
 
 
 Rule = Callable[[Call], "Value | None"]
@@ -145,13 +156,15 @@ def _getitem(call: Call) -> Value | None:
 
 
 def _shard(call: Call) -> Value:
-    return call.terms.shard(call.args[0], call.shape)
+    return call.terms.shard(call.args[0], call.shape, call.axis)
 
 
 def _all_gather(call: Call) -> Value:
-    part = call.args[0]
-    whole = call.terms.whole(part, call.shape)
-    return Started(call.terms.make(Form.GATHER, (part,), call.shape, call.dtype) if whole is None else whole)
+    part, axis = call.args[0], call.axis
+    whole = call.terms.whole(part, call.shape, axis)
+    if whole is None:
+        whole = call.terms.make(Form.GATHER, (part,) if axis is None else (part, axis), call.shape, call.dtype)
+    return Started(whole)
 
 
 def _all_reduce(call: Call) -> Value:
@@ -159,16 +172,20 @@ def _all_reduce(call: Call) -> Value:
 
 
 def _reduce_scatter(call: Call) -> Value:
-    return Started(call.terms.shard(_over_ranks(call), call.shape))
+    return Started(call.terms.shard(_over_ranks(call), call.shape, call.axis))
 
 
 def _all_to_all(call: Call) -> Value:
-    return Started(call.terms.make(Form.EXCHANGE, (call.args[0],), call.shape, call.dtype, varies=True))
+    sent, axis = call.args[0], call.axis
+    args = (sent,) if axis is None else (sent, axis)
+    return Started(call.terms.make(Form.EXCHANGE, args, call.shape, call.dtype, varies=True))
 
 
 def _over_ranks(call: Call) -> Term:
-    x, operation = call.args[:2]
-    return call.terms.mean(x) if operation == "avg" else call.terms.sum(x, call.world)
+    x, operation, axis = call.args[0], call.args[1], call.args[-1]
+    if operation == "avg":
+        return call.terms.mean(x, call.axis)
+    return call.terms.sum(x, call.mesh.axes[axis], call.axis, of_shares=axis == call.mesh.shard_axis)
 
 
 def _amax(call: Call) -> Value | None:
@@ -177,7 +194,7 @@ def _amax(call: Call) -> Value | None:
     if x.target is Form.SPLAT:
         return call.terms.splat(x.args[0], call.shape)
     gathered = x.args[0] if x.target is Form.RESHAPE else x
-    if call.kwargs or gathered.target is not Form.GATHER or dims != [(0,)] or x.shape[0] != call.world:
+    if call.kwargs or gathered.target is not Form.GATHER or dims != [(0,)] or x.shape[0] != call.mesh.size:
         return None
     part = gathered.args[0]
     return call.terms.max(part) if part.shape == x.shape[1:] else None
@@ -187,12 +204,12 @@ def _max_over_ranks(call: Call) -> Value:
     return call.terms.max(call.args[0])
 
 
-def _square_sum(call: Call) -> Value:
-    return call.terms.square_sum(call.args[0])
+def _square_sum(call: Call) -> Value | None:
+    return call.terms.square_sum(call.args[0], axis_in_terms(call.mesh, call.mesh.shard_axis))
 
 
 def _add_up(call: Call) -> Value | None:
-    return call.terms.add_squares(call.args[0], call.world)
+    return call.terms.add_squares(call.args[0], call.mesh.shard_size)
 
 
 def _elements(call: Call) -> Value:

@@ -2,9 +2,9 @@
 
 Collectives are torch's functional ones (``_c10d_functional``): a start returns a value that may not be read until its
 ``wait_tensor``. Groups are named by mesh axis; the runtime binds the name to a process group. ``zgraph::shard`` is the
-slice of a flat buffer that this rank owns: the one operator whose meaning depends on the rank, so that the program
-text is the same on all. ``zgraph::square_sum`` and ``zgraph::add_up`` make a norm of tensors that lie in parts;
-``zgraph::pack_state`` and ``zgraph::unpack_state`` are for tensors that are kept in 8 bits an element, and
+slice of a flat buffer that this rank has among those of an axis: the one operator whose meaning depends on the rank, so
+that the program text is the same on all. ``zgraph::square_sum`` and ``zgraph::add_up`` make a norm of tensors that lie
+in parts; ``zgraph::pack_state`` and ``zgraph::unpack_state`` are for tensors that are kept in 8 bits an element, and
 ``zgraph::quantize`` and what reads its result for those that travel so; ``zgraph::elements`` says where a flat buffer
 has elements of parameters rather than padding.
 """
@@ -202,6 +202,15 @@ def argument(node: fx.Node, name: str, default: Any = None) -> Any:
     names = [each.name for each in node.target._schema.arguments]
     index = names.index(name) if name in names else len(node.args)
     return node.args[index] if index < len(node.args) else default
+
+
+def axis_of(node: fx.Node) -> str:
+    """The axis of the mesh along which ranks communicate in a collective, its wait, or divide in ``shard``."""
+    source = node.args[0] if node.target is wait else node
+    assert isinstance(source, fx.Node)
+    axis = source.args[-1]
+    assert isinstance(axis, str), source
+    return axis
 
 
 def draws(node: fx.Node) -> bool:

@@ -65,8 +65,7 @@ class OptimizerState:
 
     Args:
         optimizer: the user's; without one there is no state.
-        group: the ranks; None for a single process.
-        agreement: of these ranks.
+        agreement: of the ranks.
 
     Attributes:
         stored: bucket name -> state key -> this rank's flat tensor, a 0-dim tensor, or a number.
@@ -74,11 +73,9 @@ class OptimizerState:
 
     _group = HeldGroup()
 
-    def __init__(
-        self, optimizer: torch.optim.Optimizer | None, group: dist.ProcessGroup | None, agreement: Agreement
-    ) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer | None, agreement: Agreement) -> None:
         self.stored: dict[str, dict[str, Value]] = {}
-        self._optimizer, self._group, self._agreement = optimizer, group, agreement
+        self._optimizer, self._group, self._agreement = optimizer, None, agreement
         self._layout = Layout((), world=1)
         self._params: Params = {}
         self._hooked = False
@@ -106,14 +103,16 @@ class OptimizerState:
         }
 
     @torch.no_grad()
-    def move(self, layout: Layout, params: Params, forms: Forms) -> None:
+    def move(self, layout: Layout, params: Params, forms: Forms, group: dist.ProcessGroup | None = None) -> None:
         """Take over what the user's optimizer holds, and lay out anew what is stored already.
 
         Args:
             layout: the new layout.
             params: the model's parameters.
             forms: from ``forms``; equal within each bucket (see ``check_agreement``).
+            group: the ranks that divide state; None for a single process.
         """
+        self._group = group
         readers: dict[str, FlatTensors] = {}
         moved: dict[str, dict[str, Value]] = {}
         for bucket in layout.buckets:
@@ -292,7 +291,7 @@ class OptimizerState:
             for param in self._params.values():
                 place(param, without_memory(param))
         self.stored = {bucket.name: {} for bucket in self._layout.buckets}
-        self.move(self._layout, self._params, self.forms(self._params))
+        self.move(self._layout, self._params, self.forms(self._params), self._group)
 
 
 def check_agreement(layout: Layout, forms: Forms) -> None:

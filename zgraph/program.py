@@ -106,12 +106,63 @@ class Origin:
     made_by: str = "capture"
 
 
+SHARD = "shard"
+"""The axis of the ranks inside a node."""
+
+REPLICA = "replica"
+"""The axis of the ranks that have the same place in every node."""
+
+
 @dataclass(frozen=True)
 class Mesh:
-    """The ranks a program runs on: one axis of ``size`` ranks, named for collectives."""
+    """The ranks a program runs on, and the axes along which they communicate.
+
+    All of them are one axis. Where a node of ``shard`` ranks holds all state, there are two more: ``SHARD`` inside of
+    nodes and ``REPLICA`` between them. Of six ranks and shard=3:
+
+        node 0    rank 0    rank 1    rank 2        a row is a group of SHARD: its ranks divide state among them
+        node 1    rank 3    rank 4    rank 5        a column is a group of REPLICA: its ranks have equal state
+
+    Attributes:
+        size: how many ranks there are.
+        axis: what collectives call all of them.
+        shard: how many ranks in a row divide state among them; all of them if None. It divides ``size``.
+    """
 
     size: int
     axis: str = "data"
+    shard: int | None = None
+
+    def __post_init__(self) -> None:
+        assert self.shard is None or (self.shard > 0 and self.size % self.shard == 0), self
+
+    @property
+    def has_levels(self) -> bool:
+        """Whether a part of the ranks divides state, so that sharding and replicating are axes of their own."""
+        return self.shard is not None and 1 < self.shard < self.size
+
+    @property
+    def shard_size(self) -> int:
+        """How many ranks state is divided over."""
+        return self.size if self.shard is None else self.shard
+
+    @property
+    def shard_axis(self) -> str:
+        """The axis that state is divided along."""
+        return SHARD if self.has_levels else self.axis
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """How many ranks a group of each axis has."""
+        inside = {SHARD: self.shard_size, REPLICA: self.size // self.shard_size} if self.has_levels else {}
+        return {self.axis: self.size, **inside}
+
+    def groups(self, axis: str) -> list[range]:
+        """The groups of an axis: each rank is in one of them."""
+        size = self.axes[axis]
+        if axis == REPLICA:
+            return [range(first, self.size, self.shard_size) for first in range(self.shard_size)]
+        return [range(first, first + size) for first in range(0, self.size, size)]
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ class Profile:
         self._bucket_of: dict[str, str] = {}
         self._gathered: dict[str, tuple[int, float]] = {}
         layout = scheduled.layout
-        if layout is not None and layout.shard_params and scheduled.mesh.size > 1:
+        if layout is not None and layout.shard_params and scheduled.mesh.shard_size > 1:
             self._bucket_of = {s.name: bucket.name for bucket in layout.buckets for s in bucket.segments}
             costs = Costs(scheduled, self.hardware)
             for node in scheduled.graph.find_nodes(op="call_function", target=ops.all_gather):

@@ -31,7 +31,7 @@ from zgraph.lower import Lowered, check_same_buckets, lower
 from zgraph.metrics import Metric, by_name, check_metrics
 from zgraph.optimizer_state import Forms, OptimizerState, check_agreement, forms_by_parameter, stored_form
 from zgraph.pipeline import Pass
-from zgraph.program import OF_PARAMETERS, Input, Mesh, Program, Role, describe
+from zgraph.program import OF_PARAMETERS, Input, Program, Role, describe
 from zgraph.skipping import NUM_SKIPPED, report
 from zgraph.tracing import forget
 from zgraph.update import check_step, hyperparameters
@@ -80,6 +80,7 @@ def simulate_ranks(
         raise OptimizerError("ranks need an optimizer to train with", fix="pass optimizer=torch.optim.AdamW(...)")
     if not _is_whole(world_size) or world_size < 1:
         raise OptionError(f"world_size={world_size!r} is not a number of ranks", fix="give a positive integer")
+    config.mesh(world_size)  # or refuse
     seeds: Any = [seed + rank for rank in range(world_size)] if isinstance(seed, int) else seed
     if isinstance(seed, bool) or not isinstance(seeds, (list, tuple)) or not all(map(_is_whole, seeds)):
         raise OptionError(f"seed={seed!r} is no seed", fix="give an integer, or a list of one for each rank")
@@ -114,7 +115,7 @@ class SimulatedRanks:
         values = _values_of(model, optimizer)
         # Tensors in here are replaced, never written to, so that ranks may have them in common.
         self._values: list[Values] = [dict(values) for _ in streams]
-        self._given = OptimizerState(optimizer, None, Agreement(None)).forms(dict(model.named_parameters()))
+        self._given = OptimizerState(optimizer, Agreement(None)).forms(dict(model.named_parameters()))
         self._constants: dict[Hashable, tuple[torch.Tensor, list[torch.Tensor]]] = {}
         self.layout: Layout | None = None
         self.recipe = config.numbers()
@@ -290,7 +291,7 @@ class SimulatedRanks:
             state=state_spec(self._model, forms),
             config=self._config,
         )
-        mesh, machine = Mesh(self.world_size), hardware_of(torch.device("cpu"), self.world_size)
+        mesh, machine = self._config.mesh(self.world_size), hardware_of(torch.device("cpu"), self.world_size)
         lowered = lower(captured, self._config, mesh, layout, self._passes, hardware=machine)
         for program in lowered.programs:
             forget(program.graph)
@@ -328,9 +329,9 @@ class SimulatedRanks:
             else:
                 param = mine[Input(Role.PARAM, what.name)]
                 assert isinstance(param, torch.Tensor)
-                shard = partial(part_of, rank=rank, world=self.world_size)
                 start = program.init[what]
                 assert program.layout is not None
+                shard = partial(part_of, rank=rank, world=program.layout.world)
                 bucket = program.layout.by_name[what.name]
                 inputs[what] = initial_state(start, node.meta["val"], param, shard, bucket)
         return inputs

@@ -21,11 +21,11 @@ from zgraph.agreement import Agreement
 from zgraph.eager import getter
 from zgraph.errors import StateError
 from zgraph.flat import FlatTensors, broadcast, place, without_memory
-from zgraph.groups import HeldGroup
+from zgraph.groups import HeldGroup, axis_group, open_axes
 from zgraph.initialise import find_meta_modules, initialise
 from zgraph.layout import Layout
 from zgraph.optimizer_state import Forms, OptimizerState, Value, check_agreement
-from zgraph.program import Input
+from zgraph.program import Input, Mesh
 
 
 class TrainingState:
@@ -38,6 +38,7 @@ class TrainingState:
         model: the user's model; parameters may be on meta.
         optimizer: the user's optimizer, if there is one.
         group: the ranks; None for a single process.
+        mesh: which of them divide state; all if None.
 
     Attributes:
         layout: the buckets; None before the first ``commit``.
@@ -51,16 +52,21 @@ class TrainingState:
     group = HeldGroup()
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, group: dist.ProcessGroup | None
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        group: dist.ProcessGroup | None,
+        mesh: Mesh | None = None,
     ) -> None:
         self.model, self.optimizer, self.group = model, optimizer, group
+        self.mesh = mesh or Mesh(1 if group is None else dist.get_world_size(group))
         self.layout: Layout | None = None
         self.params: dict[str, torch.Tensor] = {}
         self.gradients: dict[str, torch.Tensor] = {}
         self.gathered: dict[Input, torch.Tensor] = {}
         self.recipe: dict[str, torch.Tensor] = {}
         self.agreement = Agreement(group)
-        self._optimizer_state = OptimizerState(optimizer, group, self.agreement)
+        self._optimizer_state = OptimizerState(optimizer, self.agreement)
         self._placed: dict[str, nn.Parameter] = {}
         self._memory: dict[str, tuple[int, bool] | None] = {}
 
@@ -68,6 +74,11 @@ class TrainingState:
     def divided(self) -> bool:
         """Whether a rank has no more than its part of the parameters, and reading them takes all ranks."""
         return self.layout is not None and self.layout.shard_params and self.layout.world > 1
+
+    @property
+    def shard_group(self) -> dist.ProcessGroup | None:
+        """The ranks that divide state among them, once there are buckets."""
+        return axis_group(self.group, self.mesh, self.mesh.shard_axis)
 
     @property
     def opt(self) -> dict[str, dict[str, Value]]:
@@ -97,6 +108,7 @@ class TrainingState:
             StateError: a module cannot be initialised, or optimizer state does not fit.
             RankError: it was so on another rank. Nothing has changed then, on any rank.
         """
+        open_axes(self.group, self.mesh)
         current = dict(self.model.named_parameters())
         assert current.keys() == {s.name for b in layout.buckets for s in b.segments}, "the layout of another model"
         replaced = self.replaced()
@@ -110,13 +122,14 @@ class TrainingState:
             forms = self._optimizer_state.forms(current)
             check_agreement(layout, forms)
 
-        new = FlatTensors(layout, sharded=layout.shard_params, group=self.group)
-        initialise(meta_modules, {id(param): name for name, param in current.items()}, new, self.agreement)
+        new = FlatTensors(layout, sharded=layout.shard_params, group=self.shard_group)
+        names = {id(param): name for name, param in current.items()}
+        initialise(meta_modules, names, new, self.agreement, self.group)
         initialised = {id(param) for module in meta_modules for param in module.params.values()}
         with self.agreement.no_return():
             moving = {name: param for name, param in current.items() if id(param) not in initialised}
             self._move(new, moving, kept)
-            self._optimizer_state.move(layout, current, forms)
+            self._optimizer_state.move(layout, current, forms, self.shard_group)
             if self.layout is None:
                 self._share_buffers()
         self.layout, self.params, self._placed, self.gradients = layout, new.tensors, current, {}
@@ -255,7 +268,7 @@ class TrainingState:
         return FlatTensors(
             self.layout,
             sharded=self.layout.shard_params,
-            group=self.group,
+            group=self.shard_group,
             tensors=self.params,
             num_cached=num_cached,
         )

@@ -23,7 +23,7 @@ from zgraph.errors import MISTAKE_IN_PASS, VerifyError
 from zgraph.layout import Bucket, Layout
 from zgraph.liveness import owners, written
 from zgraph.packed import packed_numel
-from zgraph.program import OF_PARAMETERS, Input, Program, Role, Stage, describe, operand, source_of, target_name
+from zgraph.program import OF_PARAMETERS, Input, Mesh, Program, Role, Stage, describe, operand, source_of, target_name
 
 
 def check_structure(program: Program, *, after: str, look: Look | None = None) -> None:
@@ -115,20 +115,26 @@ def _check_collective(program: Program, node: fx.Node, after: str) -> None:
     if node.kwargs.keys() - {"out"}:
         raise broken(after, node, "has arguments by name; collectives have them by position")
     *_, axis = node.args
-    if axis != mesh.axis:
-        raise broken(after, node, f"is on axis {axis!r} of a mesh whose axis is {mesh.axis!r}")
+    size = mesh.axes.get(axis) if isinstance(axis, str) else None
+    if size is None or not isinstance(axis, str):
+        known = f"axis is {mesh.axis!r}" if len(mesh.axes) == 1 else f"axes are {', '.join(map(repr, mesh.axes))}"
+        raise broken(after, node, f"is on axis {axis!r} of a mesh whose {known}")
     if node.target is ops.all_to_all:
-        part = len(operand(node).meta["val"]) // mesh.size
-        if any(list(sizes) != [part] * mesh.size for sizes in node.args[1:3]):  # type: ignore[arg-type]
-            raise broken(after, node, f"sends parts that are not equal, or not for {mesh.size} ranks")
-    elif node.target is not ops.all_reduce and node.args[-2] != mesh.size:
-        raise broken(after, node, f"is for {node.args[-2]} ranks of a mesh of {mesh.size}")
+        part = len(operand(node).meta["val"]) // size
+        if any(list(sizes) != [part] * size for sizes in node.args[1:3]):  # type: ignore[arg-type]
+            raise broken(after, node, f"sends parts that are not equal, or not for {size} ranks")
+    elif node.target is not ops.all_reduce and node.args[-2] != size:
+        raise broken(after, node, f"is for {node.args[-2]} ranks of {_ranks(mesh, axis)}")
     if node.target in (ops.all_reduce, ops.reduce_scatter) and node.args[1] not in ("avg", "sum"):
         raise broken(after, node, f"reduces by {node.args[1]!r}; only 'avg' and 'sum' are known")
     divided = operand(node).meta["val"]
     divides = node.target in (ops.shard, ops.reduce_scatter, ops.all_to_all)
-    if divides and (divided.dim() != 1 or len(divided) % mesh.size):
-        raise broken(after, node, f"divides {describe(divided)} over {mesh.size} ranks")
+    if divides and (divided.dim() != 1 or len(divided) % size):
+        raise broken(after, node, f"divides {describe(divided)} over {size} ranks")
+
+
+def _ranks(mesh: Mesh, axis: str) -> str:
+    return f"{'a mesh' if axis == mesh.axis else f'the axis {axis!r}'} of {mesh.axes[axis]}"
 
 
 def _check_value(program: Program, node: fx.Node, after: str) -> None:
@@ -172,8 +178,8 @@ def _check_kernel(program: Program, node: fx.Node, body: fx.Graph, after: str) -
 
 def _check_owned(program: Program, node: fx.Node, update: OwnedUpdate, after: str) -> None:
     """Each part's owner has all that the part reads and writes, and it writes where no other part does."""
-    if program.stage >= Stage.SHARDED and update.world != program.mesh.size:
-        raise broken(after, node, f"is for {update.world} ranks of a mesh of {program.mesh.size}")
+    if program.stage >= Stage.SHARDED and update.world != program.mesh.shard_size:
+        raise broken(after, node, f"is for {update.world} ranks of {_ranks(program.mesh, program.mesh.shard_axis)}")
     num_inputs, num_results = len(node.args), len(update.dtypes)
     counts = {(len(part.takes), len(part.gives)) for part in update.parts}
     if counts != {(num_inputs, num_results)} or len(update.writes) != num_results or node.kwargs:
@@ -287,10 +293,9 @@ def _words(val: Any) -> str:
 
 
 def _check_layout(program: Program, layout: Layout, after: str) -> None:
-    if program.stage >= Stage.SHARDED and layout.world != program.mesh.size:
-        raise VerifyError(
-            f"{after}: the layout is for {layout.world} ranks of a mesh of {program.mesh.size}", fix=MISTAKE_IN_PASS
-        )
+    if program.stage >= Stage.SHARDED and layout.world != program.mesh.shard_size:
+        ranks = _ranks(program.mesh, program.mesh.shard_axis)
+        raise VerifyError(f"{after}: the layout is for {layout.world} ranks of {ranks}", fix=MISTAKE_IN_PASS)
     for bucket in layout.buckets:
         names = [segment.name for segment in bucket.segments]
         for flat in (bucket, *(state for _, state in bucket.states)):

@@ -9,7 +9,7 @@ collective and back:
     Reshape     the same elements in the same order           view, unsqueeze
     Permute     other order of dimensions                     t, transpose
     Shard       this rank's 1/N of a vector                   zgraph::shard, reduce_scatter
-    Mean, Sum   over the ranks                                all_reduce, reduce_scatter
+    Mean, Sum   over the ranks, or those of an axis           all_reduce, reduce_scatter
     Max         over the ranks                                all_gather and amax, zgraph::max_over_ranks
     Squares     the sum of the squares of all elements        zgraph::square_sum, add_up
 
@@ -19,6 +19,10 @@ elementwise operators; anything else that reads it makes a term that no captured
 A sum of squares is a set of pieces, in whatever order they are added. Of a shard it is this rank's share, and the sum
 of the shares over the ranks is that of the whole vector. Zeros add nothing, nor do zeros times a factor that other
 elements have, too: where that is not finite, neither is the sum.
+
+Ranks are all of them unless an axis of the mesh is named. A mean over the ranks inside a node is another value in every
+node, and the mean over the nodes of that is the mean over all ranks; so with sums, and in the other order. As the ranks
+of one place in every node have the same part of a vector, the mean over them of their parts is their part of the mean.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ from typing import Any
 import torch
 
 from zgraph.errors import VerifyError
-from zgraph.program import Input, Role, target_name
+from zgraph.program import REPLICA, SHARD, Input, Role, target_name
 
 Shape = tuple[int, ...]
 
@@ -283,11 +287,12 @@ class Terms:
             inner = _replace(args, {t: t.args[0] for t in vectors})
             return self.splat(self._apply(target, inner, (), dtype), shape)
         if Form.SHARD in forms:
-            if not forms <= {Form.SHARD, Form.SPLAT}:
+            axes = {axis_of(t) for t in vectors if t.target is Form.SHARD}
+            if not forms <= {Form.SHARD, Form.SPLAT} or len(axes) > 1:
                 return self._apply(target, args, shape, dtype)
             whole = next(t.args[0].shape for t in vectors if t.target is Form.SHARD)
             parts = {t: t.args[0] if t.target is Form.SHARD else self.splat(t.args[0], whole) for t in vectors}
-            return self.shard(self._lifted(target, _replace(args, parts), whole, dtype), shape)
+            return self.shard(self._lifted(target, _replace(args, parts), whole, dtype), shape, *axes)
         flat = {t: self.reshape(t, (t.numel,)) for t in vectors}
         return self.reshape(
             self.flat(self._on_pieces(target, _replace(args, flat), flat.values(), dtype), dtype), shape
@@ -325,9 +330,9 @@ class Terms:
 
     def _apply(self, target: Any, args: tuple[Any, ...], shape: Shape | None, dtype: torch.dtype | None) -> Term:
         if target in _DIVISIONS and len(args) == 2 and isinstance(args[0], Term) and args[0].target is Form.SUM:
-            total, world = args[0].args
+            total, world = args[0].args[:2]
             if args[1] in (world, literal(float(world))) and dtype == total.dtype:
-                return self.mean(total)
+                return self.mean(total, axis_of(args[0]))
         if target is _WHERE and _holds(args[0], True) and isinstance(args[1], Term) and shape is not None:
             new = args[1]
             if new.dtype == dtype and new.shape is not None and new.numel == math.prod(shape):
@@ -339,19 +344,20 @@ class Terms:
 
     # -- ranks ----------------------------------------------------------------------------------------------
 
-    def shard(self, x: Term, shape: Shape) -> Term:
-        """This rank's part, of ``shape``, of a vector that all ranks have."""
+    def shard(self, x: Term, shape: Shape, axis: str | None = None) -> Term:
+        """This rank's part, of ``shape``, of a vector that the ranks of an axis divide among them."""
         if x.target is Form.SPLAT:
             return self.splat(x.args[0], shape)
-        return self._move(Form.SHARD, x, shape, shape)
+        how = (shape,) if axis is None else (shape, axis)
+        return self.make(Form.SHARD, (x, *how), shape, x.dtype, varies=x.varies or x.target is Form.SHARD)
 
-    def whole(self, x: Term, shape: Shape) -> Term | None:
+    def whole(self, x: Term, shape: Shape, axis: str | None = None) -> Term | None:
         """The vector of ``shape`` of which ``x`` is each rank's part; None if the parts do not make one."""
         if x.varies:
             return None
         if x.target is Form.SPLAT:
             return self.splat(x.args[0], shape)
-        if x.target is Form.SHARD and x.args[0].shape == shape:
+        if x.target is Form.SHARD and x.args[0].shape == shape and axis_of(x) == axis:
             inner: Term = x.args[0]
             return inner
         return None
@@ -370,9 +376,9 @@ class Terms:
         """Whether it is one, or zeros between them."""
         return x in self._gradients or _is_zero(x)
 
-    def mean(self, x: Term) -> Term:
-        """Elementwise mean over all ranks."""
-        return self._over_ranks(Form.MEAN, x, None)
+    def mean(self, x: Term, axis: str | None = None) -> Term:
+        """Elementwise mean over the ranks of an axis."""
+        return self._over_ranks(Form.MEAN, x, None, axis)
 
     def max(self, x: Term) -> Term:
         """Elementwise maximum over all ranks."""
@@ -380,31 +386,47 @@ class Terms:
             return x
         return self.make(Form.MAX, (x,), x.shape, x.dtype, varies=x.target is Form.SHARD)
 
-    def sum(self, x: Term, world: int) -> Term:
-        """Elementwise sum over all ``world`` ranks; divided by their number it is the mean."""
-        share = self._share(x, world)
-        return self._over_ranks(Form.SUM, x, world) if share is None else self._squares(Form.SQUARES, share.args)
+    def sum(self, x: Term, world: int, axis: str | None = None, *, of_shares: bool = True) -> Term:
+        """Elementwise sum over the ``world`` ranks of an axis; divided by their number it is the mean.
 
-    def _over_ranks(self, form: Form, x: Term, world: int | None) -> Term:
+        Args:
+            of_shares: state is divided along this axis, so that shares of a sum of squares make the whole.
+        """
+        share = self._share(x, world) if of_shares else None
+        return self._over_ranks(Form.SUM, x, world, axis) if share is None else self._squares(Form.SQUARES, share.args)
+
+    def _over_ranks(self, form: Form, x: Term, world: int | None, axis: str | None) -> Term:
         if x.target is Form.RESHAPE:
-            return self.reshape(self._over_ranks(form, x.args[0], world), x.args[1])
+            return self.reshape(self._over_ranks(form, x.args[0], world, axis), x.args[1])
         if x.target is Form.PERMUTE:
-            return self.permute(self._over_ranks(form, x.args[0], world), x.args[1])
+            return self.permute(self._over_ranks(form, x.args[0], world, axis), x.args[1])
         if x.target is Form.SPLAT:
-            return self.splat(self._over_ranks(form, x.args[0], world), x.args[1])
+            return self.splat(self._over_ranks(form, x.args[0], world, axis), x.args[1])
         if x.target is Form.PADDING or _is_zero(x):
             return x
         if x.target is Form.FLAT:
-            return self.flat([(self._over_ranks(form, b, world), o, n) for b, o, n in x.args], x.dtype)
+            return self.flat([(self._over_ranks(form, b, world, axis), o, n) for b, o, n in x.args], x.dtype)
+        if x.target is Form.SHARD and (axis_of(x), axis) == (SHARD, REPLICA) and x.shape is not None:
+            return self.shard(self._over_ranks(form, x.args[0], world, axis), x.shape, SHARD)
+        if x.target is form and {axis_of(x), axis} == {SHARD, REPLICA}:
+            counts = (None, None) if world is None else (x.args[1], world)
+            x, world, axis = x.args[0], None if None in counts else math.prod(counts), None
         args = (x,) if world is None else (x, world)
-        return self.make(form, args, x.shape, x.dtype, varies=x.target is Form.SHARD)
+        varies = x.target is Form.SHARD or (axis is not None and x.varies)
+        return self.make(form, args if axis is None else (*args, axis), x.shape, x.dtype, varies=varies)
 
     # -- sums of squares ------------------------------------------------------------------------------------
 
-    def square_sum(self, x: Term) -> Term:
-        """The sum of the squares of all elements; of a shard, this rank's share of it."""
+    def square_sum(self, x: Term, axis: str | None = None) -> Term | None:
+        """The sum of the squares of all elements; of a shard, this rank's share of it.
+
+        Args:
+            axis: along which state is divided; None is returned for what is divided along another one.
+        """
         assert x.shape is not None
         flat = self.reshape(x, (x.numel,))
+        if flat.target is Form.SHARD and axis_of(flat) != axis:
+            return None
         if flat.target is Form.SHARD:
             return self._squares(Form.SHARE, self.pieces(flat.args[0]))
         return self._squares(Form.SQUARES, self.pieces(flat))
@@ -456,6 +478,16 @@ _WHERE = torch.ops.aten.where.self
 _MADE_OF_PARTS = frozenset({Form.FLAT, Form.SPLAT, Form.SHARD})
 _MULTIPLES = frozenset({torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor})
 _DIVISIONS = frozenset({torch.ops.aten.div.Tensor, torch.ops.aten.div.Scalar})
+
+
+def axis_of(x: Term) -> str | None:
+    """The axis along which a vector is divided, or a value reduced; None for all ranks.
+
+    The last argument of a ``Form.SHARD``, ``GATHER``, ``EXCHANGE``, ``MEAN`` or ``SUM`` names it; others have none
+    there that is a string.
+    """
+    axis = x.args[-1]
+    return axis if isinstance(axis, str) else None
 
 
 def _joined(pieces: Iterable[Piece]) -> list[Piece]:

@@ -22,7 +22,7 @@ from zgraph.difference import MISSING, changed
 from zgraph.errors import MISTAKE_IN_PASS, VerifyError
 from zgraph.layout import Bucket, Layout
 from zgraph.meaning import Meaning, Numbers, interpret, numbers_of
-from zgraph.movement import Value
+from zgraph.movement import Value, axis_in_terms
 from zgraph.program import OF_PARAMETERS, Input, Program, Role, Stage, StateInit, describe, source_of
 from zgraph.structure import check_structure
 from zgraph.terms import Axiom, Form, Term, Terms, form, show, zero_times
@@ -250,7 +250,7 @@ class _Check:
             packs = what.role is Role.OPT_STATE and layout.packs(what.name, what.key)
             is_packed = packs and isinstance(value, Term) and value.target is ops.pack_state
             value = value.args[0] if is_packed else value
-            divided = is_shard and program.mesh.size > 1
+            divided = is_shard and program.mesh.shard_size > 1
             must_be_zero = is_packed or what.role is Role.GRADIENT
             parts = self._parts(program, what, value, bucket, divided=divided, zero_between=must_be_zero)
             outputs.update({name: (part, node) for name, part in parts.items()})
@@ -269,7 +269,8 @@ class _Check:
         if value.shape != (numel,):
             raise self._misplaced(program, what, value, f"each rank must return {numel} elements")
         if divided:
-            whole = self.terms.whole(value, (bucket.numel,))
+            axis = axis_in_terms(program.mesh, program.mesh.shard_axis)
+            whole = self.terms.whole(value, (bucket.numel,), axis)
             if whole is None:
                 raise self._misplaced(program, what, value, "each rank must return its part of one vector")
             value = whole

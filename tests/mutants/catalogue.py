@@ -63,6 +63,7 @@ class Edit:
         old, new: the code; ``old`` must stand there exactly once.
         expects: how it must be refused. Another refusal hides whether this one works.
         on_request: the pass runs only for options that are not exact, so that numbers show nothing.
+        in_nodes: the edited lines run only where there are nodes.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Edit:
     new: str
     expects: Refusal = Refusal.MEANING
     on_request: bool = False
+    in_nodes: bool = False
 
     @contextmanager
     def passes(self, config: Config, mesh: Mesh) -> Iterator[Sequence[Pass]]:
@@ -510,6 +512,46 @@ EDITS = [
         "        return program.call(aten.div.Tensor, mean, self.mesh.size, origin=origin, before=wait_before)\n",
     ),
     Edit(
+        "a slice is averaged inside of its node only",
+        "shard",
+        "            if self.mesh.has_levels:\n",
+        "            if not self.mesh:\n",
+        Refusal.DIVISION,
+        in_nodes=True,
+    ),
+    Edit(
+        "a slice is added up between nodes",
+        "shard",
+        "ops.all_reduce, piece, operation, REPLICA",
+        'ops.all_reduce, piece, "sum", REPLICA',
+        Refusal.DIVISION,
+        in_nodes=True,
+    ),
+    Edit(
+        "a slice is averaged over all ranks, each of which has another one",
+        "shard",
+        "ops.all_reduce, piece, operation, REPLICA",
+        "ops.all_reduce, piece, operation, self.mesh.axis",
+        Refusal.DIVISION,
+        in_nodes=True,
+    ),
+    Edit(
+        "a slice is averaged between nodes once more than it must be",
+        "shard",
+        "                piece = program.call(ops.wait, between, origin=origin, before=mean)\n",
+        "                piece = program.call(ops.wait, between, origin=origin, before=mean)\n"
+        '                between = program.call(ops.all_reduce, piece, "avg", REPLICA, origin=origin, before=mean)\n'
+        "                piece = program.call(ops.wait, between, origin=origin, before=mean)\n",
+        in_nodes=True,
+    ),
+    Edit(
+        "what each rank of a node has of a norm is added up over all nodes",
+        "shard",
+        'ops.all_reduce, share, "sum", self.mesh.shard_axis',
+        'ops.all_reduce, share, "sum", self.mesh.axis',
+        in_nodes=True,
+    ),
+    Edit(
         "a slice of the gradient passes for one of the parameter", "shard", "ops.shard, source,", "ops.shard, gradient,"
     ),
     Edit(
@@ -563,8 +605,8 @@ EDITS = [
     Edit(
         "a scattered gradient is a sum",
         "shard",
-        "ops.reduce_scatter, gradient, operation, self.mesh.size",
-        'ops.reduce_scatter, gradient, "sum", self.mesh.size',
+        "                operation,\n                self.mesh.shard_size,\n",
+        '                "sum",\n                self.mesh.shard_size,\n',
     ),
     Edit(
         "backward reads what was gathered for forward and is gone",
@@ -582,7 +624,7 @@ EDITS = [
     Edit(
         "a divided parameter is stored whole",
         "shard",
-        'flat.meta["val"] = program.empty([bucket.numel // self.mesh.size], bucket.dtype, bucket.device)',
+        'flat.meta["val"] = program.empty([bucket.numel // self.mesh.shard_size], bucket.dtype, bucket.device)',
         'flat.meta["val"] = program.empty([bucket.numel], bucket.dtype, bucket.device)',
         Refusal.SHAPE,
     ),
