@@ -144,6 +144,12 @@ def test_memory_beside_a_plan_is_refused() -> None:
         zgraph.compile(model, optimizer=torch.optim.AdamW(model.parameters()), plan=plan, memory="1GiB")
 
 
+def test_nodes_are_not_chosen_by_a_budget() -> None:
+    with pytest.raises(OptionError, match="process groups are made before a step is seen"):
+        Budget.of("1GiB", {"shard_size": "auto"})
+    assert Budget.of("1GiB", {"shard_size": 2}).config.shard_size == 2
+
+
 def test_only_accumulate_is_fixed_unasked() -> None:
     assert Budget.of("1GiB", {}) == Budget(2**30, {"accumulate": 1})
     assert Budget.of("auto", {"accumulate": "auto", "zero": 1, "recompute": "auto"}) == Budget(None, {"zero": 1})

@@ -75,3 +75,12 @@ def test_every_variation_is_of_an_option_and_not_its_default() -> None:
 @pytest.mark.parametrize(("number", "expected"), [(1, (1,)), (12, (1, 2, 3, 4, 6, 12)), (16, (1, 2, 4, 8, 16))])
 def test_divisors_come_in_order(number: int, expected: tuple[int, ...]) -> None:
     assert divisors(number) == expected
+
+
+def test_where_ranks_fill_several_nodes_they_may_have_copies() -> None:
+    found = {(choice.config.zero, choice.config.shard_size) for choice in family(2, 16, {}, 8)}
+    assert found == {(0, None), (1, None), (2, None), (2, 8), (3, None), (3, 8)}
+    for world, per_node in ((8, 8), (12, 8), (16, 1)):
+        assert {choice.config.shard_size for choice in family(2, world, {}, per_node)} == {None}
+    given = family(2, 16, {"shard_size": 4}, 8)
+    assert {(choice.config.zero, choice.config.shard_size) for choice in given} == {(1, 4), (2, 4), (3, 4)}

@@ -26,11 +26,13 @@ from zgraph.capture import capture
 from zgraph.codegen.kernel import Kernel
 from zgraph.codegen.owned import OwnedUpdate, Part, Place
 from zgraph.config import Config
-from zgraph.cost import Cost, Costs, seconds
+from zgraph.cost import Cost, Costs, ranks_together, seconds
 from zgraph.lower import lower
 from zgraph.machines import preset
+from zgraph.passes import default_passes
+from zgraph.pipeline import run
 from zgraph.predict import predict
-from zgraph.program import Mesh, Program, Role
+from zgraph.program import REPLICA, SHARD, Mesh, Program, Role
 from zgraph.work import ATTENTION, LINK, LOOKUP, MATRIX, NOTHING, Work, num_bytes_of, works
 
 aten = torch.ops.aten
@@ -663,3 +665,40 @@ def test_on_a_cpu_only_what_is_written_needs_new_memory() -> None:
     assert reading < both / 2
     assert both == pytest.approx(cpu.memory_s(2**27))
     assert seconds(Work("update", read_bytes=2**26, written_bytes=2**26, in_place=True), cpu) < both
+
+
+def test_collectives_inside_of_nodes_use_other_links_than_those_between_them() -> None:
+    program = run(default_passes(Config(3, 200), Mesh(32, shard=8)), two_layers()).program
+    costs = Costs(program, H100)
+    found = {}
+    for node in program.graph.nodes:
+        if node.target in ops.STARTS:
+            [work] = costs.of(node).works
+            found[ops.axis_of(node), work.collective] = work
+            expected = H100.collective_s(work.collective, work.read_bytes, work.world, together=work.together)
+            assert costs.of(node).seconds == expected
+    assert {key: (work.world, work.together) for key, work in found.items()} == {
+        (SHARD, "all_gather"): (8, 8),
+        (SHARD, "reduce_scatter"): (8, 8),
+        (REPLICA, "all_reduce"): (4, 1),
+        ("data", "all_reduce"): (32, None),
+    }
+    gather = found[SHARD, "all_gather"]
+    assert seconds(gather, H100) == H100.collective_s("all_gather", gather.read_bytes, 8), "as on one node"
+
+
+@pytest.mark.parametrize(
+    ("size", "shard", "devices", "inside", "between"),
+    [(32, 8, 8, 8, 1), (32, 4, 8, 4, 2), (32, 16, 8, 8, 1), (6, 3, 8, 1, 2), (24, 12, 8, 4, 1), (4, 2, 1, 1, 1)],
+)
+def test_ranks_of_a_group_share_a_node_as_far_as_it_has_room(
+    size: int, shard: int, devices: int, inside: int, between: int
+) -> None:
+    """Counted rank by rank: the smallest part of any group that a node has."""
+    mesh = Mesh(size, shard=shard)
+    assert ranks_together(mesh, "data", devices) is None
+    assert (ranks_together(mesh, SHARD, devices), ranks_together(mesh, REPLICA, devices)) == (inside, between)
+    if size % devices == 0:
+        for axis, expected in ((SHARD, inside), (REPLICA, between)):
+            parts = [Counter(rank // devices for rank in group).values() for group in mesh.groups(axis)]
+            assert min(min(part) for part in parts) == expected

@@ -246,6 +246,17 @@ def test_a_second_node_is_slower_than_one_and_faster_with_a_faster_network() -> 
         assert slow.collective_s(kind, GIB, 8) == usual.collective_s(kind, GIB, 8)
 
 
+def test_a_collective_of_one_device_of_each_node_takes_what_its_share_of_the_network_does() -> None:
+    machine, nodes = find_hardware("H100"), 4
+    for kind in KINDS:
+        alone = machine.collective_s(kind, GIB, nodes, together=1)
+        link = machine.network.bytes_per_s * machine.network.efficiency
+        moved = (2 if kind == "all_reduce" else 1) * GIB * (nodes - 1) / nodes
+        assert moved / link <= alone < 1.3 * moved / link
+        assert alone > machine.collective_s(kind, GIB, nodes), "of devices that share a node"
+        assert machine.collective_s(kind, GIB, 16) == machine.collective_s(kind, GIB, 16, together=8)
+
+
 def test_more_devices_on_a_mesh_have_more_links() -> None:
     machine = hardware("MI300X")
     assert machine.collective_s("all_gather", GIB, 8) < machine.collective_s("all_gather", GIB, 2) / 2

@@ -19,6 +19,7 @@ from zgraph.lower import lower
 from zgraph.machines import preset
 from zgraph.predict import predict
 from zgraph.program import Mesh
+from zgraph.which_hardware import find_hardware
 
 WORLD = 4
 ROWS, WIDTH = 4, 32
@@ -86,6 +87,29 @@ def test_options_that_are_given_are_taken_as_they_are() -> None:
     assert plan.config == Config.from_options(FIXED)
     assert (plan.chosen.step_s, plan.chosen.reserved_bytes) == predicted(**FIXED)
     assert plan.rejected == ()
+
+
+def test_nodes_have_copies_where_links_between_them_are_slow() -> None:
+    """With two nodes of two devices; where a node has room for all, state is divided inside of it."""
+    slow = find_hardware("h100", devices_per_node=2, nic_bytes_per_s=1e8)
+    given = {**FIXED, "hardware": slow}
+    chosen = planned(**given)
+    assert chosen.options["shard_size"] == 2
+    divided = planned(**given, shard_size=None)
+    assert chosen.chosen.step_s < divided.chosen.step_s
+    assert chosen.chosen.reserved_bytes >= divided.chosen.reserved_bytes
+    assert any(each.estimate.options.get("shard_size") is None for each in chosen.rejected)
+    config = Config.from_options(chosen.options)
+    with torch.device("meta"):
+        model: nn.Module = Stack()
+    captured = capture(model, torch.optim.AdamW(model.parameters()), rows(), {}, config=config)
+    made = predict(lower(captured, config, Mesh(WORLD, shard=2), None, (), hardware=slow), slow)
+    assert made.step_s == chosen.chosen.step_s
+
+
+def test_on_one_node_there_is_nothing_to_copy_between() -> None:
+    assert "shard_size" not in planned(**FIXED).options
+    assert "shard_size" in planned(**FIXED, shard_size=2).options
 
 
 def test_less_memory_is_never_faster() -> None:
@@ -237,6 +261,8 @@ def test_an_operator_of_no_family_is_named() -> None:
         ({"batch": (torch.zeros(2),)}, ZgraphError, "forward"),
         ({"clip_norm": "auto"}, OptionError, "clip_norm='auto'"),
         ({"zero": 4}, OptionError, "zero=4"),
+        ({"shard_size": 3}, OptionError, "shard_size=3 does not divide the 4 ranks"),
+        ({"shard_size": 2, "zero": 0}, OptionError, "divides nothing"),
         ({"nonsense": 4}, OptionError, "unknown option 'nonsense'"),
         ({"hardware": None}, OptionError, "hardware is a NoneType"),
         ({"precision": "fp16", "loss_scale": "dynamic"}, OptionError, "loss_scale='dynamic'"),

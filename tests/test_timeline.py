@@ -18,7 +18,7 @@ from zgraph import ops
 from zgraph.cost import Cost
 from zgraph.hardware import Hardware
 from zgraph.machines import preset
-from zgraph.program import Input, Mesh, Phase, Program, Role, operand
+from zgraph.program import REPLICA, SHARD, Input, Mesh, Phase, Program, Role, operand
 from zgraph.timeline import COMPUTE, ISSUE, Timeline, least_s, play
 from zgraph.work import MATRIX, Work
 
@@ -109,6 +109,20 @@ def test_collectives_of_one_group_take_turns() -> None:
     assert [(e.start_s, e.end_s) for e in timeline.events if e.lane == AXIS] == [(1, 5), (5, 9)]
     assert timeline.step_s == 9
     assert timeline.exposed_s == (5 - 2) + (9 - 6)
+
+
+def test_collectives_of_unlike_axes_travel_at_once() -> None:
+    b = Builder()
+    x = b.input(Role.BATCH, "0", shape=[4])
+    program = b.finish({None: x})
+    program.mesh = Mesh(4, shard=2)
+    inside, between = (b.backward(ops.all_reduce, x, "sum", axis) for axis in (SHARD, REPLICA))
+    for start in (inside, between):
+        b.forward(ops.wait, start)
+    timeline = Step(program, {inside: 4.0, between: 3.0}).play()
+    assert [(e.lane, e.start_s, e.end_s) for e in timeline.events[:2]] == [(SHARD, 0, 4), (REPLICA, 0, 3)]
+    assert timeline.step_s == 4
+    assert timeline.busy_s == {"issue": 0, SHARD: 4, REPLICA: 3}
 
 
 def test_what_is_sent_has_been_computed() -> None:

@@ -42,6 +42,11 @@ class Budget:
         Raises:
             OptionError: they cannot be.
         """
+        if options.get("shard_size") == AUTO:
+            raise OptionError(
+                "shard_size='auto' with memory, but process groups are made before a step is seen",
+                fix="give a number, or take it from zgraph.plan",
+            )
         num_bytes = None if memory == AUTO else parse_bytes(memory, "memory")
         return cls(num_bytes, fixed_options({ACCUMULATE: 1, **options}))
 

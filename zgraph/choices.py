@@ -24,8 +24,8 @@ micro-batches."""
 LEVELS = (None, 0.25, 0.5, 0.75, 1.0)
 """Of recomputation, instead, where a model is not long: to weigh single activations takes seconds for each choice."""
 
-CROSSED: dict[str, tuple[Any, ...]] = {"zero": (0, 1, 2, 3)}
-"""Options of which each value is tried with all of the others."""
+CROSSED: dict[str, tuple[Any, ...]] = {"zero": (0, 1, 2, 3), "shard_size": (None,)}
+"""Options of which each value is tried with all of the others. Where ranks fill several nodes, a node's is one."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ VARIED: dict[str, Variation] = {
 }
 """None of them matters on a single rank."""
 
-STORED = ("zero", "bucket_bytes")
+STORED = ("zero", "shard_size", "bucket_bytes")
 """Options that say how state lies in memory."""
 
 SEARCHED = (ACCUMULATE, *CHAINED, *CROSSED, *VARIED)
@@ -85,13 +85,16 @@ class Choice:
     depth: int
 
 
-def family(num_rows: int, world: int, fixed: Mapping[str, Any], *, is_long: bool = True) -> list[Choice]:
+def family(
+    num_rows: int, world: int, fixed: Mapping[str, Any], devices_per_node: int = 1, *, is_long: bool = True
+) -> list[Choice]:
     """All choices, milder ones first.
 
     Args:
         num_rows: what micro-batches divide.
         world: how many ranks.
         fixed: options that the user gave.
+        devices_per_node: of the machine.
         is_long: the model repeats more blocks than are captured.
 
     Raises:
@@ -100,7 +103,9 @@ def family(num_rows: int, world: int, fixed: Mapping[str, Any], *, is_long: bool
     chains: dict[str, Sequence[Any]] = {ACCUMULATE: divisors(num_rows), **CHAINED}
     if not is_long:
         chains["recompute"] = LEVELS
-    crossed = {**chains, **(CROSSED if world > 1 else {"zero": (0,)})}
+    crossed = {**chains, **(CROSSED if world > 1 else {"zero": (0,), "shard_size": (None,)})}
+    if 1 < devices_per_node < world and world % devices_per_node == 0:
+        crossed["shard_size"] = (None, devices_per_node)
     crossed = {name: (fixed[name],) if name in fixed else values for name, values in crossed.items()}
     found: dict[Any, Choice] = {}
     for options in _product(crossed):
@@ -112,7 +117,7 @@ def family(num_rows: int, world: int, fixed: Mapping[str, Any], *, is_long: bool
                 if all(both[name] == fixed.get(name, getattr(Config, name)) for name in both):
                     raise  # that is what the user asked for
                 continue
-            if any(not VARIED[name].matters(config) for name in varied):
+            if any(not VARIED[name].matters(config) for name in varied) or _copies_in_vain(config, fixed):
                 continue
             indices = {name: crossed[name].index(options[name]) for name in chains}
             milder = []
@@ -124,6 +129,11 @@ def family(num_rows: int, world: int, fixed: Mapping[str, Any], *, is_long: bool
             told = {name: value for name, value in both.items() if name == "zero" or value != getattr(Config, name)}
             found[_key(both)] = Choice({**told, **fixed}, config, milder, sum(indices.values()))
     return list(found.values())
+
+
+def _copies_in_vain(config: Config, fixed: Mapping[str, Any]) -> bool:
+    """Whether nodes would have copies though gradients are not divided: that saves only some of a gather's way."""
+    return config.zero < 2 and config.shard_size is not None and "shard_size" not in fixed
 
 
 def _product(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:

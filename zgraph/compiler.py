@@ -575,6 +575,8 @@ class _Runtime:
         fixed = dict(budget.fixed)
         if isinstance(call[0][0] if call[0] else None, MicroBatches):
             fixed.setdefault(ACCUMULATE, len(call[0][0].batches))
+        if self.agreement.world > hardware.devices_per_node:
+            fixed.setdefault("shard_size", None)  # how ranks are grouped has been settled
         kept: list[dict[str, Any]] = []
         if self._last_decided is not None:
             before = self._last_decided.config

@@ -5,16 +5,18 @@ Where shapes are symbolic, so are costs: sympy expressions in the same symbols.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
+from zgraph import ops
 from zgraph.codegen.kernel import slice_on
 from zgraph.curves import maximum, minimum
 from zgraph.hardware import Hardware
-from zgraph.program import Program
+from zgraph.program import SHARD, Mesh, Program
 from zgraph.work import ATTENTION, FREE, LINK, LOOKUP, MATRIX, NOTHING, Size, Work, works
 
 _AS_FAST_AS = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
@@ -57,12 +59,13 @@ class Costs:
     Args:
         program: whose values say shapes and dtypes.
         hardware: the machine.
-        world: ranks that collectives are among; those of the program's mesh if None. It may be a sympy symbol.
+        world: ranks that collectives are among; those of their axis of the program's mesh if None. It may be a sympy
+            symbol.
     """
 
     def __init__(self, program: Program, hardware: Hardware, world: Size | None = None) -> None:
         self._program, self._hardware = program, hardware
-        self._world = program.mesh.size if world is None else world
+        self._world = world
         self._known: dict[Any, Cost] = {}
 
     def of(self, node: fx.Node) -> Cost:
@@ -72,9 +75,34 @@ class Costs:
         key = (self._program.form_of(node.meta["val"]), self._program.call_key(node))
         if key not in self._known:
             slice_numel = slice_on(self._hardware.device_type)
-            done = tuple(replace(work, slice_numel=slice_numel) for work in works(node, self._world))
+            world, together = self._ranks(node)
+            done = tuple(
+                replace(work, slice_numel=slice_numel, together=together if work.unit == LINK else None)
+                for work in works(node, world)
+            )
             self._known[key] = Cost(sum(seconds(work, self._hardware) for work in done), done)
         return self._known[key]
+
+    def _ranks(self, node: fx.Node) -> tuple[Size, int | None]:
+        """How many ranks a call is among, and how many of them a node of the machine has; None for as many as fit."""
+        mesh = self._program.mesh
+        if self._world is not None:
+            return self._world, None
+        if node.target not in ops.STARTS:
+            return mesh.size, None
+        axis = ops.axis_of(node)
+        return mesh.axes[axis], ranks_together(mesh, axis, self._hardware.devices_per_node)
+
+
+def ranks_together(mesh: Mesh, axis: str, devices_per_node: int) -> int | None:
+    """How many ranks of each group of an axis share a node of a machine that ranks fill node after node.
+
+    Of a group that is cut by the end of a node, as 3 ranks can be where a node has 8, the smallest part counts: its
+    links are those that all others wait for. None for all ranks, of which a node has as many as fit.
+    """
+    if axis == mesh.axis:
+        return None
+    return math.gcd(mesh.shard_size, devices_per_node) if axis == SHARD else max(devices_per_node // mesh.shard_size, 1)
 
 
 def seconds(work: Work, hardware: Hardware) -> Size:
@@ -92,7 +120,7 @@ def seconds(work: Work, hardware: Hardware) -> Size:
 def _alone(work: Work, hardware: Hardware) -> Size:
     """Seconds of some work that nothing precedes."""
     if work.unit == LINK:
-        return hardware.collective_s(work.collective, work.read_bytes, work.world)
+        return hardware.collective_s(work.collective, work.read_bytes, work.world, together=work.together)
     if work.unit == LOOKUP:
         return hardware.gather_s(work.num_bytes)
     dtype = rate_of(work.dtype)

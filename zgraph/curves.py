@@ -256,14 +256,14 @@ def collective_seconds(
     network: Network,
     num_bytes: Number,
     world: Number,
-    devices_per_node: int,
+    per_node: int,
 ) -> Number:
-    """A collective over nodes that are full but for the last: rings that pass through every device.
+    """A collective over nodes that have ``per_node`` ranks of it, but for the last: rings that pass through every one.
 
     The slower of the links inside a node and between nodes sets the pace of a ring, so its time is the longer of both,
     and the latency of each doubling of nodes is added. Nothing for a world of one.
     """
-    nodes = ceiling_of(world, devices_per_node)
-    local = minimum(world, devices_per_node)
+    nodes = ceiling_of(world, per_node)
+    local = minimum(world, per_node)
     paced = maximum(inside.seconds(num_bytes, world, local), network.seconds(kind, num_bytes, world, nodes, local))
     return minimum(world - 1, 1) * (paced + network.latency_s * logarithm_of(nodes))

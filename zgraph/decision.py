@@ -56,12 +56,12 @@ def decide(search: Search, budget: int) -> Plan:
 
 
 def _others(search: Search, best: Tried, budget: int) -> list[Tried]:
-    """The best other choice of each stage, number of micro-batches and recomputation: those that fit come first."""
+    """The best other of each stage, mesh, number of micro-batches and recomputation: those that fit come first."""
     tried = [tried for tried in search.tried.values() if tried is not None and tried.choice is not best.choice]
     found: dict[Any, Tried] = {}
     for each in sorted(tried, key=lambda tried: (tried.num_bytes > budget, tried.estimate.step_s, tried.num_bytes)):
         config = each.choice.config
-        found.setdefault((config.zero, config.accumulate, config.recompute), each)
+        found.setdefault((config.zero, config.shard_size, config.accumulate, config.recompute), each)
     return list(found.values())[:_NUM_REJECTED]
 
 

@@ -129,17 +129,21 @@ class Hardware:
         """Seconds of lookups in an embedding, by bytes read plus written."""
         return self.gather.seconds(num_bytes)
 
-    def collective_s(self, kind: str, num_bytes: Number, world: Number) -> Number:
+    def collective_s(self, kind: str, num_bytes: Number, world: Number, *, together: int | None = None) -> Number:
         """Seconds of a collective of ``world`` ranks that fill node after node; nothing for one rank.
+
+        The other ranks of its nodes may be in such collectives meanwhile: each device has its share of the network.
 
         Args:
             kind: one of ``KINDS``.
             num_bytes: of the full, unsharded tensor; for all_to_all, of the buffer that each rank sends from.
             world: ranks.
+            together: how many of them share a node; as many as it has devices if None.
         """
         if kind not in self.collectives:
             raise OptionError(f"collective {kind!r} is unknown", fix=f"one of {', '.join(KINDS)}")
-        return collective_seconds(kind, self.collectives[kind], self.network, num_bytes, world, self.devices_per_node)
+        per_node = self.devices_per_node if together is None else together
+        return collective_seconds(kind, self.collectives[kind], self.network, num_bytes, world, per_node)
 
     def transfer_s(self, source: str, target: str, num_bytes: Number, *, pinned: bool = True) -> Number:
         """Seconds to move bytes of one device between tiers while the node's other devices move as many.

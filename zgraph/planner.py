@@ -71,8 +71,10 @@ def plan(
         machine = machine.for_ranks(world_size)
     budget = parse_bytes(memory, "memory") if memory is not None else default_budget(machine)
     fixed = fixed_options(options)
+    config = Config.from_options(fixed)
+    config.mesh(world_size)  # or refuse
     built, optimizer = _built(model, optimizer)
-    check_arguments(built, optimizer, loss, weight, (), Config.from_options(fixed))
+    check_arguments(built, optimizer, loss, weight, (), config)
     captures = Captures(built, optimizer, call_of(batch, "batch"), loss, weight, check_metrics(metrics))
     return decide(Search(captures, machine, world_size, fixed), budget)
 

@@ -69,7 +69,8 @@ class Search:
         self, captures: Captures, hardware: Hardware, world: int, fixed: dict[str, Any], passes: Sequence[Pass] = ()
     ) -> None:
         self.captures, self.hardware, self.world, self.fixed, self._passes = captures, hardware, world, fixed, passes
-        self.members = family(captures.num_rows, world, fixed, is_long=len(captures.sizes) > 1)
+        is_long = len(captures.sizes) > 1
+        self.members = family(captures.num_rows, world, fixed, hardware.devices_per_node, is_long=is_long)
         self.tried: dict[Choice, Tried | None] = {}
         self._more_milder: dict[Choice, list[Choice]] = {choice: [] for choice in self.members}
         for choice in self.members:
@@ -214,7 +215,7 @@ class Search:
 
     def _predict(self, config: Config, num_blocks: int) -> tuple[Lowered, Prediction]:
         captured = self.captures.captured(config, num_blocks)
-        mesh = Mesh(self.world)
+        mesh = config.mesh(self.world)
         lowered = lower(captured, config, mesh, None, self._passes, hardware=self.hardware, prove=False)
         return lowered, predict(lowered, self.hardware, config.accumulate)
 
@@ -233,7 +234,8 @@ class Search:
     def least_bytes(self, choice: Choice) -> int:
         """Bytes that a rank holds at least where forward ends, without passes that shard."""
         config = choice.config
-        before = replace(config, zero=0, bucket_bytes=Config.bucket_bytes, keep_gathered=False, unshard=Config.unshard)
+        sharding = ("bucket_bytes", "keep_gathered", "shard_size", "unshard")
+        before = replace(config, zero=0, **{name: getattr(Config, name) for name in sharding})
         chosen_late = isinstance(config.recompute, float)  # by all passes together
         before = replace(before, recompute=None) if chosen_late else before
         if before not in self._held:
@@ -248,8 +250,8 @@ class Search:
         held = self._held[before]
         if not held:
             return 0
-        activations = 0 if chosen_late else 1
-        return int(self._extended([each.on_rank(config.zero, self.world, activations) for each in held]))
+        activations, divided_over = 0 if chosen_late else 1, config.mesh(self.world).shard_size
+        return int(self._extended([each.on_rank(config.zero, divided_over, activations) for each in held]))
 
 
 def _size(tried: Tried) -> tuple[int, float]:
@@ -298,7 +300,7 @@ class _Held:
         return cls(params, state // 4 if config.state_precision is not None else state, gradients, activations)
 
     def on_rank(self, zero: int, world: int, activations: float) -> float:
-        """Of one of so many ranks, with a ZeRO stage and a share of the activations."""
+        """Of one of so many ranks that divide state, with a ZeRO stage and a share of the activations."""
         divided = (self.params if zero == 3 else 0) + (self.state if zero else 0) + (self.gradients if zero > 1 else 0)
         whole = self.params + self.state + self.gradients + activations * self.activations
         return whole - divided * (1 - 1 / world)

@@ -1,8 +1,9 @@
 """A program played on a machine: when each call runs, and what is exposed.
 
-Each lane does one thing after another: ``issue`` (the host, which starts operators), ``compute``, and one for each
-process group. Node order is issue order. A collective starts when it has been issued, what was computed before it is
-there, and its lane is free; a wait holds up the computing that is issued after it.
+Each lane does one thing after another: ``issue`` (the host, which starts operators), ``compute``, and one for each axis
+of the mesh, whose process groups have links of their own: those inside of nodes, and those between them. Node order is
+issue order. A collective starts when it has been issued, what was computed before it is there, and its lane is free; a
+wait holds up the computing that is issued after it.
 
 Of the compute lane, from the start to the end of the last call on it, every second is one of three: its own work
 (``busy_s["compute"]``), waiting for communication (``exposed_s``), and waiting for the host (``starved_s``). Before a
@@ -99,7 +100,7 @@ def issued(program: Program, cost_of: Callable[[fx.Node], Cost]) -> list[Issued]
         if node.op != "call_function":
             continue
         index[node] = len(found)
-        lane = str(program.mesh.axis) if node.target in ops.STARTS else COMPUTE
+        lane = ops.axis_of(node) if node.target in ops.STARTS else COMPUTE
         waits_for = index[operand(node)] if node.target is ops.wait else None
         found.append(Issued(node, cost_of(node), lane, waits_for))
     return found

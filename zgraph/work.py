@@ -48,6 +48,7 @@ class Work:
         shape: batch, m, n and k of a matrix product.
         collective: one of ``zgraph.hardware.KINDS``, whose ``read_bytes`` are those of the whole.
         world: ranks that a collective is among.
+        together: how many of them share a node; as many as fit if None.
         is_known: whether a family claims the operator.
         num_operators: that are started; of a kernel, those of its body, for each slice of it.
         sliced_numel: elements that a kernel goes over slice by slice; 0 of all else.
@@ -65,6 +66,7 @@ class Work:
     shape: tuple[Size, ...] = ()
     collective: str = ""
     world: Size = 1
+    together: int | None = None
     is_known: bool = True
     num_operators: int = 1
     sliced_numel: Size = 0
