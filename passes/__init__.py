@@ -19,6 +19,7 @@ from zgraph.passes.quantize_communication import GatherQuantized, ReduceQuantize
 from zgraph.passes.recompute import EXPENSIVE, RecomputeModules
 from zgraph.passes.recompute_activations import RecomputeActivations
 from zgraph.passes.schedule import Schedule
+from zgraph.passes.secondary import KeepSecondaryShards
 from zgraph.passes.shard import AverageGradients, ReadParamsEarly, ShardGradients, ShardOptimizer, ShardParams
 from zgraph.passes.tidy import Tidy
 from zgraph.passes.unshard import Unshard
@@ -57,6 +58,7 @@ def default_passes(
             *((GatherInLowPrecision(),) if config.gather_precision == "bf16" and mesh.size > 1 else ()),
             *((GatherQuantized(),) if config.gather_precision == "int8" and mesh.size > 1 else ()),
             *((ReadGathered(),) if config.keep_gathered else ()),
+            *((KeepSecondaryShards(mesh),) if config.secondary_size is not None else ()),
         ),
     )
     then = (
@@ -115,6 +117,7 @@ __all__ = [
     "FormBuckets",
     "GatherInLowPrecision",
     "GatherQuantized",
+    "KeepSecondaryShards",
     "Overlap",
     "QuantizeState",
     "ReadGathered",

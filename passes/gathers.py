@@ -16,13 +16,15 @@ def prepares(start: fx.Node) -> set[fx.Node] | None:
         start: of a gather.
 
     Returns:
-        None if something else is sent.
+        None if something else is sent, such as a part of what has been gathered.
     """
     found: set[fx.Node] = set()
     stack = [start]
     while stack:
         for source in stack.pop().all_input_nodes:
             if source.op == "placeholder" and source.meta["input"].role is not Role.PARAM:
+                return None
+            if source.target is ops.wait:
                 return None
             if source.op == "call_function" and source not in found:
                 found.add(source)

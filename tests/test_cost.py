@@ -32,7 +32,7 @@ from zgraph.machines import preset
 from zgraph.passes import default_passes
 from zgraph.pipeline import run
 from zgraph.predict import predict
-from zgraph.program import REPLICA, SHARD, Mesh, Program, Role
+from zgraph.program import REPLICA, SECONDARY, SHARD, Mesh, Program, Role
 from zgraph.work import ATTENTION, LINK, LOOKUP, MATRIX, NOTHING, Work, num_bytes_of, works
 
 aten = torch.ops.aten
@@ -683,6 +683,9 @@ def test_collectives_inside_of_nodes_use_other_links_than_those_between_them() -
         (REPLICA, "all_reduce"): (4, 1),
         ("data", "all_reduce"): (32, None),
     }
+    mesh = Mesh(32, secondary=8)
+    assert mesh.groups(SECONDARY) == [range(8), range(8, 16), range(16, 24), range(24, 32)]
+    assert ranks_together(mesh, SECONDARY, 8) == 8
     gather = found[SHARD, "all_gather"]
     assert seconds(gather, H100) == H100.collective_s("all_gather", gather.read_bytes, 8), "as on one node"
 

@@ -169,6 +169,8 @@ def test_a_node_that_ranks_do_not_fill_is_refused_before_any_work() -> None:
     model, optimizer, _, _ = made("adamw")
     said = refusal(lambda: zgraph.simulate_ranks(model, optimizer, world_size=6, shard_size=4))
     assert said == "shard_size=4 does not divide the 6 ranks; give one of 1, 2, 3, 6"
+    said = refusal(lambda: zgraph.simulate_ranks(model, optimizer, world_size=6, secondary_size=4))
+    assert said == "secondary_size=4 does not divide the 6 ranks; give one of 2, 3, 6"
     assert "on a single rank" in refusal(lambda: zgraph.compile(model, optimizer, shard_size=2))
     assert not hasattr(model, "train_step")
 
@@ -181,6 +183,12 @@ def test_a_node_that_ranks_do_not_fill_is_refused_before_any_work() -> None:
         ({"shard_size": 0}, "is no number of ranks"),
         ({"shard_size": True}, "is no number of ranks"),
         ({"shard_size": 2.0}, "is no number of ranks"),
+        ({"secondary_size": 1}, "is no number of ranks; give 2 or more"),
+        ({"secondary_size": 2, "zero": 2}, "zero=2: backward gathers nothing from other nodes"),
+        ({"secondary_size": 2, "shard_size": 2}, "shard_size=2: backward gathers nothing"),
+        ({"secondary_size": 2, "unshard": 0.5}, "for what is gathered from all ranks twice"),
+        ({"secondary_size": 2, "gather_precision": "int8"}, "for what is gathered from all ranks twice"),
+        ({"secondary_size": 2, "keep_gathered": True, "accumulate": 2}, "which gathers nothing for backward"),
     ],
 )
 def test_numbers_that_say_nothing_are_refused(options: dict[str, Any], why: str) -> None:

@@ -124,6 +124,6 @@ class Captures:
 
 _DEFAULTS = Config()
 _ONLY_PASSES_READ = (
-    *SEARCHED[1:], "prefetch", "recompute_solver", "reduce_precision", "gather_precision", "state_precision",
-    "check_collectives", "check_memory",
+    *SEARCHED[1:], "secondary_size", "prefetch", "recompute_solver", "reduce_precision", "gather_precision",
+    "state_precision", "check_collectives", "check_memory",
 )  # fmt: skip

@@ -140,6 +140,11 @@ class Config:
             copy of all of it: only means of gradients, a ``shard_size``-th of them for each rank, travel between nodes
             (hybrid sharding: FSDP's HSDP; MiCS, Zhang et al., 2022). It must divide the number of ranks. By default all
             ranks divide state.
+        secondary_size: with ZeRO-3 over all ranks: so many ranks that follow each other, those of a node, keep what
+            forward has gathered of parameters, divided among them, and gather it from each other for backward: half as
+            much of them travels between nodes, for the memory of a ``secondary_size``-th of them in the dtype in which
+            they travel (ZeRO++'s hpZ: Wang et al., 2023). It must divide the number of ranks; where it is all of them,
+            there is one node, and nothing to keep.
         precision: None computes in the dtypes that the model has. ``"bf16"`` computes forward and backward in bfloat16
             as ``torch.autocast`` does: matrix products, convolutions and attention in bfloat16, losses and other sums
             in float32. Parameters, their gradients' means and optimizer state stay float32; what travels of a parameter
@@ -205,6 +210,7 @@ class Config:
     prefetch: int | None = None
     in_flight: int | None = 2
     shard_size: int | None = None
+    secondary_size: int | None = None
     precision: str | None = None
     loss_scale: float = 2.0**16
     loss_scale_interval: int = 2000
@@ -265,10 +271,27 @@ class Config:
                 f"in_flight with prefetch={config.prefetch}, which says how far ahead gathers are",
                 fix="leave one of them out",
             )
-        size: Any = config.shard_size
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-            raise OptionError(f"shard_size={size!r} is no number of ranks", fix="give a positive integer, or None")
-        if size is not None and config.zero == 0:
+        for name, least in (("shard_size", 1), ("secondary_size", 2)):
+            ranks: Any = getattr(config, name)
+            if ranks is not None and (isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < least):
+                raise OptionError(f"{name}={ranks!r} is no number of ranks", fix=f"give {least} or more, or None")
+        if config.secondary_size is not None and (config.zero < 3 or config.shard_size is not None):
+            given = f"zero={config.zero}" if config.zero < 3 else f"shard_size={config.shard_size}"
+            raise OptionError(
+                f"secondary_size with {given}: backward gathers nothing from other nodes",
+                fix="give zero=3 alone, or leave it out",
+            )
+        if config.secondary_size is not None and config.keep_gathered:
+            raise OptionError(
+                "secondary_size with keep_gathered, which gathers nothing for backward", fix="leave one of them out"
+            )
+        if config.secondary_size is not None and (config.gather_precision == "int8" or config.unshard):
+            given = f"unshard={config.unshard}" if config.unshard else "gather_precision='int8'"
+            raise OptionError(
+                f"secondary_size with {given}, which is for what is gathered from all ranks twice",
+                fix="leave one of them out",
+            )
+        if config.shard_size is not None and config.zero == 0:
             raise OptionError("shard_size with zero=0, which divides nothing", fix="give zero=1, 2 or 3, or omit it")
         if config.precision is not None and config.precision not in tuple(PRECISIONS):
             known_ones = " or ".join(map(repr, PRECISIONS))
@@ -355,17 +378,17 @@ class Config:
         """The mesh of so many ranks.
 
         Raises:
-            OptionError: ``shard_size`` does not fit it.
+            OptionError: ``shard_size`` or ``secondary_size`` does not fit it.
         """
-        size = self.shard_size
-        if size is None:
-            return Mesh(world)
-        if world == 1:
-            raise OptionError(f"shard_size={size} on a single rank", fix="run on several ranks, or leave it out")
-        if world % size:
-            fitting = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
-            raise OptionError(f"shard_size={size} does not divide the {world} ranks", fix=f"give one of {fitting}")
-        return Mesh(world, shard=size)
+        for name in ("shard_size", "secondary_size"):
+            size: int | None = getattr(self, name)
+            if size is not None and world == 1:
+                raise OptionError(f"{name}={size} on a single rank", fix="run on several ranks, or leave it out")
+            if size is not None and world % size:
+                first = 1 if name == "shard_size" else 2
+                fitting = ", ".join(str(n) for n in range(first, world + 1) if world % n == 0)
+                raise OptionError(f"{name}={size} does not divide the {world} ranks", fix=f"give one of {fitting}")
+        return Mesh(world, shard=self.shard_size, secondary=self.secondary_size)
 
     def inputs(self, numbers: Mapping[str, float], world: int) -> dict[str, float]:
         """What a step on ``world`` ranks is given for the ``numbers`` of its recipe.

@@ -16,7 +16,7 @@ from zgraph import ops
 from zgraph.codegen.kernel import slice_on
 from zgraph.curves import maximum, minimum
 from zgraph.hardware import Hardware
-from zgraph.program import SHARD, Mesh, Program
+from zgraph.program import REPLICA, Mesh, Program
 from zgraph.work import ATTENTION, FREE, LINK, LOOKUP, MATRIX, NOTHING, Size, Work, works
 
 _AS_FAST_AS = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
@@ -102,7 +102,9 @@ def ranks_together(mesh: Mesh, axis: str, devices_per_node: int) -> int | None:
     """
     if axis == mesh.axis:
         return None
-    return math.gcd(mesh.shard_size, devices_per_node) if axis == SHARD else max(devices_per_node // mesh.shard_size, 1)
+    if axis == REPLICA:
+        return max(devices_per_node // mesh.shard_size, 1)
+    return math.gcd(mesh.axes[axis], devices_per_node)
 
 
 def seconds(work: Work, hardware: Hardware) -> Size:

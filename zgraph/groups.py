@@ -54,7 +54,7 @@ def open_axes(group: dist.ProcessGroup | None, mesh: Mesh) -> None:
 
     They end with ``group``.
     """
-    known = _along.setdefault(group, {}) if group is not None and mesh.has_levels else {}
+    known = _along.setdefault(group, {}) if group is not None and len(mesh.axes) > 1 else {}
     for axis in mesh.axes:
         if group is None or axis == mesh.axis or (mesh, axis) in known:
             continue

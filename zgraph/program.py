@@ -112,6 +112,9 @@ SHARD = "shard"
 REPLICA = "replica"
 """The axis of the ranks that have the same place in every node."""
 
+SECONDARY = "secondary"
+"""The axis of the ranks inside a node, where state is divided over all ranks."""
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -127,14 +130,19 @@ class Mesh:
         size: how many ranks there are.
         axis: what collectives call all of them.
         shard: how many ranks in a row divide state among them; all of them if None. It divides ``size``.
+        secondary: how many ranks in a row, the axis ``SECONDARY``, are those of a node where ``shard`` is None.
     """
 
     size: int
     axis: str = "data"
     shard: int | None = None
+    secondary: int | None = None
 
     def __post_init__(self) -> None:
-        assert self.shard is None or (self.shard > 0 and self.size % self.shard == 0), self
+        for size in filter(None, (self.shard, self.secondary)):
+            assert size > 0, self
+            assert self.size % size == 0, self
+        assert self.shard is None or self.secondary is None, self
 
     @property
     def has_levels(self) -> bool:
@@ -154,8 +162,12 @@ class Mesh:
     @property
     def axes(self) -> dict[str, int]:
         """How many ranks a group of each axis has."""
-        inside = {SHARD: self.shard_size, REPLICA: self.size // self.shard_size} if self.has_levels else {}
-        return {self.axis: self.size, **inside}
+        found = {self.axis: self.size}
+        if self.has_levels:
+            found |= {SHARD: self.shard_size, REPLICA: self.size // self.shard_size}
+        if self.secondary is not None and 1 < self.secondary < self.size:
+            found[SECONDARY] = self.secondary
+        return found
 
     def groups(self, axis: str) -> list[range]:
         """The groups of an axis: each rank is in one of them."""

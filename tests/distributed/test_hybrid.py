@@ -25,8 +25,9 @@ def train_as_simulated(optimizer: str, options: dict[str, Any]) -> dict[str, Any
     rank, num_ranks = world()
     model, mine, other, theirs = made(optimizer, torch.float32)
     torch.manual_seed(rank)  # as the simulation draws
-    compiled = zgraph.compile(model, optimizer=mine, shard_size=2, **options)
-    simulated = zgraph.simulate_ranks(other, theirs, world_size=num_ranks, shard_size=2, **options)
+    nodes = {} if "secondary_size" in options else {"shard_size": 2}
+    compiled = zgraph.compile(model, optimizer=mine, **nodes, **options)
+    simulated = zgraph.simulate_ranks(other, theirs, world_size=num_ranks, **nodes, **options)
     for parts in batches(num_ranks, dtype=torch.float32):
         loss, expected = compiled.train_step(*parts[rank]), simulated.train_step(parts)
         torch.testing.assert_close(loss, expected)  # an all-reduce of four adds up in an order of its own
@@ -45,6 +46,7 @@ def train_as_simulated(optimizer: str, options: dict[str, Any]) -> dict[str, Any
 CHOICES: list[tuple[str, dict[str, Any]]] = [
     ("adamw", {"zero": 3, "clip_norm": 0.1, "accumulate": 2, "keep_gathered": True, "bucket_bytes": 256, "ema": 0.9}),
     *slow(
+        ("adamw", {"zero": 3, "secondary_size": 2, "accumulate": 2, "precision": "bf16", "bucket_bytes": 256}),
         ("muon_and_adam", {"zero": 3, "bucket_bytes": 256}),
         ("muon_and_adam", {"zero": 2, "check_collectives": True}),
         ("adamw", {"zero": 3, "precision": "fp16", "bucket_bytes": 256, "clip_norm": 0.1}),
@@ -65,6 +67,13 @@ def test_bytes_are_counted_by_axis(ranks: Ranks) -> None:
         assert found["reduce_scatter along shard"] == {"count": 1, "bytes": whole // 2 * 4}
         assert found["all_reduce along replica"] == {"count": 1, "bytes": whole // 2 * 4}
         assert found["all_reduce"]["count"] == 1
+
+
+def test_with_secondary_shards_backward_gathers_inside_of_nodes(ranks: Ranks) -> None:
+    whole = 256  # elements of the only bucket, padded for four ranks to multiples of 16
+    for found in ranks.run(train_as_simulated, "adamw", {"zero": 3, "secondary_size": 2}, world=4):
+        assert found["all_gather"] == {"count": 1, "bytes": whole * 3 // 4 * 4}
+        assert found["all_gather along secondary"] == {"count": 1, "bytes": whole // 2 * 4}
 
 
 def save_and_go_on(shard_size: int | None) -> None:
