@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from tests.reference import assert_equal, slow
 from zgraph import ops
 from zgraph.config import Config
 from zgraph.errors import OptionError
-from zgraph.program import REPLICA, SHARD, Role
+from zgraph.program import REPLICA, SHARD, Mesh, Role
 
 RANKS = [(4, 2), *slow((6, 3), (6, 2), (4, 1), (4, 4), (8, 4))]
 """How many ranks there are, and in a node."""
@@ -157,6 +158,23 @@ def test_nodes_that_have_parted_are_told_of() -> None:
             simulated._values[3][what] = value + 1
     with pytest.raises(zgraph.ZgraphError, match="has another value on rank 2 than on rank 0"):
         simulated.state_dict()
+
+
+@dataclass(frozen=True)
+class CountAnotherNode(zgraph.Pass):
+    """Say that there are more nodes than there are, which no collective inside of one would show."""
+
+    takes = gives = zgraph.Stage.SHARDED
+
+    def rewrite(self, program: zgraph.Program) -> None:
+        program.mesh = Mesh(6, shard=2)
+
+
+def test_a_pass_cannot_change_the_ranks_that_divide_state() -> None:
+    model, optimizer, _, _ = made("adamw")
+    simulated = zgraph.simulate_ranks(model, optimizer, world_size=4, shard_size=2, zero=1, passes=[CountAnotherNode()])
+    with pytest.raises(zgraph.ZgraphError, match="CountAnotherNode changed the mesh"):
+        simulated.train_step(batches(4, 1)[0])
 
 
 def refusal(call: Callable[[], object]) -> str:

@@ -76,9 +76,9 @@ class Group:
         self.axes: dict[str, Any] = {}
         self._along = ""
 
-    def be_axis(self, name: str, traffic: Traffic) -> None:
+    def count_along(self, axis: str, traffic: Traffic) -> None:
         """Count what is sent here as what is sent along an axis."""
-        self.traffic, self._along = traffic, f" along {name}"
+        self.traffic, self._along = traffic, f" along {axis}"
 
     def _count(self, operation: str, num_bytes: int) -> None:
         self.traffic.add(operation + self._along, num_bytes)

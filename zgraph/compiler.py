@@ -134,7 +134,6 @@ def compile(  # noqa: A001
                 f"the model has an attribute {name!r}, which zgraph.compile would hide", fix="rename the attribute"
             )
     group = process_group()
-    config.mesh(1 if group is None else dist.get_world_size(group))  # or refuse
     if plan is not None:
         _check_plan(plan, group, model)
     runtime = _Runtime(model, optimizer, loss, weight, check_metrics(metrics), config, group, tuple(passes), budget)

@@ -145,9 +145,9 @@ class DirectComm(Group):
         self._pairs.traffic = self.traffic
         self._message_bytes, self._passing_bytes = message_bytes, passing_bytes
 
-    def be_axis(self, name: str, traffic: Traffic) -> None:
-        super().be_axis(name, traffic)
-        self._pairs.be_axis(name, traffic)
+    def count_along(self, axis: str, traffic: Traffic) -> None:
+        super().count_along(axis, traffic)
+        self._pairs.count_along(axis, traffic)
 
     def all_gather(self, shard: torch.Tensor, out: torch.Tensor | None = None) -> _Started | Transfer:
         if shard.nbytes <= self._message_bytes:

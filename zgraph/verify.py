@@ -42,6 +42,7 @@ class Verifier:
         self._reference = reference
         self._constants = {name: (tensor, tensor._version) for name, tensor in reference.constants.items()}
         self._layout = reference.layout
+        self._mesh = reference.mesh if reference.stage >= Stage.SHARDED else None
         self._axioms: tuple[Axiom, ...] = ()
         self._terms = Terms()
         self._numbers: Numbers = {}
@@ -106,16 +107,19 @@ class Verifier:
         if returned != self._returned:
             check.results(self._wanted, self._expected, found)
         self._look, self._found, self._twins, self._layout = look, found, {}, program.layout
+        self._mesh = program.mesh if program.stage >= Stage.SHARDED else None
         self._rules, self._returned = rules, returned
 
     def _check_facts(self, program: Program, after: str) -> None:
-        """What no pass may touch is as it was: constants, and buckets once they exist."""
+        """What no pass may touch is as it was: constants, buckets that exist, and the ranks that divide them."""
         for name, (tensor, version) in self._constants.items():
             if tensor._version != version:
                 raise VerifyError(f"{after} wrote to the constant {name}, which is the user's", fix=MISTAKE_IN_PASS)
         before, now = self._layout, program.layout
         if before is not None and (now is None or _stored(now) != _stored(before)):
             raise VerifyError(f"{after} changed the buckets, which state is already stored in", fix=MISTAKE_IN_PASS)
+        if self._mesh is not None and program.mesh != self._mesh:
+            raise VerifyError(f"{after} changed the mesh, over which state is already divided", fix=MISTAKE_IN_PASS)
 
 
 def verify(program: Program, *, after: str, reference: Program | None = None) -> None:

@@ -27,7 +27,7 @@ def make_comm(group: dist.ProcessGroup | None, devices: set[str], mesh: Mesh | N
         for name in mesh.axes:
             if name != mesh.axis:
                 whole.axes[name] = along = _make(axis_group(group, mesh, name), devices)
-                along.be_axis(name, whole.traffic)
+                along.count_along(name, whole.traffic)
     return whole
 
 
