@@ -21,7 +21,7 @@ from zgraph.machines import preset
 from zgraph.passes import Overlap, Schedule, default_passes
 from zgraph.passes.schedule import GAIN, _costs, _held, _put, _Step
 from zgraph.pipeline import run
-from zgraph.program import Mesh, Phase, Program, Stage, operand
+from zgraph.program import REPLICA, SHARD, Mesh, Phase, Program, Stage, operand
 from zgraph.timeline import least_s, play
 
 aten = torch.ops.aten
@@ -38,8 +38,10 @@ SLOW, FAST = machine(1e-5), machine(1e-6)
 CPU = machine(1e-5, "cpu")
 
 
-def sharded(program: Program, zero: int = 3, world: int = 2, bucket_bytes: int = 1) -> Program:
-    passes = default_passes(Config(zero, bucket_bytes), Mesh(world))
+def sharded(program: Program, zero: int = 3, world: int = 2, bucket_bytes: int = 1, **nodes: int) -> Program:
+    """Ranks with nodes of ``shard`` ranks that divide state, or ``secondary`` that keep what forward has gathered."""
+    config = Config(zero, bucket_bytes, secondary_size=nodes.get("secondary"))
+    passes = default_passes(config, Mesh(world, **nodes))
     return run([p for p in passes if p.gives < Stage.SCHEDULED], program).program
 
 
@@ -201,6 +203,115 @@ def test_memory_in_flight_is_taken_only_where_it_saves_time() -> None:
     peaks, times = [peak(each, SLOW) for each in by_limit], [seconds(each, SLOW) for each in by_limit]
     assert peaks[0] == least_peak < peaks[1] <= least_peak + 2 * bucket_bytes
     assert times[1] < times[0] * (1 - GAIN) < seconds(program, SLOW) * (1 - GAIN)
+
+
+def test_what_a_node_has_reduced_sets_out_for_the_others_as_it_arrives() -> None:
+    """Both axes have links of their own, so that the next reduction inside of the node goes on meanwhile."""
+    captured = blocks(2)
+    program = Schedule(SLOW, None)(sharded(captured, world=4, shard=2))
+    assert_same_step(program, captured)
+    assert_expected_inline(
+        order(program).partition("mm backward")[2],
+        """\
+
+mm backward
+reduce_scatter 3
+wait 2
+all_gather 1
+mm backward
+mm backward
+reduce_scatter 2
+wait 3
+all_reduce 3
+wait 1
+mm backward
+mm backward
+reduce_scatter 1
+wait 2
+all_reduce 2
+wait 3
+update 3
+mm backward
+reduce_scatter 0
+wait 1
+all_reduce 1
+wait 0
+all_reduce 0
+wait 2
+update 2
+wait 1
+update 1
+wait 0
+update 0
+all_reduce loss
+wait loss""",
+    )
+    events = [event for event in play(program, SLOW).events if event.lane in (SHARD, REPLICA)]
+    inside, between = ([(e.start_s, e.end_s) for e in events if e.lane == lane] for lane in (SHARD, REPLICA))
+    assert any(a < d and c < b for a, b in inside for c, d in between)
+    assert seconds(program, SLOW) <= min(
+        seconds(Overlap(n, 2**62)(sharded(blocks(2), world=4, shard=2)), SLOW) for n in (0, 1, 2)
+    )
+
+
+@few_examples(12)
+@given(
+    recipes(),
+    st.sampled_from([1, 2, 3]),
+    st.sampled_from([1, 200]),
+    machines,
+    st.sampled_from(IN_FLIGHT),
+    st.booleans(),
+)
+def test_the_order_with_nodes_changes_no_value(
+    recipe: Recipe, zero: int, bucket_bytes: int, hardware: Hardware, in_flight: int | None, late: bool
+) -> None:
+    captured = build(recipe)
+    for nodes in ({"shard": 2}, {"secondary": 2}) if zero == 3 else ({"shard": 2},):
+        program = sharded(captured, zero, 4, bucket_bytes, **nodes)
+        least_peak, num_bytes = with_nothing_in_flight(program, hardware)
+        made = Schedule(hardware, in_flight)(program)
+        assert_same_step(made, captured, late=late)
+        assert in_flight is None or peak(made, hardware) <= least_peak + in_flight * num_bytes
+
+
+def test_parts_that_are_kept_are_gathered_for_backward_no_earlier_than_forward_has_read_them() -> None:
+    captured = blocks(2)
+    program = Schedule(SLOW, None)(sharded(captured, world=4, secondary=2))
+    assert_same_step(program, captured)
+    assert_expected_inline(
+        order(program).partition("wait 3")[2],
+        """\
+
+all_gather 3
+mm forward
+wait 3
+all_gather 2
+mm backward
+mm backward
+reduce_scatter 3
+wait 2
+all_gather 1
+mm backward
+mm backward
+reduce_scatter 2
+wait 3
+update 3
+wait 1
+mm backward
+mm backward
+reduce_scatter 1
+wait 2
+update 2
+mm backward
+reduce_scatter 0
+wait 1
+update 1
+wait 0
+update 0
+all_reduce loss
+wait loss""",
+    )
 
 
 def test_a_step_with_a_norm_of_all_gradients_takes_gradients_up_as_they_arrive_and_updates_behind_it() -> None:
