@@ -340,8 +340,8 @@ EDITS = [
     Edit(
         "padding counts as elements of parameters",
         "quantize",
-        "starts, stops = flat.ranges()",
-        "starts, stops = flat.ranges()[0], [*flat.ranges()[1][:-1], flat.numel]",
+        "*flat.ranges(), flat.numel,",
+        "flat.ranges()[0], [*flat.ranges()[1][:-1], flat.numel], flat.numel,",
         Refusal.PADDING,
         on_request=True,
     ),
