@@ -75,9 +75,10 @@ def default_passes(
         *((QuantizeState(),) if config.state_precision == "int8" else ()),
         _order(config, hardware),
         UpdateInPlace(),
-        *((Unshard(config.unshard, hardware),) if config.zero == 3 and mesh.size > 1 else ()),
     )
-    passes = (Tidy(), *_recompute(config, hardware, then), *then)
+    # What stays gathered is decided last, where there is room beside all else; it is not in the way of what is dropped.
+    unshard = (Unshard(config.unshard, hardware),) if config.zero == 3 and mesh.size > 1 else ()
+    passes = (Tidy(), *_recompute(config, hardware, then), *then, *unshard)
     last = {p.gives: p for p in passes}
     return tuple(q for p in passes for q in (p, *(o for o in own if last.get(o.takes) is p)))
 

@@ -100,4 +100,4 @@ class _Chosen:
         copies = dict(zip(self.program.graph.nodes, copy.graph.nodes, strict=True))
         make_again(copy, {copies[node] for node in self.profile.again(choice.dropped)})
         tried = run(self.made.then, copy, prove=False).program
-        return footprint(tried, staged=self.made.hardware.device_type == "cpu").peak_bytes
+        return footprint(tried, staged=self.made.hardware.is_staged).peak_bytes

@@ -69,7 +69,7 @@ class Schedule(Pass):
 
     def rewrite(self, program: Program) -> None:
         costs = _costs(program, self.hardware)
-        staged = self.hardware.device_type == "cpu"
+        staged = self.hardware.is_staged
         given = list(_calls(program))
 
         def seconds() -> float:

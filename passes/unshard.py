@@ -60,8 +60,9 @@ class Unshard(Pass):
     def _is_staged(self, program: Program) -> bool:
         """Whether collectives are zgraph's own transfers: see ``zgraph.liveness.lifetimes``."""
         assert program.layout is not None
-        known = self.hardware
-        return (known.device_type if known else program.layout.buckets[0].device.type) == "cpu"
+        if self.hardware is not None:
+            return self.hardware.is_staged
+        return program.layout.buckets[0].device.type == "cpu"
 
     def _free(self, program: Program, twice: list[_Twice]) -> list[_Twice]:
         """What can stay without a higher peak."""

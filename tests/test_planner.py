@@ -293,6 +293,7 @@ def test_blocks_that_repeat_are_planned_as_if_all_were_captured(tight: bool, mon
     memory = deep().chosen.reserved_bytes - 1 if tight else 2**30
     folded = deep(memory=memory)
     monkeypatch.setattr(captures, "SIZES", (100, 102))
+    monkeypatch.setattr(choices, "LEVELS", choices.CHAINED["recompute"])
     whole = deep(memory=memory)
     assert replace(folded, rejected=()) == replace(whole, rejected=())
 

@@ -16,7 +16,7 @@ from zgraph.config import Config
 from zgraph.cost import Costs
 from zgraph.footprint import footprint
 from zgraph.machines import preset
-from zgraph.passes import default_passes
+from zgraph.passes import Unshard, default_passes
 from zgraph.passes.again import make_again
 from zgraph.pipeline import run
 from zgraph.program import Mesh, Program
@@ -32,7 +32,7 @@ class Case:
     """A program, what is foreseen of it, and what the passes make of it."""
 
     def __init__(self, captured: Program, config: Config, world: int) -> None:
-        tidy, *self.then = default_passes(config, Mesh(world))
+        tidy, *self.then = (p for p in default_passes(config, Mesh(world)) if not isinstance(p, Unshard))
         self.program = run([tidy], captured, prove=False).program
         scheduled = run(self.then, marked(self.program), prove=False).program
         self.profile = Profile(self.program, scheduled, H100)

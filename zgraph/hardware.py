@@ -95,6 +95,11 @@ class Hardware:
     sources: str = ""
     variants: Mapping[int, Hardware] = field(default_factory=dict, hash=False)
 
+    @property
+    def is_staged(self) -> bool:
+        """Whether collectives hold what they receive beside their result: see ``zgraph.liveness.lifetimes``."""
+        return self.device_type == "cpu" and not self.reads_peers
+
     def matmul_s(self, dtype: torch.dtype, batch: Number, m: Number, n: Number, k: Number) -> Number:
         """Seconds of a batched matrix product (m, k) @ (k, n), launching it not included.
 

@@ -91,7 +91,7 @@ def predict(lowered: Lowered, hardware: Hardware, accumulate: int = 1) -> Predic
         accumulate: how many micro-batches a step has.
     """
     is_cpu = hardware.device_type == "cpu"
-    staged = is_cpu and not hardware.reads_peers
+    staged = hardware.is_staged
     timelines = tuple(play(program, hardware) for program in lowered.programs)
     if is_cpu:
         arenas = [place(program, staged=staged) for program in lowered.programs]

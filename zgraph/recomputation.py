@@ -119,7 +119,7 @@ class Profile:
     def _read_schedule(self, scheduled: Program) -> None:
         """Divide what is held into memory of forward, gathers of backward, and all else."""
         nodes = list(scheduled.graph.nodes)
-        staged = self.hardware.device_type == "cpu"
+        staged = self.hardware.is_staged
         self.num_positions = len(nodes)
         held = footprint(scheduled, staged=staged).alive_bytes
         alive = np.array(held, dtype=np.int64)
@@ -168,11 +168,12 @@ class Profile:
         self._gathered: dict[str, tuple[int, float]] = {}
         layout = scheduled.layout
         if layout is not None and layout.shard_params and scheduled.mesh.shard_size > 1:
-            self._bucket_of = {s.name: bucket.name for bucket in layout.buckets for s in bucket.segments}
             costs = Costs(scheduled, self.hardware)
             for node in scheduled.graph.find_nodes(op="call_function", target=ops.all_gather):
                 name = node.meta["origin"].module
                 self._gathered.setdefault(name, (node.meta["val"].nbytes, float(costs.of(node).seconds)))
+            gathered = [bucket for bucket in layout.buckets if bucket.name in self._gathered]  # others are whole
+            self._bucket_of = {s.name: bucket.name for bucket in gathered for s in bucket.segments}
 
     @staticmethod
     def _is_of_backward(node: fx.Node, known: Mapping[str, _Gather]) -> bool:
@@ -369,8 +370,8 @@ class Profile:
         while stack:
             node = stack.pop()
             what = node.meta.get("input")
-            if what is not None and what.role is Role.PARAM:
+            if what is not None and what.role is Role.PARAM and what.name in self._bucket_of:
                 found.add(self._bucket_of[what.name])
-            elif self.owner[node] not in self.lives:
+            elif what is None and self.owner[node] not in self.lives:
                 stack.extend(node.all_input_nodes)
         return found
