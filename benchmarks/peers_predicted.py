@@ -37,8 +37,6 @@ class Software:
         flash_1: attention is FlashAttention's first version.
         broadcasts: each rank sends what it has updated to all others, one rank after the other.
         keeps_last: backward of the last block, and of what is behind it, reads what forward has gathered (torchtitan).
-        frees_late: what is gathered is free again when the second gather behind its last reader starts, since the host
-            waits for it only then (FSDP1's ``record_stream`` and limit of gathers).
         reduces_last: gradients are averaged over the ranks with the last micro-batch only.
     """
 
@@ -54,7 +52,6 @@ class Software:
     flash_1: bool = False
     broadcasts: bool = False
     keeps_last: bool = False
-    frees_late: bool = False
 
 
 @dataclass(frozen=True)
@@ -256,7 +253,7 @@ def _software(row: Row) -> Software:
         # Each block is compiled; embedding, head and loss are not.
         kind = "graph_trainer" if "graph_trainer" in name else "compile" if compiled else "eager"
         return Software(f"torchtitan {kind}", "blocks" if compiled else "", copies_out=copies,
-                        every_second=True, keeps_last=keeps_last, frees_late="fsdp1" in text)  # fmt: skip
+                        every_second=True, keeps_last=keeps_last)  # fmt: skip
     if "llm-foundry" in name:
         # Its optimizer is a loop over parameters in Python, an operator at a time; its attention, FlashAttention 1.
         return Software("llm-foundry", reduce="bfloat16" if "PURE" in row["precision"] else "float32",

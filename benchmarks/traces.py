@@ -434,7 +434,6 @@ def _trace(program: Program, case: Case, *, is_last: bool) -> Trace:
     until = (
         _cached(nodes, runs) if software.every_second and not software.fused and case.recompute == "operators" else {}
     )
-    gathers = [i for i, n in enumerate(nodes) if n.target is ops.all_gather and phase_of(n) is not Phase.UPDATE]
     for held in footprint(program, staged=False, fusion=fusion).holdings:
         node = nodes[held.first]
         if held.first == 0 and node.op == "placeholder":
@@ -443,9 +442,6 @@ def _trace(program: Program, case: Case, *, is_last: bool) -> Trace:
         elif node.target is ops.all_gather and phase_of(node) is not Phase.UPDATE:
             # What is gathered is memory of the stream that gathers; FSDP2 copies it from there to each parameter.
             arrived = next(i for i in range(held.first, held.last + 1) if nodes[i] in node.users)
-            if software.frees_late:
-                later = [i for i in gathers if i > held.last]
-                held = replace(held, last=later[1] if len(later) > 1 else held.last)
             holdings.append(replace(held, module=GATHER, last=arrived if software.copies_out else held.last))
             if software.copies_out:
                 holdings.append(replace(held, first=arrived))
