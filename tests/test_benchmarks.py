@@ -179,7 +179,7 @@ def test_quick_run_compares_every_peer(tmp_path: Path) -> None:
         if name != "local":
             assert results[name]["collectives"]
             assert results[name]["losses"] == pytest.approx(results["single"]["losses"], rel=1e-5)
-            if results[name]["settings"]["private_network"]:
+            if results[name]["settings"]["private_network"] and not name.startswith("zgraph"):  # whose ranks may read
                 assert results[name]["wire_bytes"] > results[name]["num_parameters"] * 4
 
 

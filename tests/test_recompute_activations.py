@@ -68,7 +68,7 @@ def test_what_frees_most_for_its_seconds_goes_first() -> None:
 
 @pytest.mark.slow
 @given(LAYERS, st.sampled_from([4, 64]), st.sampled_from([1, 200, 10**6]), st.sampled_from([(1, 3), (2, 3), (3, 1)]))
-@few_examples(80)
+@few_examples(10)
 def test_more_level_is_never_a_higher_peak_nor_less_to_compute(
     layers: list[tuple[str, int]], rows: int, bucket_bytes: int, ranks: tuple[int, int]
 ) -> None:

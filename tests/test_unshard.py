@@ -90,6 +90,12 @@ def test_ranks_compute_the_captured_step(step: Any, share: float) -> None:
             assert_same_step(program, captured, late=late)
 
 
+def is_staged(machine: str) -> bool:
+    """Whether collectives hold what they receive beside their result; a machine that is not known may be a CPU."""
+    known = MACHINES[machine]
+    return known is None or known.is_staged
+
+
 @pytest.mark.slow
 @few_examples(20)
 @given(recipes(), st.sampled_from([1, 200, 1000]), st.integers(2, 4), st.sampled_from(sorted(MACHINES)))
@@ -97,7 +103,7 @@ def test_what_stays_by_itself_costs_no_peak_and_all_may_stay(
     recipe: Recipe, bucket_bytes: int, num_ranks: int, machine: str
 ) -> None:
     captured, config = build(recipe), Config(bucket_bytes=bucket_bytes)
-    twice, staged = gathered_twice(captured, config, num_ranks), machine != "gpu"
+    twice, staged = gathered_twice(captured, config, num_ranks), is_staged(machine)
     once = lowered(captured, config, num_ranks, MACHINES[machine])
     assert footprint(once, staged=staged).peak_bytes <= footprint(twice, staged=staged).peak_bytes
     every = lowered(captured, replace(config, unshard=1), num_ranks, MACHINES[machine])
