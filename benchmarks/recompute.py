@@ -28,7 +28,7 @@ from zgraph.config import Config
 from zgraph.footprint import footprint
 from zgraph.frontier import frontier
 from zgraph.machines import preset
-from zgraph.passes import default_passes
+from zgraph.passes import Unshard, default_passes
 from zgraph.passes.again import make_again
 from zgraph.pipeline import run
 from zgraph.presets import Decoder, find_model
@@ -102,7 +102,7 @@ class Case:
             model, _ = build()
         batch = tuple(torch.empty_like(tensor, device="cpu") for tensor in build_batch_of(build))
         captured = capture(model, torch.optim.AdamW(model.parameters()), batch, {}, config=Config())
-        tidy, *self._then = default_passes(Config(), Mesh(WORLD))
+        tidy, *self._then = (p for p in default_passes(Config(), Mesh(WORLD)) if not isinstance(p, Unshard))
         self.program = run([tidy], captured, prove=False).program
         scheduled = run(self._then, marked(self.program), prove=False).program
         self.profile = Profile(self.program, scheduled, preset(HARDWARE))

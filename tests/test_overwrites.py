@@ -93,7 +93,7 @@ def test_what_is_sent_must_stay_until_it_has_arrived() -> None:
     b = Builder()
     x = b.input(Role.BATCH, "0", shape=[16])
     sent = b.forward(aten.exp.default, x)
-    start = b.forward(ops.reduce_scatter, sent, "sum", 2, "ranks")
+    start = b.forward(ops.reduce_scatter, sent, "sum", 2, "data")
     meanwhile = b.forward(aten.neg.default, x)
     done = b.forward(ops.wait, start)
     sums = [b.forward(aten.sum.default, each) for each in (done, meanwhile)]

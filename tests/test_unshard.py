@@ -42,9 +42,9 @@ def lowered(captured: Program, config: Config, num_ranks: int = 2, machine: Hard
     return run(default_passes(config, Mesh(num_ranks), hardware=machine), captured).program
 
 
-def gathered_twice(captured: Program, config: Config, num_ranks: int = 2) -> Program:
+def gathered_twice(captured: Program, config: Config, num_ranks: int = 2, machine: Hardware | None = None) -> Program:
     """As if nothing ever stayed."""
-    passes = [p for p in default_passes(config, Mesh(num_ranks)) if not isinstance(p, Unshard)]
+    passes = [p for p in default_passes(config, Mesh(num_ranks), hardware=machine) if not isinstance(p, Unshard)]
     return run(passes, captured).program
 
 
@@ -103,7 +103,7 @@ def test_what_stays_by_itself_costs_no_peak_and_all_may_stay(
     recipe: Recipe, bucket_bytes: int, num_ranks: int, machine: str
 ) -> None:
     captured, config = build(recipe), Config(bucket_bytes=bucket_bytes)
-    twice, staged = gathered_twice(captured, config, num_ranks), is_staged(machine)
+    twice, staged = gathered_twice(captured, config, num_ranks, MACHINES[machine]), is_staged(machine)
     once = lowered(captured, config, num_ranks, MACHINES[machine])
     assert footprint(once, staged=staged).peak_bytes <= footprint(twice, staged=staged).peak_bytes
     every = lowered(captured, replace(config, unshard=1), num_ranks, MACHINES[machine])
