@@ -21,7 +21,7 @@ from torch.optim import SGD, AdamW, Optimizer
 import zgraph
 from tests.ranks import Ranks
 from tests.reference import world
-from zgraph import compiler
+from zgraph import runtime
 from zgraph.errors import RankError, StateError, ZgraphError
 
 
@@ -243,7 +243,7 @@ def count_sources() -> int:
 def test_a_bounded_number_of_steps_is_kept_and_who_needs_more_is_told_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(compiler, "NUM_KEPT_STEPS", 2)
+    monkeypatch.setattr(runtime, "NUM_KEPT_STEPS", 2)
     model = Scaled()
     zgraph.compile(model, optimizer=SGD(model.parameters(), lr=0.0))
     programs, num_sources = [], count_sources()

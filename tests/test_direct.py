@@ -16,7 +16,7 @@ from torch import nn
 import zgraph
 from tests.ranks import Ranks, RanksError
 from tests.test_comm import DTYPES, everyones, group, made, pids
-from zgraph import compiler
+from zgraph import runtime
 from zgraph.comm import Comm, PointToPointComm
 from zgraph.direct import DirectComm
 from zgraph.errors import RankError
@@ -146,7 +146,7 @@ def train(zero: int) -> None:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(96, 200), nn.Tanh(), nn.Linear(200, 96))
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-        with mock.patch.object(compiler, "make_comm", choose):
+        with mock.patch.object(runtime, "make_comm", choose):
             step = zgraph.compile(
                 model, optimizer=optimizer, loss=lambda y, x: (y - x).square().mean(), zero=zero, bucket_bytes=50000
             )

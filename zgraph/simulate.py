@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from zgraph.agreement import Agreement
 from zgraph.batches import Call, MicroBatches, call_of, micro_batches, name_of
 from zgraph.capture import capture
-from zgraph.compiler import check_arguments, functions_by_name
+from zgraph.compiler import check_arguments
 from zgraph.config import Config, check_numbers
 from zgraph.errors import OptimizerError, OptionError, RankError, StateError, ZgraphError
 from zgraph.execute import initial_state, initial_value, without_unmade
@@ -32,6 +32,7 @@ from zgraph.metrics import Metric, by_name, check_metrics
 from zgraph.optimizer_state import Forms, OptimizerState, check_agreement, forms_by_parameter, stored_form
 from zgraph.pipeline import Pass
 from zgraph.program import OF_PARAMETERS, Input, Program, Role, describe
+from zgraph.runtime import functions_by_name
 from zgraph.skipping import NUM_SKIPPED, report
 from zgraph.tracing import forget
 from zgraph.update import check_step, hyperparameters
