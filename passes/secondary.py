@@ -8,9 +8,10 @@ import torch
 from torch import fx
 
 from zgraph import ops
+from zgraph.passes.gathers import gathers_of_params
 from zgraph.passes.tidy import remove_dead
 from zgraph.pipeline import Pass
-from zgraph.program import SECONDARY, Mesh, Origin, Phase, Program, Role, Stage, operand
+from zgraph.program import SECONDARY, Mesh, Origin, Phase, Program, Stage
 
 aten = torch.ops.aten
 
@@ -38,16 +39,12 @@ class KeepSecondaryShards(Pass):
             return
         size = self.mesh.axes[SECONDARY]
         gathered: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
-        for start in program.graph.find_nodes(op="call_function", target=ops.all_gather):
-            sent, (wait,) = operand(start), start.users
-            param = operand(sent) if sent.target is aten._to_copy.default else sent
-            if param.op != "placeholder" or param.meta["input"].role is not Role.PARAM:
-                continue
+        for start, wait, param in gathers_of_params(program):
             origin: Origin = start.meta["origin"]
-            key = param, sent.meta["val"].dtype
+            key = param, wait.meta["val"].dtype
             if origin.phase is Phase.FORWARD:
                 gathered[key] = wait
-            elif origin.phase is Phase.BACKWARD and key in gathered:
+            elif key in gathered:
                 whole = gathered[key]
                 of_forward, before = whole.meta["origin"], whole.next
                 part = program.call(ops.shard, whole, size, SECONDARY, origin=of_forward, before=before)
