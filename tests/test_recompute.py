@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 import zgraph
 from tests.choices import pairwise
-from tests.models import CASES
 from tests.programs import Builder, assert_identical, assert_same_step, blocks, few_examples, param, values_for
 from tests.ranks import Ranks
+from tests.recomputing import OPTIONS, trained
 from tests.reference import train_like_eager
 from zgraph import ops
 from zgraph.capture import capture
@@ -214,16 +214,6 @@ def test_ranks_compute_the_captured_step(zero: int, dropout: bool) -> None:
             assert_same_step(program, captured, late=late)
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "ZeRO-3": {"zero": 3},
-    "ZeRO-2": {"zero": 2, "precision": "bf16"},
-    "ZeRO-1": {"zero": 1, "accumulate": 2, "clip_norm": 0.5, "reduce_precision": "bf16"},
-    "ZeRO-0": {"zero": 0, "precision": "fp16", "accumulate": 2},
-    "kept gathered": {"zero": 3, "precision": "bf16", "accumulate": 2, "keep_gathered": True, "ema": 0.9},
-    "packed": {"zero": 3, "bucket_bytes": "1KiB", "state_precision": "int8", "gradient_noise": 0.01},
-}
-
-
 @pairwise(
     ("gpt_dropout", "ZeRO-3", "blocks"),
     case=["gpt_dropout", "resnet", "gpt_tied", "llama", "experts", "recurrent", "unet"],
@@ -236,23 +226,10 @@ def test_no_bit_changes(case: str, options: str, recompute: Any) -> None:
     if case == "recurrent" and OPTIONS[options].get("precision") == "fp16":
         pytest.skip("not every CPU has an LSTM in float16")
     found = []
-    for added in ({}, {"recompute": recompute}):
-        model = CASES[case].model()
-        ranks = zgraph.simulate_ranks(
-            model,
-            torch.optim.AdamW(model.parameters(), lr=1e-2),
-            world_size=2,
-            loss=CASES[case].loss,
-            metrics={"ones": (lambda *_, **__: torch.ones(()), "sum")},
-            **OPTIONS[options],
-            **added,
-        )
-        steps = [
-            ranks.train_step([batch.part(rank, 2) for rank in range(2)])
-            for batch in CASES[case].batches(3, num_samples=8)
-        ]
-        assert bool(made_again(ranks.program)) is bool(added)
-        found.append(([loss for loss, _ in steps], ranks.state_dict(), ranks.optimizer_state()))
+    for what in (None, recompute):
+        ranks, results = trained(case, what, OPTIONS[options])
+        assert bool(made_again(ranks.program)) is (what is not None)
+        found.append(results)
     torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
 
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import fx, nn
 
 import zgraph
-from tests.models import CASES
 from tests.programs import assert_identical, assert_same_step, blocks, few_examples, network, values_for
 from tests.ranks import Ranks
+from tests.recomputing import OPTIONS, trained
 from tests.reference import slow, train_like_eager
 from tests.test_recomputation import H100, LAYERS
 from tests.test_recompute import Residual
@@ -137,16 +137,6 @@ def test_it_goes_below_blocks() -> None:
     assert peaks[1.0] <= peaks["blocks"] < peaks["operators"] < peaks[None]
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "ZeRO-3": {"zero": 3},
-    "ZeRO-2": {"zero": 2, "precision": "bf16"},
-    "ZeRO-1": {"zero": 1, "accumulate": 2, "clip_norm": 0.5, "reduce_precision": "bf16"},
-    "ZeRO-0": {"zero": 0, "precision": "fp16", "accumulate": 2},
-    "kept gathered": {"zero": 3, "precision": "bf16", "accumulate": 2, "keep_gathered": True, "ema": 0.9},
-    "packed": {"zero": 3, "bucket_bytes": "1KiB", "state_precision": "int8", "gradient_noise": 0.01},
-}
-
-
 @pytest.mark.parametrize("options", ["ZeRO-3", *slow(*[name for name in OPTIONS if name != "ZeRO-3"])])
 @pytest.mark.parametrize("case", ["gpt_dropout", *slow("resnet", "gpt_tied", "llama", "experts", "recurrent", "unet")])
 def test_no_bit_changes(case: str, options: str) -> None:
@@ -154,23 +144,9 @@ def test_no_bit_changes(case: str, options: str) -> None:
         pytest.skip("not every CPU has an LSTM in float16")
     found = []
     for level in (None, 1.0):
-        model = CASES[case].model()
-        ranks = zgraph.simulate_ranks(
-            model,
-            torch.optim.AdamW(model.parameters(), lr=1e-2),
-            world_size=2,
-            loss=CASES[case].loss,
-            recompute=level,
-            **OPTIONS[options],
-        )
-        steps = [
-            ranks.train_step([batch.part(rank, 2) for rank in range(2)])
-            for batch in CASES[case].batches(3, num_samples=8)
-        ]
-        assert level or not made_again(ranks.program)
-        if (case, options) == ("gpt_dropout", "ZeRO-3"):  # in others, the peak may be where no activation is
-            assert bool(made_again(ranks.program)) is bool(level)
-        found.append((steps, ranks.state_dict(), ranks.optimizer_state()))
+        ranks, results = trained(case, level, OPTIONS[options], num_samples=32)  # enough for a peak of activations
+        assert bool(made_again(ranks.program)) is bool(level) or case == "recurrent"
+        found.append(results)
     torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
 
 
