@@ -160,6 +160,15 @@ def test_memory_has_the_gaps_between_its_elements() -> None:
     assert span(program, copied)[0] == real.untyped_storage().nbytes() > 6 * 8
 
 
+def test_a_sparse_tensor_is_counted_as_a_dense_one() -> None:
+    b = Builder()
+    x = b.input(Role.BATCH, "0", shape=[6, 4])
+    sparse = b.forward(aten._to_sparse.default, x)
+    assert sparse.meta["val"].layout is torch.sparse_coo
+    program = program_of(b, b.forward(aten.sum.default, b.forward(aten._to_dense.default, sparse)))
+    assert span(program, sparse) == (6 * 4 * 8, 0, 1)
+
+
 def started(target: Any, *args: Any, world: int = 4) -> tuple[Program, fx.Node, fx.Node]:
     """A value that is sent, a call, the wait, two more calls: what is sent and what is started."""
     b = Builder()

@@ -169,7 +169,7 @@ def lifetimes(
                 if source.target is ops.reduce_scatter and staged:
                     # the result is added up where the first part of this rank's slice came to lie
                     size = program.mesh.axes[ops.axis_of(source)]
-                    more = _bytes(source.meta["val"]) * max(size - 2, 0)
+                    more = own_bytes(source.meta["val"]) * max(size - 2, 0)
                     received.append(Lifetime(source, more, first[source], index, is_received=True))
     found = [life for life in received if life.num_bytes]
     for node, start in first.items():
@@ -227,17 +227,22 @@ def _allocated(node: fx.Node, unpacked: Collection[Any]) -> int:
         return 0
     val = node.meta["val"]
     if not isinstance(val, (tuple, list)):
-        return _bytes(val)
+        return own_bytes(val)
     if ops.is_view(node.target):
         return 0
     writes = getattr(node.target, "writes", (None,) * len(val))
     return sum(
-        _bytes(each)
+        own_bytes(each)
         for index, (each, write) in enumerate(zip(val, writes, strict=True))
         if index not in unpacked and write is None
     )
 
 
-def _bytes(val: Any) -> int:
-    """Bytes of the memory that a value has of its own, gaps between its elements included."""
-    return val.untyped_storage().nbytes() if isinstance(val, torch.Tensor) else 0
+def own_bytes(val: Any) -> int:
+    """Bytes of the memory that a value has of its own, gaps between its elements included.
+
+    How many elements a sparse tensor keeps is known only once it is made: it is counted as if it were dense.
+    """
+    if not isinstance(val, torch.Tensor):
+        return 0
+    return val.untyped_storage().nbytes() if val.layout is torch.strided else val.numel() * val.element_size()

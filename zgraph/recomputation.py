@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import fx
 
@@ -24,7 +23,7 @@ from zgraph import ops
 from zgraph.cost import Costs
 from zgraph.footprint import footprint
 from zgraph.hardware import Hardware
-from zgraph.liveness import Lifetime, lifetimes, owners
+from zgraph.liveness import Lifetime, lifetimes, own_bytes, owners
 from zgraph.program import Phase, Program, Role, operand, phase_of
 
 PLACE = "captured_at"
@@ -358,10 +357,7 @@ class Profile:
 
     def _num_bytes(self, node: fx.Node) -> int:
         life = self.lives.get(node)
-        if life is not None:
-            return life.num_bytes
-        val = node.meta["val"]
-        return val.untyped_storage().nbytes() if isinstance(val, torch.Tensor) else 0
+        return own_bytes(node.meta["val"]) if life is None else life.num_bytes
 
     def _buckets(self, source: fx.Node) -> set[str]:
         """The buckets that have to be gathered for what is made of parameters alone."""
