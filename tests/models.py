@@ -29,9 +29,11 @@ class Batch(NamedTuple):
         """The ``rank``-th of ``world`` equal parts."""
         return pytree.tree_map_only(Tensor, lambda t: t.chunk(world)[rank].clone(), self)
 
-    def to(self, dtype: torch.dtype) -> Batch:
-        """The same batch with its floating-point tensors in ``dtype``."""
-        return pytree.tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, self)
+    def to(self, place: torch.dtype | str) -> Batch:
+        """The same batch on a device, or with its floating-point tensors in a dtype."""
+        return pytree.tree_map_only(
+            Tensor, lambda t: t.to(place) if isinstance(place, str) or t.is_floating_point() else t, self
+        )
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,7 @@ def train_like_eager(
     *,
     optimizer: str = "adamw",
     dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
     num_steps: int = 10,
     num_samples: int = 6,
     change: Callable[[nn.Module, Optimizer], Callable[[int], Any]] | None = None,
@@ -157,6 +158,7 @@ def train_like_eager(
     The reference is one process on the whole batch, or ``DistributedDataParallel`` where the case says so.
 
     Args:
+        device: where the model and its batches are.
         num_samples: in the batch of all ranks together.
         change: gives a function to call after each step, the same for zgraph and for the reference: a learning-rate
             schedule, say.
@@ -165,13 +167,13 @@ def train_like_eager(
         options: of ``zgraph.compile``.
     """
     case, (rank, num_ranks) = CASES[case_name], world()
-    batches = case.batches(num_steps, num_samples, dtype=dtype)
+    batches = [batch.to(device) for batch in case.batches(num_steps, num_samples, dtype=dtype)]
     parts = [batch.part(rank, num_ranks) for batch in batches]
-    model = case.model(dtype)
+    model = case.model(dtype).to(device)
     model_optimizer = OPTIMIZERS[optimizer](model)
     compiled = zgraph.compile(model, optimizer=model_optimizer, loss=case.loss, **options)
     assert compiled is model
-    reference = case.model(dtype)
+    reference = case.model(dtype).to(device)
     eager = Eager(case, reference, OPTIMIZERS[optimizer](reference), average=case.per_rank, clip=clip_as(**options))
     changes = [change(compiled, model_optimizer), change(reference, eager.optimizer)] if change else []
     num_captures = 0

@@ -281,6 +281,11 @@ class _Bench:
         raise AssertionError("there is always work")
 
     def _recorded(self, work: Callable[[], Any], count: int = 20) -> tuple[Callable[[], Any], int]:
+        aside = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        aside.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(aside):
+            work()  # what libraries allocate on first use cannot be recorded
+        torch.cuda.current_stream(self.device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(count):

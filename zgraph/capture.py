@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from textwrap import shorten
 from typing import Any, NoReturn
@@ -176,7 +176,8 @@ def capture(
         torch.enable_grad(),
     ):
         try:
-            with mock.patch.object(torch, "manual_seed", _refuse_seed), _checkpoints_refused():
+            seeds_refused = mock.patch.object(torch, "manual_seed", _refuse_seed)
+            with seeds_refused, _checkpoints_refused(), _recurrent_layers_by_steps(model):
                 graph, constants = trace(run, (fake_params, fake_buffers, fake_batch, fake_scale), mode, recorder)
             _check_attributes(attributes, call_again)
         except ZgraphError:
@@ -380,6 +381,13 @@ def _checkpoints_refused() -> Iterator[None]:
         mock.patch.object(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", _refuse_checkpoint),
     ):
         yield
+
+
+def _recurrent_layers_by_steps(model: nn.Module) -> AbstractContextManager[None]:
+    """cuDNN's recurrent layers lay all weights of a module out in one buffer of their own, which no graph can hold."""
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        return torch.backends.cudnn.flags(enabled=False)
+    return nullcontext()
 
 
 def _loss_of(

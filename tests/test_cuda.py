@@ -1,0 +1,120 @@
+"""On a GPU: steps equal to eager's, memory as predicted, and nothing that waits for the device. Skipped without one."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import zgraph
+from tests.models import CASES
+from tests.optimizers import OPTIMIZERS
+from tests.reference import assert_equal, train_like_eager
+from tests.test_planner import Stack, rows
+from zgraph.which_hardware import preset_of
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("case", ["gpt", "gpt_dropout", "awkward", "in_place", "recurrent", "experts", "resnet"])
+def test_a_step_is_equal_to_eager(case: str, zero: int) -> None:
+    train_like_eager(case, device="cuda", zero=zero, num_steps=3)
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["sgd_foreach", "adamw", "adamw_foreach", "adamw_fused", "adafactor", "lamb", "muon_and_adam", "lion"]
+)
+def test_every_kind_of_update_is_equal_to_eager(optimizer: str) -> None:
+    train_like_eager("gpt", device="cuda", optimizer=optimizer, zero=3, num_steps=3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"accumulate": 2},
+        {"clip_norm": 0.1},
+        {"recompute": "blocks"},
+        {"recompute": 1.0},
+        {"bucket_bytes": 4096, "check_memory": True},
+    ],
+    ids=str,
+)
+def test_options_are_equal_to_eager(options: dict[str, Any]) -> None:
+    train_like_eager("gpt", device="cuda", zero=3, num_steps=3, **options)
+
+
+def test_ranks_simulated_on_a_gpu_train_like_one_process() -> None:
+    case = CASES["gpt"]
+    batches = [batch.to("cuda") for batch in case.batches(2, 8, dtype=torch.float64)]
+    model, reference = (case.model(torch.float64).to(GPU) for _ in range(2))
+    ranks = zgraph.simulate_ranks(model, OPTIMIZERS["adamw"](model), world_size=4, zero=3)
+    optimizer = OPTIMIZERS["adamw"](reference)
+    for batch in batches:
+        loss = ranks.train_step([batch.part(rank, 4).args for rank in range(4)])
+        optimizer.zero_grad()
+        expected = reference(*batch.args)
+        expected.backward()
+        optimizer.step()
+        assert_equal({"loss": loss}, {"loss": expected.detach()}, "loss")
+    assert_equal(ranks.state_dict(), dict(reference.state_dict()), "after two steps")
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[None]:
+    """What a test says of waiting holds for it alone."""
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 1.0}, {"precision": "fp16"}, {"accumulate": 2}], ids=str)
+@pytest.mark.usefixtures("no_waiting")
+def test_a_step_never_waits_for_the_device(options: dict[str, Any]) -> None:
+    case = CASES["gpt"]
+    model = case.model().to(GPU)
+    zgraph.compile(model, optimizer=torch.optim.AdamW(model.parameters(), fused=True), zero=3, **options)
+    batches = [batch.to("cuda") for batch in case.batches(4)]
+    for batch in batches[:3]:
+        model.train_step(*batch.args)
+    torch.cuda.set_sync_debug_mode("error")
+    model.train_step(*batches[3].args)
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute": "blocks"}, {"precision": "bf16"}, {"zero": 3}], ids=str)
+def test_tensors_of_a_step_take_what_is_predicted(options: dict[str, Any]) -> None:
+    torch.nn.functional.linear(torch.ones(8, 8, device=GPU), torch.ones(8, 8, device=GPU))  # cuBLAS takes a workspace
+    gc.collect()  # what an earlier test left must not end in the middle of this one
+    before = torch.cuda.memory_allocated(GPU)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(1024, 4096), nn.GELU(), nn.Linear(4096, 1024)) for _ in range(4)))
+    model.to(GPU)
+    zgraph.compile(
+        model,
+        optimizer=torch.optim.AdamW(model.parameters(), fused=True),
+        loss=lambda output, _: output.square().mean(),
+        **options,
+    )
+    x = torch.randn(2048, 1024, device=GPU)
+    for _ in range(3):
+        model.train_step(x)
+    torch.cuda.reset_peak_memory_stats(GPU)
+    model.train_step(x)
+    measured = torch.cuda.max_memory_allocated(GPU) - before
+    predicted = model.plan.chosen.peak_bytes
+    assert abs(measured / predicted - 1) < 0.02, f"{measured:,} bytes, {predicted:,} predicted"
+
+
+def test_memory_auto_takes_what_the_gpu_has_free() -> None:
+    properties = torch.cuda.get_device_properties(GPU)
+    if preset_of(properties.name, properties.total_memory) is None:
+        pytest.skip(f"{properties.name} has no preset")
+    model = Stack().to(GPU)
+    zgraph.compile(model, optimizer=torch.optim.AdamW(model.parameters()), memory="auto")
+    losses = [model.train_step(*rows(device="cuda")).item() for _ in range(5)]
+    assert losses[-1] < losses[0]
+    assert model.plan.fits
