@@ -6,7 +6,7 @@
     python benchmarks/gpu.py --peers eager zgraph-3:recompute=blocks --json OUT
 
 All train in bfloat16 on float32 parameters: autocast, FSDP2's mixed precision, zgraph's ``precision="bf16"``. Peers run
-one after the other, in two turns; seconds are medians of steps timed by the device.
+one after the other, in turns; seconds are medians of steps timed by the device.
 """
 
 from __future__ import annotations
@@ -140,10 +140,10 @@ def take_turn(name: str, shape: Shape, rounds: int, result: Result) -> None:
         result.predicted = {"step_s": plan.step_s, "live": plan.peak_bytes, "reserved": plan.reserved_bytes}
 
 
-def compare(names: Sequence[str], shape: Shape, rounds: int) -> list[Result]:
-    """Each peer in turn, and again."""
+def compare(names: Sequence[str], shape: Shape, turns: int, rounds: int) -> list[Result]:
+    """Each peer in turn, so many times."""
     results = {name: Result(name) for name in names}
-    for name in (*names, *names):
+    for name in [name for _ in range(turns) for name in names]:
         if results[name].problem is not None:
             continue
         try:
@@ -183,6 +183,7 @@ def main() -> int:
     default = ["eager", "compiled", "fsdp2", "fsdp2-compiled", "zgraph-0", "zgraph-3"]
     parser.add_argument("--peers", nargs="+", default=default, metavar="PEER")
     parser.add_argument("--shape", type=Shape.parse, default=GPT2_MEDIUM, metavar="SHAPE")
+    parser.add_argument("--turns", type=int, default=2, help="of all peers (default: 2)")
     parser.add_argument("--rounds", type=int, default=20, help="timed steps of a turn (default: 20)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="every figure of every peer, one JSON object a line")
     options = parser.parse_args()
@@ -195,7 +196,7 @@ def main() -> int:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29507"}
     dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
     try:
-        results = compare(options.peers, options.shape, options.rounds)
+        results = compare(options.peers, options.shape, options.turns, options.rounds)
         if dist.get_rank() == 0:
             print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {dist.get_world_size()} GPU(s)")
             print(as_table(results))

@@ -1,7 +1,8 @@
 """A region of elementwise operators as one call that overwrites its inputs.
 
-A ``Kernel`` is the target of a single program node; its meaning is its body. On the CPU it runs in slices that stay
-in cache, so a chain of a dozen operators reads and writes memory once and needs no temporaries of full size.
+A ``Kernel`` is the target of a single program node; its meaning is its body. On a GPU it is one Triton kernel, where
+its body can be written as one. Elsewhere it runs in slices that stay in cache, so a chain of a dozen operators reads
+and writes memory once and needs no temporaries of full size.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
+from zgraph.codegen import triton
 from zgraph.codegen.source import SourceWriter
 from zgraph.into import out_overload
 from zgraph.program import copy_graph, show, target_name
@@ -38,13 +41,15 @@ class Kernel:
         body: placeholders are the inputs in order, tensors and numbers; the output's argument is the list of results.
         num_inputs: number of placeholders.
         writes: for each result, the index of the input that it overwrites, or None for a new tensor.
+        in_triton: on a GPU, it is one Triton kernel.
     """
 
     name: str
     body: fx.Graph
     num_inputs: int
     writes: tuple[int | None, ...]
-    _compiled: list[Callable[..., list[Any]]] = field(default_factory=list, repr=False)
+    in_triton: bool = False
+    _compiled: dict[bool, Callable[..., list[Any]]] = field(default_factory=dict, repr=False)
 
     @property
     def __name__(self) -> str:
@@ -56,19 +61,31 @@ class Kernel:
 
     def copy(self) -> Kernel:
         """A kernel with a body of its own."""
-        return Kernel(self.name, copy_graph(self.body), self.num_inputs, self.writes)
+        return Kernel(self.name, copy_graph(self.body), self.num_inputs, self.writes, self.in_triton)
 
     def __call__(self, *inputs: Any) -> list[torch.Tensor]:
         """Run on real tensors, or infer on fake ones."""
-        if not self._compiled:
-            self._compiled.append(self._compile())
-        return self._compiled[0](*inputs)
+        on_gpu = any(isinstance(x, torch.Tensor) and x.is_cuda and not isinstance(x, FakeTensor) for x in inputs)
+        launched = self.in_triton and on_gpu and triton.is_available()
+        if launched not in self._compiled:
+            self._compiled[launched] = triton.compile_kernel(self) if launched else self._in_slices()
+        return self._compiled[launched](*inputs)
+
+    def prepare(self) -> None:
+        """Compile what is to run on a GPU, if this is: before a step needs it.
+
+        Raises:
+            OptionError: Triton cannot, for want of a C compiler, say.
+        """
+        flat = next(node for node in self.body.find_nodes(op="placeholder") if _is_flat(node))
+        if self.in_triton and flat.meta["val"].device.type == "cuda" and triton.is_available():
+            self._compiled[True] = triton.compile_kernel(self)
 
     def source(self, writer: SourceWriter, slice_size: int | None = None) -> str:
         """The kernel as a Python function ``kernel(*inputs)``; ``writer`` collects its globals."""
         return _Slices(self, writer, slice_size).source()
 
-    def _compile(self) -> Callable[..., list[Any]]:
+    def _in_slices(self) -> Callable[..., list[Any]]:
         writer = SourceWriter()
         return writer.compile(self.source(writer), "kernel", f"<zgraph {self.name} {id(self):x}>")
 

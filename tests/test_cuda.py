@@ -15,6 +15,7 @@ from tests.models import CASES
 from tests.optimizers import OPTIMIZERS
 from tests.reference import assert_equal, train_like_eager
 from tests.test_planner import Stack, rows
+from zgraph.codegen.kernel import Kernel
 from zgraph.which_hardware import preset_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -48,6 +49,22 @@ def test_every_kind_of_update_is_equal_to_eager(optimizer: str) -> None:
 )
 def test_options_are_equal_to_eager(options: dict[str, Any]) -> None:
     train_like_eager("gpt", device="cuda", zero=3, num_steps=3, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 0.1, "ema": 0.9}], ids=str)
+def test_an_update_in_triton_computes_what_its_operators_do(options: dict[str, Any]) -> None:
+    states = []
+    for kernels in ("auto", "eager"):
+        case = CASES["gpt"]
+        model = case.model().to(GPU)
+        zgraph.compile(model, optimizer=OPTIMIZERS["adamw_fused"](model), kernels=kernels, **options)
+        for batch in case.batches(3):
+            model.train_step(*batch.to("cuda").args)
+        states.append(model.state_dict())
+        found = [node.target for node in model.program.graph.nodes if isinstance(node.target, Kernel)]
+        assert {key for kernel in found for key in kernel._compiled} == {kernels == "auto"}
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], rtol=1e-5, atol=1e-7, msg=name)
 
 
 def test_ranks_simulated_on_a_gpu_train_like_one_process() -> None:

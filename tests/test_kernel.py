@@ -59,16 +59,23 @@ _CALLS = [
 ]
 _numbers = st.integers(0, 99)
 
-bodies = st.builds(
-    Body,
-    st.lists(st.sampled_from([torch.float64, torch.float64, torch.float32]), min_size=1, max_size=4).map(tuple),
-    st.lists(st.tuples(st.sampled_from(_CALLS), _numbers, _numbers), min_size=1, max_size=12).map(tuple),
-    st.lists(_numbers, min_size=1, max_size=4).map(tuple),
-    st.lists(st.one_of(st.none(), _numbers), min_size=4, max_size=4).map(tuple),
-)
+
+def bodies_of(*dtypes: torch.dtype, num_calls: int = 12) -> st.SearchStrategy[Body]:
+    """Bodies of up to so many calls, on flat inputs of these dtypes."""
+    return st.builds(
+        Body,
+        st.lists(st.sampled_from(dtypes), min_size=1, max_size=4).map(tuple),
+        st.lists(st.tuples(st.sampled_from(_CALLS), _numbers, _numbers), min_size=1, max_size=num_calls).map(tuple),
+        st.lists(_numbers, min_size=1, max_size=4).map(tuple),
+        st.lists(st.one_of(st.none(), _numbers), min_size=4, max_size=4).map(tuple),
+    )
+
+
+bodies = bodies_of(torch.float64, torch.float64, torch.float32)
 
 
 def make(body: Body, numel: int) -> Kernel:
+    """The kernel that a description stands for."""
     b = Builder()
     flat = [b.input(Role.OPT_STATE, "bucket0", f"m{i}", shape=[numel], dtype=d) for i, d in enumerate(body.dtypes)]
     number, scalar = b.input(Role.HYPER, "lr"), b.input(Role.OPT_STATE, "bucket0", "step", shape=[])

@@ -198,6 +198,8 @@ class Config:
         ema: keep an average of the trained weights, of which a step keeps this much: between 0 and 1. It starts as the
             weights are; a step that is skipped leaves it. See ``CompiledModule.ema_state_dict``; ``recipe["ema"]`` of
             a compiled model may change from step to step.
+        kernels: ``"auto"`` runs the update of a bucket on a GPU as one Triton kernel, where its operators and dtypes
+            allow it (``zgraph.codegen.triton``); ``"eager"`` runs it operator by operator, as on a CPU.
         check_collectives: before each collective of a step all ranks compare which one they are about to start, and
             stop with both names if they differ. For finding out why ranks part: it makes steps slower.
         check_memory: after each call of a step, count the bytes of the tensors that it holds, and stop at the first
@@ -227,6 +229,7 @@ class Config:
     clip_value: float | None = None
     gradient_noise: float | None = None
     ema: float | None = None
+    kernels: str = "auto"
     check_collectives: bool = False
     check_memory: bool = False
 
@@ -325,6 +328,8 @@ class Config:
             raise OptionError(
                 "gather_precision='int8' with keep_gathered, which keeps what is read", fix="give 'bf16', or None"
             )
+        if config.kernels not in ("auto", "eager"):
+            raise OptionError(f"kernels={config.kernels!r} is not known", fix="give 'auto' or 'eager'")
         if config.state_precision not in (None, "int8"):
             raise OptionError(f"state_precision={config.state_precision!r} is not known", fix="give 'int8', or None")
         if config.recompute_solver not in (None, "milp"):

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from zgraph import ops
-from zgraph.codegen.kernel import slice_on
+from zgraph.codegen.kernel import Kernel, slice_on
 from zgraph.curves import maximum, minimum
 from zgraph.hardware import Hardware
 from zgraph.program import REPLICA, Mesh, Program
@@ -74,14 +74,19 @@ class Costs:
             return Cost(0, (FREE,))
         key = (self._program.form_of(node.meta["val"]), self._program.call_key(node))
         if key not in self._known:
-            slice_numel = slice_on(self._hardware.device_type)
             world, together = self._ranks(node)
             done = tuple(
-                replace(work, slice_numel=slice_numel, together=together if work.unit == LINK else None)
+                replace(work, **self._started(node), together=together if work.unit == LINK else None)
                 for work in works(node, world)
             )
             self._known[key] = Cost(sum(seconds(work, self._hardware) for work in done), done)
         return self._known[key]
+
+    def _started(self, node: fx.Node) -> dict[str, Any]:
+        """How a kernel is started: once where it is one of the machine's, and slice by slice elsewhere."""
+        if isinstance(node.target, Kernel) and node.target.in_triton and self._hardware.device_type != "cpu":
+            return {"num_operators": 1, "sliced_numel": 0}
+        return {"slice_numel": slice_on(self._hardware.device_type)}
 
     def _ranks(self, node: fx.Node) -> tuple[Size, int | None]:
         """How many ranks a call is among, and how many of them a node of the machine has; None for as many as fit."""

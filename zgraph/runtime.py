@@ -32,6 +32,7 @@ from zgraph.capture import batch_device, capture
 from zgraph.captures import Captures
 from zgraph.choices import ACCUMULATE, STORED, searched
 from zgraph.codegen.emit import emit
+from zgraph.codegen.kernel import Kernel
 from zgraph.collector import collect_garbage
 from zgraph.comm import Comm
 from zgraph.config import Config, check_numbers
@@ -284,6 +285,9 @@ class Runtime:
 
     def _executable(self, program: Program) -> Executable:
         assert self._comm is not None
+        for node in program.graph.nodes:
+            if isinstance(node.target, Kernel):
+                node.target.prepare()
         tagged = isinstance(self._comm, CheckedComm)
         if self.config.check_memory:
             watch = MemoryCheck(program, staged=self._comm.is_staged)
