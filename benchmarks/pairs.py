@@ -20,6 +20,8 @@ from peers import ADAMW, parse_peer
 from tables import spearman, write_between_marks, write_expected
 
 import zgraph
+from zgraph.choices import searched
+from zgraph.config import Config
 from zgraph.machines import available_cores
 
 
@@ -120,20 +122,14 @@ def predict(pair: Pair) -> zgraph.Plan:
     """The plan of a pair, its options fixed."""
     peer = parse_peer(pair.peer)
     options = dict(peer.build.keywords)  # type: ignore[attr-defined]
-    open_options = {
-        "bucket_bytes": 16 * 2**20,
-        "prefetch": 1,
-        "accumulate": 1,
-        "recompute": None,
-        "keep_gathered": False,
-    }
+    as_compiled = searched(Config.from_options(options))
     return zgraph.plan(
         lambda: GPT(pair.shape),
         lambda params: torch.optim.AdamW(params, **ADAMW),
         batch=build_batch(pair.shape, 1, range(1)),
         world_size=pair.num_ranks,
         hardware="here",
-        **{**open_options, **options},
+        **{**as_compiled, **options},
     )
 
 

@@ -90,7 +90,7 @@ def no_waiting() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("options", [{}, {"clip_norm": 1.0}, {"precision": "fp16"}, {"accumulate": 2}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"recompute": "blocks"}, {"accumulate": 2}], ids=str)
 @pytest.mark.usefixtures("no_waiting")
 def test_a_step_never_waits_for_the_device(options: dict[str, Any]) -> None:
     case = CASES["gpt"]
@@ -116,7 +116,7 @@ def test_tensors_of_a_step_take_what_is_predicted(options: dict[str, Any]) -> No
         loss=lambda output, _: output.square().mean(),
         **options,
     )
-    x = torch.randn(2048, 1024, device=GPU)
+    x = torch.randn(8192, 1024, device=GPU)  # so much that what cuBLAS works in counts for nothing
     for _ in range(3):
         model.train_step(x)
     torch.cuda.reset_peak_memory_stats(GPU)

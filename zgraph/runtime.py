@@ -196,6 +196,8 @@ class Runtime:
             facts = self.facts.read(*pytree.tree_flatten(call))
             if compiled.executable.program.reads_all_state():  # what created its state reads it from now on
                 compiled.keys.add(self.facts.key)
+        if made:
+            release_free_memory()  # as state takes its places, much comes and goes that never will again
         self._facts_seen = facts
         self._warn_if_skipped()
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # as after optimizer.step(), for schedulers
