@@ -1,8 +1,8 @@
 """A region of elementwise operators as one call that overwrites its inputs.
 
-A ``Kernel`` is the target of a single program node; its meaning is its body. On a GPU it is one Triton kernel, where
-its body can be written as one. Elsewhere it runs in slices that stay in cache, so a chain of a dozen operators reads
-and writes memory once and needs no temporaries of full size.
+A ``Kernel`` is the target of a single program node; its meaning is its body. On a GPU it is one Triton kernel, on a CPU
+one loop in C++, where its body can be written so and there is what compiles it. Otherwise ATen runs it in slices that
+stay in cache, so a chain of a dozen operators reads and writes memory once and needs no temporaries of full size.
 """
 
 from __future__ import annotations
@@ -15,10 +15,16 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from zgraph.codegen import triton
+from zgraph.codegen import cpp, triton
+from zgraph.codegen.cpp import CppWriter
+from zgraph.codegen.library import find_compiler
 from zgraph.codegen.source import SourceWriter
+from zgraph.codegen.triton import TritonWriter
 from zgraph.into import out_overload
 from zgraph.program import copy_graph, show, target_name
+
+TRITON, CPP, SLICES = "Triton", "C++", "slices"
+"""What a kernel can be written in."""
 
 SLICE = 65536
 """Elements per slice on a CPU: few enough to stay in cache (256 KiB in float32), enough to hide the cost of a call."""
@@ -41,15 +47,15 @@ class Kernel:
         body: placeholders are the inputs in order, tensors and numbers; the output's argument is the list of results.
         num_inputs: number of placeholders.
         writes: for each result, the index of the input that it overwrites, or None for a new tensor.
-        in_triton: on a GPU, it is one Triton kernel.
+        is_compiled: where its language has all of the body, it is one loop in Triton or C++.
     """
 
     name: str
     body: fx.Graph
     num_inputs: int
     writes: tuple[int | None, ...]
-    in_triton: bool = False
-    _compiled: dict[bool, Callable[..., list[Any]]] = field(default_factory=dict, repr=False)
+    is_compiled: bool = False
+    _functions: dict[str, Callable[..., list[Any]]] = field(default_factory=dict, repr=False)
 
     @property
     def __name__(self) -> str:
@@ -61,25 +67,42 @@ class Kernel:
 
     def copy(self) -> Kernel:
         """A kernel with a body of its own."""
-        return Kernel(self.name, copy_graph(self.body), self.num_inputs, self.writes, self.in_triton)
+        return Kernel(self.name, copy_graph(self.body), self.num_inputs, self.writes, self.is_compiled)
 
     def __call__(self, *inputs: Any) -> list[torch.Tensor]:
         """Run on real tensors, or infer on fake ones."""
-        on_gpu = any(isinstance(x, torch.Tensor) and x.is_cuda and not isinstance(x, FakeTensor) for x in inputs)
-        launched = self.in_triton and on_gpu and triton.is_available()
-        if launched not in self._compiled:
-            self._compiled[launched] = triton.compile_kernel(self) if launched else self._in_slices()
-        return self._compiled[launched](*inputs)
+        flat = next(x for x in inputs if isinstance(x, torch.Tensor) and x.dim())
+        language = SLICES if isinstance(flat, FakeTensor) else self.language(flat.device.type)
+        return self._function(language)(*inputs)
+
+    def language(self, device_type: str) -> str:
+        """One of ``TRITON``, ``CPP`` and ``SLICES``: what it is written in, for a kind of device.
+
+        A vector of one slice is as fast in slices, and costs no compiler's time.
+        """
+        if not self.is_compiled:
+            return SLICES
+        if device_type == "cuda":
+            return TRITON if TritonWriter.can_write(self.body) else SLICES
+        numel = next(node for node in self.body.find_nodes(op="placeholder") if _is_flat(node)).meta["val"].numel()
+        return CPP if numel > SLICE and CppWriter.can_write(self.body) else SLICES
 
     def prepare(self) -> None:
-        """Compile what is to run on a GPU, if this is: before a step needs it.
+        """Compile, before a step needs it.
 
         Raises:
-            OptionError: Triton cannot, for want of a C compiler, say.
+            OptionError: it cannot be compiled.
         """
         flat = next(node for node in self.body.find_nodes(op="placeholder") if _is_flat(node))
-        if self.in_triton and flat.meta["val"].device.type == "cuda" and triton.is_available():
-            self._compiled[True] = triton.compile_kernel(self)
+        self._function(self.language(flat.meta["val"].device.type))
+
+    def _function(self, language: str) -> Callable[..., list[Any]]:
+        if (language == TRITON and not triton.is_available()) or (language == CPP and find_compiler() is None):
+            language = SLICES
+        if language not in self._functions:
+            make = {TRITON: triton.compile_kernel, CPP: cpp.compile_kernel, SLICES: Kernel._in_slices}[language]
+            self._functions[language] = make(self)
+        return self._functions[language]
 
     def source(self, writer: SourceWriter, slice_size: int | None = None) -> str:
         """The kernel as a Python function ``kernel(*inputs)``; ``writer`` collects its globals."""

@@ -74,7 +74,7 @@ def default_passes(
         *((ReduceQuantized(),) if config.reduce_precision == "int8" and mesh.size > 1 else ()),
         *((QuantizeState(),) if config.state_precision == "int8" else ()),
         _order(config, hardware),
-        UpdateInPlace(in_triton=config.kernels == "auto"),
+        UpdateInPlace(compiled=config.kernels == "auto"),
     )
     # What stays gathered is decided last, where there is room beside all else; it is not in the way of what is dropped.
     unshard = (Unshard(config.unshard, hardware),) if config.zero == 3 and mesh.size > 1 else ()

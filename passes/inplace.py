@@ -15,7 +15,6 @@ from torch import fx
 from zgraph import ops
 from zgraph.codegen.kernel import Kernel, region
 from zgraph.codegen.owned import OwnedUpdate
-from zgraph.codegen.triton import is_writable
 from zgraph.liveness import owners
 from zgraph.passes.order import arrange
 from zgraph.pipeline import Pass
@@ -42,10 +41,10 @@ class UpdateInPlace(Pass):
     A kernel stands behind the last read of what it writes over. Results that lie in an input become copies.
 
     Attributes:
-        in_triton: on a GPU, kernels are in Triton where their operators can be written so.
+        compiled: kernels are in Triton or C++, where their operators can be written so.
     """
 
-    in_triton: bool = True
+    compiled: bool = True
     takes, gives = Stage.SCHEDULED, Stage.INPLACE
 
     def rewrite(self, program: Program) -> None:
@@ -89,7 +88,7 @@ class UpdateInPlace(Pass):
         home = {_stored(source): i for i, source in enumerate(outside)}
         writes = tuple(home.get(donors[node]) if node in donors else None for node in leaving)
         origin = replace(nodes[-1].meta["origin"], made_by=self.name)
-        kernel = Kernel(name, body, len(outside), writes, self.in_triton and is_writable(body))
+        kernel = Kernel(name, body, len(outside), writes, self.compiled)
         with program.graph.inserting_after(nodes[-1]):
             call = program.graph.call_function(kernel, tuple(outside))
         call.meta.update(val=tuple(n.meta["val"] for n in leaving), origin=origin)

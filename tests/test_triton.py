@@ -24,8 +24,8 @@ from triton.runtime.interpreter import InterpretedFunction
 import zgraph
 from tests.programs import Builder, few_examples
 from tests.test_kernel import Body, bodies_of, inputs_of, make
-from zgraph.codegen.kernel import Kernel, region
-from zgraph.codegen.triton import BLOCK, OPTIONS, define, forms, is_writable, launch, source
+from zgraph.codegen.kernel import SLICES, TRITON, Kernel, region
+from zgraph.codegen.triton import BLOCK, OPTIONS, TritonWriter, define, forms, launch
 from zgraph.config import Config
 from zgraph.errors import OptionError
 from zgraph.program import Phase, Role
@@ -56,7 +56,7 @@ def interpreted(kernel: Kernel, inputs: list[Any]) -> list[torch.Tensor]:
 
 def test_an_update_reads_and_writes_each_vector_once() -> None:
     assert_expected_inline(
-        source(update()),
+        TritonWriter(update()).source(),
         """\
 @triton.jit
 def update_bucket0(i0, i1, i2, i3, i4, i5, i6, i7, i8, i9, i10, n, BLOCK: tl.constexpr):
@@ -66,9 +66,9 @@ def update_bucket0(i0, i1, i2, i3, i4, i5, i6, i7, i8, i9, i10, n, BLOCK: tl.con
     x1 = tl.load(i1 + at, mask=inside)
     x3 = tl.load(i3 + at, mask=inside)
     x8 = tl.load(i8 + at, mask=inside)
-    v0 = tl.where(tl.abs(i2) < 0.5, tl.fma(i2, x1 - x0, x0), tl.fma(x0 - x1, 1 - i2, x1))  # lerp
+    v0 = tl.where(tl.abs(i2) < 0.5, tl.fma(i2, (x1 - x0), x0), tl.fma((x0 - x1), (1.0 - i2), x1))  # lerp
     v1 = x3 * i4  # mul
-    v2 = tl.fma(i5 * x1, x1, v1)  # addcmul
+    v2 = tl.fma((i5 * x1), x1, v1)  # addcmul
     v3 = tl.sqrt_rn(v2)  # sqrt
     v4 = tl.div_rn(v3, i6)  # div
     v5 = v4 + i7  # add
@@ -83,10 +83,10 @@ def update_bucket0(i0, i1, i2, i3, i4, i5, i6, i7, i8, i9, i10, n, BLOCK: tl.con
 
 def test_without_a_gpu_a_kernel_runs_in_slices() -> None:
     kernel = update()
-    assert kernel.in_triton
+    assert kernel.language("cuda") == TRITON
     kernel.prepare()
     kernel(*inputs_of(kernel))
-    assert list(kernel._compiled) == [False]
+    assert list(kernel._functions) == [SLICES]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_without_a_gpu_a_kernel_runs_in_slices() -> None:
 )
 def test_updates_of_torchs_optimizers_are_what_their_operators_compute(optimizer: Any) -> None:
     kernel = update(optimizer, clip_norm=1.0, ema=0.99)
-    assert kernel.in_triton
+    assert TritonWriter.can_write(kernel.body)
     inputs = [x.abs() if isinstance(x, torch.Tensor) and x.dtype != torch.bool else x for x in inputs_of(kernel)]
     check(kernel, inputs)
 
@@ -115,7 +115,7 @@ def check(kernel: Kernel, inputs: list[Any], rtol: float = 2e-6) -> None:
     for mine, theirs, write in zip(found, expected, kernel.writes, strict=True):
         assert (mine.dtype, mine.shape) == (theirs.dtype, theirs.shape)
         assert write is None or mine is copies[write]
-        assert torch.allclose(mine, theirs, rtol=rtol, atol=rtol / 2), source(kernel)
+        assert torch.allclose(mine, theirs, rtol=rtol, atol=rtol / 2), TritonWriter(kernel).source()
     for index, (copy, before) in enumerate(zip(copies, inputs, strict=True)):
         assert not isinstance(copy, torch.Tensor) or index in kernel.writes or torch.equal(copy, before)
 
@@ -125,7 +125,7 @@ def check(kernel: Kernel, inputs: list[Any], rtol: float = 2e-6) -> None:
 def test_any_body_is_computed_operator_by_operator(body: Body, numel: int) -> None:
     """On powers of two, where float32 makes no error, and float16 the same one at the same place."""
     kernel = make(body, numel)
-    assert is_writable(kernel.body)
+    assert TritonWriter.can_write(kernel.body)
     inputs = [
         torch.exp2(x.sign().round()).copysign(x) * (x.abs() > 0.1) if isinstance(x, torch.Tensor) else x
         for x in inputs_of(kernel)
@@ -138,7 +138,10 @@ def test_bfloat16_is_computed_with_in_float32_and_rounded_after_each_operator() 
     x = b.input(Role.OPT_STATE, "bucket0", "m", shape=[8], dtype=torch.bfloat16)
     doubled = b.call(Phase.UPDATE, aten.add.Tensor, x, x)
     body, _ = region([doubled], [doubled])
-    assert "v0 = (x0.to(tl.float32) + x0.to(tl.float32)).to(tl.bfloat16)" in source(Kernel("update", body, 1, (0,)))
+    assert (
+        "v0 = (x0.to(tl.float32) + x0.to(tl.float32)).to(tl.bfloat16)"
+        in TritonWriter(Kernel("update", body, 1, (0,))).source()
+    )
 
 
 def call(target: Any, *args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> fx.Graph:
@@ -161,11 +164,11 @@ def call(target: Any, *args: Any, dtype: torch.dtype = torch.float32, **kwargs: 
     ids=["float64", "int64", "erf", "cube", "floor", "mask"],
 )
 def test_what_triton_would_compute_differently_stays_with_aten(body: fx.Graph) -> None:
-    assert not is_writable(body)
+    assert not TritonWriter.can_write(body)
 
 
 def test_kernels_eager_writes_none() -> None:
-    assert not update(kernels="eager").in_triton
+    assert not update(kernels="eager").is_compiled
     with pytest.raises(OptionError, match="kernels='fast' is not known"):
         Config.from_options({"kernels": "fast"})
 

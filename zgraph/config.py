@@ -198,8 +198,9 @@ class Config:
         ema: keep an average of the trained weights, of which a step keeps this much: between 0 and 1. It starts as the
             weights are; a step that is skipped leaves it. See ``CompiledModule.ema_state_dict``; ``recipe["ema"]`` of
             a compiled model may change from step to step.
-        kernels: ``"auto"`` runs the update of a bucket on a GPU as one Triton kernel, where its operators and dtypes
-            allow it (``zgraph.codegen.triton``); ``"eager"`` runs it operator by operator, as on a CPU.
+        kernels: ``"auto"`` runs the update of a bucket as one kernel, where its operators and dtypes allow it: in
+            Triton on a GPU, in C++ on a CPU with a compiler (``zgraph.codegen``). ``"eager"`` runs it operator by
+            operator.
         check_collectives: before each collective of a step all ranks compare which one they are about to start, and
             stop with both names if they differ. For finding out why ranks part: it makes steps slower.
         check_memory: after each call of a step, count the bytes of the tensors that it holds, and stop at the first

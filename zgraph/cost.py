@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from zgraph import ops
-from zgraph.codegen.kernel import Kernel, slice_on
+from zgraph.codegen.kernel import SLICES, Kernel, slice_on
 from zgraph.curves import maximum, minimum
 from zgraph.hardware import Hardware
 from zgraph.program import REPLICA, Mesh, Program
@@ -83,8 +83,8 @@ class Costs:
         return self._known[key]
 
     def _started(self, node: fx.Node) -> dict[str, Any]:
-        """How a kernel is started: once where it is one of the machine's, and slice by slice elsewhere."""
-        if isinstance(node.target, Kernel) and node.target.in_triton and self._hardware.device_type != "cpu":
+        """How a kernel is started: once where it is compiled, and otherwise operator by operator and slice by slice."""
+        if isinstance(node.target, Kernel) and node.target.language(self._hardware.device_type) != SLICES:
             return {"num_operators": 1, "sliced_numel": 0}
         return {"slice_numel": slice_on(self._hardware.device_type)}
 

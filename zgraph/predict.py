@@ -15,7 +15,7 @@ from zgraph.timeline import Timeline, play
 
 COMPILED_BYTES, COMPILED_BYTES_OF_NODE = 14 * 10**6, 22_000
 """What is resident on a CPU beside tensors once a step is compiled: modules imported for it, and each node of its
-graphs, of which 12 KB are Python's objects. Fitted to 17 pairs of GPTs and options (``benchmarks/here.py``)."""
+largest graph, of which 12 KB are Python's objects. Fitted to 17 pairs of GPTs and options (``benchmarks/here.py``)."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Prediction:
         compiling leaves (``COMPILED_BYTES``).
         """
         if self.device_type == "cpu":
-            num_nodes = sum(footprint.num_positions for footprint in self.footprints)
+            num_nodes = max(footprint.num_positions for footprint in self.footprints)
             return self.peak_bytes + COMPILED_BYTES + COMPILED_BYTES_OF_NODE * num_nodes
         return reserved_bytes(*(f.holdings for f in self.footprints))
 
