@@ -94,6 +94,9 @@ def reduce_everything(kind: str) -> None:
             for operation, expected in (("sum", total), ("avg", total / world)):
                 piece = comm.wait(comm.reduce_scatter(full, operation))
                 assert torch.equal(piece, expected[rank * size : (rank + 1) * size])
+                buffer = torch.zeros(size, dtype=dtype)
+                assert comm.wait(comm.reduce_scatter(full, operation, out=buffer)).data_ptr() == buffer.data_ptr()
+                assert torch.equal(buffer, piece)
                 reduced = comm.wait(comm.all_reduce(full, operation))
                 torch.testing.assert_close(reduced, expected, rtol=1e-2, atol=1e-2)
                 assert all(torch.equal(other, reduced) for other in everyones(reduced)), "the same bits on all ranks"
@@ -220,10 +223,13 @@ def run_functional() -> None:
     total = sum(everyones(full))
     torch.testing.assert_close(comm.wait(comm.all_reduce(full, "sum")), total)
     torch.testing.assert_close(comm.wait(comm.reduce_scatter(full, "sum")), total[rank * 32 : (rank + 1) * 32])
+    piece = torch.zeros(32)
+    assert comm.wait(comm.reduce_scatter(full, "sum", out=piece)).data_ptr() == piece.data_ptr()
+    torch.testing.assert_close(piece, total[rank * 32 : (rank + 1) * 32])
     assert comm.traffic.as_dict() == {
         "all_gather": {"count": 2, "bytes": 2 * 128 * (world - 1)},
         "all_reduce": {"count": 1, "bytes": 2 * 128 * (world - 1)},
-        "reduce_scatter": {"count": 1, "bytes": 128 * (world - 1)},
+        "reduce_scatter": {"count": 2, "bytes": 2 * 128 * (world - 1)},
     }
 
 

@@ -28,7 +28,7 @@ from tests.programs import (
 )
 from tests.recipes import Recipe, build, recipes
 from tests.reference import slow
-from zgraph import placement
+from zgraph import ops, placement
 from zgraph.arena import Arena
 from zgraph.capture import capture
 from zgraph.codegen.emit import emit
@@ -208,6 +208,20 @@ def test_nothing_is_placed_that_is_not_on_a_cpu() -> None:
 
 def test_small_values_stay_with_the_c_library() -> None:
     assert not place(rewritten(two_layers(), 0, 1)).places
+
+
+@pytest.mark.usefixtures("_small_values_count")
+@pytest.mark.parametrize("world", [2, 3])
+def test_reduced_gradients_lie_in_the_arena_and_parts_of_other_ranks_do_not(world: int) -> None:
+    program = rewritten(two_gradients(), 3, world)
+    made = place(program)
+    starts = set(program.graph.find_nodes(op="call_function", target=ops.reduce_scatter))
+    assert starts
+    assert starts <= set(made.places)
+    received = [life.node for life in made.elsewhere if life.is_received]
+    assert set(received) == (starts if world > 2 else set()), "the first of them lies where they are added up"
+    assert emit(program, made).source.count("comm.reduce_scatter") == len(starts)
+    assert all(", out=a" in line for line in emit(program, made).source.splitlines() if ".reduce_scatter(" in line)
 
 
 @pytest.mark.usefixtures("_small_values_count")

@@ -211,10 +211,12 @@ class CheckedComm:
         self._agreement.check(tag)
         return self._comm.all_gather(shard, out)
 
-    def reduce_scatter(self, full: torch.Tensor, operation: str, *, tag: str = "") -> Any:
+    def reduce_scatter(
+        self, full: torch.Tensor, operation: str, out: torch.Tensor | None = None, *, tag: str = ""
+    ) -> Any:
         """As ``Comm.reduce_scatter``; raises as ``all_gather`` does."""
         self._agreement.check(tag)
-        return self._comm.reduce_scatter(full, operation)
+        return self._comm.reduce_scatter(full, operation, out)
 
     def all_reduce(self, value: torch.Tensor, operation: str, *, tag: str = "") -> Any:
         """As ``Comm.all_reduce``; raises as ``all_gather`` does."""

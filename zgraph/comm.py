@@ -55,7 +55,7 @@ class Comm(Protocol):
     axes: dict[str, Any]
 
     def all_gather(self, shard: torch.Tensor, out: torch.Tensor | None = None) -> Any: ...
-    def reduce_scatter(self, full: torch.Tensor, operation: str) -> Any: ...
+    def reduce_scatter(self, full: torch.Tensor, operation: str, out: torch.Tensor | None = None) -> Any: ...
     def all_reduce(self, value: torch.Tensor, operation: str) -> Any: ...
     def all_to_all(self, full: torch.Tensor) -> Any: ...
     def wait(self, started: Any) -> torch.Tensor: ...
@@ -109,9 +109,11 @@ class FunctionalComm(Group):
             return _tensor(ops.all_gather(shard, self.world, self._name))
         return _tensor(ops.all_gather_into(shard, self.world, self._name, out=out))
 
-    def reduce_scatter(self, full: torch.Tensor, operation: str) -> torch.Tensor:
+    def reduce_scatter(self, full: torch.Tensor, operation: str, out: torch.Tensor | None = None) -> torch.Tensor:
         self._count("reduce_scatter", self._others(full.nbytes))
-        return _tensor(ops.reduce_scatter(full, operation, self.world, self._name))
+        if out is None:
+            return _tensor(ops.reduce_scatter(full, operation, self.world, self._name))
+        return _tensor(ops.c10d.reduce_scatter_tensor_out.default(full, operation, self.world, self._name, out=out))
 
     def all_reduce(self, value: torch.Tensor, operation: str) -> torch.Tensor:
         self._count("all_reduce", 2 * self._others(value.nbytes))
@@ -157,6 +159,7 @@ class PointToPointComm(Group):
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(group)
         self.peers = [(self.rank + i) % self.world for i in range(1, self.world)]
+        self.first_peer = 0 if self.rank != 0 else 1  # a reduction adds up where this peer's part has arrived
 
     def next_tag(self) -> int:
         # All ranks issue the same operations in the same order, so equal counts name the same operation.
@@ -186,10 +189,13 @@ class PointToPointComm(Group):
             own.copy_(shard)
         return Transfer(works, out, keep=shard)
 
-    def reduce_scatter(self, full: torch.Tensor, operation: str) -> Transfer:
+    def reduce_scatter(self, full: torch.Tensor, operation: str, out: torch.Tensor | None = None) -> Transfer:
         tag, size = self.next_tag(), full.shape[0] // self.world
         self._count("reduce_scatter", self._others(full.nbytes))
-        parts = [full.new_empty(size) if p != self.rank else self.shard(full) for p in range(self.world)]
+        given = {self.rank: self.shard(full)}
+        if out is not None:
+            given[self.first_peer] = out
+        parts = [given[p] if p in given else full.new_empty(size) for p in range(self.world)]
         works = [self.receive(parts[p], p, tag) for p in self.peers]
         works += [self.send(full[p * size : (p + 1) * size], p, tag) for p in self.peers]
         return Transfer(works, full, parts, divide_by=self._divisor(operation))
@@ -216,9 +222,8 @@ class PointToPointComm(Group):
         result = started.result
         if started.parts is not None:
             # Summed in rank order on every rank, so that the result does not depend on which rank owns it.
-            received = started.parts[0] if self.rank != 0 else started.parts[1]
             first, second, *rest = started.parts
-            result = torch.add(first, second, out=received)
+            result = torch.add(first, second, out=started.parts[self.first_peer])
             for part in rest:
                 result += part
         if started.divide_by != 1:
@@ -235,7 +240,7 @@ class SingleComm(Group):
     def all_gather(self, shard: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         raise AssertionError("a program for one rank has no collectives")
 
-    def reduce_scatter(self, full: torch.Tensor, operation: str) -> torch.Tensor:
+    def reduce_scatter(self, full: torch.Tensor, operation: str, out: torch.Tensor | None = None) -> torch.Tensor:
         raise AssertionError("a program for one rank has no collectives")
 
     def all_reduce(self, value: torch.Tensor, operation: str) -> torch.Tensor:

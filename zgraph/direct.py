@@ -169,13 +169,15 @@ class DirectComm(Group):
 
         return _Started(finish)
 
-    def reduce_scatter(self, full: torch.Tensor, operation: str) -> _Started | Transfer:
+    def reduce_scatter(
+        self, full: torch.Tensor, operation: str, out: torch.Tensor | None = None
+    ) -> _Started | Transfer:
         if full.nbytes // self.world <= self._message_bytes:
-            return self._pairs.reduce_scatter(full, operation)
+            return self._pairs.reduce_scatter(full, operation, out)
         self._count("reduce_scatter", self._others(full.nbytes))
         divisor = self._divisor(operation)
         own = self.shard(full)
-        result = torch.empty_like(own)
+        result = torch.empty_like(own) if out is None else out
         exchange = _Exchange(self._pairs, self._memory, "a reduce-scatter", full, rounds=1)
 
         def finish() -> torch.Tensor:
