@@ -13,6 +13,7 @@ from zgraph.passes.bucket import FormBuckets
 from zgraph.passes.inplace import UpdateInPlace
 from zgraph.passes.keep import ReadGathered
 from zgraph.passes.overlap import Overlap
+from zgraph.passes.overwrite import OverwriteOperands
 from zgraph.passes.precision import CastBeforeGather, GatherInLowPrecision, ReduceInLowPrecision
 from zgraph.passes.quantize import QuantizeState
 from zgraph.passes.quantize_communication import GatherQuantized, ReduceQuantized
@@ -75,6 +76,7 @@ def default_passes(
         *((QuantizeState(),) if config.state_precision == "int8" else ()),
         _order(config, hardware),
         UpdateInPlace(compiled=config.kernels == "auto"),
+        OverwriteOperands(),
     )
     # What stays gathered is decided last, where there is room beside all else; it is not in the way of what is dropped.
     unshard = (Unshard(config.unshard, hardware),) if config.zero == 3 and mesh.size > 1 else ()
@@ -120,6 +122,7 @@ __all__ = [
     "GatherQuantized",
     "KeepSecondaryShards",
     "Overlap",
+    "OverwriteOperands",
     "QuantizeState",
     "ReadGathered",
     "ReadParamsEarly",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
@@ -23,6 +23,7 @@ from zgraph.liveness import held_bytes, lifetimes
 from zgraph.passes.inplace import fused_updates
 from zgraph.passes.order import arrange
 from zgraph.passes.overlap import Overlap
+from zgraph.passes.overwrite import overwriting
 from zgraph.pipeline import Pass
 from zgraph.program import Phase, Program, Role, Stage, operand, phase_of
 from zgraph.timeline import COMPUTE, Lanes, least_s, play
@@ -118,10 +119,13 @@ def _put(program: Program, order: Iterable[fx.Node]) -> None:
 
 
 def _held(program: Program, *, staged: bool) -> list[int]:
-    """Bytes of temporaries alive at each node, as far as no update in place does away with them."""
+    """Bytes of temporaries alive at each node, as far as what is written in place does not do away with them."""
     inside = {node for nodes in fused_updates(program).values() for node in nodes}
-    lives = (life for life in lifetimes(program, staged=staged) if life.node not in inside)
-    return held_bytes(lives, len(program.graph.nodes))
+    lives = lifetimes(program, staged=staged)
+    stored = overwriting(program, lives)
+    # What is stored over an operand that ends there begins behind it.
+    held = (replace(life, first=life.first + (life.node in stored)) for life in lives if life.node not in inside)
+    return held_bytes((life for life in held if life.first <= life.last), len(program.graph.nodes))
 
 
 def _costs(program: Program, hardware: Hardware) -> dict[fx.Node, Cost]:

@@ -56,7 +56,7 @@ def into(node: fx.Node) -> Into | None:
     own = _OWN.get(node.target)
     if own is not None:
         return own(node)
-    found = None if node.target in _RESIZING else out_overload(node.target)
+    found = out_overload(node.target)
     return None if found is None else Into(*found, node.args, node.kwargs)
 
 
@@ -87,6 +87,8 @@ def out_overload(target: torch._ops.OpOverload) -> tuple[torch._ops.OpOverload, 
         The overload and the name of that argument; None if there is none.
     """
     wanted = [(argument.name, str(argument.type)) for argument in target._schema.arguments]
+    if target in _RESIZING:
+        return None
     for name in target.overloadpacket.overloads():
         overload: torch._ops.OpOverload = getattr(target.overloadpacket, name)
         given = [(a.name, str(a.type)) for a in overload._schema.arguments if not a.is_out]

@@ -90,8 +90,9 @@ def _copies(node: fx.Node, source: fx.Node) -> bool:
 
 def written(node: fx.Node) -> list[fx.Node]:
     """The arguments that a call writes over."""
-    if node.target in ops.INTO:
-        out = node.kwargs["out"]
+    name = ops.out_of(node.target)
+    if name is not None:
+        out = node.kwargs[name]
         assert isinstance(out, fx.Node)
         return [out]
     writes: tuple[int | None, ...] = getattr(node.target, "writes", ())

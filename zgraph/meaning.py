@@ -223,9 +223,11 @@ class _Interpreter:
         if self.implied and phase_of(node) is Phase.UPDATE and target is not ops.max_over_ranks:
             of_gradient = self.is_reference and node.meta["origin"].module
             look = self.look_at_gradient if of_gradient else self.look_averaged
-        args, kwargs = without_defaults(
-            target, tuple(map(look, node.args)), {key: look(value) for key, value in node.kwargs.items()}
-        )
+        named = {key: look(value) for key, value in node.kwargs.items()}
+        if (out := ops.out_of(target)) is not None:  # where a result is stored is no part of what it is
+            named.pop(out)
+            target = ops.allocating(target)
+        args, kwargs = without_defaults(target, tuple(map(look, node.args)), named)
         if hasattr(target, "body"):
             return self.body(target.body, args)
         if hasattr(target, "parts"):

@@ -312,6 +312,5 @@ RULES: dict[Any, Rule] = {
     ops.elements: _elements,
     ops.max_over_ranks: _max_over_ranks,
     ops.pack_state: _pack_state,
-    ops.pack_state_into: _pack_state,
     ops.wait: _wait,
 }  # fmt: skip

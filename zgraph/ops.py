@@ -86,7 +86,6 @@ for _key in ("CPU", "CUDA"):
     _library.impl("pack_state.out", packed.pack_into, _key)  # type: ignore[no-untyped-call]
     _library.impl("unpack_state", packed.unpack, _key)  # type: ignore[no-untyped-call]
 _library.impl("pack_state", _packed_shape, "Meta")  # type: ignore[no-untyped-call]
-_library.impl("pack_state.out", lambda x, out: out, "Meta")  # type: ignore[no-untyped-call]  # noqa: ARG005
 _library.impl("unpack_state", _unpacked_shape, "Meta")  # type: ignore[no-untyped-call]
 
 shard = torch.ops.zgraph.shard.default
@@ -239,6 +238,49 @@ def may_write(target: Any) -> bool:
 @_of_operators
 def _is_mutable(target: torch._ops.OpOverload) -> bool:
     return target._schema.is_mutable
+
+
+def out_of(target: Any) -> str | None:
+    """The keyword by which an operator of torch is given the memory of its only result; None if it allocates."""
+    return _out(target) if isinstance(target, torch._ops.OpOverload) else None
+
+
+@cache
+def _out(target: torch._ops.OpOverload) -> str | None:
+    names = [argument.name for argument in target._schema.arguments if argument.is_out]
+    return names[0] if len(names) == len(target._schema.returns) == 1 else None
+
+
+def allocating(target: Any) -> Any:
+    """The operator that computes the same as one that is given memory, and allocates; else ``target`` itself."""
+    return target if out_of(target) is None else _allocating(target)
+
+
+@cache
+def _allocating(target: torch._ops.OpOverload) -> torch._ops.OpOverload:
+    wanted = [(argument.name, str(argument.type)) for argument in target._schema.arguments if not argument.is_out]
+    for name in target.overloadpacket.overloads():
+        other: torch._ops.OpOverload = getattr(target.overloadpacket, name)
+        if not other._schema.is_mutable and [(a.name, str(a.type)) for a in other._schema.arguments] == wanted:
+            return other
+    return target
+
+
+def may_overwrite(node: fx.Node) -> bool:
+    """Whether a call may store its result in an operand's memory, of the result's form, bit for bit as elsewhere.
+
+    An elementwise operator may: it has read what it needs of an element when it writes there. So may those whose
+    kernels sum up a row before they write any of it, each row for itself
+    (ATen/native/cpu/SoftMaxKernel.cpp, ATen/native/cuda/PersistentSoftmax.cuh and SoftMax.cu).
+    """
+    target = allocating(node.target)
+    if target in _BY_ROWS:
+        last = len(node.args[0].meta["val"].shape) - 1  # type: ignore[union-attr]
+        return node.args[2] in (-1, last)
+    return is_elementwise(target) and not creates(target)
+
+
+_BY_ROWS = frozenset({aten._log_softmax_backward_data.default, aten._softmax_backward_data.default})
 
 
 def view_of(node: fx.Node) -> fx.Node | None:

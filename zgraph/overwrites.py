@@ -114,6 +114,9 @@ def _shared(node: fx.Node, lies_in: Mapping[fx.Node, frozenset[fx.Node]]) -> fro
         return frozenset() if index is None else lies_in[operand(operand(node), index)]
     if hasattr(node.target, "writes"):
         return everything
+    out = ops.out_of(node.target)
+    if out is not None:
+        return lies_in[node.kwargs[out]]  # type: ignore[index]
     if not isinstance(node.target, torch._ops.OpOverload):
         return frozenset()
     if node.target in _MAY_COPY and _copies(node):

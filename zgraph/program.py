@@ -339,10 +339,13 @@ class Program:
         key = self.call_key(node)
         if key not in self._inferred:
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
-            assert callable(node.target), node.target
+            target = ops.allocating(node.target)
+            if target is not node.target:  # nothing is written over to find out
+                kwargs = {name: value for name, value in kwargs.items() if name != ops.out_of(node.target)}
+            assert callable(target), target
             try:
                 with self.fake_mode, torch.no_grad(), _without_log():
-                    self._inferred[key] = getattr(node.target, "infer", node.target)(*args, **kwargs)
+                    self._inferred[key] = getattr(target, "infer", target)(*args, **kwargs)
             except Exception as error:
                 reason = first_line(error) or type(error).__name__
                 what = f"{node.name} ({target_name(node.target)}) cannot take its arguments: {reason}"

@@ -146,6 +146,9 @@ def _check_value(program: Program, node: fx.Node, after: str) -> None:
         _check_owned(program, node, node.target, after)
         return
     val, recorded = program.infer(node, blame=after), node.meta["val"]
+    out = node.kwargs.get(ops.out_of(node.target) or "")
+    if isinstance(out, fx.Node) and _form(out.meta["val"]) != _form(val):
+        raise broken(after, node, f"stores {_words(val)} over {out.name}, which has another form")
     if val is not recorded and _form(val) != _form(recorded):
         raise broken(after, node, f"is recorded as {_words(recorded)} but gives {_words(val)}")
 
@@ -408,7 +411,9 @@ class _Memory:
 
     def written(self, node: fx.Node) -> list[fx.Node]:
         """The memory that a call writes over."""
-        lowered = node.target in ops.INTO or hasattr(node.target, "writes")
+        is_last = self.program.stage >= Stage.INPLACE
+        told = ops.out_of(node.target) is not None and is_last and ops.may_overwrite(node)
+        lowered = told or node.target in ops.INTO or hasattr(node.target, "writes")
         if ops.may_write(node.target) and not lowered:
             self.refuse(node, "writes to its arguments; programs are functional, in place is a lowering")
         return [self.owner[source] for source in written(node)]
@@ -421,10 +426,16 @@ class _Memory:
             self.refuse(node, f"reads what {self.receiving[memory].name} is still writing")
 
     def check_aliases(self, node: fx.Node) -> None:
-        """A kernel reads and writes part by part: what it writes over it may be given once only."""
+        """What is computed part by part may read of what it writes over only the part that it is at.
+
+        A kernel may be given it once only. An operator may be given just what it is told to store its result in.
+        """
         for memory in self.written(node):
             given = [source for source in node.args if isinstance(source, fx.Node) and self.owner[source] is memory]
-            if hasattr(node.target, "writes") and len(given) > 1:
+            if node.target not in ops.STARTS and not hasattr(node.target, "writes"):
+                (out,) = written(node)
+                given = [out, *(source for source in given if source is not out)]
+            if node.target not in ops.STARTS and len(given) > 1:
                 self.refuse(node, f"is given {given[1].name}, which lies in what it writes over")
 
     def check_write(self, memory: fx.Node, node: fx.Node) -> None:

@@ -99,6 +99,7 @@ def works(node: fx.Node, world: Size) -> tuple[Work, ...]:
         return (FREE,)
     if target in ops.STARTS:
         return (_collective(node, world),)
+    target = ops.allocating(target)
     family = _FAMILIES.get(target)
     if family is not None:
         return tuple(family(node))
@@ -528,7 +529,7 @@ def _filling(node: fx.Node) -> Iterable[Work]:
 def _softmax(node: fx.Node) -> Iterable[Work]:
     """An exponential, a maximum and a sum of each element; backward has an exponential only of a logarithm."""
     count = _largest(node)
-    has_none = node.target is aten._softmax_backward_data.default
+    has_none = ops.allocating(node.target) is aten._softmax_backward_data.default
     yield replace(_moving("softmax", node), flops=4 * count, transcendentals=0 if has_none else count)
 
 
@@ -634,7 +635,7 @@ def _packing(node: fx.Node) -> Iterable[Work]:
 
 _QUANTIZING = (ops.quantize, ops.dequantize, ops.mean_of_quantized)
 
-for _target in (ops.pack_state, ops.pack_state_into, ops.unpack_state, ops.elements, *_QUANTIZING):
+for _target in (ops.pack_state, ops.unpack_state, ops.elements, *_QUANTIZING):
     _FAMILIES[_target] = _packing
 
 

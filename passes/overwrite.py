@@ -1,0 +1,100 @@
+"""Write over what nothing reads any more, instead of beside it.
+
+A gradient that flows backward through an elementwise operator is in memory twice there, beside what forward has kept.
+At a loss over a vocabulary these are the largest tensors of a step, and its peak. Once is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from zgraph import ops
+from zgraph.into import into, out_overload
+from zgraph.liveness import Lifetime, lifetimes, own_bytes, owners
+from zgraph.pipeline import Pass
+from zgraph.placement import SMALLEST_BYTES
+from zgraph.program import Phase, Program, Stage, phase_of
+
+
+@dataclass(frozen=True)
+class OverwriteOperands(Pass):
+    """Let calls of backward store their results over operands that they are the last to read.
+
+        gy = nll_loss_backward(...)                  gy = nll_loss_backward(...)
+        gx = log_softmax_backward(gy, y, 1)    ->    gx = log_softmax_backward(gy, y, 1, out=gy)
+
+    Only elementwise calls do, and those that work row by row (``zgraph.ops.may_overwrite``), over what backward has
+    made: all of some memory, in the shape, strides and dtype of the result. What forward has made stays, since which of
+    it is kept or made again is decided by looking at it as it is. On a CPU the result lies in the arena if it did
+    before (``zgraph.placement``). Small values stay as they are.
+    """
+
+    takes = gives = Stage.INPLACE
+
+    def rewrite(self, program: Program) -> None:
+        for node, source in overwriting(program, lifetimes(program)).items():
+            told = out_overload(node.target)
+            assert told is not None
+            node.target, name = told
+            node.kwargs = {**node.kwargs, name: source}
+
+
+def overwriting(program: Program, lives: Iterable[Lifetime]) -> dict[fx.Node, fx.Node]:
+    """The calls that store their results over an operand in a program as it stands, and the operand of each.
+
+    Args:
+        program: functional, in any order.
+        lives: its temporaries.
+    """
+    owner = owners(program)
+    last = {life.node: life.last for life in lives if not life.is_received}
+    found: dict[fx.Node, fx.Node] = {}
+    stored: dict[fx.Node, fx.Node] = {}  # by result, the memory that it lies in
+
+    def memory_of(source: fx.Node) -> fx.Node:
+        memory = owner[source]
+        return stored.get(memory, memory)
+
+    for position, node in enumerate(program.graph.nodes):
+        if not _may_store(node):
+            continue
+        memories = list(map(memory_of, node.all_input_nodes))
+        for source, memory in zip(node.all_input_nodes, memories, strict=True):
+            is_free = last.get(memory) == position and memories.count(memory) == 1
+            if is_free and _fits(node, source, memory):
+                found[node], stored[node] = source, memory
+                last[memory] = last[node]
+                break
+    return found
+
+
+def _may_store(node: fx.Node) -> bool:
+    """Whether a call of backward computes one large tensor of others, part by part, and can be told where to."""
+    if not isinstance(node.target, torch._ops.OpOverload) or phase_of(node) is not Phase.BACKWARD:
+        return False
+    if out_overload(node.target) is None:
+        return False
+    tensors = [each.meta["val"] for each in (node, *node.all_input_nodes) if _is_tensor(each)]
+    if not _is_tensor(node) or any(val.layout is not torch.strided or val.is_complex() for val in tensors):
+        return False
+    return own_bytes(node.meta["val"]) >= SMALLEST_BYTES and ops.may_overwrite(node)
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta["val"], torch.Tensor)
+
+
+def _fits(node: fx.Node, source: fx.Node, memory: fx.Node) -> bool:
+    """Whether an operand is all of some memory that backward has made, in the form of a call's result."""
+    if memory.op != "call_function" or phase_of(memory) is not Phase.BACKWARD or memory.target in ops.STARTS:
+        return False
+    val, there = node.meta["val"], source.meta["val"]
+    if not _is_tensor(source):
+        return False
+    alike = (val.shape, val.stride(), val.dtype) == (there.shape, there.stride(), there.dtype)
+    is_whole = val.numel() * val.itemsize == own_bytes(memory.meta["val"])
+    return alike and is_whole and (into(memory) is not None or into(node) is None)
