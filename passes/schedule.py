@@ -20,12 +20,13 @@ from zgraph.config import IN_FLIGHT
 from zgraph.cost import Cost, Costs
 from zgraph.hardware import Hardware
 from zgraph.liveness import held_bytes, lifetimes
+from zgraph.passes.gathers import prepares
 from zgraph.passes.inplace import fused_updates
 from zgraph.passes.order import arrange
 from zgraph.passes.overlap import Overlap
 from zgraph.passes.overwrite import overwriting
 from zgraph.pipeline import Pass
-from zgraph.program import Phase, Program, Role, Stage, operand, phase_of
+from zgraph.program import Phase, Program, Stage, operand, phase_of
 from zgraph.timeline import COMPUTE, Lanes, least_s, play
 from zgraph.work import FREE, Work, num_bytes_of
 
@@ -158,7 +159,7 @@ class _Step:
         self.leaving = [node for node in self.calls if node.target is ops.wait and set(node.users) == {output}]
         kept = {operand(node) for node in self.leaving}
         starts = [n for n in self.calls if n.target in ops.STARTS and n not in kept and _is_early(n)]
-        gathers = {node for node in starts if _is_of_parameters(node)}
+        gathers = {node for node in starts if node.target is ops.all_gather and prepares(node) is not None}
         self.sends = {node for node in starts if node not in gathers}
         self.wait_of = {operand(node): node for node in self.calls if node.target is ops.wait}
         waits = {self.wait_of[node] for node in starts}
@@ -356,14 +357,6 @@ class _Listing:
 def _is_early(node: fx.Node) -> bool:
     """Whether a call belongs to forward or backward."""
     return phase_of(node) is not Phase.UPDATE
-
-
-def _is_of_parameters(start: fx.Node) -> bool:
-    """Whether what is gathered is a parameter's shard, or a cast of one, which is there from the beginning."""
-    source = operand(start)
-    while source.op == "call_function" and len(source.all_input_nodes) == 1:
-        source = source.all_input_nodes[0]
-    return start.target is ops.all_gather and source.op == "placeholder" and source.meta["input"].role is Role.PARAM
 
 
 def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:

@@ -11,6 +11,7 @@ from expecttest import assert_expected_inline
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.mutants.steps import in_single_precision
 from tests.programs import assert_same_step, blocks, clipped, few_examples, order, two_layers
 from tests.recipes import Recipe, build, recipes
 from zgraph import ops
@@ -329,3 +330,20 @@ def test_a_machine_schedules_and_an_integer_keeps_its_distance(prefetch: int | N
     assert passes == [Schedule(SLOW, 2) if prefetch is None else Overlap(prefetch, config.bucket_bytes)]
     without = [p for p in default_passes(config, Mesh(2)) if p.gives is Stage.SCHEDULED]
     assert without == [Overlap(1 if prefetch is None else prefetch, config.bucket_bytes)]
+
+
+@pytest.mark.parametrize("gather_precision", [None, "bf16", "int8"])
+def test_whatever_a_shard_becomes_before_it_travels_it_is_gathered_as_parameters_are(
+    gather_precision: str | None,
+) -> None:
+    """Quantised, padding is set to zero before, so that what is sent is made of more than the shard."""
+    config = Config(3, 1, gather_precision=gather_precision)
+    passes = [p for p in default_passes(config, Mesh(2)) if p.gives < Stage.SCHEDULED]
+    captured = in_single_precision()
+    program = run(passes, captured).program
+    padded = program.graph.find_nodes(op="call_function", target=aten.where.self)
+    assert bool(padded) == (gather_precision == "int8")
+    step = _Step(program, SLOW, _costs(program, SLOW))
+    starts = program.graph.find_nodes(op="call_function", target=ops.all_gather)
+    assert set(step.gathers) == set(starts)
+    assert not {*step.sends} & {*starts}
