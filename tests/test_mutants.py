@@ -29,6 +29,9 @@ CONFIGS = [
     )
 ]  # fmt: skip
 
+SCHEDULED = [(Config(zero, 1), Mesh(2)) for zero in (3, 2)]
+"""For mistakes in what the cost model schedules."""
+
 IN_NODES = [(Config(zero, 200, shard_size=2), Mesh(4, shard=2)) for zero in (3, 1)]
 """For mistakes inside of nodes or between them."""
 
@@ -51,7 +54,8 @@ captured = lru_cache(maxsize=1)(steps)
 def attempts(mutant: Mutant, *, exact: bool) -> Iterator[tuple[Program, Config, Mesh]]:
     """What to try a mistake on."""
     in_nodes = isinstance(mutant, Edit) and mutant.in_nodes
-    for config, mesh in IN_NODES if in_nodes else (*CONFIGS, *([] if exact else INEXACT)):
+    configs = SCHEDULED if isinstance(mutant, Edit) and mutant.module == "schedule" else CONFIGS
+    for config, mesh in IN_NODES if in_nodes else (*configs, *([] if exact else INEXACT)):
         for program in captured().values():
             yield program, config, mesh
     for config, mesh in RECOMPUTING:
@@ -84,7 +88,7 @@ def is_shown_by_numbers(mutant: Mutant) -> bool:
 
 @pytest.mark.parametrize("step", captured())
 def test_without_a_mistake_nothing_is_refused(step: str) -> None:
-    for config, mesh in (*CONFIGS, *IN_NODES, *(RECOMPUTING if step == "two blocks" else ())):
+    for config, mesh in (*CONFIGS, *SCHEDULED, *IN_NODES, *(RECOMPUTING if step == "two blocks" else ())):
         program = run(default_passes(config, mesh, hardware=MACHINE), captured()[step]).program
         assert_same_step(program, captured()[step])
 
@@ -98,7 +102,7 @@ def test_a_mistake_is_refused_for_what_it_is_with_its_pass_its_place_and_the_use
     name = error.what.split(" ")[0].rstrip(":")
     assert name in {
         p.name
-        for config, mesh in (*CONFIGS, *IN_NODES, *INEXACT, *RECOMPUTING)
+        for config, mesh in (*CONFIGS, *SCHEDULED, *IN_NODES, *INEXACT, *RECOMPUTING)
         for p in default_passes(config, mesh, hardware=MACHINE)
     } | {type(getattr(mutant, "extra", None)).__name__}
     assert (error.where or "").startswith("model.py:"), error

@@ -108,6 +108,13 @@ wait loss""",
     )
 
 
+def test_ranks_that_would_issue_calls_in_another_order_have_another_digest() -> None:
+    """By which they refuse to begin: a verifier sees one program, and cannot know what other ranks run."""
+    program = sharded(blocks(2))
+    orders = {order(made): made.digest() for made in (Schedule(SLOW, 0)(program), Schedule(SLOW, None)(program))}
+    assert len(orders) == len(set(orders.values())) == 2
+
+
 def test_without_room_only_what_raises_no_peak_is_in_flight() -> None:
     assert_expected_inline(
         order(Schedule(SLOW, 0)(sharded(two_layers()))),

@@ -50,6 +50,7 @@ class Refusal(enum.Enum):
         "which lies elsewhere, too|is given other arguments than its body|gives an input as a result|"
         "over something else|writes two results over one input"
     )
+    WAITS = r"is waited for \d times instead of once|before it has arrived"
     RANKS = r"is on axis 'model' of|is for 3 ranks of"
 
 
@@ -124,6 +125,9 @@ class Extra:
 
 
 Mutant = Edit | Extra
+
+THE_BEST_ORDER = "                    best_s, best = found_s, order\n        _put(program, best)\n"
+"""Of ``schedule``, what stands last; whatever is wished before, ``zgraph.passes.order`` gives an order that may run."""
 
 EDITS = [
     # Buckets
@@ -290,6 +294,77 @@ EDITS = [
         "unshard",
         "firsts.setdefault(_expression(start), wait)",
         'firsts.setdefault(start.meta["val"].shape, wait)',
+    ),
+    # The schedule
+    Edit(
+        "a gather is issued behind what reads it",
+        "schedule",
+        THE_BEST_ORDER,
+        THE_BEST_ORDER
+        + "        for node in [n for n in _calls(program) if n.target is ops.all_gather and _is_early(n)]:\n"
+        "            program.output_node.prepend(node)\n",
+        Refusal.ORDER,
+    ),
+    Edit(
+        "what has travelled is read before it is waited for",
+        "schedule",
+        THE_BEST_ORDER,
+        THE_BEST_ORDER + "        for node in [n for n in _calls(program) if n.target is ops.wait]:\n"
+        "            program.output_node.prepend(node)\n",
+        Refusal.ORDER,
+    ),
+    Edit(
+        "a reduction is issued before its gradient is made",
+        "schedule",
+        THE_BEST_ORDER,
+        THE_BEST_ORDER + "        for node in [n for n in _calls(program) if n.target is ops.reduce_scatter]:\n"
+        "            next(_calls(program)).prepend(node)\n",
+        Refusal.ORDER,
+    ),
+    Edit(
+        "nobody waits for what was gathered",
+        "schedule",
+        THE_BEST_ORDER,
+        THE_BEST_ORDER + "        waits = [n for n in _calls(program) if n.target is ops.wait]\n"
+        "        for node in [n for n in waits if operand(n).target is ops.all_gather]:\n"
+        "            node.replace_all_uses_with(operand(node))\n"
+        "            program.graph.erase_node(node)\n",
+        Refusal.WAITS,
+    ),
+    Edit(
+        "a gradient is read while it travels",
+        "schedule",
+        THE_BEST_ORDER,
+        THE_BEST_ORDER + "        waits = [n for n in _calls(program) if n.target is ops.wait]\n"
+        "        for node in [n for n in waits if operand(n).target is ops.reduce_scatter]:\n"
+        "            for user in list(node.users):\n"
+        "                user.replace_input_with(node, operand(node))\n"
+        "                program.output_node.prepend(node)\n",
+        Refusal.WAITS,
+    ),
+    Edit(
+        "one wait is for the gather of another bucket",
+        "schedule",
+        THE_BEST_ORDER,
+        THE_BEST_ORDER + "        waits = [n for n in _calls(program) if n.target is ops.wait]\n"
+        "        waits = [n for n in waits if operand(n).target is ops.all_gather]\n"
+        "        for one, two in zip(waits, waits[1:]):\n"
+        "            starts = operand(one), operand(two)\n"
+        "            alike = program.form_of(one) == program.form_of(two) and operand(starts[1]).op == 'placeholder'\n"
+        "            if alike and operand(starts[0]) is not operand(starts[1]):\n"
+        "                starts[0].append(starts[1])\n"
+        "                one.args, two.args = two.args, one.args\n"
+        "                break\n",
+    ),
+    Edit(
+        "a mask is drawn early, where there is room",
+        "schedule",
+        THE_BEST_ORDER,
+        THE_BEST_ORDER + "        draws = [node for node in _calls(program) if ops.draws(node)]\n"
+        "        for one, two in zip(draws, draws[1:]):\n"
+        "            if all(source.op == 'placeholder' for source in two.all_input_nodes):\n"
+        "                one.prepend(two)\n",
+        Refusal.DRAWS,
     ),
     # On request
     Edit(
