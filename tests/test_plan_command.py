@@ -63,6 +63,23 @@ def test_options_of_the_command_are_those_of_the_plan(config: str, capsys: pytes
     assert (options["state_precision"], options["bucket_bytes"], options["prefetch"]) == ("int8", 2**20, 2)
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--shard-size", "2"], {"shard_size": 2}),
+        (["--shard-size", "none"], {"shard_size": None}),
+        (["--shard-size", "none", "--secondary-size", "2"], {"shard_size": None, "secondary_size": 2}),
+    ],
+)
+def test_nodes_are_given_to_a_plan_by_their_ranks(
+    given: list[str], expected: dict[str, object], config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", "--hf", config, "--world", "4", "--hardware", "h100", "--seq", "16", *FIXED, *given, "--json"]
+    assert cli.main([*arguments, "--devices-per-node", "2"]) == 0
+    options = json.loads(capsys.readouterr().out)["chosen"]["options"]
+    assert {name: options[name] for name in expected} == expected
+
+
 def test_a_plan_that_does_not_fit_has_a_status_of_its_own(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["plan", "--hf", config, "--world", "1", "--hardware", "h100", "--seq", "16", "--memory", "1MiB"]
     assert cli.main([*arguments, "--json", *FIXED]) == 1
@@ -101,6 +118,9 @@ def test_a_function_gives_a_model_and_its_batch(
         (["--preset", "gpt2", "--world", "1", "--batch", "0"], "--batch 0"),
         (["--preset", "gpt2", "--world", "1", "--seq", "4096"], "1024 positions"),
         (["--preset", "gpt2", "--world", "1", "--zero", "three"], "--zero three"),
+        (["--preset", "gpt2", "--world", "4", "--shard-size", "all"], "--shard-size all"),
+        (["--preset", "gpt2", "--world", "4", "--shard-size", "3"], "shard_size=3 does not divide the 4 ranks"),
+        (["--preset", "gpt2", "--world", "4", "--secondary-size", "auto"], "--secondary-size auto"),
         (["--preset", "gpt2", "--world", "1", "--nic", "fast"], "nic='fast'"),
         (["--preset", "gpt2", "--world", "1", "--nic", "1GB"], "--nic"),
         (["--preset", "gpt2", "--world", "1", "--devices-per-node", "2"], "--devices-per-node"),

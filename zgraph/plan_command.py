@@ -62,6 +62,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--prefetch", default=AUTO, metavar="N", help="gathers ahead; default: by cost")
     command.add_argument("--clip-norm", type=float, metavar="X", help="default: no clipping")
     command.add_argument("--zero", default=AUTO, metavar="0-3", help="default: searched")
+    command.add_argument(
+        "--shard-size", default=AUTO, metavar="N", help="ranks that divide state, or none for all; default: searched"
+    )
+    command.add_argument(
+        "--secondary-size", metavar="N", help="ranks that keep what forward has gathered for backward; default: none do"
+    )
     command.add_argument("--accumulate", default=AUTO, metavar="N", help="micro-batches of a step; default: searched")
     command.add_argument(
         "--recompute", default=AUTO, metavar="HOW", help=f"none, {', '.join(RECOMPUTE)}, or 0 to 1; default: searched"
@@ -84,11 +90,14 @@ def run(arguments: argparse.Namespace) -> bool:
         raise OptionError("--nic and --devices-per-node are for GPUs: all ranks of a CPU share one machine")
     options: dict[str, Any] = {
         "zero": _integer(arguments.zero, "zero"),
+        "shard_size": None if arguments.shard_size == "none" else _integer(arguments.shard_size, "shard-size"),
         "accumulate": _integer(arguments.accumulate, "accumulate"),
         "prefetch": _integer(arguments.prefetch, "prefetch"),
         "bucket_bytes": arguments.bucket_bytes,
         "recompute": None if arguments.recompute == "none" else _number(arguments.recompute),
     }
+    if arguments.secondary_size is not None:
+        options["secondary_size"] = _integer(arguments.secondary_size, "secondary-size", is_searched=False)
     for name in ("precision", "state_precision", "clip_norm"):
         if getattr(arguments, name) is not None:
             options[name] = getattr(arguments, name)
@@ -117,11 +126,12 @@ def _number(text: str) -> float | str:
         return text
 
 
-def _integer(text: str, name: str) -> int | str:
-    if text == AUTO:
+def _integer(text: str, name: str, *, is_searched: bool = True) -> int | str:
+    if text == AUTO and is_searched:
         return text
     if not text.isdecimal():
-        raise OptionError(f"--{name} {text} is not a number", fix="give one, or leave it out to have it searched")
+        fix = "give one, or leave it out" + (" to have it searched" if is_searched else "")
+        raise OptionError(f"--{name} {text} is not a number", fix=fix)
     return int(text)
 
 
