@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from zgraph import ops
-from zgraph.into import into, out_overload
+from zgraph.into import can_be_told, out_overload
 from zgraph.liveness import Lifetime, lifetimes, own_bytes, owners
 from zgraph.pipeline import Pass
 from zgraph.placement import SMALLEST_BYTES
@@ -29,8 +29,8 @@ class OverwriteOperands(Pass):
 
     Only elementwise calls do, and those that work row by row (``zgraph.ops.may_overwrite``), over what backward has
     made: all of some memory, in the shape, strides and dtype of the result. What forward has made stays, since which of
-    it is kept or made again is decided by looking at it as it is. On a CPU the result lies in the arena if it did
-    before (``zgraph.placement``). Small values stay as they are.
+    it is kept or made again is decided by looking at it as it is. So does what only the C library has a place for: on a
+    CPU, what can lie in the arena (``zgraph.placement``) stays there. Small values stay as they are.
     """
 
     takes = gives = Stage.INPLACE
@@ -97,4 +97,4 @@ def _fits(node: fx.Node, source: fx.Node, memory: fx.Node) -> bool:
         return False
     alike = (val.shape, val.stride(), val.dtype) == (there.shape, there.stride(), there.dtype)
     is_whole = val.numel() * val.itemsize == own_bytes(memory.meta["val"])
-    return alike and is_whole and (into(memory) is not None or into(node) is None)
+    return alike and is_whole and can_be_told(memory.target)

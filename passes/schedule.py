@@ -78,12 +78,12 @@ class Schedule(Pass):
             return play(program, self.hardware, cost_of=costs.__getitem__).step_s
 
         def peak() -> int:
-            return max(_held(program, staged=staged))
+            return max(held_in(program, staged=staged))
 
         given_s, given_peak = seconds(), peak()
         step = _Step(program, self.hardware, costs)
         _put(program, step.order())
-        held = step.held_by_each(program, _held(program, staged=staged))
+        held = step.held_by_each(program, held_in(program, staged=staged))
         best_s, best, least_peak = seconds(), list(_calls(program)), peak()
         if given_s < best_s and given_peak <= least_peak:
             best_s, best = given_s, given
@@ -119,7 +119,7 @@ def _put(program: Program, order: Iterable[fx.Node]) -> None:
     arrange(program, {node: i for i, node in enumerate(order)})
 
 
-def _held(program: Program, *, staged: bool) -> list[int]:
+def held_in(program: Program, *, staged: bool) -> list[int]:
     """Bytes of temporaries alive at each node, as far as what is written in place does not do away with them."""
     inside = {node for nodes in fused_updates(program).values() for node in nodes}
     lives = lifetimes(program, staged=staged)

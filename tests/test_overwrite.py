@@ -21,6 +21,7 @@ from tests.programs import Builder, assert_same_step, few_examples, param, rewri
 from tests.recipes import Recipe, build, recipes
 from tests.reference import slow
 from tests.test_into import as_bytes
+from tests.test_liveness import assert_counts_agree
 from tests.test_placement import assert_good, assert_same_in_an_arena
 from zgraph import ops, placement
 from zgraph.config import Config
@@ -29,7 +30,7 @@ from zgraph.into import out_overload
 from zgraph.liveness import held_bytes, lifetimes
 from zgraph.machines import preset
 from zgraph.passes import OverwriteOperands, default_passes, overwrite
-from zgraph.passes.schedule import _held
+from zgraph.passes.schedule import held_in
 from zgraph.pipeline import run
 from zgraph.placement import place
 from zgraph.program import Mesh, Phase, Program, Role, Stage
@@ -92,6 +93,7 @@ def test_a_gradient_of_logits_is_written_over_that_of_their_logarithms() -> None
 %17: f64[16] = aten.cat.default([%15, %16])""",
     )
     assert_same_in_an_arena(captured, program)
+    assert_counts_agree(program)
 
 
 def stored(captured: Program, zero: int = 0, world: int = 1) -> list[str]:
@@ -178,7 +180,7 @@ def test_the_scheduler_foresees_what_will_be_written_over() -> None:
     num_before = next(i for i, p in enumerate(passes) if p.gives is Stage.SCHEDULED) + 1
     scheduled = run(passes[:num_before], classifier()).program
     done = run(passes[num_before:], scheduled).program
-    assert max(_held(scheduled, staged=False)) == peak(done) == peak(without(classifier(), 0, 1)) - 5 * 4 * 8
+    assert max(held_in(scheduled, staged=False)) == peak(done) == peak(without(classifier(), 0, 1)) - 5 * 4 * 8
 
 
 class Overwrite(TorchDispatchMode):

@@ -20,7 +20,7 @@ from zgraph.curves import Collective
 from zgraph.hardware import Hardware
 from zgraph.machines import preset
 from zgraph.passes import Overlap, Schedule, default_passes
-from zgraph.passes.schedule import GAIN, _costs, _held, _put, _Step
+from zgraph.passes.schedule import GAIN, _costs, _put, _Step, held_in
 from zgraph.pipeline import run
 from zgraph.program import REPLICA, SHARD, Mesh, Phase, Program, Stage, operand
 from zgraph.timeline import least_s, play
@@ -51,7 +51,7 @@ def seconds(program: Program, hardware: Hardware) -> float:
 
 
 def peak(program: Program, hardware: Hardware) -> int:
-    return max(_held(program, staged=hardware.device_type == "cpu"))
+    return max(held_in(program, staged=hardware.device_type == "cpu"))
 
 
 def with_nothing_in_flight(program: Program, hardware: Hardware) -> tuple[int, int]:
@@ -159,7 +159,7 @@ def test_what_is_gathered_is_there_in_time_and_no_gather_stands_earlier_than_it_
     program = sharded(blocks(4))
     step = _Step(program, FAST, _costs(program, FAST))
     _put(program, step.order())
-    calls = step.order(math.inf, step.held_by_each(program, _held(program, staged=False)))
+    calls = step.order(math.inf, step.held_by_each(program, held_in(program, staged=False)))
     for wait in calls:
         if wait.target is ops.wait and operand(wait).target is ops.all_gather:
             between = calls[calls.index(operand(wait)) : calls.index(wait)]

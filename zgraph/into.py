@@ -184,3 +184,8 @@ _OWN: dict[Any, Callable[[fx.Node], Into | None]] = {
     aten.embedding_dense_backward.default: _added_up,
 }
 """Operators that are written here, ``out`` being what is given."""
+
+
+def can_be_told(target: Any) -> bool:
+    """Whether an operator can be told where to store its result, as far as its name says."""
+    return target in _OWN or (isinstance(target, torch._ops.OpOverload) and out_overload(target) is not None)
