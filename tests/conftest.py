@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
 from tests.ranks import Ranks
+from zgraph.disk import DEFAULT_PATH
 
 settings.register_profile("quick", max_examples=40, deadline=None, derandomize=True)
 settings.register_profile("ci", max_examples=1000, deadline=None, derandomize=True)
@@ -23,6 +26,13 @@ def ranks() -> Iterator[Ranks]:
     pool = Ranks()
     yield pool
     pool.close()
+
+
+@pytest.fixture
+def disk_path() -> Iterator[Path]:
+    """A new directory on a disk, where ``tmp_path`` may be in memory."""
+    with tempfile.TemporaryDirectory(dir=DEFAULT_PATH, ignore_cleanup_errors=True) as name:
+        yield Path(name)
 
 
 @pytest.fixture(autouse=True)

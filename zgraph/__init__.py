@@ -6,6 +6,7 @@ from zgraph.config import Config
 from zgraph.errors import (
     BudgetError,
     CaptureError,
+    DiskError,
     OptimizerError,
     OptionError,
     RankError,
@@ -27,6 +28,7 @@ __all__ = [
     "BudgetError",
     "CaptureError",
     "Config",
+    "DiskError",
     "Hardware",
     "MicroBatches",
     "OptimizerError",

@@ -52,6 +52,10 @@ class BudgetError(ZgraphError, MemoryError):
     """No choice of options fits the memory that a rank may take, or a step took more than was planned."""
 
 
+class DiskError(ZgraphError, OSError):
+    """State that lies on a disk cannot be written there, or not be read again."""
+
+
 class VerifyError(ZgraphError):
     """A pass produced a program that breaks a rule; the program was not run."""
 

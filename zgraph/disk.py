@@ -1,0 +1,377 @@
+"""Tensors on a disk: one file of each rank, read and written in large aligned blocks by a few threads.
+
+The file has no name: nobody else can open it, runs that use one directory never meet, and the kernel takes its bytes
+back when the process ends, however it ends. Room is reserved before it is used. Transfers go past the page cache where
+the file system lets them (``O_DIRECT``). Each block has a CRC, kept in memory and checked whenever the block is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import errno
+import fcntl
+import mmap
+import os
+import tempfile
+import threading
+import weakref
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from zgraph.errors import DiskError
+
+PAGE = 4096
+"""Bytes: direct transfers begin and end at multiples of it, in memory and in the file; no disk of today needs more."""
+
+BLOCK_BYTES = 2**21
+"""Of one read or write, and of what has one CRC: enough for a disk to be at its fastest with a few of them at once."""
+
+NUM_THREADS = 4
+"""How many blocks are in flight at once."""
+
+DEFAULT_PATH = "/var/tmp"
+"""Where files lie if it is not said: what is there has to outlast a reboot (Filesystem Hierarchy Standard, 5.15), so
+that it is not in memory, as ``/tmp`` often is."""
+
+
+def padded(num_bytes: int) -> int:
+    """Bytes that a tensor of so many takes up in a file: a page at least."""
+    return max(-(-num_bytes // PAGE), 1) * PAGE
+
+
+@dataclass
+class Moved:
+    """Bytes of tensors that were read and written."""
+
+    read_bytes: int = 0
+    written_bytes: int = 0
+
+
+class Disk:
+    """A file, and the room in it.
+
+    Args:
+        path: of the directory that it lies in.
+
+    Attributes:
+        num_bytes: of the file: what is reserved.
+        is_direct: transfers go past the page cache.
+        moved: since it was last set anew.
+
+    Raises:
+        DiskError: there can be no file; with the path and the reason.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.num_bytes = 0
+        self.moved = Moved()
+        self._free: list[tuple[int, int]] = []  # start and end of what is free, in order
+        self._returned: deque[tuple[int, int]] = deque()  # what has become free since, in whichever thread
+        self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="zgraph-disk")
+        self._pending: set[Future[None]] = set()
+        self._scratch = threading.local()
+        self._failure: DiskError | None = None
+        with self._explained("make a file"):
+            self._fd = _open_without_name(self.path)
+        weakref.finalize(self, os.close, self._fd)
+        if _is_in_memory(self._fd):
+            raise DiskError(f"{self.path} lies in memory, not on a disk", fix="use another offload_path")
+        self.is_direct = True
+        try:
+            fcntl.fcntl(self._fd, fcntl.F_SETFL, fcntl.fcntl(self._fd, fcntl.F_GETFL) | os.O_DIRECT)
+        except OSError:
+            self.is_direct = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Disk:
+        """A file of its own, for what is copied to it."""
+        memo[id(self)] = copied = Disk(self.path)
+        return copied
+
+    @property
+    def used_bytes(self) -> int:
+        """Of the file, what tensors take up."""
+        return self.num_bytes - sum(end - start for start, end in self._gaps())
+
+    def reserve(self, num_bytes: int) -> None:
+        """Have room for so many bytes beside those that are used, or refuse.
+
+        Raises:
+            DiskError: there is no room, or no writing; with what is missing.
+        """
+        more = self.used_bytes + num_bytes - self.num_bytes
+        if more > 0:
+            with self._explained(f"reserve {num_bytes} bytes, {more} more than there are,"):
+                os.posix_fallocate(self._fd, self.num_bytes, padded(more))
+            self.give_back(self.num_bytes, self.num_bytes + padded(more))
+            self.num_bytes += padded(more)
+
+    def allocate(self, numel: int, dtype: torch.dtype) -> DiskTensor:
+        """Room for a vector, which may not be read before it is written; it is free again when nothing refers to it."""
+        size = padded(numel * dtype.itemsize)
+        if all(end - start < size for start, end in self._gaps()):
+            self.reserve(size + self.num_bytes - self.used_bytes)  # in one piece, and not in those that there are
+        gaps = self._gaps()
+        index = next(i for i, (start, end) in enumerate(gaps) if end - start >= size)
+        start, end = gaps[index]
+        gaps[index : index + 1] = [(start + size, end)] if end - start > size else []
+        return DiskTensor(self, numel, dtype, start)
+
+    def check(self) -> None:
+        """Tell what could not be written.
+
+        Raises:
+            DiskError: with the path, the bytes and the reason; once.
+        """
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def finish(self) -> None:
+        """Wait for all that is in flight, so that memory it reads or writes may be used for something else."""
+        wait(list(self._pending))
+
+    # -- what tensors ask for ---------------------------------------------------------------------------------
+
+    def submit(self, work: Callable[..., None], *args: Any) -> Future[None]:
+        """Run something in one of the threads."""
+        future = self._pool.submit(work, *args)
+        self._pending.add(future)
+        future.add_done_callback(self._pending.discard)
+        return future
+
+    def put_off(self, failure: DiskError) -> None:
+        """Have ``check`` tell it."""
+        self._failure = self._failure or failure
+
+    def read(self, data: np.ndarray, start: int, crc: int | None) -> None:
+        """Read a block, and check it."""
+        if crc is None:
+            raise DiskError(
+                f"{len(data)} bytes on the disk ({self.path}) have never been written completely", fix=_RESTART
+            )
+        with self._explained(f"read {len(data)} bytes at {start}"):
+            for piece, at in self._pieces(data):
+                whole = piece if self._is_fit(piece) else self._bounce(padded(len(piece)))
+                self._transfer(os.preadv, whole, start + at)
+                if whole is not piece:
+                    piece[:] = whole[: len(piece)]
+            if not self.is_direct:
+                os.posix_fadvise(self._fd, start, len(data), os.POSIX_FADV_DONTNEED)
+        if zlib.crc32(data.data) != crc:
+            raise DiskError(
+                f"the disk ({self.path}) gave back other bytes than were written: the CRC of {len(data)} bytes at "
+                f"{start} differs",
+                fix="do not trust that disk: use another offload_path, and load what was saved last",
+            )
+
+    def write(self, data: np.ndarray, start: int) -> int:
+        """Write a block; its CRC."""
+        with self._explained(f"write {len(data)} bytes at {start}"):
+            for piece, at in self._pieces(data):
+                whole = piece if self._is_fit(piece) else self._bounce(padded(len(piece)))
+                if whole is not piece:
+                    whole[: len(piece)] = piece
+                    whole[len(piece) :] = 0
+                self._transfer(os.pwritev, whole, start + at)
+            if not self.is_direct:  # only what is on the disk can leave the page cache
+                os.fdatasync(self._fd)
+                os.posix_fadvise(self._fd, start, len(data), os.POSIX_FADV_DONTNEED)
+        return zlib.crc32(data.data)
+
+    def _pieces(self, data: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
+        """What is moved at once, each with its offset: all of it, but for the part of a page at the end."""
+        whole = len(data) // PAGE * PAGE if self.is_direct else len(data)
+        if whole:
+            yield data[:whole], 0
+        if whole < len(data):
+            yield data[whole:], whole
+
+    def _is_fit(self, data: np.ndarray) -> bool:
+        return not self.is_direct or (data.ctypes.data % PAGE == 0 and len(data) % PAGE == 0)
+
+    def _bounce(self, num_bytes: int) -> np.ndarray:
+        """Memory of this thread that direct transfers can go to."""
+        if not hasattr(self._scratch, "memory"):
+            self._scratch.memory = np.frombuffer(mmap.mmap(-1, BLOCK_BYTES), dtype=np.uint8)
+        found: np.ndarray = self._scratch.memory[:num_bytes]
+        return found
+
+    def _transfer(self, move: Callable[[int, list[Any], int], int], data: np.ndarray, start: int) -> None:
+        """Read or write all of ``data``, in as many turns as the system takes."""
+        done = 0
+        while done < len(data):
+            moved = move(self._fd, [data[done:]], start + done)
+            if self.is_direct:
+                moved -= moved % PAGE  # the next turn begins at a page
+            if moved == 0:
+                raise OSError(errno.EIO, f"only {done} bytes were moved")
+            done += moved
+
+    # -- room -------------------------------------------------------------------------------------------------
+
+    def give_back(self, start: int, end: int) -> None:
+        """What lies there is needed no more."""
+        self._returned.append((start, end))
+
+    def _gaps(self) -> list[tuple[int, int]]:
+        """What is free, neighbours joined."""
+        while self._returned:
+            self._free.append(self._returned.popleft())
+        self._free.sort()
+        for i in range(len(self._free) - 1, 0, -1):
+            (start, end), (then, last) = self._free[i - 1 : i + 1]
+            if end == then:
+                self._free[i - 1 : i + 1] = [(start, last)]
+        return self._free
+
+    @contextlib.contextmanager
+    def _explained(self, action: str) -> Iterator[None]:
+        """Say what could not be done where."""
+        try:
+            yield
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            fix = "make room there, or use another offload_path" if full else "use another offload_path"
+            raise DiskError(f"cannot {action} in {self.path}: {reason}", fix=fix) from error
+
+
+_RESTART = "restart from what was saved last"
+
+
+class DiskTensor:
+    """A vector that lies in a file.
+
+    Attributes:
+        shape, dtype, nbytes: as of a tensor.
+    """
+
+    def __init__(self, disk: Disk, numel: int, dtype: torch.dtype, start: int) -> None:
+        self._disk, self._start = disk, start
+        self.shape, self.dtype, self.nbytes = torch.Size([numel]), dtype, numel * dtype.itemsize
+        self._crcs: list[int | None] = [None] * -(-self.nbytes // BLOCK_BYTES)
+        self._writing: list[Future[None]] = []
+        weakref.finalize(self, disk.give_back, start, start + padded(self.nbytes))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DiskTensor:
+        disk: Disk = copy.deepcopy(self._disk, memo)
+        memo[id(self)] = copied = disk.allocate(self.shape[0], self.dtype)
+        copied.write(self.read())
+        return copied
+
+    def load(self, out: torch.Tensor | None = None) -> Transfer:
+        """Start to read it.
+
+        Args:
+            out: where to; new memory if None. Memory that begins at a multiple of ``PAGE`` needs no copy on the way.
+        """
+        assert all(future.done() for future in self._writing), "it is still being written"
+        result = torch.empty(self.shape, dtype=self.dtype) if out is None else out
+        self._disk.moved.read_bytes += self.nbytes
+        disk = self._disk
+        futures = [
+            disk.submit(disk.read, block, start, self._crcs[index]) for index, block, start in self._blocks(result)
+        ]
+        return Transfer(futures, result)
+
+    def store(self, value: torch.Tensor) -> Transfer:
+        """Start to write ``value``, which must stay as it is until that has been waited for.
+
+        What fails is told by ``Disk.check``, so that a step can go on to its end, together with other ranks.
+        """
+        assert value.shape == self.shape, "another shape"
+        assert value.dtype == self.dtype, "another dtype"
+        self._disk.moved.written_bytes += self.nbytes
+        self._crcs = [None] * len(self._crcs)
+        self._writing = [
+            self._disk.submit(self._write_block, index, block, start) for index, block, start in self._blocks(value)
+        ]
+        return Transfer(self._writing, self, value, self._disk)
+
+    def read(self) -> torch.Tensor:
+        """All of it, in memory of its own.
+
+        Raises:
+            DiskError: it cannot be read, or is not what was written.
+        """
+        return self.load().wait()  # type: ignore[no-any-return]
+
+    def write(self, value: torch.Tensor) -> None:
+        """Write all of it.
+
+        Raises:
+            DiskError: it cannot be written.
+        """
+        self.store(value).wait()
+        self._disk.check()
+
+    def _blocks(self, tensor: torch.Tensor) -> Iterator[tuple[int, np.ndarray, int]]:
+        """Number, memory and place in the file of each block."""
+        data = tensor.detach().contiguous().view(torch.uint8).numpy()
+        for index, at in enumerate(range(0, self.nbytes, BLOCK_BYTES)):
+            yield index, data[at : at + BLOCK_BYTES], self._start + at
+
+    def _write_block(self, index: int, data: np.ndarray, start: int) -> None:
+        self._crcs[index] = self._disk.write(data, start)
+
+
+@dataclass
+class Transfer:
+    """A read or a write that has been started."""
+
+    futures: list[Future[None]]
+    result: Any
+    keep: torch.Tensor | None = None
+    disk: Disk | None = field(default=None, repr=False)
+
+    def wait(self) -> Any:
+        """What was read, or the ``DiskTensor`` that was written, once all of it has arrived.
+
+        Raises:
+            DiskError: it could not be read; of a write, see ``DiskTensor.store``.
+        """
+        wait(self.futures)
+        for future in self.futures:
+            error = future.exception()
+            if error is not None and self.disk is not None and isinstance(error, DiskError):
+                self.disk.put_off(error)
+            elif error is not None:
+                raise error
+        self.keep = None
+        return self.result
+
+
+def _is_in_memory(fd: int) -> bool:
+    """Whether the file system of a file keeps it in memory (proc_pid_mountinfo(5))."""
+    device = os.fstat(fd).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    return any(mount[2] == number and mount[mount.index("-") + 1] in ("tmpfs", "ramfs") for mount in mounts)
+
+
+def _open_without_name(directory: Path) -> int:
+    """A new file that no other process can open, and that is gone when this one ends.
+
+    Raises:
+        OSError: there is no such directory, or it cannot be written to.
+    """
+    flags = os.O_RDWR | os.O_CLOEXEC
+    try:
+        return os.open(directory, flags | os.O_TMPFILE | os.O_EXCL, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            raise
+    # The file system knows no such files: the name is gone again before anything is written.
+    fd, name = tempfile.mkstemp(prefix="zgraph-", dir=directory)
+    os.unlink(name)
+    return fd
