@@ -58,7 +58,7 @@ def run(arguments: Sequence[str]) -> int:
     settings = Settings(options.ranks, rounds, options.threads, options.timeout_s, enter_private_network())
     skipped = {entry.name: entry.peer.missing for entry in entries if entry.peer.missing is not None}
     entries = [entry for entry in entries if entry.name not in skipped]
-    _import_for_ranks(entries)
+    import_for_ranks(entries)
     if mode == "slope":
         table, rows, complaints = report_slopes(measure_slopes(entries, shape, settings))
     elif mode == "cap":
@@ -239,7 +239,7 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def _import_for_ranks(entries: Sequence[Entry]) -> None:
+def import_for_ranks(entries: Sequence[Entry]) -> None:
     """Import once what ranks would import for themselves in their first steps, and share its memory."""
     needed = {entry.peer.optional_package for entry in entries if entry.peer.optional_package is not None}
     for name in ["torch._dynamo", "torch.fx.experimental.proxy_tensor", *sorted(needed)]:

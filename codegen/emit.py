@@ -2,7 +2,7 @@
 
 Each value is dropped right after its last use, and the argument list is emptied on entry, so that a buffer is free as
 soon as the program is done with it. What has a place in an arena is stored there. Collectives go through a ``comm``
-object; everything else is a plain call.
+object, transfers through what lies on a disk (``zgraph.disk.DiskTensor``); everything else is a plain call.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def emit(
     lines = [f"def step(inputs, comm{', arena' if arena.names else ''}):"]
     placeholders = list(program.placeholders())
     for node, what in placeholders:
-        lines.append(f"    # {names[node]}: {describe(node.meta['val'])} is {_comment(str(what))}")
+        where = " on a disk" if program.is_on_disk(node) else ""
+        lines.append(f"    # {names[node]}: {describe(node.meta['val'])} is {_comment(str(what))}{where}")
     lines.append(f"    [{', '.join(names[node] for node, _ in placeholders)}] = inputs")
     watched = writer.bind(watch, "memory") if watch is not None else None
     if watched is not None:
@@ -152,6 +153,12 @@ def _expression(
     place = arena.name(node)
     if place is not None and arena.is_made_of_parts(node):
         return place
+    if node.target is ops.load:
+        return f"{names[operand(node)]}.load({f'out={place}' if place is not None else ''})"
+    if node.target is ops.store:
+        return f"{names[node.kwargs['out']]}.store({names[operand(node)]})"  # type: ignore[index]
+    if node.target is ops.wait and operand(node).target in ops.TRANSFERS:
+        return f"{names[operand(node)]}.wait()"
     method = _COMM_METHODS.get(node.target)
     if method is not None:
         # The mesh gives the size; what is passed is the tensor, the reduction, and where to put the result.

@@ -12,6 +12,7 @@ from zgraph.packed import BLOCK
 from zgraph.passes.bucket import FormBuckets
 from zgraph.passes.inplace import UpdateInPlace
 from zgraph.passes.keep import ReadGathered
+from zgraph.passes.offload import Offload
 from zgraph.passes.overlap import Overlap
 from zgraph.passes.overwrite import OverwriteOperands
 from zgraph.passes.precision import CastBeforeGather, GatherInLowPrecision, ReduceInLowPrecision
@@ -80,7 +81,8 @@ def default_passes(
     )
     # What stays gathered is decided last, where there is room beside all else; it is not in the way of what is dropped.
     unshard = (Unshard(config.unshard, hardware),) if config.zero == 3 and mesh.size > 1 else ()
-    passes = (Tidy(), *_recompute(config, hardware, then), *then, *unshard)
+    offload = (Offload(hardware),) if config.offload is not None else ()
+    passes = (Tidy(), *_recompute(config, hardware, then), *then, *offload, *unshard)
     last = {p.gives: p for p in passes}
     return tuple(q for p in passes for q in (p, *(o for o in own if last.get(o.takes) is p)))
 
@@ -121,6 +123,7 @@ __all__ = [
     "GatherInLowPrecision",
     "GatherQuantized",
     "KeepSecondaryShards",
+    "Offload",
     "Overlap",
     "OverwriteOperands",
     "QuantizeState",

@@ -73,7 +73,7 @@ class FormBuckets(Pass):
             buckets = make_buckets(specs, self.world, self.bucket_bytes, self.granule)
             layout = Layout(buckets, self.world, packed=tuple(_packed(buckets, updates)) if self.packed else ())
         _Flattener(program, updates, layout).run()
-        program.layout = replace(layout, shard_params=False, shard_state=False)
+        program.layout = replace(layout, shard_params=False, shard_state=False, on_disk=())
 
 
 def _packed(buckets: Iterable[Bucket], updates: Updates) -> Iterator[tuple[str, str]]:

@@ -59,11 +59,12 @@ class Reshuffle(Pass):
 
     def _in_order(self, program: Program, calls: Sequence[fx.Node]) -> list[list[fx.Node]]:
         draws = [node for node in calls if ops.is_random(node.target)]
-        collectives = [node for node in calls if node.target in ops.STARTS or node.target is ops.wait]
+        collectives = [node for node in calls if node.target in ops.ASYNCHRONOUS or node.target is ops.wait]
         if program.stage < Stage.INPLACE:
             return [draws, collectives]
         owner = owners(program)
         state = {node for node, what in program.placeholders() if what.role in OF_PARAMETERS}
+        state.update(node for node in calls if node.target is ops.load)
         touching = [node for node in calls if state & {owner[value] for value in (node, *node.all_input_nodes)}]
         return [draws, collectives, [node for node in calls if node in {*touching, *collectives}]]
 

@@ -189,3 +189,12 @@ def test_recomputation_is_no_worse_than_what_torch_chooses() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("\n| 0.5 |") == 1
+
+
+@pytest.mark.slow
+def test_state_on_a_disk_is_measured_beside_the_disk() -> None:
+    command = [sys.executable, str(BENCHMARKS / "offload.py"), "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "on disk" in done.stdout
+    assert "the disk alone takes" in done.stdout

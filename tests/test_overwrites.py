@@ -105,7 +105,7 @@ def test_what_is_sent_must_stay_until_it_has_arrived() -> None:
         check_overwrites(program, placed_wrongly(program, early))
 
 
-def _all_over_each_other(held: list[liveness.Held]) -> Offsets:
+def _all_over_each_other(held: list[liveness.Held], *_: int) -> Offsets:
     return Offsets((0,) * len(held), max(h.num_bytes for h in held), 0)
 
 

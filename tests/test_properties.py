@@ -46,7 +46,13 @@ class Pipeline:
 def pipelines() -> st.SearchStrategy[Pipeline]:
     return st.builds(
         Pipeline,
-        st.builds(Config, st.integers(0, 3), st.sampled_from([1, 100, 200, 1000, 10**6]), st.integers(0, 3)),
+        st.builds(
+            Config,
+            st.integers(0, 3),
+            st.sampled_from([1, 100, 200, 1000, 10**6]),
+            st.integers(0, 3),
+            offload=st.sampled_from([None, {"optimizer": "disk"}]),
+        ),
         st.sampled_from([*map(Mesh, range(1, 9)), *(Mesh(4 + size, shard=size) for size in (1, 2, 4))]),
         st.integers(0, 2),
         st.none() | st.sampled_from([1, 200]),

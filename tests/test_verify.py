@@ -111,7 +111,7 @@ BROKEN: dict[Callable[[Program], None], tuple[str, bool]] = {
     wait_twice: (r"all_gather.* is waited for 2 times instead of once", True),
     read_before_arrival: (r"neg\w* \(aten.neg.default\) reads all_gather\w+ before it has arrived", True),
     return_before_arrival: (r"output \(output\) reads all_reduce\w* before it has arrived", False),
-    wait_for_nothing: (r"waits for a value that no collective produces", True),
+    wait_for_nothing: (r"waits for a value that no collective and no transfer produces", True),
     read_what_is_overwritten: (r"neg\w* \(aten.neg.default\) reads what update_bucket1 has written over", True),
     read_a_view_of_what_is_overwritten: (
         r"neg\w* \(aten.neg.default\) reads what update_bucket1 has written over",

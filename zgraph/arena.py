@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from zgraph.codegen.emit import Step
-from zgraph.offsets import ALIGNMENT
+from zgraph.disk import PAGE
 
 
 class Arena:
@@ -43,8 +43,8 @@ class Arena:
         if step not in self._tensors:
             if self._block is None:
                 # For large blocks NumPy asks the kernel for huge pages; all but small ones are mappings of their own.
-                block = np.empty(self.num_bytes + ALIGNMENT, dtype=np.uint8)
-                self._block = block[-block.ctypes.data % ALIGNMENT :]
+                block = np.empty(self.num_bytes + PAGE, dtype=np.uint8)
+                self._block = block[-block.ctypes.data % PAGE :]
             self._tensors[step] = [
                 torch.frombuffer(self._block[place.start : place.stop], dtype=place.dtype).as_strided(
                     place.shape, place.strides

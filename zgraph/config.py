@@ -7,7 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -89,6 +89,30 @@ def check_numbers(numbers: Mapping[str, Any], config: Config) -> None:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not is_number or not 0 <= value <= _NUMBERS[name]:
             raise OptionError(f"{name}={value!r} is out of range", fix=f"give a number from 0 to {_NUMBERS[name]}")
+
+
+OFFLOADED = {"optimizer": ("disk",)}
+"""What may lie elsewhere than in memory, and where."""
+
+
+def _check_offload(config: Config) -> None:
+    fix = "give offload={'optimizer': 'disk'}, or None"
+    given: Any = config.offload
+    if given is not None:
+        if not isinstance(given, dict) or not given:
+            raise OptionError(f"offload={given!r} does not say what lies where", fix=fix)
+        for what, tier in given.items():
+            if what not in OFFLOADED:
+                known = ", ".join(map(repr, OFFLOADED))
+                raise OptionError(f"offload={given!r}: {what!r} is none of what can be moved: {known}", fix=fix)
+            if tier not in OFFLOADED[what]:
+                known = ", ".join(map(repr, OFFLOADED[what]))
+                raise OptionError(f"offload={given!r}: {what!r} can lie on {known}, not on {tier!r}", fix=fix)
+    path: Any = config.offload_path
+    if path is not None and (not isinstance(path, str) or not path):
+        raise OptionError(f"offload_path={path!r} is no path", fix="give the directory as a string")
+    if path is not None and given is None:
+        raise OptionError("offload_path without offload", fix=fix)
 
 
 def _names(value: Any, option: str, example: str) -> tuple[str, ...]:
@@ -186,6 +210,11 @@ class Config:
         unshard: with ZeRO-3: of the bytes that are gathered for forward and again for backward, the share, from 0 to
             1, that may stay whole in between: 1 is ``reshard_after_forward=False`` of FSDP. Those stay whose second
             gathers hold backward up the longest. By default only what stays without a higher peak does.
+        offload: where what a step does not need all the time lies instead of in memory. ``{"optimizer": "disk"}``
+            keeps vectors of optimizer state on a disk: each bucket's come from there for its update, and go back, while
+            others are computed. On CPUs.
+        offload_path: the directory, on a local disk, for files without names that are gone when the process ends; by
+            default ``/var/tmp``.
         clip_norm: scale all gradients down by one factor where the norm of all of them together is larger than this
             (``torch.nn.utils.clip_grad_norm_``); None does not. A step whose norm is infinite or NaN changes nothing
             on any rank, and is counted.
@@ -226,6 +255,8 @@ class Config:
     accumulate: int = 1
     keep_gathered: bool = False
     unshard: float = 0.0
+    offload: dict[str, str] | None = field(default=None, hash=False)
+    offload_path: str | None = None
     clip_norm: float | None = None
     clip_value: float | None = None
     gradient_noise: float | None = None
@@ -339,6 +370,7 @@ class Config:
             raise OptionError(
                 f"recompute_solver with recompute={config.recompute!r}", fix="give a number from 0 to 1 as recompute"
             )
+        _check_offload(config)
         for name in ("loss_scale", "loss_scale_interval"):
             if name in options and config.precision != "fp16":
                 raise OptionError(f"{name} is for precision='fp16'", fix="leave it out")

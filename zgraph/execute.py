@@ -43,8 +43,12 @@ class Executable:
             arena = (self._arena.tensors(self.step),) if self.step.places else ()
             # In grad mode, as in eager: nn.LSTM's operator keeps what its backward needs only there. No input requires
             # a gradient, so autograd records nothing.
-            with torch.enable_grad():
-                loss, *new = self.step.function(inputs, self._comm, *arena)
+            try:
+                with torch.enable_grad():
+                    loss, *new = self.step.function(inputs, self._comm, *arena)
+            finally:
+                if self._state.disk is not None:
+                    self._state.disk.finish()  # a step that failed must not have its memory written to by and by
             results = dict(zip(self.program.outputs[1:], new, strict=True))
             count = self._state.recipe.get(NUM_SKIPPED.name)
             for what, value in without_unmade(self._values, count, results).items():
@@ -64,12 +68,13 @@ class Executable:
                 self._state.gathered[what] = self._divided.wait(gather(part, **tags))
             return self._state.gathered[what]
         if what.role is Role.OPT_STATE:
-            entries = self._state.opt.setdefault(what.name, {})
+            entries = self._state.opt.get(what.name, {})
             if what.key not in entries:
                 start, param = self.program.init[what], self._state.params[what.name]
                 assert self.program.layout is not None
                 bucket = self.program.layout.by_name[what.name]
-                entries[what.key] = initial_state(start, self._values[what], param, self._divided.shard, bucket)
+                value = initial_state(start, self._values[what], param, self._divided.shard, bucket)
+                return self._state.keep(what.name, what.key, value)
             return entries[what.key]
         if what.role is Role.BUFFER:
             return self._state.buffer(what.name).detach()
@@ -87,12 +92,11 @@ class Executable:
 
     def _store(self, what: Input, value: Any) -> None:
         if what.role is Role.OPT_STATE:
-            entries = self._state.opt.setdefault(what.name, {})
-            old = entries.get(what.key)
+            old = self._state.opt.get(what.name, {}).get(what.key)
             if isinstance(old, torch.Tensor) and old.dim() == 1:
                 _copy(old, value)
-            else:
-                entries[what.key] = value
+            elif value is not old:  # the step has not stored it on a disk
+                self._state.keep(what.name, what.key, value)
         elif what.role is Role.PARAM:
             _copy(self._state.params[what.name], value)
         elif what.role is Role.BUFFER:

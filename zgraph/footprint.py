@@ -1,7 +1,8 @@
 """Which bytes a step holds, of what kind, from when to when.
 
-State, batch and constants are held throughout; temporaries from the call that makes them to the last one that reads
-them (``zgraph.liveness``). What is alive at the peak, and what it is for, answers why a step does not fit.
+State, batch and constants are held throughout, but for state that lies on a disk; temporaries from the call that makes
+them to the last one that reads them (``zgraph.liveness``). What is alive at the peak, and what it is for, answers why a
+step does not fit.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from zgraph.fusion import Fusion
 from zgraph.liveness import held_bytes, lifetimes
 from zgraph.ops import root_of
 from zgraph.placement import Placement
-from zgraph.program import FlatGradient, Phase, Program, Role, operand, target_name
+from zgraph.program import FlatGradient, Input, Phase, Program, Role, operand, target_name
 
 
 class Kind(enum.Enum):
@@ -152,7 +153,7 @@ def footprint(
     found = []
     for node, what in program.placeholders():
         val = node.meta["val"]
-        if isinstance(val, torch.Tensor):
+        if isinstance(val, torch.Tensor) and not program.is_on_disk(node):
             kind = _OF_ROLE.get(what.role, Kind.BUFFERS)
             found.append(Holding(str(what), kind, val.nbytes, 0, len(nodes) - 1))
     if placement is None:
@@ -169,6 +170,18 @@ def footprint(
             at = (life.first, life.last, origin.module, origin.source)
             found.append(Holding(name, kind, life.num_bytes, *at, in_arena))
     return Footprint(tuple(found), len(nodes), placement.num_bytes if placement is not None else 0)
+
+
+def state_on_disk(program: Program) -> dict[Input, int]:
+    """Bytes of each optimizer state of one rank that lies on a disk, or will once the program has created it."""
+    found = {what: node for node, what in program.placeholders() if program.is_on_disk(node)}
+    assert program.layout is not None
+    for what, result in zip(program.outputs, program.results(), strict=True):
+        if what is not None and what.role is Role.OPT_STATE and what.name in program.layout.on_disk:
+            val = result.meta["val"] if isinstance(result, fx.Node) else result
+            if what not in found and isinstance(val, torch.Tensor) and val.dim() == 1:
+                found[what] = result
+    return {what: node.meta["val"].nbytes for what, node in found.items()}
 
 
 def with_scratch(found: Footprint, program: Program) -> Footprint:
@@ -197,6 +210,8 @@ def _maker(node: fx.Node) -> str:
 def _kind(node: fx.Node, last: fx.Node) -> Kind:
     if node.target in (ops.all_gather, ops.all_gather_into):
         return Kind.GATHERED
+    if node.target is ops.load:
+        return Kind.STATE
     if node.target is ops.dequantize or _is_widened(node):
         return Kind.GATHERED
     if node.target is ops.all_to_all:

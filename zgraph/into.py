@@ -47,7 +47,7 @@ def into(node: fx.Node) -> Into | None:
         return None
     if not all(_is_plain(each) for source in node.all_input_nodes for each in _tensors(source)):
         return None
-    if node.target in (ops.all_gather, ops.reduce_scatter):
+    if node.target in (ops.all_gather, ops.reduce_scatter, ops.load):
         return Into(node.target, "out", node.args)
     if not isinstance(node.target, torch._ops.OpOverload) or shares_memory(node):
         return None

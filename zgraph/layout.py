@@ -87,6 +87,7 @@ class Layout:
         shard_params: each rank stores 1/world of every bucket's parameters (ZeRO-3).
         shard_state: each rank stores 1/world of every bucket's optimizer state (ZeRO-1, 2, 3).
         packed: bucket and key of optimizer state that lies in 8 bits an element (``zgraph.packed``).
+        on_disk: buckets whose vectors of optimizer state lie on a disk.
     """
 
     buckets: tuple[Bucket, ...]
@@ -94,6 +95,7 @@ class Layout:
     shard_params: bool = False
     shard_state: bool = False
     packed: tuple[tuple[str, str], ...] = ()
+    on_disk: tuple[str, ...] = ()
     _index: dict[str, tuple[Bucket, Segment]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _of_state: dict[str, Layout] = field(default_factory=dict, init=False, repr=False, compare=False)
 

@@ -1,8 +1,8 @@
 """Bytes of temporary memory that are alive while a program runs, node by node.
 
-State, batch and constants belong to the caller and are not counted. Views share the memory of what they view; a
-collective's result exists from its start; what is sent stays until the wait. Values die after their last reader, as
-in the emitted code.
+State, batch and constants belong to the caller and are not counted. Views share the memory of what they view; the
+result of a collective, or of a load from a disk, exists from its start; what is sent or stored stays until the wait.
+Values die after their last reader, as in the emitted code.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _lies_in(node: fx.Node) -> fx.Node | None:
     if node.target is ops.wait:
         out = source.kwargs.get("out")
         return out if isinstance(out, fx.Node) else source
-    if ops.may_write(node.target) and node.target not in ops.STARTS:
+    if ops.may_write(node.target) and node.target not in ops.ASYNCHRONOUS:
         return _written_over(node)
     if node.target is operator.getitem:
         writes = getattr(source.target, "writes", None)

@@ -72,8 +72,8 @@ def run_ranks(
                     value = given[what]
                     value = value.detach() if isinstance(value, torch.Tensor) else value
                     mine[node] = value.clone() if copied and isinstance(value, torch.Tensor) else value
-            elif node.target in ops.STARTS:
-                for group in _groups(program.mesh, ops.axis_of(node), len(inputs)):
+            elif node.target in ops.ASYNCHRONOUS:
+                for group in _together(program.mesh, node, len(inputs)):
                     started = _Started(node, [values[rank] for rank in group])
                     if late:
                         started.spoil()
@@ -82,7 +82,7 @@ def run_ranks(
                     for rank in group:
                         values[rank][node] = started
             elif node.target is ops.wait:
-                for group in _groups(program.mesh, ops.axis_of(node), len(inputs)):
+                for group in _together(program.mesh, node, len(inputs)):
                     received = values[group[0]][node.args[0]].receive()
                     for rank, value in zip(group, received, strict=True):
                         values[rank][node] = value
@@ -99,6 +99,14 @@ def run_ranks(
     ]
 
 
+def _together(mesh: Mesh, node: fx.Node, num_ranks: int) -> list[range]:
+    """The ranks that take part in a collective, or each by itself in a transfer to its disk; likewise of its wait."""
+    started = node.args[0] if node.target is ops.wait else node
+    if isinstance(started, fx.Node) and started.target in ops.TRANSFERS:
+        return [range(rank, rank + 1) for rank in range(num_ranks)]
+    return _groups(mesh, ops.axis_of(node), num_ranks)
+
+
 def _groups(mesh: Mesh, axis: str, num_ranks: int) -> list[range]:
     """The ranks that communicate along an axis; before there is a mesh, all of them would."""
     return mesh.groups(axis) if mesh.size == num_ranks else [range(num_ranks)]
@@ -111,7 +119,7 @@ def part_of(full: torch.Tensor, rank: int, world: int) -> torch.Tensor:
 
 
 class _Started:
-    """A collective in flight, on all ranks."""
+    """A collective in flight, on all ranks, or a transfer on one; here, what lies on a disk is in memory, too."""
 
     def __init__(self, node: fx.Node, values: Sequence[Mapping[fx.Node, Any]]) -> None:
         self._node = node
@@ -122,6 +130,9 @@ class _Started:
 
     def spoil(self) -> None:
         """What is in a buffer until the wait is anybody's guess, but for the part that a rank sends from there."""
+        if self._node.target is ops.store:
+            self._out[0].fill_(torch.nan if self._out[0].is_floating_point() else 0)
+            return
         for rank, out in enumerate(self._out):
             size = len(out) // len(self._out)
             out[: rank * size].fill_(torch.nan)
@@ -135,6 +146,8 @@ class _Started:
 
     def _travel(self) -> list[torch.Tensor]:
         target, sent = self._node.target, self._sent
+        if target in ops.TRANSFERS:
+            return [out.copy_(sent[0]) for out in self._out] if self._out else [sent[0].clone()]
         if target in (ops.all_gather, ops.all_gather_into):
             full = torch.cat(sent)
             return [out.copy_(full) for out in self._out] if self._out else [full.clone() for _ in sent]

@@ -21,12 +21,12 @@ from zgraph.terms import REPEATED, Form, Piece, Shape, Term, Terms, literal
 aten = torch.ops.aten
 
 Value = Any
-"""A ``Term``, a literal, a tuple of these, or a collective that has been ``Started``."""
+"""A ``Term``, a literal, a tuple of these, or a collective or transfer that has been ``Started``."""
 
 
 @dataclass(frozen=True)
 class Started:
-    """A collective under way, and the value that waiting for it gives."""
+    """A collective or transfer under way, and the value that waiting for it gives."""
 
     arrives: Term
 
@@ -181,6 +181,11 @@ def _all_to_all(call: Call) -> Value:
     return Started(call.terms.make(Form.EXCHANGE, args, call.shape, call.dtype, varies=True))
 
 
+def _transfer(call: Call) -> Value:
+    """What lies on a disk is what was stored there."""
+    return Started(call.args[0])
+
+
 def _over_ranks(call: Call) -> Term:
     x, operation, axis = call.args[0], call.args[1], call.args[-1]
     if operation == "avg":
@@ -312,5 +317,7 @@ RULES: dict[Any, Rule] = {
     ops.elements: _elements,
     ops.max_over_ranks: _max_over_ranks,
     ops.pack_state: _pack_state,
+    ops.load: _transfer,
+    ops.store: _transfer,
     ops.wait: _wait,
 }  # fmt: skip

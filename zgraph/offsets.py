@@ -23,7 +23,7 @@ class Offsets:
     """Where values lie.
 
     Attributes:
-        starts: for each value, its first byte: a multiple of ``ALIGNMENT``.
+        starts: for each value, its first byte: a multiple of the alignment.
         num_bytes: of the block.
         least_bytes: the most that is held at once, which no block can be smaller than.
     """
@@ -33,15 +33,16 @@ class Offsets:
     least_bytes: int
 
 
-def assign_offsets(held: Sequence[Held]) -> Offsets:
+def assign_offsets(held: Sequence[Held], alignment: int = ALIGNMENT) -> Offsets:
     """Offsets at which no two values overlap that are held at the same time.
 
     Args:
         held: how many bytes, from which position to which, both included.
+        alignment: bytes of which each value begins at a multiple.
     """
     if not held:
         return Offsets((), 0, 0)
-    sizes = [-(-each.num_bytes // ALIGNMENT) * ALIGNMENT for each in held]
+    sizes = [-(-each.num_bytes // alignment) * alignment for each in held]
     rounded = [_Rounded(size, each.first, each.last) for size, each in zip(sizes, held, strict=True)]
     least = max(held_bytes(rounded, max(each.last for each in held) + 1))
     best: tuple[int, list[int]] | None = None

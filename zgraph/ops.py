@@ -6,7 +6,8 @@ slice of a flat buffer that this rank has among those of an axis: the one operat
 that the program text is the same on all. ``zgraph::square_sum`` and ``zgraph::add_up`` make a norm of tensors that lie
 in parts; ``zgraph::pack_state`` and ``zgraph::unpack_state`` are for tensors that are kept in 8 bits an element, and
 ``zgraph::quantize`` and what reads its result for those that travel so; ``zgraph::elements`` says where a flat buffer
-has elements of parameters rather than padding.
+has elements of parameters rather than padding. ``zgraph::load`` and ``zgraph::store`` start transfers from and to a
+disk, which are waited for as collectives are.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ _library.define("unpack_state(Tensor packed) -> Tensor")  # type: ignore[no-unty
 _library.define("quantize(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("dequantize(Tensor data, ScalarType dtype) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("mean_of_quantized(Tensor data, int world) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("load(Tensor stored) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("store(Tensor x, *, Tensor(a!) out) -> Tensor(a!)")  # type: ignore[no-untyped-call]
 
 
 def _shard_shape(x: torch.Tensor, world: int, axis: str) -> torch.Tensor:  # noqa: ARG001 -- the operator's schema
@@ -78,6 +81,8 @@ _library.impl("shard", _shard_shape, "Meta")  # type: ignore[no-untyped-call]
 for _name in ("quantize", "dequantize", "mean_of_quantized"):
     _library.impl(_name, getattr(quantized, _name), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _library.impl("max_over_ranks", torch.clone, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_library.impl("load", torch.clone, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_library.impl("store", lambda x, out: out.copy_(x), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _library.impl("elements", _elements, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _library.impl("square_sum", _square_sum, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _library.impl("add_up", _add_up, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
@@ -120,7 +125,18 @@ wait = c10d.wait_tensor.default
 STARTS = frozenset({all_gather, all_gather_into, all_reduce, reduce_scatter, all_to_all})
 """Operators that start a collective; each value is waited for exactly once before it is read."""
 
-INTO = frozenset({all_gather_into, pack_state_into})
+load = torch.ops.zgraph.load.default
+"""What lies on the disk, in new memory."""
+store = torch.ops.zgraph.store.default
+"""A vector, over what lies on the disk as ``out``."""
+
+TRANSFERS = frozenset({load, store})
+"""Operators that start a transfer between memory and disk, waited for as collectives are."""
+
+ASYNCHRONOUS = STARTS | TRANSFERS
+"""Operators whose value is there once it has been waited for."""
+
+INTO = frozenset({all_gather_into, pack_state_into, store})
 """Operators that write over their argument ``out``, and so come with the last lowering only."""
 
 BY_PLACE = frozenset({aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default})
@@ -227,7 +243,7 @@ def can_run_again(node: fx.Node) -> bool:
     source = node.args[0] if node.target is operator.getitem else node
     if not isinstance(source, fx.Node) or draws(source) or may_write(source.target):
         return False
-    return source.target not in (*STARTS, wait, max_over_ranks)
+    return source.target not in (*ASYNCHRONOUS, wait, max_over_ranks)
 
 
 def may_write(target: Any) -> bool:

@@ -1,7 +1,7 @@
 """Optimizer state in flat buckets, and in torch's own format when the user asks for it.
 
-Per bucket and key there is one flat tensor (``exp_avg`` of all its parameters) or one number (``step``), whatever
-the optimizer. The user's ``optimizer.state`` is empty meanwhile: hooks fill it for the moment of
+Per bucket and key there is one flat tensor (``exp_avg`` of all its parameters), in memory or on a disk, or one number
+(``step``), whatever the optimizer. The user's ``optimizer.state`` is empty meanwhile: hooks fill it for the moment of
 ``optimizer.state_dict()`` and empty it again after ``optimizer.load_state_dict()``.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -17,13 +17,14 @@ from torch import nn
 
 from zgraph.agreement import Agreement
 from zgraph.averages import WEIGHT_EMA, dtype_of_average
+from zgraph.disk import Disk, DiskTensor
 from zgraph.errors import StateError
 from zgraph.flat import FlatTensors, place, without_memory
 from zgraph.groups import HeldGroup
 from zgraph.layout import Bucket, Layout
 from zgraph.packed import pack, unpack
 
-Value = torch.Tensor | int | float | None
+Value = torch.Tensor | DiskTensor | int | float | None
 """One entry of a parameter's optimizer state."""
 
 Params = Mapping[str, nn.Parameter]
@@ -69,12 +70,14 @@ class OptimizerState:
 
     Attributes:
         stored: bucket name -> state key -> this rank's flat tensor, a 0-dim tensor, or a number.
+        disk: where flat tensors lie that are not in memory; None before one does.
     """
 
     _group = HeldGroup()
 
     def __init__(self, optimizer: torch.optim.Optimizer | None, agreement: Agreement) -> None:
         self.stored: dict[str, dict[str, Value]] = {}
+        self.disk: Disk | None = None
         self._optimizer, self._group, self._agreement = optimizer, None, agreement
         self._layout = Layout((), world=1)
         self._params: Params = {}
@@ -94,6 +97,33 @@ class OptimizerState:
             if name not in given and self._params.get(name) is param:
                 forms[name] = stored[name]
         return forms
+
+    def reserve(self, path: str, num_bytes: int) -> None:
+        """Have room on a disk for flat tensors of so many bytes in all, beside those that are there.
+
+        Args:
+            path: of a directory, for the first time.
+
+        Raises:
+            DiskError: there is none.
+        """
+        if self.disk is None:
+            self.disk = Disk(path)
+        self.disk.reserve(num_bytes)
+
+    def keep(self, bucket: str, key: str, value: Value) -> Value:
+        """Store an entry where the layout has it; as it is stored."""
+        entries = self.stored.setdefault(bucket, {})
+        entries[key] = self._placed(self._layout, bucket, value)
+        return entries[key]
+
+    def _placed(self, layout: Layout, bucket: str, value: Value) -> Value:
+        if bucket not in layout.on_disk or not isinstance(value, torch.Tensor) or value.dim() != 1:
+            return value
+        assert self.disk is not None, "no room was reserved"
+        there = self.disk.allocate(len(value), value.dtype)
+        there.write(value)
+        return there
 
     def stored_forms(self) -> Forms:
         """The state that is stored, by bucket name."""
@@ -128,6 +158,7 @@ class OptimizerState:
                         flat.write(name, value)
                     if layout.packs(bucket.name, key):
                         entries[key] = pack(flat.tensors[bucket.name])
+                    entries[key] = self._placed(layout, bucket.name, entries[key])
                 else:
                     entries[key] = _copy(self._value(names[0], params[names[0]], key, readers))
             if self._optimizer is not None:
@@ -175,16 +206,13 @@ class OptimizerState:
         if not _is_flat(value):
             return value
         if key not in readers:
-            flats = {name: v for name, entries in self.stored.items() if _is_flat(v := entries.get(key))}
-            readers[key] = self._flat(key, {name: self._unpacked(name, key, v) for name, v in flats.items()})
+            readers[key] = self._flat(key)
         return readers[key].read(name)
 
-    def _unpacked(self, bucket: str, key: str, value: Any) -> torch.Tensor:
-        flat: torch.Tensor = unpack(value) if self._layout.packs(bucket, key) else value
-        return flat
-
-    def _flat(self, key: str, tensors: dict[str, Any]) -> FlatTensors:
+    def _flat(self, key: str) -> FlatTensors:
+        """One kind of state; all there is of it."""
         layout = self._layout.of_state(key)
+        tensors = cast("dict[str, torch.Tensor]", _Unpacked(self._layout, key, self.stored))
         return FlatTensors(layout, sharded=layout.shard_state, group=self._group, tensors=tensors)
 
     def _initial(self, param: torch.Tensor, device: torch.device) -> dict[str, Value]:
@@ -247,7 +275,8 @@ class OptimizerState:
         """By parameter, the full value of an entry of a bucket."""
         value = self.stored[bucket.name][key]
         if _is_flat(value):
-            yield from self._flat(key, {bucket.name: self._unpacked(bucket.name, key, value)}).copies()
+            flat = self._flat(key)
+            yield from ((segment.name, flat.read(segment.name).clone()) for segment in bucket.segments)
         else:
             yield from ((segment.name, _copy(value)) for segment in bucket.segments)
 
@@ -292,6 +321,34 @@ class OptimizerState:
                 place(param, without_memory(param))
         self.stored = {bucket.name: {} for bucket in self._layout.buckets}
         self.move(self._layout, self._params, self.forms(self._params), self._group)
+
+
+class _Unpacked(Mapping[str, torch.Tensor]):
+    """Flat tensors of one kind of state by bucket, as updates see them, made when they are asked for.
+
+    The last one is kept: parameters of a bucket are asked for one after the other.
+    """
+
+    def __init__(self, layout: Layout, key: str, stored: Mapping[str, Mapping[str, Value]]) -> None:
+        self._packs = {bucket: layout.packs(bucket, key) for bucket in stored}
+        self._flat = {bucket: value for bucket, each in stored.items() if _is_flat(value := each.get(key))}
+        self._last: tuple[str, torch.Tensor] | None = None
+
+    def __getitem__(self, bucket: str) -> torch.Tensor:
+        value: Any = self._flat[bucket]
+        if not self._packs[bucket] and isinstance(value, torch.Tensor):
+            return value
+        if self._last is None or self._last[0] != bucket:
+            self._last = None
+            value = value.read() if isinstance(value, DiskTensor) else value
+            self._last = bucket, unpack(value) if self._packs[bucket] else value
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._flat)
+
+    def __len__(self) -> int:
+        return len(self._flat)
 
 
 def check_agreement(layout: Layout, forms: Forms) -> None:
@@ -384,13 +441,15 @@ def stored_form(value: Value, *, packed: bool) -> StateForm:
     """The form of an entry as a rank stores it."""
     if packed:
         return StateForm(True, torch.float32)
+    if isinstance(value, DiskTensor):
+        return StateForm(True, value.dtype)
     if isinstance(value, torch.Tensor):
         return StateForm(True, value.dtype) if value.dim() else StateForm(False, value.dtype, value.item())
     return StateForm(False, None, value)
 
 
 def _is_flat(value: Value) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() > 0
+    return isinstance(value, DiskTensor) or (isinstance(value, torch.Tensor) and value.dim() > 0)
 
 
 def _copy(value: Value) -> Value:

@@ -51,7 +51,7 @@ def check_overwrites(program: Program, placement: Placement) -> None:
             arena.write(node, placement.places[node])
             for value in read & arena.lost.keys():
                 raise VerifyError(f"{node} reads {value}, which it has written over")
-            lies_in[node] = frozenset([node, *(_sent(node, lies_in) if node.target in ops.STARTS else ())])
+            lies_in[node] = frozenset([node, *(_sent(node, lies_in) if node.target in ops.ASYNCHRONOUS else ())])
         else:
             lies_in[node] = _shared(node, lies_in)
 
@@ -101,8 +101,10 @@ def _sent(start: fx.Node, lies_in: Mapping[fx.Node, frozenset[fx.Node]]) -> froz
 def _shared(node: fx.Node, lies_in: Mapping[fx.Node, frozenset[fx.Node]]) -> frozenset[fx.Node]:
     """The values in the arena whose bytes a call's result may have, or that have to stay as long as it is read."""
     everything = frozenset().union(*(lies_in[source] for source in node.all_input_nodes))
-    if node.target in ops.STARTS:
+    if node.target in ops.ASYNCHRONOUS:
         return _sent(node, lies_in)
+    if node.target is ops.pack_state_into:
+        return lies_in[node.kwargs["out"]]  # type: ignore[index]
     if node.target is ops.wait:  # a reduction's result has memory of its own
         start = operand(node)
         return lies_in[start] - _sent(start, lies_in)

@@ -5,8 +5,9 @@
                                                 v16 = a2                           # bytes 64 to 2048
 
 Calls that can store their result where they are told to (``zgraph.into``) do, if it has ``SMALLEST_BYTES`` or more; a
-flat gradient is made by its parts being stored in it. All else stays with the C library, and so does what a step
-returns. On other devices nothing is placed: their allocators keep memory between steps, in blocks that they know.
+flat gradient is made by its parts being stored in it. Where some come from a disk, all begin at a page. All else stays
+with the C library, and so does what a step returns. On other devices nothing is placed: their allocators keep memory
+between steps, in blocks that they know.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import fx
 
 from zgraph import ops
+from zgraph.disk import PAGE
 from zgraph.into import into
 from zgraph.liveness import Held, Lifetime, held_bytes, lifetimes, owners
 from zgraph.offsets import ALIGNMENT, assign_offsets
@@ -100,7 +102,8 @@ def place(program: Program, *, staged: bool = True) -> Placement:
         *flats,
         *(life for node, life in alone.items() if node not in inside and _is_large(life)),
     ]
-    offsets = assign_offsets(blocks)
+    is_loaded = any(block.node.target is ops.load for block in blocks)
+    offsets = assign_offsets(blocks, PAGE if is_loaded else ALIGNMENT)
     places: dict[fx.Node, Place] = {}
     copied: dict[fx.Node, dict[int, Place]] = {}
     for block, start in zip(blocks, offsets.starts, strict=True):

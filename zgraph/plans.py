@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import StringIO
 from typing import Any
@@ -17,7 +17,7 @@ from zgraph.batches import common_rows
 from zgraph.config import Config
 from zgraph.errors import BudgetError, quoted
 from zgraph.expected_error import NOTHING_MEASURED, ExpectedError, Spread, expected_error
-from zgraph.footprint import Holding
+from zgraph.footprint import Holding, state_on_disk
 from zgraph.hardware import Hardware
 from zgraph.lower import Lowered
 from zgraph.machines import ASSUMED
@@ -63,7 +63,7 @@ class Estimate:
     Attributes:
         options: those of ``zgraph.Config`` that were chosen.
         step_s: seconds of a step.
-        exposed_s: of these, seconds in which computing waits for communication.
+        exposed_s: of these, seconds in which computing waits for communication or a disk.
         peak_bytes: the most that tensors hold at once.
         reserved_bytes: what the allocator takes for them, which is what has to fit.
     """
@@ -332,8 +332,19 @@ def describe(
         ways_out=ways_out,
         error=expected_error(hardware.device_type) if _was_compared(hardware) else NOTHING_MEASURED,
         unknown=dict(prediction.unknown),
-        notes=notes,
+        notes=tuple(dict.fromkeys((*notes, *_disk_notes(lowered, prediction)))),
     )
+
+
+def _disk_notes(lowered: Lowered, prediction: Prediction) -> Iterator[str]:
+    """What lies on a disk, if anything does, and how much of it a step moves."""
+    stored = sum(state_on_disk(lowered.last).values())
+    if stored:
+        moved = [show_bytes(num_bytes) for num_bytes in prediction.disk_moved_bytes.values()]
+        yield (
+            f"{show_bytes(stored)} of each rank's optimizer state lie on a disk; a step reads {moved[0]} of it and "
+            f"writes {moved[1]}"
+        )
 
 
 def _was_compared(hardware: Hardware) -> bool:

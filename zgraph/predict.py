@@ -11,7 +11,7 @@ from zgraph.footprint import Footprint, footprint, with_scratch
 from zgraph.hardware import Hardware
 from zgraph.lower import Lowered
 from zgraph.placement import place
-from zgraph.timeline import Timeline, play
+from zgraph.timeline import DISK_LANES, Timeline, play
 
 COMPILED_BYTES, COMPILED_BYTES_OF_NODE = 14 * 10**6, 22_000
 """What is resident on a CPU beside tensors once a step is compiled: modules imported for it, and each node of its
@@ -41,8 +41,18 @@ class Prediction:
 
     @property
     def exposed_s(self) -> float:
-        """Seconds of a step in which computing waits for communication."""
+        """Seconds of a step in which computing waits for communication or a disk."""
         return sum(t.exposed_s * times for t, times in zip(self.timelines, self.repeats, strict=True))
+
+    @property
+    def disk_moved_bytes(self) -> dict[str, int]:
+        """Bytes of a step that this rank reads from a disk (``disk in``) and writes to it (``disk out``)."""
+        found = dict.fromkeys(DISK_LANES.values(), 0)
+        for timeline, times in zip(self.timelines, self.repeats, strict=True):
+            for event in timeline.events:
+                if event.lane in found:
+                    found[event.lane] += int(event.cost.num_bytes) * times
+        return found
 
     @property
     def flops(self) -> int:

@@ -248,6 +248,14 @@ class Program:
         written = {what for what in self.outputs if what is not None and what.role is Role.OPT_STATE}
         return written <= {what for _, what in self.placeholders()}
 
+    def is_on_disk(self, node: fx.Node) -> bool:
+        """Whether a node is an input that lies on a disk: vectors of the optimizer state of some buckets do."""
+        what: Input | None = node.meta.get("input")
+        if what is None or what.role is not Role.OPT_STATE or self.layout is None:
+            return False
+        val = node.meta["val"]
+        return what.name in self.layout.on_disk and isinstance(val, torch.Tensor) and val.dim() == 1
+
     @property
     def output_node(self) -> fx.Node:
         return self.graph.output_node()
@@ -403,7 +411,8 @@ class Program:
                 + [f"{k}={show(v, number)}" for k, v in sorted(node.kwargs.items())]
             )
             if node.op == "placeholder":
-                line = f"{number[node]}: {describe(node.meta['val'])} = input {node.meta['input']}"
+                where = " on disk" if self.is_on_disk(node) else ""
+                line = f"{number[node]}: {describe(node.meta['val'])} = input {node.meta['input']}{where}"
             elif node.op == "output":
                 named = ", ".join("loss" if o is None else str(o) for o in self.outputs)
                 line = f"return {args}  # {named}"

@@ -37,10 +37,12 @@ from zgraph.collector import collect_garbage
 from zgraph.comm import Comm
 from zgraph.config import Config, check_numbers
 from zgraph.decision import decide
+from zgraph.disk import DEFAULT_PATH, DiskTensor, Moved, padded
 from zgraph.eager import GatherOnUse
 from zgraph.errors import OptimizerError, OptionError, ZgraphError
 from zgraph.execute import Executable
 from zgraph.facts import ARGUMENTS, ATTRIBUTES, STEP_COUNTS, Facts, fact_of, hold, state_spec
+from zgraph.footprint import state_on_disk
 from zgraph.groups import open_axes
 from zgraph.hardware import Hardware
 from zgraph.heap import release_free_memory
@@ -120,6 +122,7 @@ class Runtime:
     _num_skipped: int = 0
     _num_changes: Counter[str] = field(default_factory=Counter)
     _last: Compiled | None = None
+    _moved: Moved = field(default_factory=Moved)  # from and to a disk, by the last step
     _facts_seen: dict[str, str] = field(default_factory=dict)
     _capturing: bool = False
 
@@ -182,16 +185,25 @@ class Runtime:
             self._compiled(key, call, values, facts, made, layout)
             for key, call in zip(keys[:-1], calls[:-1], strict=True)
         ]
+        if layout.on_disk and (made or layout != self.state.layout):
+            with self.agreement.together():
+                self._reserve(last.executable.program)
         if replaced or layout != self.state.layout:
             self.state.commit(layout)
         self._keep((*used, last))
         assert self._comm is not None
         self._comm.traffic.clear()
+        if self.state.disk is not None:
+            self.state.disk.moved = Moved()
         with self.agreement.no_return(), self.state.adding_up():
             for compiled, call in zip(used, calls[:-1], strict=True):
                 assert compiled.micro is not None
                 compiled.micro.run(_tensors(call), hypers)
             loss = last.executable.run(_tensors(calls[-1]), hypers)
+        if self.state.disk is not None:
+            self._moved, self.state.disk.moved = self.state.disk.moved, Moved()
+            with self.agreement.together():
+                self.state.disk.check()
         for call, compiled in made:
             facts = self.facts.read(*pytree.tree_flatten(call))
             if compiled.executable.program.reads_all_state():  # what created its state reads it from now on
@@ -227,6 +239,14 @@ class Runtime:
         self.facts.settle()
         made.append((call, compiled))
         return compiled
+
+    def _reserve(self, program: Program) -> None:
+        """Have room for all optimizer state that is to lie on a disk, before any of it is moved there."""
+        wanted = sum(map(padded, state_on_disk(program).values()))
+        disk = self.state.disk
+        if disk is not None and program.layout == self.state.layout:
+            wanted -= disk.used_bytes  # it stays where it is
+        self.state.reserve(self.config.offload_path or DEFAULT_PATH, wanted)
 
     def _keep(self, used: Sequence[Compiled]) -> None:
         """Count these as used last; of all steps those used last are kept. All ranks decide alike."""
@@ -517,9 +537,13 @@ class Runtime:
     def stats(self) -> dict[str, Any]:
         last = self.last()
         states = [v for entries in self.state.opt.values() for v in entries.values() if isinstance(v, torch.Tensor)]
+        on_disk = [v for entries in self.state.opt.values() for v in entries.values() if isinstance(v, DiskTensor)]
         return {
             "param_bytes": sum(t.nbytes for t in self.state.params.values()),
             "optimizer_state_bytes": sum(t.nbytes for t in states),
+            "disk_bytes": sum(t.nbytes for t in on_disk),
+            "disk_read_bytes": self._moved.read_bytes,
+            "disk_written_bytes": self._moved.written_bytes,
             "buffer_bytes": sum(b.nbytes for b in self.model.buffers()),
             "arena_bytes": self.arena.num_bytes,
             "copied_bytes": last.copied_bytes(self.config.accumulate),

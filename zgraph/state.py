@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from zgraph.accumulation import ADD_UP
 from zgraph.agreement import Agreement
+from zgraph.disk import Disk
 from zgraph.eager import getter
 from zgraph.errors import StateError
 from zgraph.flat import FlatTensors, broadcast, place, without_memory
@@ -84,9 +85,22 @@ class TrainingState:
     def opt(self) -> dict[str, dict[str, Value]]:
         """Bucket name -> state key -> this rank's flat state, a 0-dim tensor, or a number.
 
-        Whoever runs the first step adds what it creates.
+        Whoever runs the first step adds what it creates, with ``keep``.
         """
         return self._optimizer_state.stored
+
+    @property
+    def disk(self) -> Disk | None:
+        """Where optimizer state lies that is not in memory."""
+        return self._optimizer_state.disk
+
+    def reserve(self, path: str, num_bytes: int) -> None:
+        """Have room on a disk: see ``OptimizerState.reserve``."""
+        self._optimizer_state.reserve(path, num_bytes)
+
+    def keep(self, bucket: str, key: str, value: Value) -> Value:
+        """Store optimizer state where the layout has it; as it is stored."""
+        return self._optimizer_state.keep(bucket, key, value)
 
     def replaced(self) -> list[str]:
         """Parameters that are not as ``commit`` left them: other objects, or (``param.data = ...``) other memory."""

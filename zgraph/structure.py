@@ -1,8 +1,9 @@
 """What must hold of a program's structure at each stage, whatever it computes.
 
 Arguments are defined before use; every node has a value and an origin, and the value is what its operator makes of its
-arguments; collectives fit the mesh, each is waited for exactly once, before anything reads it; memory that is written
-over, or is still travelling, is neither read nor written by anything else; results fit the inputs they replace.
+arguments; collectives fit the mesh, they and transfers to a disk are waited for exactly once, before anything reads
+them; memory that is written over, or is still travelling, is neither read nor written by anything else, and what lies
+on a disk by nothing but transfers; results fit the inputs they replace.
 """
 
 from __future__ import annotations
@@ -93,22 +94,26 @@ def _check_nodes(program: Program, look: Look, after: str) -> None:
 
 def _bound_to_others(program: Program) -> Iterator[fx.Node]:
     """Calls that may break a rule though nobody touched them: because of the mesh, their readers or what they read."""
-    for target in (*ops.STARTS, ops.wait, ops.shard, *ops.BY_PLACE):
+    for target in (*ops.ASYNCHRONOUS, ops.wait, ops.shard, *ops.BY_PLACE):
         yield from program.graph.find_nodes(op="call_function", target=target, sort=False)
+    if program.layout is not None and program.layout.on_disk:
+        for node in filter(program.is_on_disk, program.graph.find_nodes(op="placeholder")):
+            yield from (user for user in node.users if user.op == "call_function")
 
 
 def _check_collective(program: Program, node: fx.Node, after: str) -> None:
     """Collectives are the same on all ranks: whatever names the ranks or decides a shape is a literal that fits."""
     starts = node.target in ops.STARTS
-    if starts:
+    if node.target in ops.ASYNCHRONOUS:
         waits = [user for user in node.users if user.target is ops.wait]
         if len(waits) != 1:
             raise broken(after, node, f"is waited for {len(waits)} times instead of once")
         for user in node.users:
             if user is not waits[0]:
                 raise broken(after, user, f"reads {node.name} before it has arrived")
-    elif node.target is ops.wait and operand(node).target not in ops.STARTS:
-        raise broken(after, node, "waits for a value that no collective produces")
+    elif node.target is ops.wait and operand(node).target not in ops.ASYNCHRONOUS:
+        raise broken(after, node, "waits for a value that no collective and no transfer produces")
+    _check_disk(program, node, after)
     if not starts and node.target is not ops.shard:
         return
     mesh = program.mesh
@@ -131,6 +136,15 @@ def _check_collective(program: Program, node: fx.Node, after: str) -> None:
     divides = node.target in (ops.shard, ops.reduce_scatter, ops.all_to_all)
     if divides and (divided.dim() != 1 or len(divided) % size):
         raise broken(after, node, f"divides {describe(divided)} over {size} ranks")
+
+
+def _check_disk(program: Program, node: fx.Node, after: str) -> None:
+    """What lies on a disk is read by loads and written by stores alone, and these are given nothing else."""
+    for source in node.all_input_nodes:
+        wanted = node.target is ops.load or (node.target is ops.store and node.kwargs["out"] is source)
+        if program.is_on_disk(source) is not wanted:
+            where = "is in memory" if wanted else "lies on a disk"
+            raise broken(after, node, f"is given {source.meta.get('input', source.name)}, which {where}")
 
 
 def _ranks(mesh: Mesh, axis: str) -> str:
@@ -253,7 +267,7 @@ def _check_part(
             raise broken(after, node, f"writes what it has for {part.name} over something else")
 
 
-_NOT_IN_BODIES = frozenset({*ops.STARTS, ops.wait, ops.shard, ops.max_over_ranks, *ops.BY_PLACE})
+_NOT_IN_BODIES = frozenset({*ops.ASYNCHRONOUS, ops.wait, ops.shard, ops.max_over_ranks, *ops.BY_PLACE})
 
 
 def _check_owned_body(program: Program, node: fx.Node, body: fx.Graph, after: str) -> None:
@@ -398,15 +412,15 @@ class _Memory:
         if node.target is ops.wait:
             self.arrive(operand(node))
             return
-        for source in [operand(node)] if node.target in ops.STARTS else node.all_input_nodes:
+        for source in [operand(node)] if node.target in ops.ASYNCHRONOUS else node.all_input_nodes:
             self.check_read(source, node)
         self.check_aliases(node)
         for memory in self.written(node):
             self.check_write(memory, node)
             self.writer[memory] = node
-            if node.target in ops.STARTS:
+            if node.target in ops.ASYNCHRONOUS:
                 self.receiving[memory] = node
-        if node.target in ops.STARTS:
+        if node.target in ops.ASYNCHRONOUS:
             self.sending.setdefault(self.owner[operand(node)], {})[node] = None
 
     def written(self, node: fx.Node) -> list[fx.Node]:

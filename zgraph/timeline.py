@@ -1,16 +1,18 @@
 """A program played on a machine: when each call runs, and what is exposed.
 
 Each lane does one thing after another: ``issue`` (the host, which starts operators), ``compute``, and one for each axis
-of the mesh, whose process groups have links of their own: those inside of nodes, and those between them. Node order is
-issue order. A collective starts when it has been issued, what was computed before it is there, and its lane is free; a
-wait holds up the computing that is issued after it.
+of the mesh, whose process groups have links of their own: those inside of nodes, and those between them; besides ``disk
+in`` and ``disk out``, by which state comes from a disk and goes there. Node order is issue order. A collective or a
+transfer starts when it has been issued, what was computed before it is there, and its lane is free; a wait holds up the
+computing that is issued after it.
 
 Of the compute lane, from the start to the end of the last call on it, every second is one of three: its own work
-(``busy_s["compute"]``), waiting for communication (``exposed_s``), and waiting for the host (``starved_s``). Before a
-GPU the host runs ahead and issues to a queue, so computing waits for it only where calls are shorter than issuing them;
-until a wait has been issued it holds up nothing, so that a second in which the host is late is not exposed as well. A
-CPU issues and computes in turns, so there ``starved_s`` is all the time that issuing takes. Its cores move what
-travels, too: what is sent early takes as much from what is computed meanwhile, so all communication is exposed.
+(``busy_s["compute"]``), waiting for communication or a disk (``exposed_s``), and waiting for the host (``starved_s``).
+Before a GPU the host runs ahead and issues to a queue, so computing waits for it only where calls are shorter than
+issuing them; until a wait has been issued it holds up nothing, so that a second in which the host is late is not
+exposed as well. A CPU issues and computes in turns, so there ``starved_s`` is all the time that issuing takes. Its
+cores move what travels between ranks, too: what is sent early takes as much from what is computed meanwhile, so all
+communication is exposed. Disks move bytes by themselves.
 
 ``least_s`` is what no order of the same calls can be faster than.
 """
@@ -32,6 +34,7 @@ from zgraph.work import ATTENTION, MATRIX
 
 COMPUTE = "compute"
 ISSUE = "issue"
+DISK_LANES = {ops.load: "disk in", ops.store: "disk out"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Event:
 
     Attributes:
         node: the call.
-        lane: ``compute``, or the axis of the mesh whose links it uses.
+        lane: ``compute``, the axis of the mesh whose links it uses, or ``disk in`` or ``disk out``.
         start_s, end_s: of the call; a wait lasts as long as it holds up its lane.
         cost: what it costs.
     """
@@ -60,7 +63,7 @@ class Timeline:
         events: of all calls that take time, and of all waits, in order of issue.
         step_s: from the first call to the end of the last.
         busy_s: seconds of work by lane; of ``issue``, those that the host spends on starting operators.
-        exposed_s: seconds in which computing waits for communication.
+        exposed_s: seconds in which computing waits for communication or a disk.
         starved_s: seconds in which computing waits for the host.
         matrix_flops: floating-point operations of matrix products and attention.
         unknown: calls of operators of no family, which were costed by their bytes, by name.
@@ -82,7 +85,7 @@ class Issued:
     Attributes:
         node: which call.
         cost: what it costs.
-        lane: where it runs: ``compute``, or an axis of the mesh.
+        lane: where it runs: ``compute``, an axis of the mesh, or a way of the disk.
         waits_for: of a wait, which of the calls issued before it starts what it waits for.
     """
 
@@ -100,7 +103,7 @@ def issued(program: Program, cost_of: Callable[[fx.Node], Cost]) -> list[Issued]
         if node.op != "call_function":
             continue
         index[node] = len(found)
-        lane = ops.axis_of(node) if node.target in ops.STARTS else COMPUTE
+        lane = ops.axis_of(node) if node.target in ops.STARTS else DISK_LANES.get(node.target, COMPUTE)
         waits_for = index[operand(node)] if node.target is ops.wait else None
         found.append(Issued(node, cost_of(node), lane, waits_for))
     return found
@@ -182,7 +185,9 @@ def play_issued(calls: Sequence[Issued], hardware: Hardware) -> Timeline:
     for call in calls:
         cost = call.cost
         if call.waits_for is not None:
-            start, end = lanes.wait(ends[call.waits_for], calls[call.waits_for].cost.seconds)
+            started = calls[call.waits_for]
+            is_apart = started.lane in DISK_LANES.values()
+            start, end = lanes.wait(ends[call.waits_for], 0 if is_apart else started.cost.seconds)
             events.append(Event(call.node, COMPUTE, start, end, cost))
             ends.append(end)
             continue
@@ -202,7 +207,7 @@ def least_s(program: Program, hardware: Hardware, *, cost_of: Callable[[fx.Node]
 
     A lane does all its calls one after the other; before the first of them stands what that one needs, and behind the
     last what needs that. The longest chain of calls that need each other is another bound. On a CPU, where nothing
-    runs beside anything else, it is the sum of all.
+    but disks runs beside anything else, it is the sum of all other lanes if that is more.
 
     Args:
         program, hardware, cost_of: as for ``play``.
@@ -213,7 +218,8 @@ def least_s(program: Program, hardware: Hardware, *, cost_of: Callable[[fx.Node]
         busy[call.lane] += call.cost.seconds
         busy[ISSUE] += hardware.launch_s * call.cost.num_calls
     if hardware.device_type == "cpu":
-        return sum(busy.values())
+        beside = [busy.pop(lane, 0.0) for lane in DISK_LANES.values()]
+        return max(sum(busy.values()), *beside)
     place = {call.node: i for i, call in enumerate(calls)}
     before, behind = [0.0] * len(calls), [0.0] * len(calls)
     for i, call in enumerate(calls):

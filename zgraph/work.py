@@ -30,7 +30,8 @@ Size = Any
 """A number of elements, bytes or operations: an int, or a sympy expression."""
 
 MATRIX, ATTENTION, VECTOR, LOOKUP, LINK, NOTHING = "matrix", "attention", "vector", "lookup", "link", "nothing"
-"""What does the work: matrix units, a fused attention, the rest of a device, its memory row by row, its links."""
+DISK = "disk"
+"""What does the work: matrix units, a fused attention, the rest of a device, its memory row by row, links, a disk."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,10 @@ class Work:
 
     Attributes:
         family: of operators, in a word.
-        unit: one of MATRIX, ATTENTION, VECTOR, LOOKUP, LINK and NOTHING.
+        unit: one of MATRIX, ATTENTION, VECTOR, LOOKUP, LINK, DISK and NOTHING.
         flops: floating-point operations, but for ``transcendentals``.
         transcendentals: exponentials, logarithms, sines and the like.
-        read_bytes, written_bytes: memory traffic, each argument read once.
+        read_bytes, written_bytes: memory traffic, each argument read once; of a disk, from it and to it.
         in_place: whether all that is written lies in memory that is in use already.
         dtype: that the operations are done in.
         shape: batch, m, n and k of a matrix product.
@@ -100,6 +101,10 @@ def works(node: fx.Node, world: Size) -> tuple[Work, ...]:
     if target in ops.STARTS:
         return (_collective(node, world),)
     target = ops.allocating(target)
+    if target is ops.load:
+        return (Work("load", DISK, read_bytes=num_bytes_of(node.meta["val"])),)
+    if target is ops.store:
+        return (Work("store", DISK, written_bytes=num_bytes_of(operand(node).meta["val"])),)
     family = _FAMILIES.get(target)
     if family is not None:
         return tuple(family(node))

@@ -1,0 +1,132 @@
+"""State on the disks of several ranks: the same step as in memory, and one rank's trouble is told on all."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import zgraph
+from tests.models import CASES
+from tests.optimizers import OPTIMIZERS, tensors_of
+from tests.ranks import Ranks
+from tests.reference import slow, world
+from zgraph.disk import padded
+from zgraph.errors import DiskError, RankError, ZgraphError
+from zgraph.footprint import state_on_disk
+
+ON_DISK = {"optimizer": "disk"}
+
+
+def train_both_ways(zero: int, optimizer: str, **options: Any) -> None:
+    rank, num_ranks = world()
+    case = CASES["gpt_tied"]
+    found: list[tuple[Any, ...]] = []
+    for more in ({}, {"offload": ON_DISK}):
+        model = case.model(torch.float32)
+        made = OPTIMIZERS[optimizer](model)
+        zgraph.compile(model, made, loss=case.loss, zero=zero, bucket_bytes="1KiB", **options, **more)
+        losses = []
+        for step, batch in enumerate(case.batches(3, 8, dtype=torch.float32)):
+            torch.manual_seed(step)
+            losses.append(model.train_step(*batch.part(rank, num_ranks).args))
+            if step == 1:
+                made.param_groups[0]["lr"] *= 0.5
+        found.append((losses, model.state_dict(), tensors_of(made), model))
+    (losses, params, state, plain), (same_losses, same_params, same_state, model) = found
+    assert all(map(torch.equal, losses, same_losses))
+    for expected, actual in ((params, same_params), (state, same_state)):
+        assert list(expected) == list(actual)
+        assert all(torch.equal(value, actual[name]) for name, value in expected.items())
+    on_disk, stats = sum(state_on_disk(model.program).values()), model.stats()
+    assert stats["disk_bytes"] == stats["disk_read_bytes"] == stats["disk_written_bytes"] == on_disk > 0
+    assert stats["optimizer_state_bytes"] + on_disk == plain.stats()["optimizer_state_bytes"]
+    assert stats["collectives"] == plain.stats()["collectives"]
+
+
+@pytest.mark.parametrize(
+    ("zero", "optimizer", "options"),
+    [
+        (3, "adamw", {"accumulate": 2, "clip_norm": 0.1}),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (0, "adamw", {}),
+                (1, "sgd_momentum", {"clip_norm": 0.1}),
+                (2, "adamw_groups", {"accumulate": 2}),
+                (3, "muon_and_adam", {}),
+                (3, "adamw_fused_amsgrad", {"state_precision": "int8", "precision": "bf16"}),
+                (3, "lion", {"check_collectives": True, "ema": 0.9}),
+            )
+        ),
+    ],
+)
+def test_ranks_train_bit_for_bit_as_in_memory(ranks: Ranks, zero: int, optimizer: str, options: dict[str, Any]) -> None:
+    ranks.run(train_both_ways, zero, optimizer, **options)
+
+
+X = torch.linspace(-1, 1, 48).view(8, 6)
+
+
+def small(**options: Any) -> Any:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 50), nn.Tanh(), nn.Linear(50, 3))
+    optimizer = torch.optim.AdamW(model.parameters())
+    return zgraph.compile(model, optimizer, loss=lambda y, _: y.square().mean(), offload=ON_DISK, **options)
+
+
+def refuse(*_: Any) -> int:
+    raise OSError(errno.ENOSPC, "refused")
+
+
+def start_where_one_disk_is_full() -> None:
+    rank, _ = world()
+    model = small()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(os, "posix_fallocate", refuse)
+        with pytest.raises(ZgraphError, match=r"cannot reserve .* bytes, .*: No space left on device") as caught:
+            model.train_step(X)
+    assert isinstance(caught.value, DiskError if rank == 1 else RankError)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.train_step(X)
+    disk = model._zgraph.state.disk
+    assert disk.num_bytes == sum(map(padded, state_on_disk(model.program).values()))
+
+
+def test_a_full_disk_of_one_rank_is_refused_by_all_before_the_first_step(ranks: Ranks) -> None:
+    ranks.run(start_where_one_disk_is_full)
+
+
+def write_where_one_disk_fails() -> None:
+    rank, _ = world()
+    model = small()
+    model.train_step(X)
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 0:
+            patch.setattr(os, "pwritev", refuse)
+        with pytest.raises(ZgraphError, match=r"cannot write .* bytes .*: No space left on device") as caught:
+            model.train_step(X)
+    assert isinstance(caught.value, DiskError if rank == 0 else RankError)
+
+
+def test_a_write_that_fails_on_one_rank_stops_all_with_the_reason(ranks: Ranks) -> None:
+    ranks.run(write_where_one_disk_fails)
+
+
+def share_a_directory(path: str) -> None:
+    model = small(offload_path=path)
+    for _ in range(2):
+        model.train_step(X)
+    assert list(Path(path).iterdir()) == []
+
+
+@pytest.mark.parametrize("world_size", slow(2))
+def test_ranks_may_share_a_directory_and_leave_nothing(ranks: Ranks, disk_path: Path, world_size: int) -> None:
+    ranks.run(share_a_directory, str(disk_path), world=world_size)
