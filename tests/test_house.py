@@ -55,7 +55,8 @@ def test_the_wheel_holds_every_module_at_its_import_name(wheel: zipfile.ZipFile)
     assert {"zgraph/__init__.py", "zgraph/passes/__init__.py", "zgraph/codegen/__init__.py"} <= expected
     modules = {name for name in wheel.namelist() if name.endswith(".py")}
     assert modules == expected
-    assert "zgraph/py.typed" in wheel.namelist()
+    files = {f"zgraph/report/page.{end}" for end in ("html", "css", "js")}
+    assert {"zgraph/py.typed", *files} <= set(wheel.namelist())
 
 
 def test_the_wheel_says_what_it_is(wheel: zipfile.ZipFile) -> None:

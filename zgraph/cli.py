@@ -18,7 +18,7 @@ from typing import NoReturn
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing import SignalException
 
-from zgraph import calibrate, calibration, demo, plan_command
+from zgraph import calibrate, calibration, demo, plan_command, report_command
 from zgraph.errors import OptionError, ZgraphError
 
 OK, CHECK_FAILED, BAD_ARGUMENTS, COULD_NOT_RUN, INTERRUPTED = 0, 1, 2, 3, 130
@@ -54,6 +54,10 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _plan(arguments: argparse.Namespace) -> int:
     return OK if plan_command.run(arguments) else CHECK_FAILED
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    return OK if report_command.run(arguments) else CHECK_FAILED
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
@@ -109,7 +113,20 @@ def _make_parser() -> argparse.ArgumentParser:
         epilog=plan_command.EXAMPLES,
     )
     plan_command.add_arguments(command)
+    command.add_argument("--json", action="store_true", help="print the plan as one JSON object")
     command.set_defaults(run=_plan)
+
+    command = commands.add_parser(
+        "report",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        help="see inside: what each pass does, what it costs, what is held when, and why",
+        description="Write a page that shows a training step from inside, of the options that `zgraph plan` chooses or "
+        f"of a saved report.json.\nExits with status {CHECK_FAILED} if nothing fits.",
+        epilog=report_command.EXAMPLES,
+    )
+    report_command.add_arguments(command)
+    command.set_defaults(run=_report)
 
     command = commands.add_parser(
         "calibrate",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -26,6 +27,7 @@ from zgraph.metrics import check_metrics
 from zgraph.pipeline import Pass
 from zgraph.plans import Plan
 from zgraph.program import Program
+from zgraph.report import Report
 from zgraph.runtime import Runtime
 
 
@@ -87,7 +89,7 @@ def compile(  # noqa: A001
         budget = Budget.of(memory, options)
         config = budget.config
     check_arguments(model, optimizer, loss, weight, passes, config)
-    for name in ("train_step", "stats", "program", "source", "recipe", "ema_state_dict", "plan"):
+    for name in ("train_step", "stats", "program", "source", "recipe", "ema_state_dict", "plan", "report"):
         if hasattr(model, name):
             raise OptionError(
                 f"the model has an attribute {name!r}, which zgraph.compile would hide", fix="rename the attribute"
@@ -158,6 +160,26 @@ class CompiledModule(nn.Module):
             OptionError: this kind of GPU is not known; ``zgraph calibrate`` measures it.
         """
         return self.__dict__["_zgraph"].plan()  # type: ignore[no-any-return]
+
+    def report(self, path: str | Path | None = None) -> Report:
+        """See inside the last step: what each pass did, what it costs, what is held when, and why.
+
+        The step is captured and rewritten once more for it, in this process alone, so that training pays nothing for
+        reports that nobody asks for. Numbers are predictions for this machine, as those of ``plan`` are.
+
+        Args:
+            path: where to write a page, such as ``"report.html"``. It is one file, which asks nothing of a network;
+                its data goes beside it (``report.json``), and a trace that Perfetto opens (``report.trace.json``).
+                Nothing is written if None.
+
+        Raises:
+            StateError: the files cannot be written.
+            OptionError: this kind of GPU is not known; ``zgraph calibrate`` measures it.
+        """
+        made: Report = self.__dict__["_zgraph"].report()
+        if path is not None:
+            made.write(path)
+        return made
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.__dict__["_zgraph"].eager():

@@ -11,7 +11,7 @@ from zgraph.errors import CaptureError
 from zgraph.hardware import Hardware
 from zgraph.layout import Layout
 from zgraph.passes import default_passes
-from zgraph.pipeline import Pass, PassRecord, run
+from zgraph.pipeline import Pass, PassRecord, Watch, run
 from zgraph.program import Mesh, Program
 
 
@@ -54,6 +54,7 @@ def lower(
     *,
     hardware: Hardware | None = None,
     prove: bool = True,
+    watch: Watch | None = None,
 ) -> Lowered:
     """Run the passes.
 
@@ -65,15 +66,16 @@ def lower(
         own: a user's passes.
         hardware: the machine, as each of the ranks finds it; None where it is not known.
         prove: that each pass changed no meaning; a plan runs nothing, and leaves that to ``zgraph.compile``.
+        watch: see ``zgraph.pipeline.run``; it is shown the last micro-batch's program first.
 
     Raises:
         ZgraphError: see ``zgraph.pipeline.run``.
     """
-    last = run(default_passes(config, mesh, layout, own=own, hardware=hardware), captured, prove=prove)
+    last = run(default_passes(config, mesh, layout, own=own, hardware=hardware), captured, prove=prove, watch=watch)
     if config.accumulate == 1:
         return Lowered(last.program, None, last.records)
     passes = default_passes(config, mesh, last.program.layout, own=own, hardware=hardware)
-    micro = run(passes, micro_step(captured), prove=prove)
+    micro = run(passes, micro_step(captured), prove=prove, watch=watch)
     check_same_buckets(last.program.layout, micro.program.layout)
     return Lowered(last.program, micro.program, (*last.records, *micro.records))
 

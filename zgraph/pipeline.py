@@ -7,7 +7,7 @@ rewrites, proves, times and keeps a record of each pass. A pass does none of the
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -64,6 +64,10 @@ class PassRecord:
     assumes: tuple[str, ...] = ()
 
 
+Watch = Callable[[Pass | None, Program], None]
+"""Is shown the program before the first pass, with None, and after each pass; it may keep nodes, and alter nothing."""
+
+
 @dataclass(frozen=True)
 class PipelineResult:
     """A rewritten program and what each pass did to it."""
@@ -89,26 +93,29 @@ def check_order(passes: Sequence[Pass], stage: Stage) -> None:
         stage = p.gives
 
 
-def run(passes: Sequence[Pass], program: Program, *, prove: bool = True) -> PipelineResult:
+def run(passes: Sequence[Pass], program: Program, *, prove: bool = True, watch: Watch | None = None) -> PipelineResult:
     """Run ``passes`` in order on a copy of ``program``, and prove after each that the meaning stayed.
 
     Args:
         passes: in order.
         program: before them.
         prove: False for a program that will not run.
+        watch: who looks on; nobody if None. What survives a pass is the same node before and after it.
 
     Raises:
         VerifyError: the order is wrong, or a pass broke a rule or changed what the step computes.
     """
     check_order(passes, program.stage)
     with collector_paused():
-        return _run(passes, program, prove)
+        return _run(passes, program, prove, watch)
 
 
-def _run(passes: Sequence[Pass], program: Program, prove: bool) -> PipelineResult:
+def _run(passes: Sequence[Pass], program: Program, prove: bool, watch: Watch | None) -> PipelineResult:
     verifier = Verifier(program) if prove else None
     program = verifier.copy() if verifier is not None else program.clone()
     records = []
+    if watch is not None:
+        watch(None, program)
     for p in passes:
         num_before, start = program.num_nodes(), time.perf_counter()
         with program.made_by(p.name):
@@ -121,6 +128,8 @@ def _run(passes: Sequence[Pass], program: Program, prove: bool) -> PipelineResul
         verify_s = time.perf_counter() - end
         assumes = tuple(axiom.text for axiom in p.assumes)
         records.append(PassRecord(p.name, end - start, verify_s, num_before, program.num_nodes(), assumes))
+        if watch is not None:
+            watch(p, program)
     if verifier is not None:
         # fx remembers the name of every node it ever made, and with it the node; a copy leaves the erased ones behind.
         program = program.clone()

@@ -35,9 +35,13 @@ EXAMPLES = """examples:
   zgraph plan --model train:build_model --world 1 --hardware here --batch 8 --seq 512"""
 
 
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    model = command.add_mutually_exclusive_group(required=True)
+def add_arguments(command: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Declare the arguments.
+
+    Args:
+        required: whether a model and a number of ranks must be given.
+    """
+    model = command.add_mutually_exclusive_group(required=required)
     model.add_argument("--preset", metavar="NAME", help="a model by name, such as gpt2, llama3-70b, mixtral-8x7b")
     model.add_argument("--hf", metavar="CONFIG.json", type=Path, help="a Hugging Face config.json")
     model.add_argument(
@@ -46,7 +50,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="a function that returns a model, which is called with int64 tokens and labels of shape (batch, seq), "
         "or a pair of a model and its batch; it is given batch= and seq= if it takes them",
     )
-    command.add_argument("--world", type=int, required=True, metavar="N", help="how many ranks")
+    command.add_argument("--world", type=int, required=required, metavar="N", help="how many ranks")
     command.add_argument("--hardware", default="cpu", metavar="NAME", help="h100, a100-80, ..., cpu, or a calibration")
     command.add_argument("--devices-per-node", type=int, metavar="N", help="default: what is usual for the hardware")
     command.add_argument("--nic", metavar="BYTES", help="per second, device and direction between nodes, such as 50GB")
@@ -72,7 +76,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--recompute", default=AUTO, metavar="HOW", help=f"none, {', '.join(RECOMPUTE)}, or 0 to 1; default: searched"
     )
-    command.add_argument("--json", action="store_true", help="print the plan as one JSON object")
 
 
 def run(arguments: argparse.Namespace) -> bool:
@@ -80,6 +83,20 @@ def run(arguments: argparse.Namespace) -> bool:
 
     Raises:
         ZgraphError: see ``zgraph.plan``.
+    """
+    made = plan(**asked(arguments))
+    if arguments.json:
+        sys.stdout.write(made.to_json() + "\n")
+    else:
+        Console().print(made)
+    return made.fits
+
+
+def asked(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What ``zgraph.plan`` is given.
+
+    Raises:
+        OptionError: an argument is out of range, or there is no such model or machine.
     """
     for name in ("batch", "seq"):
         if getattr(arguments, name) < 1:
@@ -102,20 +119,15 @@ def run(arguments: argparse.Namespace) -> bool:
         if getattr(arguments, name) is not None:
             options[name] = getattr(arguments, name)
     model, batch = _model_and_batch(arguments)
-    made = plan(
-        model,
-        OPTIMIZERS[arguments.optimizer],
-        batch=batch,
-        world_size=arguments.world,
-        hardware=hardware,
-        memory=arguments.memory,
+    return {
+        "model": model,
+        "optimizer": OPTIMIZERS[arguments.optimizer],
+        "batch": batch,
+        "world_size": arguments.world,
+        "hardware": hardware,
+        "memory": arguments.memory,
         **options,
-    )
-    if arguments.json:
-        sys.stdout.write(made.to_json() + "\n")
-    else:
-        Console().print(made)
-    return made.fits
+    }
 
 
 def _number(text: str) -> float | str:

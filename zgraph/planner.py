@@ -7,6 +7,7 @@ machine that need not be there. Options that are left open are searched.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -22,6 +23,7 @@ from zgraph.errors import OptimizerError, OptionError
 from zgraph.hardware import Hardware
 from zgraph.metrics import check_metrics
 from zgraph.plans import Plan, default_budget
+from zgraph.report import Recorder, Report, make_report
 from zgraph.search import Search
 from zgraph.which_hardware import find_hardware
 
@@ -37,6 +39,7 @@ def plan(
     loss: Callable[..., torch.Tensor] | None = None,
     weight: Callable[..., torch.Tensor | float] | None = None,
     metrics: Mapping[str, Any] = MappingProxyType({}),
+    report: str | Path | None = None,
     **options: Any,
 ) -> Plan:
     """Choose options for a training step, and say what it will take.
@@ -56,13 +59,55 @@ def plan(
         memory: what one rank may take: bytes, or a string such as ``"80GiB"``; by default what the device has, less
             6 % for what the allocator does not count.
         loss, weight, metrics: as for ``zgraph.compile``.
+        report: where to write a page that shows the planned step from inside, such as ``"report.html"``; see
+            ``CompiledModule.report``. For it, the passes run once more, and each of them is proved.
         options: those of ``zgraph.compile``. Those that ``zgraph.choices`` lists are searched if they are ``"auto"`` or
             not given; what is inexact is never chosen unasked.
 
     Raises:
         OptionError: an option that does not exist or is out of range; a machine that is not known.
+        StateError: the report cannot be written.
         ZgraphError: what ``zgraph.compile`` and its first step would raise.
     """
+    search, budget = open_search(
+        model,
+        optimizer,
+        batch=batch,
+        world_size=world_size,
+        hardware=hardware,
+        memory=memory,
+        loss=loss,
+        weight=weight,
+        metrics=metrics,
+        **options,
+    )
+    made = decide(search, budget)
+    if report is not None:
+        report_of(search, made).write(report)
+    return made
+
+
+def report_of(search: Search, plan: Plan) -> Report:
+    """See inside the step of a plan that a search has found."""
+    recorder = Recorder(search.hardware)
+    lowered = search.watched(plan.config, recorder)
+    return make_report(recorder, lowered, plan, plan.config, search.hardware, proved=True)
+
+
+def open_search(
+    model: nn.Module | Callable[[], nn.Module],
+    optimizer: torch.optim.Optimizer | Callable[..., torch.optim.Optimizer],
+    *,
+    batch: Any,
+    world_size: int,
+    hardware: str | Hardware = "cpu",
+    memory: int | str | None = None,
+    loss: Callable[..., torch.Tensor] | None = None,
+    weight: Callable[..., torch.Tensor | float] | None = None,
+    metrics: Mapping[str, Any] = MappingProxyType({}),
+    **options: Any,
+) -> tuple[Search, int]:
+    """Among what is chosen, and how many bytes a rank may take; see ``plan`` for arguments and errors."""
     given: Any = world_size
     if isinstance(given, bool) or not isinstance(given, int) or not 1 <= given <= MOST_RANKS:
         raise OptionError(f"world_size={world_size!r} is not a number of ranks", fix=f"give 1 to {MOST_RANKS}")
@@ -76,7 +121,7 @@ def plan(
     built, optimizer = _built(model, optimizer)
     check_arguments(built, optimizer, loss, weight, (), config)
     captures = Captures(built, optimizer, call_of(batch, "batch"), loss, weight, check_metrics(metrics))
-    return decide(Search(captures, machine, world_size, fixed), budget)
+    return Search(captures, machine, world_size, fixed), budget
 
 
 def _built(model: nn.Module | Callable[[], nn.Module], optimizer: Any) -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -327,7 +327,7 @@ def describe(
         ),
         flops=prediction.flops,
         by_kind={kind.value: num_bytes for kind, num_bytes in prediction.peak.peak_by_kind().most_common()},
-        owners=_owners(prediction.peak.peak_holdings),
+        owners=owners_of(prediction.peak.peak_holdings),
         rejected=rejected,
         ways_out=ways_out,
         error=expected_error(hardware.device_type) if _was_compared(hardware) else NOTHING_MEASURED,
@@ -357,7 +357,7 @@ def default_budget(hardware: Hardware) -> int:
     return int(hardware.memory_bytes * (1 - MARGIN))
 
 
-def _owners(held: Sequence[Holding], num: int = 8) -> tuple[Owner, ...]:
+def owners_of(held: Sequence[Holding], num: int = 8) -> tuple[Owner, ...]:
     """What is held, alike tensors together, largest first."""
     alike: dict[tuple[str, str, str | None], list[Holding]] = {}
     for holding in held:

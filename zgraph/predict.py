@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -11,6 +12,7 @@ from zgraph.footprint import Footprint, footprint, with_scratch
 from zgraph.hardware import Hardware
 from zgraph.lower import Lowered
 from zgraph.placement import place
+from zgraph.program import Program
 from zgraph.timeline import DISK_LANES, Timeline, play
 
 COMPILED_BYTES, COMPILED_BYTES_OF_NODE = 14 * 10**6, 22_000
@@ -101,15 +103,25 @@ def predict(lowered: Lowered, hardware: Hardware, accumulate: int = 1) -> Predic
         hardware: the machine.
         accumulate: how many micro-batches a step has.
     """
-    is_cpu = hardware.device_type == "cpu"
-    staged = hardware.is_staged
     timelines = tuple(play(program, hardware) for program in lowered.programs)
-    if is_cpu:
-        arenas = [place(program, staged=staged) for program in lowered.programs]
-        both = zip(lowered.programs, arenas, strict=True)
-        found = [with_scratch(footprint(program, staged=staged, placement=arena), program) for program, arena in both]
-        num_bytes = max(arena.num_bytes for arena in arenas)  # they share one
-        footprints = tuple(replace(each, arena_bytes=num_bytes) for each in found)
-    else:
-        footprints = tuple(footprint(program, staged=False) for program in lowered.programs)
+    footprints = in_one_arena([held_by(program, hardware) for program in lowered.programs])
     return Prediction(timelines, footprints, (accumulate - 1, 1)[-len(timelines) :], hardware.device_type)
+
+
+def held_by(program: Program, hardware: Hardware) -> Footprint:
+    """What a program holds on a machine: on a CPU with an arena of its own, and with what libraries hold.
+
+    Args:
+        program: at any stage.
+        hardware: the machine.
+    """
+    if hardware.device_type != "cpu":
+        return footprint(program, staged=False)
+    staged = hardware.is_staged
+    return with_scratch(footprint(program, staged=staged, placement=place(program, staged=staged)), program)
+
+
+def in_one_arena(footprints: Sequence[Footprint]) -> tuple[Footprint, ...]:
+    """The footprints of a step's programs, which share one arena."""
+    num_bytes = max(each.arena_bytes for each in footprints)
+    return tuple(replace(each, arena_bytes=num_bytes) for each in footprints)

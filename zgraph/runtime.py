@@ -56,6 +56,7 @@ from zgraph.placement import place
 from zgraph.plans import Plan, default_budget, describe, show_bytes
 from zgraph.predict import predict
 from zgraph.program import Guard, Input, Program, Role
+from zgraph.report import Recorder, Report, make_report
 from zgraph.search import Search
 from zgraph.skipping import GRADIENT_NORM, NUM_SKIPPED, report
 from zgraph.state import TrainingState
@@ -74,7 +75,8 @@ NUM_KEPT_STEPS = 8
 class Compiled:
     """A step compiled for one kind of batch.
 
-    ``keys`` are of the facts that it was captured under, and of those that its own first run led to.
+    ``keys`` are of the facts that it was captured under, and of those that its own first run led to. ``call`` is what
+    it was captured on, with tensors on ``meta``.
     """
 
     keys: set[str]
@@ -85,6 +87,7 @@ class Compiled:
     records: tuple[PassRecord, ...]
     capture_s: float
     decided: Plan | None  # of the options, where a budget chose them
+    call: Call
 
     def copied_bytes(self, num_steps: int) -> int:
         """What so many micro-batches copy into flat gradients."""
@@ -264,22 +267,9 @@ class Runtime:
         self._agree_on_machine((args, kwargs))
         error: Exception | None = None
         digest = b""
-        self._capturing = True
         try:
             start = time.perf_counter()
-            program = capture(
-                self.model,
-                self.optimizer,
-                args,
-                kwargs,
-                loss=self.loss,
-                weight=self.weight,
-                metrics=self.metrics,
-                state=state_spec(self.model, self.state.state_forms()),
-                device=self._device(),
-                config=self.config,
-            )
-            collect_garbage(program.graph)
+            program = self._capture(args, kwargs, self.config)
             capture_s = time.perf_counter() - start
             lowered = lower(program, self.config, self.mesh, layout, self.passes, hardware=self._hardware)
             digest = lowered.digest()
@@ -287,8 +277,6 @@ class Runtime:
             del program
         except Exception as caught:  # noqa: BLE001 -- whatever it is, the other ranks are told before this one stops
             error = caught
-        finally:
-            self._capturing = False
         self.agreement.share_outcome(digest, error)
         if self._comm is None:
             devices = {bucket.device.type for bucket in lowered.layout.buckets}
@@ -303,7 +291,30 @@ class Runtime:
         release_free_memory()
         assert executable is not None
         guards, records = lowered.last.guards, lowered.records
-        return Compiled({key}, self.config, executable, micro, guards, records, capture_s, self._last_decided)
+        call = _with_tensors_on("meta", (args, kwargs))
+        return Compiled({key}, self.config, executable, micro, guards, records, capture_s, self._last_decided, call)
+
+    def _capture(self, args: tuple[Any, ...], kwargs: dict[str, Any], config: Config) -> Program:
+        """The step on a batch, before any pass. Involves no other rank."""
+        assert self.optimizer is not None
+        self._capturing = True
+        try:
+            program = capture(
+                self.model,
+                self.optimizer,
+                args,
+                kwargs,
+                loss=self.loss,
+                weight=self.weight,
+                metrics=self.metrics,
+                state=state_spec(self.model, self.state.state_forms()),
+                device=self._device(),
+                config=config,
+            )
+        finally:
+            self._capturing = False
+        collect_garbage(program.graph)
+        return program
 
     def _executable(self, program: Program) -> Executable:
         assert self._comm is not None
@@ -516,9 +527,7 @@ class Runtime:
 
     def plan(self) -> Plan:
         last = self.last()
-        micro = last.micro.program if last.micro is not None else None
-        lowered = Lowered(last.executable.program, micro, last.records)
-        hardware = self._hardware or hardware_of(last.layout.buckets[0].device, self.agreement.world)
+        lowered, hardware = self._lowered(last), self._last_hardware(last)
         made = predict(lowered, hardware, last.config.accumulate)
         if last.decided is None:
             return describe(self.model, lowered, made, _given(last.config), hardware, default_budget(hardware))
@@ -532,6 +541,35 @@ class Runtime:
             decided.budget_bytes,
             rejected=decided.rejected,
             notes=decided.notes,
+        )
+
+    def _lowered(self, last: Compiled) -> Lowered:
+        """The programs that ran."""
+        return Lowered(last.executable.program, last.micro.program if last.micro is not None else None, last.records)
+
+    def _last_hardware(self, last: Compiled) -> Hardware:
+        """The machine that a step ran on.
+
+        Raises:
+            OptionError: it is a GPU that is not known.
+        """
+        return self._hardware or hardware_of(last.layout.buckets[0].device, self.agreement.world)
+
+    def report(self) -> Report:
+        """Captures and rewrites the last step once more, and looks on: nothing is kept for it before."""
+        last = self.last()
+        plan, hardware = self.plan(), self._last_hardware(last)
+        args, kwargs = _with_tensors_on(self._device(), last.call)
+        captured, recorder = self._capture(args, kwargs, last.config), Recorder(hardware)
+        lowered = lower(
+            captured, last.config, self.mesh, last.layout, self.passes, hardware=self._hardware, watch=recorder
+        )
+        ran = self._lowered(last)
+        notes = []
+        if [program.text() for program in lowered.programs] != [program.text() for program in ran.programs]:
+            notes.append("the step has changed since it last ran: this is the one that would be compiled now")
+        return make_report(
+            recorder, lowered, plan, last.config, hardware, proved=True, digest=ran.digest(), notes=notes
         )
 
     def stats(self) -> dict[str, Any]:
@@ -566,6 +604,17 @@ def _calls(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Call]:
     if len(args) == 1 and not kwargs and isinstance(args[0], MicroBatches):
         return micro_batches(args, kwargs, len(args[0].batches))
     return [(args, kwargs)]
+
+
+def _with_tensors_on(device: torch.device | str | None, call: Call) -> Call:
+    """The same call as far as capture looks at it: with tensors of the same form, and no values."""
+
+    def form(tensor: torch.Tensor) -> torch.Tensor:
+        size, stride, dtype = tensor.shape, tensor.stride(), tensor.dtype
+        return torch.empty_strided(size, stride, dtype=dtype, device=device, requires_grad=tensor.requires_grad)
+
+    made: Call = pytree.tree_map_only(torch.Tensor, form, call)
+    return made
 
 
 def _num_elements(call: Call) -> int:

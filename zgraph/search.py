@@ -24,7 +24,7 @@ from zgraph.hardware import Hardware
 from zgraph.liveness import lifetimes
 from zgraph.lower import Lowered, lower
 from zgraph.passes import default_passes
-from zgraph.pipeline import Pass, run
+from zgraph.pipeline import Pass, Watch, run
 from zgraph.plans import Estimate
 from zgraph.predict import Prediction, predict
 from zgraph.program import Mesh, Phase, Program, Role, Stage, phase_of
@@ -185,6 +185,11 @@ class Search:
             self._last = None  # its programs may be large
             self._last = choice, self._predict(choice.config, self.captures.num_blocks)
         return self._last[1]
+
+    def watched(self, config: Config, watch: Watch) -> Lowered:
+        """The whole model's programs, made once more and proved while somebody looks on."""
+        captured, mesh = self.captures.captured(config, self.captures.num_blocks), config.mesh(self.world)
+        return lower(captured, config, mesh, None, self._passes, hardware=self.hardware, watch=watch)
 
     def _estimate(self, choice: Choice) -> Estimate:
         """Of the whole model; where it repeats blocks, from two numbers of them in a line."""

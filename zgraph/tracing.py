@@ -46,6 +46,7 @@ _OPTIM_BASE = os.path.join(_OPTIM, "optimizer.py")
 _SYMBOLIC = ("torch.fx.experimental.", "torch.utils._sympy.", "_operator")
 _LruCache = type(lru_cache(lambda: None))
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_MODELS = (f"{os.sep}demo.py", f"{os.sep}presets.py")  # zgraph's own, which are traced like anybody's
 
 
 def is_user_file(filename: str) -> bool:
@@ -54,7 +55,7 @@ def is_user_file(filename: str) -> bool:
         return filename != _OPTIM_BASE
     if filename.startswith(_STDLIB) and not filename.startswith(_PACKAGES):
         return False
-    return not filename.startswith((_TORCH, "<")) and (not filename.startswith(_HERE) or filename.endswith("demo.py"))
+    return not filename.startswith((_TORCH, "<")) and (not filename.startswith(_HERE) or filename.endswith(_MODELS))
 
 
 def user_source() -> str | None:

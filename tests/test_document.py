@@ -1,0 +1,184 @@
+"""A report is plain data with a version, which is written beside its page and read again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import zgraph
+from tests.reporting import CPU, H100, HOSTILE, Blocks, hostile_program, report_of_blocks, report_of_program
+from zgraph.config import Config
+from zgraph.errors import StateError
+from zgraph.footprint import Kind
+from zgraph.report import Report
+from zgraph.report.document import SCHEMA, VERSION, would_free
+
+_PASS = {
+    "name": str, "about": str, "stage": str, "num_nodes": int, "num_added": int, "num_removed": int, "num_moved": int,
+    "num_altered": int, "moved": list, "order": list, "step_s": float, "exposed_s": float, "starved_s": float,
+    "busy_s": dict, "peak_bytes": int, "communicated_bytes": int, "num_collectives": int, "memory": dict,
+    "owners": list, "time_s": float, "verify_s": float, "assumes": list, "proved": bool,
+}  # fmt: skip
+_DOCUMENT = {
+    "schema": str, "version": int, "made_with": dict, "plan": dict, "options": dict, "machine": dict, "mesh": dict,
+    "digest": str, "is_proved": bool, "notes": list, "would_free": dict, "tables": dict, "programs": list,
+}  # fmt: skip
+_TABLES = {
+    "rows", "operators", "wait", "bodies", "arguments", "sources", "costs", "forms", "modules", "phases", "lanes",
+    "makers",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    return report_of_blocks(num=1)
+
+
+def test_the_data_is_of_version_1(report: Report) -> None:
+    document = json.loads(report.to_json())
+    assert (document["schema"], document["version"]) == (SCHEMA, VERSION) == ("zgraph-report", 1)
+    assert {name: type(value) for name, value in document.items()} == _DOCUMENT
+    assert document["tables"].keys() == _TABLES
+    for program in document["programs"]:
+        assert program.keys() == {"name", "repeats", "passes", "events", "if_faster"}
+        for each in program["passes"]:
+            assert {name: type(value) for name, value in each.items()} == _PASS
+    num_rows = {len(column) for column in document["tables"]["rows"].values()}
+    assert len(num_rows) == 1
+    for column, table in {"operator": "operators", "form": "forms", "module": "modules", "source": "sources"}.items():
+        assert max(document["tables"]["rows"][column]) == len(document["tables"][table]) - 1
+
+
+def test_what_was_written_is_read_again(report: Report, tmp_path: Path) -> None:
+    html, data, trace = report.write(tmp_path / "step.html")
+    assert [path.name for path in (html, data, trace)] == ["step.html", "step.json", "step.trace.json"]
+    again = Report.read(data)
+    assert again.document == json.loads(report.to_json())
+    assert again.to_html() == html.read_text()
+    assert json.loads(trace.read_text()) == json.loads(again.to_trace())
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "cannot be read"),
+        ("{", "is not JSON"),
+        ("[]", "is not a report"),
+        ('{"schema": "other"}', "has no schema"),
+        (f'{{"schema": "{SCHEMA}", "version": 99}}', "is of version 99; this zgraph reads 1"),
+        (f'{{"schema": "{SCHEMA}", "version": 1}}', "is damaged: it has no 'plan'"),
+    ],
+)
+def test_what_is_no_report_is_refused(text: str | None, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(StateError, match=says):
+        Report.read(path)
+
+
+def test_a_place_that_cannot_be_written_to_is_refused(report: Report, tmp_path: Path) -> None:
+    with pytest.raises(StateError, match=r"cannot be written: No such file"):
+        report.write(tmp_path / "nowhere" / "report.html")
+    with pytest.raises(StateError, match=r"both the page and its data"):
+        report.write(tmp_path / "report.json")
+
+
+def test_a_kind_of_bytes_is_told_what_would_make_it_less() -> None:
+    alone, sharded = would_free(Config(zero=0), 8), would_free(Config(zero=3), 8)
+    assert "zero=1 divides it over 8 ranks" in alone[Kind.STATE.value]
+    assert "zero=1" not in sharded[Kind.STATE.value]
+    assert Kind.PARAMS.value not in sharded
+    assert "recompute" in sharded[Kind.ACTIVATIONS.value]
+    assert "recompute" not in would_free(Config(recompute="blocks"), 8)[Kind.ACTIVATIONS.value]
+
+
+def test_what_is_twice_as_fast_takes_its_part_off_the_step() -> None:
+    for hardware in (H100, CPU):
+        (program,) = report_of_blocks(hardware=hardware, num=2).document["programs"]
+        step_s, faster = program["passes"][-1]["step_s"], program["if_faster"]
+        assert all(step_s / 2 <= seconds <= step_s for seconds in faster.values())
+        assert min(faster.values()) < step_s
+        if hardware is CPU:  # where nothing runs beside anything else, the three parts are the step
+            assert sum(2 * (step_s - seconds) for seconds in faster.values()) == pytest.approx(step_s)
+
+
+# Of a compiled model
+
+
+def trained(**options: Any) -> tuple[Any, torch.Tensor]:
+    model = Blocks(2)
+    model = zgraph.compile(model, optimizer=torch.optim.AdamW(model.parameters()), **options)  # type: ignore[assignment]
+    tokens = torch.zeros(4, 8, dtype=torch.int64)
+    model.train_step(tokens)
+    return model, tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2, "clip_norm": 1.0}])
+def test_the_report_of_a_model_is_of_the_step_that_ran(options: dict[str, Any], tmp_path: Path) -> None:
+    model, tokens = trained(**options)
+    model.train_step(tokens)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plan, digest, num_captures = model.plan, model.program.digest(), model.stats()["num_captures"]
+    report = model.report(tmp_path / "report.html")
+    document = report.document
+    assert (tmp_path / "report.html").exists()
+    assert document["notes"] == []
+    assert document["plan"]["chosen"]["step_s"] == plan.chosen.step_s
+    assert document["programs"][-1]["passes"][-1]["num_nodes"] == model.program.num_nodes()
+    assert document["programs"][-1]["passes"][-1]["step_s"] <= plan.chosen.step_s
+    assert max(each["passes"][-1]["peak_bytes"] for each in document["programs"]) == plan.chosen.peak_bytes
+    assert all(each["proved"] for program in document["programs"] for each in program["passes"])
+    assert model.program.digest() == digest
+    assert model.stats()["num_captures"] == num_captures
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    model.train_step(tokens)  # as before
+
+
+@pytest.mark.slow
+def test_a_model_that_has_changed_is_said_to_have() -> None:
+    model, _ = trained()
+    model.layers[0][1] = nn.ReLU()
+    assert "the step has changed since it last ran" in model.report().document["notes"][0]
+
+
+def test_there_is_nothing_to_report_before_a_step() -> None:
+    model = Blocks(1)
+    model = zgraph.compile(model, optimizer=torch.optim.AdamW(model.parameters()))  # type: ignore[assignment]
+    with pytest.raises(zgraph.ZgraphError, match="nothing is compiled yet"):
+        model.report()  # type: ignore[operator]
+
+
+def test_names_of_a_model_are_data(tmp_path: Path) -> None:
+    report = report_of_program(hostile_program(), Blocks(1), Config(zero=0), hardware=CPU)
+    html, data, _ = report.write(tmp_path / "report.html")
+    assert f"param:{HOSTILE}" in json.loads(data.read_text())["tables"]["arguments"]
+    assert "onerror" not in html.read_text()
+
+
+# On ranks
+
+
+def on_a_rank() -> tuple[int, int, list[str], str]:
+    model = Blocks(2)
+    model = zgraph.compile(model, optimizer=torch.optim.AdamW(model.parameters()), bucket_bytes="4KiB")  # type: ignore[assignment]
+    model.train_step(torch.zeros(4, 8, dtype=torch.int64))  # type: ignore[operator]
+    document = model.report().document  # type: ignore[operator]
+    received = sum(each["bytes"] for each in model.stats()["collectives"].values())  # type: ignore[operator]
+    last = document["programs"][-1]["passes"][-1]
+    return received, last["communicated_bytes"], document["notes"], document["digest"]
+
+
+@pytest.mark.slow
+def test_ranks_report_the_same_step_and_the_bytes_that_they_received(ranks: Any) -> None:
+    first, second = ranks.run(on_a_rank, world=2)
+    assert first == second
+    received, predicted, notes, _ = first
+    assert received == predicted > 0
+    assert notes == []

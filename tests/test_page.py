@@ -1,0 +1,337 @@
+"""The page shows what its data says, asks nothing of a network, and runs no name of a model.
+
+What a browser does with it is tried in a headless Chromium; without one these tests are skipped.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import html
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import browser
+from tests.browser import Browser
+from tests.reporting import (
+    CPU,
+    H100,
+    HOSTILE,
+    Blocks,
+    hostile_program,
+    report_of_blocks,
+    report_of_llama,
+    report_of_program,
+)  # fmt: skip
+from zgraph.config import Config
+from zgraph.report import Report
+
+FOLDED, TIMES = "0\N{EN DASH}4", "\N{MULTIPLICATION SIGN}"
+
+needs_chromium = pytest.mark.skipif(browser.PATH is None, reason=browser.MISSING)
+
+
+def parts(page: str) -> tuple[str, str, str, dict[str, Any]]:
+    """The policy, the stylesheet, the script and the data of a page."""
+    (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
+    (style,) = re.findall(r"<style>(.*?)</style>", page, re.DOTALL)
+    (data,) = re.findall(r'<script id="data" type="application/octet-stream">(.*?)</script>', page, re.DOTALL)
+    (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    return html.unescape(policy), style, script, json.loads(gzip.decompress(base64.b64decode(data)))
+
+
+@pytest.fixture(scope="module")
+def small() -> Report:
+    return report_of_blocks(num=1)
+
+
+def test_the_policy_allows_one_script_and_one_stylesheet_and_nothing_else(small: Report) -> None:
+    policy, style, script, _ = parts(small.to_html())
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (script, style)]
+    assert policy.split("; ") == [
+        "default-src 'none'", f"script-src 'sha256-{digests[0]}'", f"style-src 'sha256-{digests[1]}'",
+        "base-uri 'none'", "form-action 'none'",
+    ]  # fmt: skip
+
+
+def test_the_page_holds_the_data_but_for_what_it_works_out(small: Report) -> None:
+    shown, document = parts(small.to_html())[-1], json.loads(small.to_json())
+    for program in document["programs"]:
+        del program["events"]
+    assert shown == document
+
+
+def test_the_page_is_made_the_same_each_time(small: Report) -> None:
+    assert small.to_html() == small.to_html()
+
+
+def test_names_are_in_the_page_only_in_the_packed_data() -> None:
+    page = report_of_program(hostile_program(), Blocks(1), Config(zero=0)).to_html()
+    assert page.count("<script") == 2
+    assert "hacked" not in page
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    opened = Browser()
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pages")
+
+
+@pytest.fixture(scope="module")
+def blocks(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """A page of five blocks on four ranks, and its data."""
+    report = report_of_blocks()
+    return report.write(folder / "blocks.html")[0], json.loads(report.to_json())
+
+
+def check_quiet(chromium: Browser, opened: Path) -> None:
+    """No error, and nothing was asked for but the files themselves."""
+    assert chromium.errors == []
+    assert chromium.evaluate("__zgraph.errors") == []
+    asked = {address.partition("#")[0] for address in chromium.requests} - {"about:blank"}
+    assert asked <= {each.as_uri() for each in opened.resolve().parent.iterdir()}
+
+
+@needs_chromium
+def test_every_pass_shows_the_counts_of_the_data(chromium: Browser, blocks: tuple[Path, dict[str, Any]]) -> None:
+    path, document = blocks
+    chromium.open(path)
+    passes = document["programs"][-1]["passes"]
+    assert chromium.evaluate("__zgraph.num_passes") == len(passes)
+    assert chromium.evaluate("document.querySelectorAll('[data-testid=rail] tbody tr').length") == len(passes)
+    for k, each in enumerate(passes):
+        chromium.evaluate(f"__zgraph.go({k})")
+        assert chromium.evaluate("__zgraph.num_nodes") == each["num_nodes"]
+        counts = {name: each[f"num_{name}"] for name in ("added", "removed", "moved", "altered")}
+        assert chromium.evaluate("__zgraph.counts") == counts
+        shown = {
+            name: int(chromium.text(f"[data-testid=changes] [data-change={name}]").split()[1].replace(",", ""))
+            for name, num in counts.items()
+            if num
+        }
+        assert shown == {name: num for name, num in counts.items() if num}
+    check_quiet(chromium, path)
+
+
+@pytest.mark.slow
+@needs_chromium
+@pytest.mark.parametrize("hardware", ["gpu", "cpu"])
+def test_the_page_plays_programs_as_the_timeline_does(hardware: str, chromium: Browser, folder: Path) -> None:
+    report = report_of_blocks(hardware={"gpu": H100, "cpu": CPU}[hardware], num=2, accumulate=2)
+    path, document = report.write(folder / f"{hardware}.html")[0], report.document
+    chromium.open(path)
+    for i, program in enumerate(document["programs"]):
+        chromium.evaluate(f"void (document.getElementById('program').value = {i})")
+        chromium.evaluate("document.getElementById('program').dispatchEvent(new Event('change'))")
+        for k, each in enumerate(program["passes"]):
+            played = chromium.evaluate(
+                f"(({{step, exposed, starved}}) => [step, exposed, starved])(__zgraph.play({k}))"
+            )
+            assert played == [each["step_s"], each["exposed_s"], each["starved_s"]]
+        events = chromium.evaluate(
+            f"__zgraph.play({len(program['passes']) - 1}).events.map(e => [e.row, e.start, e.end])"
+        )
+        assert events == [
+            list(event)
+            for event in zip(*(program["events"][name] for name in ("row", "start_s", "end_s")), strict=True)
+        ]
+    check_quiet(chromium, path)
+
+
+@needs_chromium
+def test_the_slider_and_the_arrows_choose_a_pass(chromium: Browser, blocks: tuple[Path, dict[str, Any]]) -> None:
+    path, document = blocks
+    names = [each["name"] for each in document["programs"][-1]["passes"]]
+    chromium.open(path)
+
+    def shown() -> tuple[str, str]:
+        return chromium.text("#pass").split()[-1], chromium.text("#passes [aria-current=true] .pass-name").split()[0]
+
+    assert shown() == (names[-1], names[-1])
+    chromium.press("ArrowLeft")
+    assert shown() == (names[-2], names[-2])
+    chromium.press("Home")
+    assert shown() == ("capture", "capture")
+    chromium.press("ArrowLeft")
+    assert shown() == ("capture", "capture")
+    chromium.press("ArrowRight")
+    assert shown() == (names[1], names[1])
+    chromium.evaluate("void (document.getElementById('slider').value = 3)")
+    chromium.evaluate("document.getElementById('slider').dispatchEvent(new Event('input'))")
+    assert shown() == (names[3], names[3])
+    chromium.click("[data-pass='2']")
+    assert shown() == (names[2], names[2])
+    check_quiet(chromium, path)
+
+
+@needs_chromium
+def test_what_survives_a_pass_stays_in_its_place(chromium: Browser, blocks: tuple[Path, dict[str, Any]]) -> None:
+    path, document = blocks
+    chromium.open(path)
+    where = "[...__zgraph.state.layout.placeOf].map(([item, p]) => [item.id ?? item, p.x, p.y])"
+    places = []
+    for k in range(len(document["programs"][-1]["passes"])):
+        chromium.evaluate(f"__zgraph.go({k})")
+        places.append(chromium.evaluate(where))
+    assert len(places[0]) > 20
+    assert all(each == places[0] for each in places)
+
+
+@needs_chromium
+def test_blocks_that_are_alike_are_folded(chromium: Browser, blocks: tuple[Path, dict[str, Any]]) -> None:
+    path, _ = blocks
+    chromium.open(path, "pass=0")
+    chromium.click("[data-testid=fold-all]")
+    folded = chromium.evaluate("__zgraph.num_shown")
+    for name in ("layers", FOLDED):
+        chromium.evaluate(
+            f"[...document.querySelectorAll('#graph [data-name=\"{name}\"]')][0]"
+            ".dispatchEvent(new MouseEvent('click', {bubbles: true}))"
+        )
+        if name == "layers":
+            assert f"{TIMES}5" in chromium.text(f'#graph [data-name="{FOLDED}"]')
+    assert chromium.evaluate("document.querySelectorAll('#graph [data-name=\"3\"]').length") >= 1
+    assert chromium.evaluate("__zgraph.num_shown") > folded
+    chromium.click("[data-testid=fold-all]")
+    assert chromium.evaluate("__zgraph.num_shown") == folded
+    check_quiet(chromium, path)
+
+
+@needs_chromium
+def test_nodes_are_found_by_operator_module_and_line(chromium: Browser, blocks: tuple[Path, dict[str, Any]]) -> None:
+    path, document = blocks
+    chromium.open(path, "pass=0")
+    tables = document["tables"]
+    rows, (first, num), *_ = tables["rows"], *document["programs"][-1]["passes"][0]["order"]
+    there = range(first, first + num)
+    assert num == document["programs"][-1]["passes"][0]["num_nodes"]
+    line = next(source["at"] for source in tables["sources"] if source["at"] and "reporting.py" in source["at"])
+    expected = {
+        "gelu": sum("gelu" in tables["operators"][rows["operator"][row]] for row in there),
+        line.split(" ")[0]: sum(
+            line.split(" ")[0] in (tables["sources"][rows["source"][row]]["at"] or "") for row in there
+        ),
+    }
+    for query, found in expected.items():
+        assert found
+        chromium.evaluate("void (document.getElementById('search').value = '')")
+        chromium.write("[data-testid=search]", query)
+        assert chromium.evaluate("__zgraph.num_found") == found
+        assert chromium.text("[data-testid=found]") == f"{found} found"
+    chromium.evaluate("void (document.getElementById('search').value = '')")
+    chromium.write("[data-testid=search]", "layers.2.1 gelu forward")
+    chromium.press("Enter")
+    assert chromium.text("[data-testid=inspected]") == "aten.gelu.default"
+    assert "layers.2.1" in chromium.text("[data-testid=inspector]")
+    assert chromium.evaluate("document.querySelectorAll('#graph .node.selected').length") == 1
+    check_quiet(chromium, path)
+
+
+@needs_chromium
+def test_the_difference_has_a_line_for_each_change(chromium: Browser, blocks: tuple[Path, dict[str, Any]]) -> None:
+    path, document = blocks
+    chromium.open(path, "tab=diff")
+    for k, each in enumerate(document["programs"][-1]["passes"][1:], 1):
+        chromium.evaluate(f"__zgraph.go({k})")
+        for name in ("added", "removed"):
+            lines = chromium.evaluate(f"document.querySelectorAll('#panel-diff .line.{name}').length")
+            assert lines == each[f"num_{name}"]
+        both = "document.querySelectorAll('#panel-diff .line.altered, #panel-diff .line.moved')"
+        touched = chromium.evaluate(f"new Set([...{both}].map((line) => line.dataset.node)).size")
+        assert max(each["num_altered"], each["num_moved"]) <= touched <= each["num_altered"] + each["num_moved"]
+        changed = any(each[f"num_{name}"] for name in ("added", "removed", "moved", "altered"))
+        assert ("This pass changed nothing" in chromium.text("#panel-diff")) == (not changed)
+    check_quiet(chromium, path)
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_every_panel_draws_in_light_and_dark(chromium: Browser, blocks: tuple[Path, dict[str, Any]]) -> None:
+    path, document = blocks
+    backgrounds = set()
+    for theme in ("light", "dark"):
+        for tab in ("graph", "diff", "peak", "decisions"):
+            chromium.open(path, f"tab={tab}&theme={theme}&pass=2")
+            visible = f"document.getElementById('panel-{tab}').getBoundingClientRect().height"
+            assert chromium.evaluate(visible) > 200
+        for canvas in ("timeline", "memory"):
+            colours = chromium.evaluate(
+                f"(() => {{ const c = document.getElementById('{canvas}');"
+                "const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data; const found = new Set();"
+                "for (let i = 0; i < d.length; i += 4) found.add(d[i] << 16 | d[i + 1] << 8 | d[i + 2]);"
+                "return found.size; })()"
+            )
+            assert colours > 3
+        backgrounds.add(chromium.evaluate("getComputedStyle(document.body).backgroundColor"))
+    assert len(backgrounds) == 2
+    chromium.open(path, "tab=peak")
+    for owner in document["programs"][-1]["passes"][-1]["owners"]:
+        assert owner["what"] in chromium.text("#panel-peak")
+    check_quiet(chromium, path)
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_hostile_names_stay_text(chromium: Browser, folder: Path) -> None:
+    report = report_of_program(hostile_program(), Blocks(1), Config(zero=0))
+    path = report.write(folder / "hostile.html")[0]
+    document = report.document
+    last = len(document["programs"][0]["passes"]) - 1
+    for tab in ("graph", "diff", "peak", "decisions"):
+        for k in (0, last):
+            chromium.open(path, f"tab={tab}&pass={k}")
+            if tab == "diff" and k == 0:
+                assert HOSTILE in chromium.text("#panel-diff")
+            for node in range(5):
+                chromium.evaluate(f"__zgraph.select({node})")
+    assert chromium.evaluate("window.hacked") is None
+    assert chromium.evaluate("document.querySelectorAll('img').length") == 0
+    assert chromium.evaluate("document.scripts.length") == 2
+    check_quiet(chromium, path)
+
+
+# Large
+
+
+@pytest.fixture(scope="module")
+def large(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """A page of a program of more than 30,000 nodes."""
+    report = report_of_llama()
+    return report.write(folder / "large.html")[0], dict(report.document)
+
+
+@pytest.mark.slow
+def test_thirty_thousand_nodes_take_less_than_two_megabytes(large: tuple[Path, dict[str, Any]]) -> None:
+    path, document = large
+    assert max(each["num_nodes"] for each in document["programs"][0]["passes"]) > 30_000
+    assert path.stat().st_size < 2e6
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_thirty_thousand_nodes_can_be_used_within_three_seconds(
+    large: tuple[Path, dict[str, Any]], chromium: Browser
+) -> None:
+    path, document = large
+    taken = [chromium.open(path) for _ in range(3)]
+    assert min(taken) < 3
+    passes = document["programs"][0]["passes"]
+    chromium.evaluate(f"__zgraph.go({len(passes) // 2})")
+    assert chromium.evaluate("__zgraph.num_nodes") == passes[len(passes) // 2]["num_nodes"]
+    assert TIMES in chromium.text("#graph")
+    check_quiet(chromium, path)

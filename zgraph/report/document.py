@@ -1,0 +1,229 @@
+"""What a report says, as plain data: ``report.json``, which the page and the trace are made of.
+
+``docs/report.md`` describes the fields. Whoever reads a report checks ``version``, which grows where a field changes
+its meaning or goes away, and stays where one is added.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from zgraph import ops
+from zgraph.config import Config
+from zgraph.cost import Cost, Costs
+from zgraph.errors import StateError, first_line
+from zgraph.footprint import Kind
+from zgraph.hardware import Hardware
+from zgraph.lower import Lowered
+from zgraph.plans import Plan
+from zgraph.program import Program
+from zgraph.report.chrome_trace import chrome_trace
+from zgraph.report.page import page
+from zgraph.report.recorder import Recorder
+from zgraph.timeline import play
+
+SCHEMA, VERSION = "zgraph-report", 1
+
+_REQUIRED = ("plan", "machine", "mesh", "tables", "programs", "digest", "notes")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything about a training step that a person may want to look at.
+
+    Attributes:
+        document: plain data, as in ``report.json``.
+    """
+
+    document: Mapping[str, Any]
+
+    def to_json(self) -> str:
+        """The document; seconds and bytes are numbers."""
+        return json.dumps(self.document, separators=(",", ":"), allow_nan=False)
+
+    def to_html(self) -> str:
+        """One page that opens from a disk and asks nothing of a network."""
+        return page(self.document)
+
+    def to_trace(self) -> str:
+        """Predicted lanes in the format of Chrome's traces, which Perfetto opens."""
+        return json.dumps(chrome_trace(self.document), separators=(",", ":"), allow_nan=False)
+
+    def write(self, path: str | Path) -> tuple[Path, Path, Path]:
+        """Write the page, and beside it the same as ``.json`` and ``.trace.json``.
+
+        Args:
+            path: of the page, such as ``report.html``.
+
+        Returns:
+            Where the three are.
+
+        Raises:
+            StateError: they cannot be written.
+        """
+        made = Path(path)
+        files = made, made.with_suffix(".json"), made.with_suffix(".trace.json")
+        if len(set(files)) < len(files):
+            raise StateError(f"{made} would be both the page and its data", fix="give a name such as report.html")
+        try:
+            for file, text in zip(files, (self.to_html(), self.to_json(), self.to_trace()), strict=True):
+                file.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise StateError(
+                f"{error.filename or made} cannot be written: {error.strerror}",
+                fix="give a path in a folder that exists and may be written to",
+            ) from error
+        return files
+
+    @property
+    def plan(self) -> Plan:
+        """What the step is predicted to take, and what else was considered."""
+        return Plan.from_json(json.dumps(self.document["plan"]))
+
+    @classmethod
+    def read(cls, path: str | Path) -> Report:
+        """A saved ``report.json``.
+
+        Raises:
+            StateError: it cannot be read, is something else, or is of another version.
+        """
+        again = "make it anew with model.report() or `zgraph report`"
+        try:
+            document = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise StateError(
+                f"{path} cannot be read: {error.strerror}", fix="give the path of a report.json"
+            ) from error
+        except ValueError as error:
+            raise StateError(
+                f"{path} is not JSON: {first_line(error)}", fix="give the path of a report.json"
+            ) from error
+        if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+            raise StateError(f"{path} is not a report: it has no schema {SCHEMA!r}", fix="give a report.json")
+        if document.get("version") != VERSION:
+            raise StateError(
+                f"{path} is of version {document.get('version')!r}; this zgraph reads {VERSION}", fix=again
+            )
+        missing = [name for name in _REQUIRED if name not in document]
+        if missing:
+            raise StateError(f"{path} is damaged: it has no {missing[0]!r}", fix=again)
+        return cls(document)
+
+
+def make_report(
+    recorder: Recorder,
+    lowered: Lowered,
+    plan: Plan,
+    config: Config,
+    hardware: Hardware,
+    *,
+    proved: bool,
+    digest: bytes | None = None,
+    notes: Sequence[str] = (),
+) -> Report:
+    """The report of a step whose passes a recorder has seen.
+
+    Args:
+        recorder: which was the ``watch`` of ``zgraph.lower.lower``.
+        lowered: what that gave.
+        plan: what the step is predicted to take.
+        config: its options.
+        hardware: the machine that it is predicted for.
+        proved: whether each pass was.
+        digest: of the programs that ranks compared before they ran; of ``lowered`` if None.
+        notes: what else a reader should know.
+    """
+    recorder.add_records(lowered.records, proved=proved)
+    mesh = lowered.last.mesh
+    last, *micro = recorder.programs  # the last micro-batch's is made first, and runs last
+    names = ("step",) if not micro else ("every micro-batch but the last", "last micro-batch")
+    repeats = (config.accumulate - 1, 1)[-len(names) :]
+    programs = [
+        {"name": name, "repeats": times, **program, "if_faster": if_faster(made, hardware)}
+        for name, times, program, made in zip(names, repeats, (*micro, last), lowered.programs, strict=True)
+    ]
+    document: dict[str, Any] = {
+        "schema": SCHEMA,
+        "version": VERSION,
+        "made_with": {"zgraph": version("zgraph-compiler"), "torch": torch.__version__},
+        "plan": json.loads(plan.to_json()),
+        "options": {name: _plain(value) for name, value in vars(config).items()},
+        "machine": {
+            "name": hardware.name,
+            "device_type": hardware.device_type,
+            "launch_s": hardware.launch_s,
+            "runs_ahead": hardware.device_type != "cpu",
+        },
+        "mesh": {"size": mesh.size, "axes": mesh.axes},
+        "digest": hashlib.sha256(digest if digest is not None else lowered.digest()).hexdigest(),
+        "is_proved": proved,
+        "notes": [*plan.notes, *notes],
+        "would_free": would_free(config, mesh.size),
+        "tables": recorder.tables(),
+        "programs": programs,
+    }
+    return Report(document)
+
+
+def if_faster(program: Program, hardware: Hardware) -> dict[str, float]:
+    """Seconds that a program would take if computing, links, or the host that issues calls were twice as fast."""
+    costs = Costs(program, hardware)
+
+    def step_s(*, computing: float = 1.0, links: float = 1.0, host: float = 1.0) -> float:
+        def cost_of(node: fx.Node) -> Cost:
+            cost = costs.of(node)
+            return replace(cost, seconds=cost.seconds * (links if node.target in ops.STARTS else computing))
+
+        return play(program, replace(hardware, launch_s=hardware.launch_s * host), cost_of=cost_of).step_s
+
+    return {"computing": step_s(computing=0.5), "links": step_s(links=0.5), "the host": step_s(host=0.5)}
+
+
+def would_free(config: Config, world: int) -> dict[str, str]:
+    """For each kind of bytes the options that would make them fewer, where there are any left."""
+    found: dict[Kind, list[str]] = {kind: [] for kind in Kind}
+    if world > 1:
+        if config.zero < 3:
+            found[Kind.PARAMS].append(f"zero=3 divides them over {world} ranks")
+        if config.zero < 2:
+            found[Kind.GRADIENTS].append(f"zero=2 divides them over {world} ranks")
+        if config.zero < 1:
+            found[Kind.STATE].append(f"zero=1 divides it over {world} ranks")
+        if config.keep_gathered:
+            found[Kind.GATHERED].append("keep_gathered=False gathers them again for backward")
+        if config.unshard:
+            found[Kind.GATHERED].append("unshard=0 gathers all of them again for backward")
+        if config.zero == 3:
+            found[Kind.GATHERED].append("smaller bucket_bytes, or in_flight=0, has fewer there at once")
+        found[Kind.COMMUNICATION].append("smaller bucket_bytes sends less at once")
+    if config.state_precision is None:
+        found[Kind.STATE].append("state_precision='int8' takes about a fourth (it rounds)")
+    if config.precision is None:
+        for kind in (Kind.ACTIVATIONS, Kind.GATHERED):
+            found[kind].append("precision='bf16' takes half (it rounds)")
+    if config.recompute != "blocks" and config.recompute != 1:
+        found[Kind.ACTIVATIONS].append("recompute='blocks', or a number up to 1, computes some again in backward")
+    for kind in (Kind.ACTIVATIONS, Kind.TEMPORARIES):
+        found[kind].append("more micro-batches (accumulate) or fewer rows in a batch")
+    return {kind.value: "; ".join(ways) for kind, ways in found.items() if ways}
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it; what it has no form for as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+__all__ = ["SCHEMA", "VERSION", "Report", "if_faster", "make_report", "would_free"]

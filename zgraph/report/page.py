@@ -1,0 +1,52 @@
+"""The page: one template, one stylesheet and one script, put together with a report's data into a single file.
+
+The data is gzip in base64, whose alphabet has no ``<``, so no name from a model can end the element that holds it; the
+script writes names as text, never as markup. A policy names the one script and the one stylesheet by their hash and
+allows nothing else: no other code runs, and nothing is asked of a network.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import html
+import json
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+from typing import Any
+
+
+def page(document: Mapping[str, Any]) -> str:
+    """The HTML of a report's document."""
+    style, script = _file("page.css"), _file("page.js")
+    policy = (
+        f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    parts = {
+        "POLICY": html.escape(policy),
+        "TITLE": html.escape(f"{document['plan']['model']}: zgraph report"),
+        "STYLE": style,
+        "DATA": _packed(document),
+        "SCRIPT": script,
+    }
+    pieces = _file("page.html").split("@@")  # every other one is a name
+    return "".join(parts[piece] if i % 2 else piece for i, piece in enumerate(pieces))
+
+
+def _packed(document: Mapping[str, Any]) -> str:
+    """Without what the script works out itself from the rest: when each call runs."""
+    programs = [{name: value for name, value in each.items() if name != "events"} for each in document["programs"]]
+    text = json.dumps({**document, "programs": programs}, separators=(",", ":"), allow_nan=False)
+    return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
+
+
+def _hash(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+@cache
+def _file(name: str) -> str:
+    return resources.files("zgraph.report").joinpath(name).read_text(encoding="utf-8")

@@ -1,0 +1,69 @@
+"""``zgraph report``: a page of a step that need not be run, or of a report that was saved."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from zgraph import plan_command
+from zgraph.decision import decide
+from zgraph.errors import OptionError
+from zgraph.planner import open_search, report_of
+from zgraph.report import Report
+
+EXAMPLES = """examples:
+  zgraph report --preset llama3-8b --world 8 --hardware h100 --batch 1 --seq 8192 --precision bf16
+  zgraph report --model train:build_model --world 2 --batch 8 --seq 512 --output step.html
+  zgraph report report.json --output again.html"""
+
+_MODELS = ("preset", "hf", "model")
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the arguments: those of ``zgraph plan``, or a file."""
+    command.add_argument("saved", nargs="?", type=Path, metavar="REPORT.json", help="what a report was saved as")
+    plan_command.add_arguments(command, required=False)
+    command.add_argument(
+        "--output", type=Path, default=Path("report.html"), metavar="FILE.html", help="default: %(default)s"
+    )
+    command.add_argument("--json", action="store_true", help="print the report's data as one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> bool:
+    """Write the page and its data; whether the step fits.
+
+    Raises:
+        OptionError: neither a saved report nor a model to plan for is given, or both are.
+        StateError: a file cannot be read or written.
+        ZgraphError: see ``zgraph.plan``.
+    """
+    report = _made(arguments)
+    written = report.write(arguments.output)
+    if arguments.json:
+        sys.stdout.write(report.to_json() + "\n")
+    else:
+        sys.stdout.write("".join(f"{path}\n" for path in written))
+    fits = report.plan.fits
+    if not fits:
+        sys.stderr.write("zgraph report: nothing fits; the page says what is in the way, and the ways out\n")
+    return fits
+
+
+def _made(arguments: argparse.Namespace) -> Report:
+    given = [name for name in _MODELS if getattr(arguments, name) is not None]
+    if arguments.saved is not None:
+        if given or arguments.world is not None:
+            raise OptionError(
+                f"{arguments.saved} is a report already, and --{(*given, 'world')[0]} asks for another",
+                fix="leave one of them out",
+            )
+        return Report.read(arguments.saved)
+    if not given or arguments.world is None:
+        missing = "--world" if given else "a model"
+        raise OptionError(
+            f"zgraph report needs {missing}",
+            fix="give a report.json, or --preset, --hf or --model with --world, as zgraph plan takes them",
+        )
+    search, budget = open_search(**plan_command.asked(arguments))
+    return report_of(search, decide(search, budget))
