@@ -193,15 +193,16 @@ OPERATIONS = ("sin", "tanh", "wide", "narrow", "mul", "add", "dropout", "split")
 """What a layer of ``network`` may compute."""
 
 
-def network(layers: Sequence[tuple[str, int]], *, rows: int = 4) -> Program:
+def network(layers: Sequence[tuple[str, int]], *, rows: int = 4, dtype: torch.dtype = torch.float64) -> Program:
     """Layers that feed each other, with their true gradients; trained by SGD.
 
     Args:
         layers: of each, one of ``OPERATIONS``, and how many values back the second operand is, if it takes one.
         rows: of the batch.
+        dtype: of all tensors.
     """
     b = Builder()
-    values = [b.input(Role.BATCH, "0", shape=[rows, 4])]
+    values = [b.input(Role.BATCH, "0", shape=[rows, 4], dtype=dtype)]
     lr = b.input(Role.HYPER, "lr")
     made: list[tuple[str, str, fx.Node, fx.Node, fx.Node | None]] = []
     params: dict[str, fx.Node] = {}
@@ -211,7 +212,7 @@ def network(layers: Sequence[tuple[str, int]], *, rows: int = 4) -> Program:
         other: fx.Node | None = like[max(len(like) - 1 - back, 0)]
         if kind in ("wide", "narrow"):
             shape = [x.meta["val"].shape[1], 12 if kind == "wide" else 2]
-            other = params[f"w{i}"] = b.input(Role.PARAM, f"w{i}", shape=shape)
+            other = params[f"w{i}"] = b.input(Role.PARAM, f"w{i}", shape=shape, dtype=dtype)
             y = b.forward(aten.mm.default, x, other, module=module)
         elif kind in ("mul", "add"):
             y = b.forward(aten.mul.Tensor if kind == "mul" else aten.add.Tensor, x, other, module=module)

@@ -259,7 +259,8 @@ class Counted:
 
     def _call(self, node: fx.Node) -> Any:
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self.values.__getitem__)
-        world = self.program.mesh.size
+        among = node.target in ops.STARTS or node.target is ops.shard
+        world = self.program.mesh.axes[ops.axis_of(node)] if among else 0
         if node.target is ops.shard:
             return part_of(args[0], 0, world)
         if node.target is ops.all_gather:
@@ -268,6 +269,8 @@ class Counted:
             return Sent(kwargs["out"], [args[0]])
         if node.target is ops.all_reduce:
             return Sent(args[0].clone(), [])
+        if node.target is ops.all_to_all:
+            return Sent(args[0].clone(), [args[0]])
         if node.target is ops.reduce_scatter:
             parts = [part_of(args[0], rank, world).clone() for rank in range(1, world)]
             return Sent(parts[0], [args[0], *parts[1:]])

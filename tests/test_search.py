@@ -9,16 +9,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.programs import blocks, few_examples
+from tests.programs import assert_same_step, blocks, few_examples, network
+from tests.test_liveness import assert_counts_agree
 from tests.test_planner import Stack, rows
+from tests.test_recomputation import LAYERS
 from tests.test_recompute import random_steps
 from zgraph.captures import Captures
 from zgraph.config import Config
 from zgraph.errors import OptionError
+from zgraph.liveness import held_bytes, lifetimes
 from zgraph.lower import lower
 from zgraph.machines import assumed_cpu, preset
 from zgraph.predict import predict
-from zgraph.program import Mesh, Program
+from zgraph.program import Program
 from zgraph.search import Search
 
 H100 = preset("H100")
@@ -45,12 +48,13 @@ def search(program: Program, world: int = 2, **fixed: Any) -> Search:
     return Search(Given(program), H100, world, fixed)  # type: ignore[arg-type]
 
 
-def by_hand(program: Program, world: int) -> list[tuple[float, int]]:
+def by_hand(program: Program, world: int, **fixed: Any) -> list[tuple[float, int]]:
     """Seconds and bytes of all members, each worked out on its own."""
     found = []
-    for choice in search(program, world).members:
+    for choice in search(program, world, **fixed).members:
+        mesh = choice.config.mesh(world)
         try:
-            made = predict(lower(program, choice.config, Mesh(world), None, (), hardware=H100), H100)
+            made = predict(lower(program, choice.config, mesh, None, (), hardware=H100), H100)
         except OptionError:
             continue  # nothing to recompute
         found.append((made.step_s, made.reserved_bytes))
@@ -69,6 +73,55 @@ def test_the_fastest_that_fits_is_taken_or_none_fits(captured: Program, world: i
     else:
         assert taken.estimate.reserved_bytes <= budget
         assert taken.estimate.step_s == pytest.approx(min(fitting))
+
+
+GIVEN: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
+    {"recompute": st.sampled_from([None, 0.5]), "zero": st.sampled_from([1, 2, 3, 3])},
+    optional={
+        "bucket_bytes": st.just(1),
+        "unshard": st.sampled_from([0.0, 0.4, 1.0]),
+        "in_flight": st.just(1),
+        "shard_size": st.sampled_from([None, 2]),
+        "secondary_size": st.just(2),
+        "gather_precision": st.sampled_from(["bf16", "int8"]),
+        "reduce_precision": st.sampled_from(["bf16", "int8"]),
+        "state_precision": st.just("int8"),
+    },
+)
+"""Options of the user's; what is not given is searched."""
+
+
+def can_be(given: dict[str, Any]) -> bool:
+    try:
+        Config.from_options(given)
+    except OptionError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+@given(LAYERS, st.sampled_from([4, 64]), GIVEN.filter(can_be), st.floats(0, 1.2), st.booleans())
+@few_examples(25)
+def test_whatever_is_given_the_fastest_that_fits_is_taken_and_what_it_runs_holds_no_more(
+    layers: list[tuple[str, int]], rows: int, fixed: dict[str, Any], part: float, late: bool
+) -> None:
+    captured, world = network(layers, rows=rows, dtype=torch.float32), 4
+    found = by_hand(captured, world, **fixed)
+    most, least = (pick(num_bytes for _, num_bytes in found) for pick in (max, min))
+    budget = int(least + (part - 0.1) * (most - least))
+    fitting = [seconds for seconds, num_bytes in found if num_bytes <= budget]
+    of = search(captured, world, **fixed)
+    taken = of.within(budget)
+    if taken is None:
+        assert not fitting
+        return
+    assert taken.estimate.reserved_bytes <= budget
+    assert taken.estimate.step_s == pytest.approx(min(fitting))
+    program = of.in_full(taken.choice)[0].last
+    assert max(held_bytes(lifetimes(program, staged=False), len(program.graph.nodes))) <= taken.estimate.peak_bytes
+    assert_counts_agree(program)
+    if not any(name.endswith("precision") for name in fixed):
+        assert_same_step(program, captured, late=late)
 
 
 @given(random_steps(), st.sampled_from([1, 2, 4]))
