@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zgraph.config import Config
+from zgraph.config import BUCKET_BYTES, Config
 from zgraph.errors import OptionError
 from zgraph.hardware import Hardware
 from zgraph.layout import ALIGN, Layout
 from zgraph.packed import BLOCK
+from zgraph.passes.bounds import Bounds
 from zgraph.passes.bucket import FormBuckets
 from zgraph.passes.inplace import UpdateInPlace
 from zgraph.passes.keep import ReadGathered
@@ -20,7 +21,7 @@ from zgraph.passes.quantize import QuantizeState
 from zgraph.passes.quantize_communication import GatherQuantized, ReduceQuantized
 from zgraph.passes.recompute import EXPENSIVE, RecomputeModules
 from zgraph.passes.recompute_activations import RecomputeActivations
-from zgraph.passes.schedule import Schedule
+from zgraph.passes.schedule import FAR, Schedule
 from zgraph.passes.secondary import KeepSecondaryShards
 from zgraph.passes.shard import AverageGradients, ReadParamsEarly, ShardGradients, ShardOptimizer, ShardParams
 from zgraph.passes.tidy import Tidy
@@ -66,10 +67,11 @@ def default_passes(
     then = (
         FormBuckets(
             mesh.shard_size,
-            config.bucket_bytes,
+            _bucket_bytes(config),
             layout,
             packed=config.state_precision == "int8",
             granule=_granule(config),
+            bounds=_bounds(config, mesh, hardware),
         ),
         *(p for stage in zero[: config.zero + 1] for p in stage),
         *((ReduceInLowPrecision(),) if config.reduce_precision == "bf16" and mesh.size > 1 else ()),
@@ -93,10 +95,27 @@ def _granule(config: Config) -> int:
     return BLOCK if is_in_blocks else ALIGN
 
 
+def _bucket_bytes(config: Config) -> int:
+    """The size of buckets that no cost decides."""
+    return config.bucket_bytes if isinstance(config.bucket_bytes, int) else BUCKET_BYTES
+
+
+def _bounds(config: Config, mesh: Mesh, hardware: Hardware | None) -> Bounds | None:
+    if isinstance(config.bucket_bytes, int) or mesh.size == 1:
+        return None
+    if hardware is None:
+        raise OptionError(
+            f"bucket_bytes={config.bucket_bytes!r} weighs seconds, and this machine is not known",
+            fix="run `zgraph calibrate` to measure it, or give a number of bytes",
+        )
+    return Bounds(hardware, mesh, config.zero)
+
+
 def _order(config: Config, hardware: Hardware | None) -> Pass:
     """By cost, or at a fixed distance where that is asked for or no machine says what calls cost."""
     if hardware is None or config.prefetch is not None:
-        return Overlap(1 if config.prefetch is None else config.prefetch, config.bucket_bytes)
+        limit = config.bucket_bytes if isinstance(config.bucket_bytes, int) else FAR
+        return Overlap(1 if config.prefetch is None else config.prefetch, limit)
     return Schedule(hardware, config.in_flight)
 
 

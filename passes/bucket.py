@@ -7,8 +7,8 @@ ranks, and each computes the update of those that it owns.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import fx
 from zgraph import ops
 from zgraph.averages import WEIGHT_EMA
 from zgraph.layout import ALIGN, Bucket, Layout, ParamSpec, make_buckets
+from zgraph.passes.bounds import Bounds, times_of
 from zgraph.passes.own import owned_update
 from zgraph.passes.tidy import remove_dead
 from zgraph.passes.updates import Updates
@@ -54,6 +55,7 @@ class FormBuckets(Pass):
         layout: use these buckets instead of forming new ones, if the update allows it.
         packed: optimizer state is to lie in 8 bits an element, where it is float32 and not an average of weights.
         granule: of which a rank's part of a bucket has a multiple of elements; a multiple itself of ``ALIGN``.
+        bounds: says by cost where buckets end, instead of ``bucket_bytes``; but of whole parameters.
     """
 
     world: int
@@ -61,6 +63,7 @@ class FormBuckets(Pass):
     layout: Layout | None = None
     packed: bool = False
     granule: int = ALIGN
+    bounds: Bounds | None = field(default=None, repr=False)
 
     takes, gives = Stage.CAPTURED, Stage.BUCKETED
 
@@ -70,10 +73,18 @@ class FormBuckets(Pass):
         if self.layout is not None and _fits(self.layout, specs):
             layout = self.layout
         else:
-            buckets = make_buckets(specs, self.world, self.bucket_bytes, self.granule)
+            divide = self._divide(program, updates) if self.bounds is not None else None
+            buckets = make_buckets(specs, self.world, self.bucket_bytes, self.granule, divide)
             layout = Layout(buckets, self.world, packed=tuple(_packed(buckets, updates)) if self.packed else ())
         _Flattener(program, updates, layout).run()
         program.layout = replace(layout, shard_params=False, shard_state=False, on_disk=())
+
+    def _divide(self, program: Program, updates: Updates) -> Callable[[Sequence[ParamSpec]], list[list[int]]]:
+        """What says which parameters share buckets."""
+        bounds = self.bounds
+        assert bounds is not None
+        times = times_of(program, updates.gradient, bounds.hardware)
+        return lambda members: bounds.divide(members, times)
 
 
 def _packed(buckets: Iterable[Bucket], updates: Updates) -> Iterator[tuple[str, str]]:

@@ -17,7 +17,7 @@ def test_a_family_is_every_stage_and_recomputation_with_one_variation_at_most() 
         for zero in range(4)
         for varied in (
             {},
-            *({"bucket_bytes": size * mebi} for size in (4, 64, 256)),
+            *({"bucket_bytes": size} for size in (4 * mebi, 64 * mebi, 256 * mebi, "auto")),
             *([{"in_flight": 0}, {"in_flight": None}, {"unshard": 0.5}, {"unshard": 1.0}] if zero == 3 else []),
         )
     ]

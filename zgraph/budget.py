@@ -63,7 +63,7 @@ def refuse_open_options(options: Mapping[str, Any]) -> None:
         OptionError: naming the option.
     """
     for name in SEARCHED:
-        if options.get(name) == AUTO:
+        if options.get(name) == AUTO and name != "bucket_bytes":  # by the cost model then
             raise OptionError(
                 f"{name}='auto' is chosen by a budget, and none was given",
                 fix="give memory='8GiB', say, or memory='auto' for what is free; or a value",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from zgraph.config import Config
+from zgraph.config import BY_COST, Config
 from zgraph.errors import OptionError
 
 ACCUMULATE = "accumulate"
@@ -49,7 +49,7 @@ def _gathers(config: Config) -> bool:
 
 
 VARIED: dict[str, Variation] = {
-    "bucket_bytes": Variation(tuple(mebi * 2**20 for mebi in (4, 64, 256))),
+    "bucket_bytes": Variation((*(mebi * 2**20 for mebi in (4, 64, 256)), BY_COST)),
     "in_flight": Variation((0, None), lambda config: _gathers(config) and config.prefetch is None),
     "unshard": Variation((0.5, 1.0), lambda config: _gathers(config) and not config.keep_gathered),
     "keep_gathered": Variation((True,), lambda config: _gathers(config) and config.accumulate > 1, {"zero": 2}),

@@ -59,6 +59,11 @@ _TINY = 2.0**-100
 _RANGES = (("zero", 0, 3), ("prefetch", 0, 64), ("accumulate", 1, 2**20), ("loss_scale_interval", 1, 2**62))
 
 
+BUCKET_BYTES = 16 * 2**20
+
+BY_COST = "auto"
+"""What ``bucket_bytes`` may be besides a number of bytes."""
+
 IN_FLIGHT = (0, 1, 2, 4, 8, None)
 """How many buckets may be in flight beyond the peak, fewest first; None is any number."""
 
@@ -153,7 +158,10 @@ class Config:
         zero: ZeRO stage (Rajbhandari et al., 2020): 0 averages gradients; 1 also shards optimizer
             state; 2 also shards gradients; 3 also shards parameters.
         bucket_bytes: parameters that are used near each other share one flat buffer of about this many
-            bytes, and travel together. A parameter larger than this has a bucket of its own.
+            bytes, and travel together. A parameter larger than this has a bucket of its own. ``"auto"``: the cost model
+            says where each bucket ends (``zgraph.passes.bounds``): larger ones where links would wait for each other's
+            latency, smaller ones where nothing hides them, and never larger than saves a thousandth of a step. With
+            ``memory=``, ``"auto"`` tries that beside fixed sizes.
         prefetch: how many buckets ahead of their first use parameters are gathered (ZeRO-3). By default the cost model
             says when what travels is sent and when it is waited for (``zgraph.passes.Schedule``); on a GPU that is not
             known, and has not been calibrated, that is one bucket ahead.
@@ -238,7 +246,7 @@ class Config:
     """
 
     zero: int = 3
-    bucket_bytes: int = 16 * 2**20
+    bucket_bytes: int | str = BUCKET_BYTES
     prefetch: int | None = None
     in_flight: int | None = 2
     shard_size: int | None = None
@@ -285,7 +293,7 @@ class Config:
             values["keep_float32"] = _names(values["keep_float32"], "keep_float32", "['head', 'norm']")
         if "recompute" in values:
             values["recompute"] = _recompute(values["recompute"])
-        if "bucket_bytes" in values:
+        if values.get("bucket_bytes", BY_COST) != BY_COST:
             values["bucket_bytes"] = parse_bytes(values["bucket_bytes"], "bucket_bytes")
         config = cls(**values)
         for name, low, high in _RANGES:

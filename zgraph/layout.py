@@ -12,7 +12,7 @@ next: each rank owns whole parameters, dealt out by ``zgraph.ownership``.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -175,7 +175,11 @@ def aligned(numel: int) -> int:
 
 
 def make_buckets(
-    params: Iterable[ParamSpec], world: int, bucket_bytes: int, granule: int = ALIGN
+    params: Iterable[ParamSpec],
+    world: int,
+    bucket_bytes: int,
+    granule: int = ALIGN,
+    divide: Callable[[Sequence[ParamSpec]], list[list[int]]] | None = None,
 ) -> tuple[Bucket, ...]:
     """Divide parameters, given in order of first use, into buckets of about ``bucket_bytes``.
 
@@ -185,6 +189,8 @@ def make_buckets(
 
     Args:
         granule: each rank's part has a multiple of so many elements, itself a multiple of ``ALIGN``.
+        divide: says, instead of ``bucket_bytes``, which of some parameters that agree share buckets, by their numbers;
+            not of whole ones.
     """
     alike: dict[Hashable, list[ParamSpec]] = {}
     position: dict[str, int] = {}
@@ -194,8 +200,12 @@ def make_buckets(
     filled: list[list[ParamSpec]] = []
     for members in alike.values():
         limit = bucket_bytes // members[0].dtype.itemsize
-        dealt_to = world if members[0].work is not None else 1
-        together = fill_with_whole([param.room for param in members], limit, dealt_to)
+        is_whole = members[0].work is not None
+        dealt_to = world if is_whole else 1
+        if divide is not None and not is_whole:
+            together = divide(members)
+        else:
+            together = fill_with_whole([param.room for param in members], limit, dealt_to)
         filled += [[members[index] for index in indices] for indices in together]
     loads = [0] * world  # of each rank, over all buckets
     return tuple(

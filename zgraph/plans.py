@@ -385,6 +385,6 @@ def show_s(seconds: float) -> str:
 def show_options(options: Mapping[str, Any]) -> str:
     """As they are written in a call."""
     shown = {**options}
-    if "bucket_bytes" in shown:
+    if isinstance(shown.get("bucket_bytes"), int):
         shown["bucket_bytes"] = show_bytes(shown["bucket_bytes"]).replace(" ", "")
     return ", ".join(f"{name}={value!r}" for name, value in shown.items())
