@@ -60,6 +60,10 @@ def _report(arguments: argparse.Namespace) -> int:
     return OK if report_command.run(arguments) else CHECK_FAILED
 
 
+def _explain(arguments: argparse.Namespace) -> int:
+    return OK if report_command.run_explain(arguments) else CHECK_FAILED
+
+
 def _calibrate(arguments: argparse.Namespace) -> int:
     path: Path = arguments.output or calibration.default_path()
     calibration.check_writable(path)
@@ -125,8 +129,22 @@ def _make_parser() -> argparse.ArgumentParser:
         f"of a saved report.json.\nExits with status {CHECK_FAILED} if nothing fits.",
         epilog=report_command.EXAMPLES,
     )
-    report_command.add_arguments(command)
+    report_command.add_report_arguments(command)
     command.set_defaults(run=_report)
+
+    command = commands.add_parser(
+        "explain",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        help="why does it take so long, or so much memory?",
+        description="Say in sentences why a training step takes what it takes, what limits it and what would help: of "
+        "the options that `zgraph plan` chooses, or of a saved report.json."
+        f"\nExits with status {CHECK_FAILED} if nothing fits.",
+        epilog=report_command.EXPLAIN_EXAMPLES,
+    )
+    report_command.add_arguments(command)
+    command.add_argument("--json", action="store_true", help="print sentences by question as one JSON object")
+    command.set_defaults(run=_explain)
 
     command = commands.add_parser(
         "calibrate",

@@ -22,6 +22,7 @@ from zgraph.budget import Budget, refuse_open_options
 from zgraph.capture import check_optimizer
 from zgraph.config import Config
 from zgraph.errors import CaptureError, OptionError, StateError
+from zgraph.explain import Explanation, explain
 from zgraph.groups import process_group
 from zgraph.metrics import check_metrics
 from zgraph.pipeline import Pass
@@ -89,7 +90,7 @@ def compile(  # noqa: A001
         budget = Budget.of(memory, options)
         config = budget.config
     check_arguments(model, optimizer, loss, weight, passes, config)
-    for name in ("train_step", "stats", "program", "source", "recipe", "ema_state_dict", "plan", "report"):
+    for name in ("train_step", "stats", "program", "source", "recipe", "ema_state_dict", "plan", "report", "explain"):
         if hasattr(model, name):
             raise OptionError(
                 f"the model has an attribute {name!r}, which zgraph.compile would hide", fix="rename the attribute"
@@ -180,6 +181,14 @@ class CompiledModule(nn.Module):
         if path is not None:
             made.write(path)
         return made
+
+    def explain(self) -> Explanation:
+        """Why the last step takes what it takes: sentences with numbers, to be printed.
+
+        Raises:
+            OptionError: this kind of GPU is not known; ``zgraph calibrate`` measures it.
+        """
+        return explain(self.report())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.__dict__["_zgraph"].eager():

@@ -1,21 +1,28 @@
-"""``zgraph report``: a page of a step that need not be run, or of a report that was saved."""
+"""``zgraph report`` and ``zgraph explain``: of a step that need not be run, or of a report that was saved."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 from zgraph import plan_command
 from zgraph.decision import decide
 from zgraph.errors import OptionError
+from zgraph.explain import explain
 from zgraph.planner import open_search, report_of
 from zgraph.report import Report
+from zgraph.search import Search
 
 EXAMPLES = """examples:
   zgraph report --preset llama3-8b --world 8 --hardware h100 --batch 1 --seq 8192 --precision bf16
   zgraph report --model train:build_model --world 2 --batch 8 --seq 512 --output step.html
   zgraph report report.json --output again.html"""
+
+EXPLAIN_EXAMPLES = """examples:
+  zgraph explain --preset llama3-70b --world 16 --hardware h100 --batch 1 --seq 8192 --precision bf16
+  zgraph explain report.json"""
 
 _MODELS = ("preset", "hf", "model")
 
@@ -24,6 +31,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare the arguments: those of ``zgraph plan``, or a file."""
     command.add_argument("saved", nargs="?", type=Path, metavar="REPORT.json", help="what a report was saved as")
     plan_command.add_arguments(command, required=False)
+
+
+def add_report_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare those of ``zgraph report``."""
+    add_arguments(command)
     command.add_argument(
         "--output", type=Path, default=Path("report.html"), metavar="FILE.html", help="default: %(default)s"
     )
@@ -38,7 +50,7 @@ def run(arguments: argparse.Namespace) -> bool:
         StateError: a file cannot be read or written.
         ZgraphError: see ``zgraph.plan``.
     """
-    report = _made(arguments)
+    report, _ = _made("report", arguments)
     written = report.write(arguments.output)
     if arguments.json:
         sys.stdout.write(report.to_json() + "\n")
@@ -50,7 +62,16 @@ def run(arguments: argparse.Namespace) -> bool:
     return fits
 
 
-def _made(arguments: argparse.Namespace) -> Report:
+def run_explain(arguments: argparse.Namespace) -> bool:
+    """Print why a step takes what it takes; whether it fits. Raises as ``run`` does."""
+    report, search = _made("explain", arguments)
+    told = explain(report, search)
+    sys.stdout.write((json.dumps(told.as_dict()) if arguments.json else str(told)) + "\n")
+    return report.plan.fits
+
+
+def _made(command: str, arguments: argparse.Namespace) -> tuple[Report, Search | None]:
+    """The report, and the search that has found its plan."""
     given = [name for name in _MODELS if getattr(arguments, name) is not None]
     if arguments.saved is not None:
         if given or arguments.world is not None:
@@ -58,12 +79,12 @@ def _made(arguments: argparse.Namespace) -> Report:
                 f"{arguments.saved} is a report already, and --{(*given, 'world')[0]} asks for another",
                 fix="leave one of them out",
             )
-        return Report.read(arguments.saved)
+        return Report.read(arguments.saved), None
     if not given or arguments.world is None:
         missing = "--world" if given else "a model"
         raise OptionError(
-            f"zgraph report needs {missing}",
+            f"zgraph {command} needs {missing}",
             fix="give a report.json, or --preset, --hf or --model with --world, as zgraph plan takes them",
         )
     search, budget = open_search(**plan_command.asked(arguments))
-    return report_of(search, decide(search, budget))
+    return report_of(search, decide(search, budget)), search

@@ -1,0 +1,154 @@
+"""An explanation answers with the numbers of the report, and what it suggests makes a step fit."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import zgraph
+from tests.reporting import CPU, Blocks, report_of_blocks
+from tests.test_plan_command import FIXED, TINY
+from zgraph import cli
+from zgraph.explain import explain
+from zgraph.plans import show_bytes, show_s
+from zgraph.report import Report
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    return report_of_blocks(accumulate=2, num=1)
+
+
+def sentences(report: Report) -> dict[str, list[str]]:
+    return explain(report).as_dict()
+
+
+def test_every_question_is_answered_with_numbers(report: Report) -> None:
+    told = sentences(report)
+    assert list(told) == [
+        "Does it fit?", "What takes the memory?", "What limits the step?", "What do ranks wait for?",
+        "Why these options?", "What would help?",
+    ]  # fmt: skip
+    plan = report.plan
+    assert told["Does it fit?"][0].startswith(f"Yes: it takes {show_bytes(plan.chosen.reserved_bytes)} of the 1 GiB")
+    assert show_bytes(plan.chosen.peak_bytes) in told["What takes the memory?"][0]
+    assert told["What limits the step?"][0].startswith(f"A step takes {show_s(plan.chosen.step_s)}: ")
+    assert "zero=3: nothing else was compared" in told["Why these options?"][0]
+
+
+def test_the_parts_of_a_step_add_up_to_it(report: Report) -> None:
+    (whole,) = re.findall(r"A step takes [^:]*: (.*)\.", sentences(report)["What limits the step?"][0])
+    shares = [int(share) for share in re.findall(r"\((\d+)%\)", whole)]
+    assert sum(shares) == pytest.approx(100, abs=3)
+
+
+def test_what_is_waited_for_adds_up_to_what_is_exposed(report: Report) -> None:
+    waits = Counter[str]()
+    for line in sentences(report)["What do ranks wait for?"][1:]:
+        number, unit, what = re.findall(r"waits ([\d.]+) (m?s) for (.*)\.", line)[0]
+        waits[what] = float(number) * (1e-3 if unit == "ms" else 1)
+    assert waits.total() == pytest.approx(report.plan.chosen.exposed_s, rel=0.02)
+
+
+def test_who_waits_for_nobody_is_told_so() -> None:
+    told = sentences(report_of_blocks(world=1, hardware=CPU, num=1))
+    assert "What do ranks wait for?" not in told
+
+
+def test_what_limits_a_step_is_what_makes_it_fastest(report: Report) -> None:
+    faster: Counter[str] = Counter()
+    for program in report.document["programs"]:
+        for what, seconds in program["if_faster"].items():
+            faster[what] += seconds * program["repeats"]
+    best = min(faster, key=lambda what: faster[what])
+    words = {"computing": "computing limits it", "links": "links between ranks limit it", "the host": "host, which"}
+    assert any(words[best] in line for line in sentences(report)["What limits the step?"])
+
+
+def test_a_saved_report_is_explained(report: Report, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = report.write(tmp_path / "report.html")[1]
+    assert cli.main(["explain", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert printed == f"{explain(report)}\n"
+    assert printed.startswith("Does it fit?\n  Yes: ")
+    assert cli.main(["explain", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == sentences(report)
+
+
+@pytest.mark.slow
+def test_a_plan_is_explained_with_what_more_would_buy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(TINY))
+    where = ["--world", "4", "--hardware", "h100", "--seq", "16"]
+    assert cli.main(["explain", "--hf", str(path), *where, *FIXED, "--memory", "64KiB", "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["Does it fit?"][0].startswith("No: it takes ")
+    assert any(line.startswith("memory=") for line in told["What would help?"])
+    assert cli.main(["explain", "--hf", str(path), *where, *FIXED, "--json"]) == 0
+    more = json.loads(capsys.readouterr().out)["What would more of it buy?"]
+    assert more[0] == "More memory would not make it faster." or more[0].startswith("With ")
+    assert any(line.startswith("With 8 ranks, each with the same batch: ") for line in more)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_explains_its_step() -> None:
+    model: Any = Blocks(1)
+    model = zgraph.compile(model, optimizer=torch.optim.AdamW(model.parameters()))
+    model.train_step(torch.zeros(2, 8, dtype=torch.int64))
+    told = model.explain()
+    assert told.as_dict() == explain(model.report()).as_dict()
+    assert f"A step takes {show_s(model.plan.chosen.step_s)}" in str(told)
+
+
+def bad_plan(seed: int) -> dict[str, Any]:
+    """Arguments of a plan that may not fit: too large a model, too large a batch, or too small a budget."""
+    draw = random.Random(seed)
+    width, num, rows = draw.choice([2048, 8192, 12288]), draw.choice([2, 3]), draw.choice([2, 64, 1024])
+    return {
+        "model": lambda: Blocks(num, width),
+        "optimizer": draw.choice([torch.optim.AdamW, torch.optim.SGD]),
+        "batch": (torch.zeros(rows, draw.choice([16, 512]), dtype=torch.int64),),
+        "world_size": draw.choice([1, 2, 8]),
+        "hardware": draw.choice(["h100", "rtx4090"]),
+        "memory": draw.choice([None, None, "2GiB"]),
+        "zero": 3,
+        "recompute": None,
+        "accumulate": 1,
+        "bucket_bytes": "64MiB",
+        "in_flight": 0,
+        "unshard": 0.0,
+    }
+
+
+def applied(asked: dict[str, Any], change: str) -> dict[str, Any]:
+    """The same with a suggestion taken."""
+    if rows := re.match(r"(\d+) of \d+ rows in a batch", change):
+        return {**asked, "batch": (asked["batch"][0][: int(rows[1])],)}
+    options = dict(part.split("=") for part in change.partition(", of ")[0].split(", "))
+    values = {name: value.strip("'") if "'" in value else int(value) for name, value in options.items()}
+    if "hardware" in values:
+        return {**asked, **values, "memory": None}
+    return {**asked, **values}
+
+
+@pytest.mark.nightly
+def test_the_first_suggestion_makes_a_bad_plan_fit() -> None:
+    found: list[tuple[str, bool]] = []
+    for seed in itertools.count():
+        asked = bad_plan(seed)
+        plan = zgraph.plan(**asked)
+        if not plan.fits:
+            change = plan.ways_out[0].change if plan.ways_out else ""
+            found.append((change, bool(change) and zgraph.plan(**applied(asked, change)).fits))
+        if len(found) == 20:
+            break
+    assert sum(fits for _, fits in found) >= 18, found
+    assert len({change.partition("=")[0] for change, _ in found}) > 2, "they are not all alike"

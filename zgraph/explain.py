@@ -1,0 +1,243 @@
+"""Why a step takes what it takes, in sentences with numbers, out of what a report has recorded of it.
+
+Whether it fits and what is in the way, what limits the step and what would make it faster, what ranks wait for, and why
+these options rather than others. The same for a step that ran, one that was planned, and a report that was saved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from zgraph.plans import Plan, show_bytes, show_options, show_s
+from zgraph.report import Report
+from zgraph.search import Search
+
+_NUM_TOLD = 3
+"""Tensors, families of operators and waits that are named."""
+
+_SMALL = 0.005
+"""Shares of a step or of a peak below this are not worth a word."""
+
+_LIMITS = {
+    "computing": "The device's computing limits it",
+    "links": "The links between ranks limit it",
+    "the host": "The host, which issues calls, limits it",
+}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Sentences by the question that they answer.
+
+    Attributes:
+        answers: question and sentences.
+    """
+
+    answers: tuple[tuple[str, tuple[str, ...]], ...]
+
+    def as_dict(self) -> dict[str, list[str]]:
+        """Sentences by question."""
+        return {question: list(sentences) for question, sentences in self.answers}
+
+    def __str__(self) -> str:
+        return "\n\n".join("\n".join([question, *(f"  {each}" for each in told)]) for question, told in self.answers)
+
+
+def explain(report: Report, search: Search | None = None) -> Explanation:
+    """Answer what a person asks of a step first.
+
+    Args:
+        report: of ``model.report()`` or of a plan, or read from a file.
+        search: that has found the plan, to be asked what other machines would make of it; not asked if None.
+    """
+    plan, document = report.plan, report.document
+    answers = {
+        "Does it fit?": _fits(plan),
+        "What takes the memory?": _memory(document),
+        "What limits the step?": _step(plan, document),
+        "What do ranks wait for?": _communication(document),
+        "Why these options?": _options(plan),
+        "What would help?": _help(plan, document),
+        "What would more of it buy?": _more(plan, search) if search is not None else (),
+    }
+    told = ((question, tuple(sentences)) for question, sentences in answers.items())
+    return Explanation(tuple((question, sentences) for question, sentences in told if sentences))
+
+
+def _fits(plan: Plan) -> Iterator[str]:
+    taken, budget = plan.chosen.reserved_bytes, plan.budget_bytes
+    how = f"{show_bytes(taken)} of the {show_bytes(budget)} that each of {plan.world_size} x {plan.hardware} may take"
+    if plan.fits:
+        yield f"Yes: it takes {how}, and leaves {show_bytes(budget - taken)}."
+    else:
+        yield f"No: it takes {how}: {show_bytes(taken - budget)} too much."
+
+
+def _memory(document: Mapping[str, Any]) -> Iterator[str]:
+    program = max(document["programs"], key=lambda each: each["passes"][-1]["peak_bytes"])
+    last, tables = program["passes"][-1], document["tables"]
+    memory = last["memory"]
+    totals = [sum(at) for at in zip(*memory["bytes"].values(), strict=True)]
+    peak = totals.index(max(totals))
+    row = _row_at(last["order"], memory["positions"][peak])
+    where = tables["phases"][tables["rows"]["phase"][row]]
+    module = tables["modules"][tables["rows"]["module"][row]]
+    kinds = Counter({kind: held[peak] for kind, held in memory["bytes"].items()})
+    shares = [
+        f"{kind} {show_bytes(held)} ({held / totals[peak]:.0%})"
+        for kind, held in kinds.most_common()
+        if held > _SMALL * totals[peak]
+    ]
+    at = f"in {where}" + (f" of {module}" if module else "")
+    yield f"At the peak, {at}, tensors hold {show_bytes(totals[peak])}: {', '.join(shares)}."
+    for owner in last["owners"][:_NUM_TOLD]:
+        times = f"{owner['count']} x " if owner["count"] > 1 else ""
+        made = f", made at {owner['source']}" if owner["source"] else ""
+        yield f"{show_bytes(owner['num_bytes'])} of it is {times}{owner['what']} ({owner['kind']}){made}."
+
+
+def _step(plan: Plan, document: Mapping[str, Any]) -> Iterator[str]:
+    chosen = plan.chosen
+    parts: Counter[str] = Counter()
+    families: Counter[str] = Counter()
+    for program in document["programs"]:
+        last, times = program["passes"][-1], program["repeats"]
+        parts["waiting for links"] += last["exposed_s"] * times
+        parts["waiting for the host"] += last["starved_s"] * times
+        parts["computing"] += last["busy_s"].get("compute", 0.0) * times
+        for family, seconds in _families(document, last["order"]).items():
+            families[family] += seconds * times
+    told = [f"{show_s(each)} {name} ({each / chosen.step_s:.0%})" for name, each in parts.most_common() if each]
+    yield f"A step takes {show_s(chosen.step_s)}: {', '.join(told)}."
+    total = families.total()
+    slowest = [
+        f"{family} {seconds / total:.0%}"
+        for family, seconds in families.most_common(_NUM_TOLD)
+        if seconds > _SMALL * total
+    ]
+    if slowest:
+        yield f"Of the computing, by family of operators: {', '.join(slowest)}."
+    faster = {
+        what: sum(each["if_faster"][what] * each["repeats"] for each in document["programs"])
+        for what in document["programs"][0]["if_faster"]
+    }
+    saved = sorted(faster.items(), key=lambda item: item[1])
+    yield f"{_LIMITS[saved[0][0]]} most."
+    gains = [f"{what} {show_s(seconds)} ({1 - seconds / chosen.step_s:.1%} less)" for what, seconds in saved]
+    yield f"If one of them were twice as fast, it would take: {', '.join(gains)}."
+    if plan.gap > _SMALL:
+        yield f"No order of the same calls takes less than {show_s(plan.least_s)}, which is {plan.gap:.1%} less."
+
+
+def _families(document: Mapping[str, Any], order: Sequence[Sequence[int]]) -> Counter[str]:
+    """Seconds on the compute lane by family of operators."""
+    tables = document["tables"]
+    rows, costs, compute = tables["rows"], tables["costs"], tables["lanes"].index("compute")
+    found: Counter[str] = Counter()
+    for row in _rows(order):
+        cost = rows["cost"][row]
+        if rows["lane"][row] == compute and costs["seconds"][cost]:
+            found[costs["family"][cost]] += costs["seconds"][cost]
+    return found
+
+
+def _communication(document: Mapping[str, Any]) -> Iterator[str]:
+    received = sum(each["passes"][-1]["communicated_bytes"] * each["repeats"] for each in document["programs"])
+    num = sum(each["passes"][-1]["num_collectives"] * each["repeats"] for each in document["programs"])
+    if not num:
+        return
+    yield f"A rank receives {show_bytes(received)} in the {num:,} collectives of a step."
+    waits: Counter[tuple[str, str]] = Counter()
+    counts: Counter[tuple[str, str]] = Counter()
+    exposed = 0.0
+    for program in document["programs"]:
+        for what, seconds in _waits(document, program):
+            waits[what] += seconds * program["repeats"]
+            counts[what] += program["repeats"]
+            exposed += seconds * program["repeats"]
+    told = [(what, seconds) for what, seconds in waits.most_common(_NUM_TOLD) if seconds > _SMALL * exposed]
+    if not told or not exposed:
+        yield "Computing never waits for them."
+    for (operator, where), seconds in told:
+        times = counts[operator, where]
+        yield f"Computing waits {show_s(seconds)} for {times:,} x {operator} in {where}."
+
+
+def _waits(document: Mapping[str, Any], program: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], float]]:
+    """Each wait's collective and place, and how long it holds computing up."""
+    tables = document["tables"]
+    rows, events = tables["rows"], program["events"]
+    of_node = {rows["node"][row]: row for row in _rows(program["passes"][-1]["order"])}
+    for row, start, end in zip(events["row"], events["start_s"], events["end_s"], strict=True):
+        if tables["operators"][rows["operator"][row]] == tables["wait"] and end > start:
+            started = of_node[rows["inputs"][row][0]]
+            operator = tables["operators"][rows["operator"][started]].split(".")[-2]
+            yield (operator, tables["phases"][rows["phase"][row]]), end - start
+
+
+def _options(plan: Plan) -> Iterator[str]:
+    chosen = show_options(plan.options) or "the defaults"
+    if not plan.rejected:
+        yield f"{chosen}: nothing else was compared. memory='8GiB' of zgraph.compile compares, and so does zgraph.plan."
+        return
+    why = "the fastest that fits" if plan.fits else "what takes least, as nothing fits"
+    yield f"{chosen}: {why}."
+    for other in plan.rejected:
+        made = other.estimate
+        took = f"{show_bytes(made.reserved_bytes)} and {show_s(made.step_s)}"
+        yield f"{show_options(made.options)} would take {took}: {other.why}."
+
+
+def _help(plan: Plan, document: Mapping[str, Any]) -> Iterator[str]:
+    for way in plan.ways_out:
+        yield (
+            f"{way.change}: takes {show_bytes(way.reserved_bytes)} and {show_s(way.step_s)}, "
+            f"an example costs x {way.cost:.2f}."
+        )
+    if not plan.fits and not plan.ways_out:
+        yield "No way out was found: use a larger machine, a smaller model or a smaller batch."
+    largest = [kind for kind, _ in Counter(plan.by_kind).most_common(_NUM_TOLD) if kind in document["would_free"]]
+    for kind in largest:
+        yield f"Fewer bytes of {kind}: {document['would_free'][kind]}."
+
+
+def _more(plan: Plan, search: Search) -> Iterator[str]:
+    """More memory, and more ranks, each with the options that are best with it."""
+    chosen = plan.chosen
+    fastest = search.within(math.inf, estimated=True)
+    if fastest is not None and fastest.estimate.step_s < (1 - _SMALL) * chosen.step_s:
+        made = fastest.estimate
+        yield (
+            f"With {show_bytes(made.reserved_bytes)} of memory for each rank: {show_options(made.options)} would take "
+            f"{show_s(made.step_s)}, {1 - made.step_s / chosen.step_s:.1%} less."
+        )
+    elif plan.fits:
+        yield "More memory would not make it faster."
+    if search.hardware.device_type == "cpu":  # whose ranks share one machine
+        return
+    world = 2 * search.world
+    doubled = search.beside(world=world).within(plan.budget_bytes, estimated=True)
+    if doubled is not None:
+        made = doubled.estimate
+        rate = world / search.world * chosen.step_s / made.step_s
+        yield (
+            f"With {world} ranks, each with the same batch: {show_options(made.options)} would take "
+            f"{show_bytes(made.reserved_bytes)} and {show_s(made.step_s)}: x {rate:.2f} examples per second."
+        )
+
+
+def _rows(order: Sequence[Sequence[int]]) -> Iterator[int]:
+    for first, num in order:
+        yield from range(first, first + num)
+
+
+def _row_at(order: Sequence[Sequence[int]], position: int) -> int:
+    """The row of the node at a position of a program."""
+    return next(row for i, row in enumerate(_rows(order)) if i == position)
+
+
+__all__ = ["Explanation", "explain"]
