@@ -7,9 +7,9 @@ object, transfers through what lies on a disk (``zgraph.disk.DiskTensor``); ever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
@@ -19,7 +19,6 @@ from zgraph.codegen.owned import OwnedUpdate
 from zgraph.codegen.source import SourceWriter
 from zgraph.into import into
 from zgraph.liveness import last_uses
-from zgraph.memory_check import MemoryCheck
 from zgraph.placement import Place, Placement, copied_bytes
 from zgraph.program import Mesh, Phase, Program, describe, operand
 
@@ -34,6 +33,23 @@ _COMM_METHODS: dict[Any, str] = {
     ops.wait: "wait",
     ops.shard: "shard",
 }
+
+
+class Watch(Protocol):
+    """Looks on while an emitted function runs.
+
+    Attributes:
+        begin: is called with the inputs of a step.
+        see: is called after each call with its number in the graph and, where ``needs_values``, with all that the
+            function holds then, by name.
+    """
+
+    needs_values: bool
+
+    @property
+    def begin(self) -> Callable[[Sequence[Any]], None]: ...
+    @property
+    def see(self) -> Callable[..., None]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,14 +70,14 @@ class Step:
 
 
 def emit(
-    program: Program, placement: Placement | None = None, *, tagged: bool = False, watch: MemoryCheck | None = None
+    program: Program, placement: Placement | None = None, *, tagged: bool = False, watch: Watch | None = None
 ) -> Step:
     """Write and compile ``program``.
 
     Args:
         placement: where results are stored; all are allocated if None.
         tagged: each collective says which one it is, for ``zgraph.agreement.CheckedComm``.
-        watch: is shown everything that the step holds after each call.
+        watch: who looks on; nobody if None.
     """
     writer = SourceWriter()
     names: dict[fx.Node, str] = {node: f"v{i}" for i, node in enumerate(program.graph.nodes)}
@@ -73,7 +89,7 @@ def emit(
         where = " on a disk" if program.is_on_disk(node) else ""
         lines.append(f"    # {names[node]}: {describe(node.meta['val'])} is {_comment(str(what))}{where}")
     lines.append(f"    [{', '.join(names[node] for node, _ in placeholders)}] = inputs")
-    watched = writer.bind(watch, "memory") if watch is not None else None
+    watched = writer.bind(watch, "watch") if watch is not None else None
     if watched is not None:
         lines.append(f"    {watched}.begin(inputs)")
     lines.append("    inputs.clear()")
@@ -95,7 +111,8 @@ def emit(
             lines.append(f"    {writer.expression(aten.copy_.default, [arena.names[place], names[vectors[index]]])}")
         lines.append(f"    {names[node]} = {_expression(writer, node, names, tag, arena, program.mesh)}")
         if watched is not None:
-            lines.append(f"    {watched}.see({number}, locals())")
+            assert watch is not None
+            lines.append(f"    {watched}.see({number}{', locals()' if watch.needs_values else ''})")
         dead = [names[n] for n in dying.get(node, ())]
         if dead:
             lines.append(f"    del {', '.join(dead)}")

@@ -148,6 +148,50 @@ def test_a_model_that_has_changed_is_said_to_have() -> None:
     assert "the step has changed since it last ran" in model.report().document["notes"][0]
 
 
+@pytest.mark.slow
+def test_measured_steps_are_shown_beside_predicted_ones() -> None:
+    model, tokens = trained(accumulate=2)
+    source = model.source
+    model.profile(steps=2)
+    for _ in range(3):
+        model.train_step(tokens)
+    assert model.source == source
+    report = model.report()
+    for program in report.document["programs"]:
+        measured, last = program["measured"], program["passes"][-1]
+        calls = [
+            row for row in _rows(last["order"]) if report.document["tables"]["rows"]["phase"][row] in _calls(report)
+        ]
+        order = _rows(last["order"])
+        assert [order[position] for position in measured["position"]] == calls
+        assert measured["end_s"] == sorted(measured["end_s"])
+        assert len(measured["steps_s"]) == 2
+        assert measured["end_s"][-1] == min(measured["steps_s"])
+    trace = json.loads(report.to_trace())["traceEvents"]
+    named = [event["args"]["name"] for event in trace if event["name"] == "process_name"]
+    assert named[2:] == ["every micro-batch but the last, measured", "last micro-batch, measured"]
+    assert "the median of 2 steps" in str(model.explain())
+    model.profile(steps=1)  # forgets what was measured before
+    assert "measured" not in model.report().document["programs"][0]
+
+
+def _rows(order: list[list[int]]) -> list[int]:
+    return [first + i for first, num in order for i in range(num)]
+
+
+def _calls(report: Report) -> set[int]:
+    phases = report.document["tables"]["phases"]
+    return {phases.index(phase) for phase in ("forward", "backward", "update") if phase in phases}
+
+
+@pytest.mark.parametrize(("steps", "says"), [(0, "steps=0 is not a number"), (True, "steps=True"), ("3", "steps='3'")])
+def test_a_number_of_steps_to_measure_is_checked(steps: Any, says: str) -> None:
+    model: Any = Blocks(1)
+    model = zgraph.compile(model, optimizer=torch.optim.AdamW(model.parameters()))
+    with pytest.raises(zgraph.OptionError, match=says):
+        model.profile(steps)
+
+
 def test_there_is_nothing_to_report_before_a_step() -> None:
     model = Blocks(1)
     model = zgraph.compile(model, optimizer=torch.optim.AdamW(model.parameters()))  # type: ignore[assignment]

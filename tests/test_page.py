@@ -285,6 +285,33 @@ def test_every_panel_draws_in_light_and_dark(chromium: Browser, blocks: tuple[Pa
     check_quiet(chromium, path)
 
 
+@needs_chromium
+def test_what_was_measured_is_below_what_was_predicted(chromium: Browser, folder: Path) -> None:
+    document = report_of_blocks(num=1).document
+    (program,) = document["programs"]
+    last, phases, rows = program["passes"][-1], document["tables"]["phases"], document["tables"]["rows"]
+    order = [first + i for first, num in last["order"] for i in range(num)]
+    calls = [i for i, row in enumerate(order) if phases[rows["phase"][row]] not in ("input", "result")]
+    ends = [(i + 1) * 1e-5 for i in range(len(calls))]
+    program["measured"] = {"position": calls, "end_s": ends, "steps_s": [ends[-1]]}
+    path = Report(document).write(folder / "measured.html")[0]
+    chromium.open(path)
+    shown = (
+        "__zgraph.tracks().map(({name, lane, events}) => [name, lane, events.length, events[events.length - 1].end])"
+    )
+    tracks = chromium.evaluate(shown)
+    assert [(name, lane) for name, lane, *_ in tracks] == [
+        ("compute", "compute"), ("measured", "compute"), ("data", "data"), ("measured", "data"),
+    ]  # fmt: skip
+    num_started = last["num_collectives"]
+    assert [num for *_, num, _ in tracks][1::2] == [len(calls) - num_started, num_started]
+    assert tracks[1][-1] == ends[-1]
+    assert "measured" in chromium.text("[data-testid=verdict]")
+    chromium.press("ArrowLeft")  # only the last program ran
+    assert {name for name, *_ in chromium.evaluate(shown)} == {"compute", "data"}
+    check_quiet(chromium, path)
+
+
 @pytest.mark.slow
 @needs_chromium
 def test_hostile_names_stay_text(chromium: Browser, folder: Path) -> None:

@@ -90,7 +90,18 @@ def compile(  # noqa: A001
         budget = Budget.of(memory, options)
         config = budget.config
     check_arguments(model, optimizer, loss, weight, passes, config)
-    for name in ("train_step", "stats", "program", "source", "recipe", "ema_state_dict", "plan", "report", "explain"):
+    for name in (
+        "train_step",
+        "stats",
+        "program",
+        "source",
+        "recipe",
+        "ema_state_dict",
+        "plan",
+        "report",
+        "explain",
+        "profile",
+    ):
         if hasattr(model, name):
             raise OptionError(
                 f"the model has an attribute {name!r}, which zgraph.compile would hide", fix="rename the attribute"
@@ -182,6 +193,19 @@ class CompiledModule(nn.Module):
             made.write(path)
         return made
 
+    def profile(self, steps: int = 3) -> None:
+        """Measure the next steps, call by call; ``report`` then shows what was measured beside what was predicted.
+
+        A step that is measured runs the same calls, and reads the clock after each; those behind run as before.
+
+        Args:
+            steps: how many. Of them, the one of median length is shown.
+
+        Raises:
+            OptionError: no such number of steps, or they run on another device than a CPU.
+        """
+        self.__dict__["_zgraph"].profile(steps)
+
     def explain(self) -> Explanation:
         """Why the last step takes what it takes: sentences with numbers, to be printed.
 
@@ -226,7 +250,11 @@ class CompiledModule(nn.Module):
                 "a compiled model cannot be copied while its process group is part of it",
                 fix="build another model and load_state_dict(model.state_dict())",
             )
-        memo[id(runtime.cache)], memo[id(runtime._last)] = [], None  # the copy captures a step of its own
+        memo[id(runtime.cache)], memo[id(runtime.timed)], memo[id(runtime._last)] = (
+            [],
+            {},
+            None,
+        )  # the copy captures a step of its own
         copied = memo[id(self)] = self.__class__.__new__(self.__class__)
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied

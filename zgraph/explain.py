@@ -113,6 +113,10 @@ def _step(plan: Plan, document: Mapping[str, Any]) -> Iterator[str]:
             families[family] += seconds * times
     told = [f"{show_s(each)} {name} ({each / chosen.step_s:.0%})" for name, each in parts.most_common() if each]
     yield f"A step takes {show_s(chosen.step_s)}: {', '.join(told)}."
+    if all("measured" in program for program in document["programs"]):
+        took = sum(program["measured"]["end_s"][-1] * program["repeats"] for program in document["programs"])
+        num = len(document["programs"][-1]["measured"]["steps_s"])
+        yield f"It was measured to take {show_s(took)} ({took / chosen.step_s - 1:+.1%}), the median of {num} steps."
     total = families.total()
     slowest = [
         f"{family} {seconds / total:.0%}"

@@ -29,6 +29,8 @@ class MemoryCheck:
         staged: see ``zgraph.liveness.lifetimes``.
     """
 
+    needs_values = True
+
     def __init__(self, program: Program, *, staged: bool) -> None:
         self._nodes = list(program.graph.nodes)
         self._expected = held_bytes(lifetimes(program, staged=staged), len(self._nodes))

@@ -60,6 +60,7 @@ from zgraph.report import Recorder, Report, make_report
 from zgraph.search import Search
 from zgraph.skipping import GRADIENT_NORM, NUM_SKIPPED, report
 from zgraph.state import TrainingState
+from zgraph.stopwatch import Stopwatch
 from zgraph.tracing import forget
 from zgraph.update import check_step, hyperparameters
 from zgraph.which_comm import make_comm
@@ -128,6 +129,8 @@ class Runtime:
     _moved: Moved = field(default_factory=Moved)  # from and to a disk, by the last step
     _facts_seen: dict[str, str] = field(default_factory=dict)
     _capturing: bool = False
+    timed: dict[Executable, tuple[Executable, Stopwatch]] = field(default_factory=dict)  # twins that read the clock
+    _num_to_time: int = 0
 
     def __post_init__(self, group: dist.ProcessGroup | None) -> None:
         world = 1 if group is None else dist.get_world_size(group)
@@ -201,8 +204,9 @@ class Runtime:
         with self.agreement.no_return(), self.state.adding_up():
             for compiled, call in zip(used, calls[:-1], strict=True):
                 assert compiled.micro is not None
-                compiled.micro.run(_tensors(call), hypers)
-            loss = last.executable.run(_tensors(calls[-1]), hypers)
+                self._to_run(compiled.micro).run(_tensors(call), hypers)
+            loss = self._to_run(last.executable).run(_tensors(calls[-1]), hypers)
+        self._num_to_time = max(self._num_to_time - 1, 0)
         if self.state.disk is not None:
             self._moved, self.state.disk.moved = self.state.disk.moved, Moved()
             with self.agreement.together():
@@ -316,7 +320,7 @@ class Runtime:
         collect_garbage(program.graph)
         return program
 
-    def _executable(self, program: Program) -> Executable:
+    def _executable(self, program: Program, stopwatch: Stopwatch | None = None) -> Executable:
         assert self._comm is not None
         for node in program.graph.nodes:
             if isinstance(node.target, Kernel):
@@ -328,7 +332,8 @@ class Runtime:
         placement = place(program, staged=self._comm.is_staged)
         check_overwrites(program, placement)
         self.arena.reserve(placement.num_bytes)
-        return Executable(program, emit(program, placement, tagged=tagged), self.state, self._comm, self.arena)
+        step = emit(program, placement, tagged=tagged, watch=stopwatch)
+        return Executable(program, step, self.state, self._comm, self.arena)
 
     def _agree_on_machine(self, batch: Call) -> None:
         if self._machine is None:
@@ -395,6 +400,31 @@ class Runtime:
                 if isinstance(value, (int, float)):
                     values[Input(Role.OPT_STATE, bucket, key)] = value
         return values
+
+    # -- how long it takes ----------------------------------------------------------------------------------
+
+    def profile(self, steps: Any) -> None:
+        """See ``CompiledModule.profile``."""
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise OptionError(f"steps={steps!r} is not a number of steps", fix="give a positive integer")
+        if self.config.check_memory:
+            raise OptionError("profile with check_memory, which makes steps slower", fix="compile without it")
+        device = self._device() or next((p.device for p in self.model.parameters() if not p.is_meta), None)
+        if device is not None and device.type != "cpu":
+            raise OptionError(
+                f"steps on {device.type} cannot be profiled yet, only those on a CPU",
+                fix="use torch.profiler around it",
+            )
+        self.timed, self._num_to_time = {}, steps
+
+    def _to_run(self, executable: Executable) -> Executable:
+        """What runs for an executable: its twin that reads the clock, while steps are profiled."""
+        if not self._num_to_time:
+            return executable
+        if executable not in self.timed:
+            stopwatch = Stopwatch()
+            self.timed[executable] = self._executable(executable.program, stopwatch), stopwatch
+        return self.timed[executable][0]
 
     # -- a budget -------------------------------------------------------------------------------------------
 
@@ -568,8 +598,19 @@ class Runtime:
         notes = []
         if [program.text() for program in lowered.programs] != [program.text() for program in ran.programs]:
             notes.append("the step has changed since it last ran: this is the one that would be compiled now")
+        executables = (last.executable,) if last.micro is None else (last.micro, last.executable)
+        was_timed = not notes and all(each in self.timed for each in executables)
+        measured = [self.timed[each][1].measured() for each in executables] if was_timed else []
         return make_report(
-            recorder, lowered, plan, last.config, hardware, proved=True, digest=ran.digest(), notes=notes
+            recorder,
+            lowered,
+            plan,
+            last.config,
+            hardware,
+            proved=True,
+            digest=ran.digest(),
+            notes=notes,
+            measured=measured,
         )
 
     def stats(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The predicted lanes of a step in the trace-event format of Chrome, which https://ui.perfetto.dev opens.
+"""The lanes of a step, predicted and measured, in the trace-event format of Chrome, which Perfetto opens.
 
 Each program is a process and each lane a thread, on which complete events ("X") follow one another without overlap;
 memory is a counter ("C"). Times are microseconds.
@@ -13,45 +13,60 @@ from typing import Any
 
 def chrome_trace(document: Mapping[str, Any]) -> dict[str, Any]:
     """The trace of a report's document."""
-    events = [
-        event for process, program in enumerate(document["programs"], 1)
-        for event in _events(document["tables"], program, process)
-    ]  # fmt: skip
+    tables, programs = document["tables"], document["programs"]
+    events = [event for process, program in enumerate(programs, 1) for event in _predicted(tables, program, process)]
+    for process, program in enumerate(programs, len(programs) + 1):
+        if "measured" in program:
+            events += _measured(tables, program, process)
     plan = document["plan"]
-    about = {"model": plan["model"], "world_size": plan["world_size"], "hardware": plan["hardware"], "is": "predicted"}
+    about = {"model": plan["model"], "world_size": plan["world_size"], "hardware": plan["hardware"]}
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": about}
 
 
-def _events(tables: Mapping[str, Any], program: Mapping[str, Any], process: int) -> Iterator[dict[str, Any]]:
+def _predicted(tables: Mapping[str, Any], program: Mapping[str, Any], process: int) -> Iterator[dict[str, Any]]:
     yield _named("process_name", process, 0, f"{program['name']}, predicted")
     for thread, lane in enumerate(tables["lanes"], 1):
         yield _named("thread_name", process, thread, lane)
         yield {"ph": "M", "name": "thread_sort_index", "pid": process, "tid": thread, "args": {"sort_index": thread}}
-    rows, costs = tables["rows"], tables["costs"]
     played = program["events"]
     for row, lane, start, end in zip(played["row"], played["lane"], played["start_s"], played["end_s"], strict=True):
-        source, cost = tables["sources"][rows["source"][row]]["at"], rows["cost"][row]
-        yield {
-            "ph": "X",
-            "name": tables["operators"][rows["operator"][row]],
-            "cat": tables["phases"][rows["phase"][row]],
-            "pid": process,
-            "tid": lane + 1,
-            "ts": start * 1e6,
-            "dur": (end - start) * 1e6,
-            "args": {
-                "node": f"%{rows['node'][row]}",
-                "gives": tables["forms"][rows["form"][row]],
-                "module": tables["modules"][rows["module"][row]],
-                "source": source or "",
-                "made by": tables["makers"][rows["made_by"][row]],
-                "bytes": costs["num_bytes"][cost],
-            },
-        }
+        yield _call(tables, row, process, lane + 1, start, end)
     memory = program["passes"][-1]["memory"]
     for i, second in enumerate(memory["seconds"]):
         held = {kind: each[i] for kind, each in memory["bytes"].items()}
         yield {"ph": "C", "name": "memory", "pid": process, "tid": 0, "ts": second * 1e6, "args": held}
+
+
+def _measured(tables: Mapping[str, Any], program: Mapping[str, Any], process: int) -> Iterator[dict[str, Any]]:
+    """Calls as they ran one after another, the time that they waited included."""
+    yield _named("process_name", process, 0, f"{program['name']}, measured")
+    yield _named("thread_name", process, 1, "calls")
+    order = [first + i for first, num in program["passes"][-1]["order"] for i in range(num)]
+    start = 0.0
+    for position, end in zip(program["measured"]["position"], program["measured"]["end_s"], strict=True):
+        yield _call(tables, order[position], process, 1, start, end)
+        start = end
+
+
+def _call(tables: Mapping[str, Any], row: int, process: int, thread: int, start: float, end: float) -> dict[str, Any]:
+    rows = tables["rows"]
+    return {
+        "ph": "X",
+        "name": tables["operators"][rows["operator"][row]],
+        "cat": tables["phases"][rows["phase"][row]],
+        "pid": process,
+        "tid": thread,
+        "ts": start * 1e6,
+        "dur": (end - start) * 1e6,
+        "args": {
+            "node": f"%{rows['node'][row]}",
+            "gives": tables["forms"][rows["form"][row]],
+            "module": tables["modules"][rows["module"][row]],
+            "source": tables["sources"][rows["source"][row]]["at"] or "",
+            "made by": tables["makers"][rows["made_by"][row]],
+            "bytes": tables["costs"]["num_bytes"][rows["cost"][row]],
+        },
+    }
 
 
 def _named(what: str, process: int, thread: int, name: str) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from zgraph.program import Program
 from zgraph.report.chrome_trace import chrome_trace
 from zgraph.report.page import page
 from zgraph.report.recorder import Recorder
+from zgraph.stopwatch import Measured
 from zgraph.timeline import play
 
 SCHEMA, VERSION = "zgraph-report", 1
@@ -129,6 +130,7 @@ def make_report(
     proved: bool,
     digest: bytes | None = None,
     notes: Sequence[str] = (),
+    measured: Sequence[Measured] = (),
 ) -> Report:
     """The report of a step whose passes a recorder has seen.
 
@@ -141,6 +143,7 @@ def make_report(
         proved: whether each pass was.
         digest: of the programs that ranks compared before they ran; of ``lowered`` if None.
         notes: what else a reader should know.
+        measured: of each of the programs that ran; nothing if they were not.
     """
     recorder.add_records(lowered.records, proved=proved)
     mesh = lowered.last.mesh
@@ -151,6 +154,12 @@ def make_report(
         {"name": name, "repeats": times, **program, "if_faster": if_faster(made, hardware)}
         for name, times, program, made in zip(names, repeats, (*micro, last), lowered.programs, strict=True)
     ]
+    for program, ran in zip(programs if measured else [], measured, strict=True):
+        program["measured"] = {
+            "position": list(ran.numbers),
+            "end_s": list(ran.ends),
+            "steps_s": list(ran.steps),
+        }
     document: dict[str, Any] = {
         "schema": SCHEMA,
         "version": VERSION,

@@ -219,6 +219,27 @@ class Program {
   }
 }
 
+/** What was measured of a program, as tracks: calls one after another, and collectives until they were waited for. */
+function measuredTracks(program) {
+  const { position, end_s: ends } = program.data.measured, { order } = program.stage(program.passes.length - 1);
+  const byLane = new Map([["compute", []]]), started = new Map();
+  position.forEach((at, i) => {
+    const row = order[at], lane = program.lane(row), start = i ? ends[i - 1] : 0, end = ends[i];
+    if (program.operator(row) === program.tables.wait) {
+      const source = program.rows.inputs[row][0], event = started.get(source);
+      event.end = end;
+      byLane.get("compute").push({ row, lane: "compute", start, end, waitsFor: source });
+    } else if (lane === "compute") {
+      byLane.get("compute").push({ row, lane, start, end });
+    } else {
+      if (!byLane.has(lane)) byLane.set(lane, []);
+      started.set(program.rows.node[row], { row, lane, start, end });
+      byLane.get(lane).push(started.get(program.rows.node[row]));
+    }
+  });
+  return [...byLane].map(([lane, events]) => ({ name: "measured", lane, events }));
+}
+
 // -- the tree of modules -------------------------------------------------------------------------------------
 
 const FEW = 6;
@@ -579,6 +600,8 @@ function draw() {
 
 function drawTop() {
   const { plan, machine, mesh } = report, step = plan.chosen.step_s;
+  const measured = report.programs.every((each) => each.measured)
+    ? report.programs.reduce((sum, each) => sum + each.measured.end_s[each.measured.end_s.length - 1] * each.repeats, 0) : null;
   $("model").textContent = plan.model;
   const nodes = Math.ceil(plan.world_size / plan.devices_per_node);
   const where = nodes > 1 ? ` in ${count(nodes)} nodes of ${plan.devices_per_node}` : "";
@@ -592,6 +615,7 @@ function drawTop() {
       plan.fits ? "good" : "bad", "What is taken of a rank's memory for what is live at the peak"),
     chip(`peak ${bytes(plan.chosen.peak_bytes)}`, "", "The most that tensors hold at once"),
     chip(`step ${seconds(step)} predicted`, "", "All micro-batches together"),
+    ...(measured === null ? [] : [chip(`${seconds(measured)} measured (${measured < step ? "−" : "+"}${percent(Math.abs(measured / step - 1))})`, "", "The median of the steps that were profiled")]),
     chip(`${percent(plan.chosen.exposed_s / step)} waiting for links`, "", "Share of the step in which computing waits for communication"),
     report.is_proved ? chip("✓ every pass proved", "good", "After each pass, every output is still what was captured")
       : chip("not proved", "", "The passes ran without the proof"),
@@ -1134,7 +1158,7 @@ function scale(canvas, height) {
 }
 
 function shownTime() {
-  return state.window || [0, state.program.play(state.k).step || 1];
+  return state.window || [0, wholeTime()];
 }
 
 function drawTime() {
@@ -1142,10 +1166,18 @@ function drawTime() {
   drawMemory();
 }
 
-/** What is drawn below one another: a name, a lane, and its events in order. */
+/** What is drawn below one another: a name, a lane, and its events in order; below what is predicted what was measured. */
 function tracks() {
   const { program, k } = state, { byLane } = program.play(k);
-  return program.tables.lanes.filter((lane) => byLane.has(lane)).map((lane) => ({ name: lane, lane, events: byLane.get(lane) }));
+  const predicted = program.tables.lanes.filter((lane) => byLane.has(lane)).map((lane) => ({ name: lane, lane, events: byLane.get(lane) }));
+  if (!program.data.measured || k < program.passes.length - 1) return predicted;
+  program.measured ||= measuredTracks(program);
+  return predicted.flatMap((track) => [track, ...program.measured.filter(({ lane }) => lane === track.lane)]);
+}
+
+/** How long the time axis is. */
+function wholeTime() {
+  return Math.max(state.program.play(state.k).step, ...tracks().map(({ events }) => (events.length ? events[events.length - 1].end : 0))) || 1;
 }
 
 function drawTimeline() {
@@ -1314,7 +1346,7 @@ function timeAt(clientX) {
 }
 
 function zoom(at, factor) {
-  const whole = state.program.play(state.k).step, [from, to] = shownTime();
+  const whole = wholeTime(), [from, to] = shownTime();
   const wide = Math.min((to - from) * factor, whole);
   const start = Math.min(Math.max(at - ((at - from) / (to - from)) * wide, 0), whole - wide);
   state.window = wide >= whole ? null : [start, start + wide];
@@ -1322,7 +1354,7 @@ function zoom(at, factor) {
 }
 
 function pan(by) {
-  const whole = state.program.play(state.k).step, [from, to] = shownTime(), start = Math.min(Math.max(from + by, 0), whole - (to - from));
+  const whole = wholeTime(), [from, to] = shownTime(), start = Math.min(Math.max(from + by, 0), whole - (to - from));
   if (state.window) state.window = [start, start + to - from];
   drawTime();
 }
@@ -1447,7 +1479,7 @@ async function start() {
   fromAddress();
   Object.assign(seen, {
     ready: true, num_passes: state.program.passes.length, took_ms: performance.now() - began,
-    play: (k) => state.program.play(k), state, go, select,
+    play: (k) => state.program.play(k), state, go, select, tracks,
   });
 }
 

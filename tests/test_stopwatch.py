@@ -1,0 +1,70 @@
+"""A stopwatch notes each call of an emitted function once, and changes nothing else in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.programs import one_layer
+from zgraph import stopwatch
+from zgraph.codegen.emit import emit
+from zgraph.config import Config
+from zgraph.passes import default_passes
+from zgraph.pipeline import run
+from zgraph.program import Mesh, Program, Role
+from zgraph.stopwatch import Stopwatch
+
+
+class NoComm:
+    """What a step on one rank calls."""
+
+    def shard(self, full: torch.Tensor) -> torch.Tensor:
+        return full
+
+    def all_reduce(self, value: torch.Tensor, operation: str) -> torch.Tensor:
+        return value
+
+    def wait(self, started: torch.Tensor) -> torch.Tensor:
+        return started
+
+
+@pytest.fixture
+def program() -> Program:
+    return run(default_passes(Config(zero=0), Mesh(1)), one_layer()).program
+
+
+def inputs(program: Program) -> list[Any]:
+    values = [(node.meta["val"], what) for node, what in program.placeholders()]
+    return [0.5 if what.role is Role.HYPER else torch.ones(val.shape, dtype=val.dtype) for val, what in values]
+
+
+def test_every_call_is_noted_in_order(program: Program) -> None:
+    watch = Stopwatch()
+    timed = emit(program, watch=watch)
+    results = timed.function(inputs(program), NoComm())
+    torch.testing.assert_close(results, emit(program).function(inputs(program), NoComm()), rtol=0, atol=0)
+    made = watch.measured()
+    calls = [i for i, node in enumerate(program.graph.nodes) if node.op == "call_function"]
+    assert list(made.numbers) == calls
+    assert list(made.ends) == sorted(made.ends)
+    assert made.steps == (made.ends[-1],)
+
+
+def test_without_one_the_source_does_not_know_of_it(program: Program) -> None:
+    assert "watch" not in emit(program).source
+    with_it = emit(program, watch=Stopwatch()).source.splitlines()
+    without = [line for line in with_it if not line.strip().startswith("watch.")]
+    assert without == emit(program).source.splitlines()
+
+
+def test_of_several_runs_the_median_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 5.0, 10.0, 11.0, 20.0, 23.0])  # of runs that take 5, 1 and 3 seconds
+    monkeypatch.setattr(stopwatch, "perf_counter", lambda: next(times))
+    watch = Stopwatch()
+    for _ in range(3):
+        watch.begin([])
+        watch.see(7)
+    made = watch.measured()
+    assert (made.numbers, made.ends, made.steps) == ((7,), (3.0,), (5.0, 1.0, 3.0))
