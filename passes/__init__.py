@@ -21,6 +21,7 @@ from zgraph.passes.quantize import QuantizeState
 from zgraph.passes.quantize_communication import GatherQuantized, ReduceQuantized
 from zgraph.passes.recompute import EXPENSIVE, RecomputeModules
 from zgraph.passes.recompute_activations import RecomputeActivations
+from zgraph.passes.reorder import OrderByMemory
 from zgraph.passes.schedule import FAR, Schedule
 from zgraph.passes.secondary import KeepSecondaryShards
 from zgraph.passes.shard import AverageGradients, ReadParamsEarly, ShardGradients, ShardOptimizer, ShardParams
@@ -78,6 +79,7 @@ def default_passes(
         *((ReduceQuantized(),) if config.reduce_precision == "int8" and mesh.size > 1 else ()),
         *((QuantizeState(),) if config.state_precision == "int8" else ()),
         _order(config, hardware),
+        *((OrderByMemory(hardware),) if config.memory_first else ()),
         UpdateInPlace(compiled=config.kernels == "auto"),
         OverwriteOperands(),
     )
@@ -143,6 +145,7 @@ __all__ = [
     "GatherQuantized",
     "KeepSecondaryShards",
     "Offload",
+    "OrderByMemory",
     "Overlap",
     "OverwriteOperands",
     "QuantizeState",

@@ -59,7 +59,10 @@ VARIED: dict[str, Variation] = {
 STORED = ("zero", "shard_size", "bucket_bytes")
 """Options that say how state lies in memory."""
 
-SEARCHED = (ACCUMULATE, *CHAINED, *CROSSED, *VARIED)
+MEMORY_FIRST = "memory_first"
+"""Taken where nothing fits otherwise, with what takes least."""
+
+SEARCHED = (ACCUMULATE, *CHAINED, *CROSSED, *VARIED, MEMORY_FIRST)
 
 
 def searched(config: Config) -> dict[str, Any]:

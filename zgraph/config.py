@@ -223,6 +223,9 @@ class Config:
             others are computed. On CPUs.
         offload_path: the directory, on a local disk, for files without names that are gone when the process ends; by
             default ``/var/tmp``.
+        memory_first: compute in another order where that lowers the peak (``zgraph.passes.OrderByMemory``): values are
+            made later, or read for the last time earlier, as what depends on what allows. Results stay the same, bit
+            for bit. By default a step computes in the order of the model and of autograd.
         clip_norm: scale all gradients down by one factor where the norm of all of them together is larger than this
             (``torch.nn.utils.clip_grad_norm_``); None does not. A step whose norm is infinite or NaN changes nothing
             on any rank, and is counted.
@@ -265,6 +268,7 @@ class Config:
     unshard: float = 0.0
     offload: dict[str, str] | None = field(default=None, hash=False)
     offload_path: str | None = None
+    memory_first: bool = False
     clip_norm: float | None = None
     clip_value: float | None = None
     gradient_noise: float | None = None
@@ -401,7 +405,7 @@ class Config:
                 "clip_norm and clip_value are both given", fix="choose one: clipping twice is not what either says"
             )
         check_numbers(config.numbers(), config)
-        for name in ("check_collectives", "check_memory", "keep_gathered"):
+        for name in ("check_collectives", "check_memory", "keep_gathered", "memory_first"):
             if not isinstance(getattr(config, name), bool):
                 raise OptionError(f"{name}={getattr(config, name)!r} is not a bool", fix="give True or False")
         if config.keep_gathered and (config.zero < 3 or config.accumulate == 1):

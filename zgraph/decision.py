@@ -40,7 +40,11 @@ def decide(search: Search, budget: int) -> Plan:
     best, ways_out = search.within(budget), tuple[WayOut, ...]()
     if best is None:
         best = search.least()
-        ways_out = _WaysOut(search, best, budget).cheapest()
+        ordered = search.ordered(best)
+        if ordered is not None and ordered.estimate.reserved_bytes <= budget:
+            best = ordered
+        else:
+            ways_out = _WaysOut(search, best, budget).cheapest()
     lowered, prediction = search.in_full(best.choice)
     return describe(
         search.captures.model,

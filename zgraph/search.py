@@ -17,7 +17,7 @@ from itertools import count, takewhile
 from typing import Any
 
 from zgraph.captures import Captures
-from zgraph.choices import CHAINED, Choice, family
+from zgraph.choices import CHAINED, MEMORY_FIRST, Choice, family
 from zgraph.config import Config
 from zgraph.errors import OptionError
 from zgraph.hardware import Hardware
@@ -153,6 +153,14 @@ class Search:
         assert best is not None
         return self.exact(best.choice)
 
+    def ordered(self, tried: Tried) -> Tried | None:
+        """The same choice in the order of computing that takes least memory; None if the user has said which order."""
+        choice = tried.choice
+        if MEMORY_FIRST in self.fixed:
+            return None
+        options, config = {**choice.options, MEMORY_FIRST: True}, replace(choice.config, memory_first=True)
+        return self.exact(Choice(options, config, [], choice.depth))
+
     def frontier(self) -> Iterator[Tried]:
         """From the fastest choice on, each with which less memory is taken and none is faster: what budgets choose."""
         budget = float("inf")
@@ -239,7 +247,7 @@ class Search:
     def least_bytes(self, choice: Choice) -> int:
         """Bytes that a rank holds at least where forward ends, without passes that shard."""
         config = choice.config
-        sharding = ("bucket_bytes", "keep_gathered", "shard_size", "unshard")
+        sharding = ("bucket_bytes", "keep_gathered", MEMORY_FIRST, "shard_size", "unshard")
         before = replace(config, zero=0, **{name: getattr(Config, name) for name in sharding})
         chosen_late = isinstance(config.recompute, float)  # by all passes together
         before = replace(before, recompute=None) if chosen_late else before
