@@ -160,8 +160,8 @@ class Config:
         bucket_bytes: parameters that are used near each other share one flat buffer of about this many
             bytes, and travel together. A parameter larger than this has a bucket of its own. ``"auto"``: the cost model
             says where each bucket ends (``zgraph.passes.bounds``): larger ones where links would wait for each other's
-            latency, smaller ones where nothing hides them, and never larger than saves a thousandth of a step. With
-            ``memory=``, ``"auto"`` tries that beside fixed sizes.
+            latency, smaller ones where nothing hides them, and not larger where that saves less than a thousandth of a
+            step. With ``memory=``, ``"auto"`` tries that beside fixed sizes.
         prefetch: how many buckets ahead of their first use parameters are gathered (ZeRO-3). By default the cost model
             says when what travels is sent and when it is waited for (``zgraph.passes.Schedule``); on a GPU that is not
             known, and has not been calibrated, that is one bucket ahead.
