@@ -212,7 +212,9 @@ def would_free(config: Config, world: int) -> dict[str, str]:
         if config.unshard:
             found[Kind.GATHERED].append("unshard=0 gathers all of them again for backward")
         if config.zero == 3:
-            found[Kind.GATHERED].append("smaller bucket_bytes, or in_flight=0, has fewer there at once")
+            found[Kind.GATHERED].append("smaller bucket_bytes has fewer there at once")
+            if config.in_flight != 0 and config.prefetch is None:
+                found[Kind.GATHERED].append("in_flight=0 gathers nothing that would raise the peak")
         found[Kind.COMMUNICATION].append("smaller bucket_bytes sends less at once")
     if config.state_precision is None:
         found[Kind.STATE].append("state_precision='int8' takes about a fourth (it rounds)")

@@ -1,7 +1,7 @@
-"""The page: one template, one stylesheet and one script, put together with a report's data into a single file.
+"""The page: one template, one stylesheet and scripts, put together with a report's data into a single file.
 
 The data is gzip in base64, whose alphabet has no ``<``, so no name from a model can end the element that holds it; the
-script writes names as text, never as markup. A policy names the one script and the one stylesheet by their hash and
+scripts write names as text, never as markup. A policy names the script and the stylesheet by their hash and
 allows nothing else: no other code runs, and nothing is asked of a network.
 """
 
@@ -17,10 +17,16 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+SCRIPTS = (
+    "words.js", "program.js", "tree.js", "layout.js", "state.js", "passes.js", "graph.js", "text.js", "decisions.js",
+    "inspector.js", "time.js", "start.js",
+)  # fmt: skip
+"""In the order in which they stand in the page, as one."""
+
 
 def page(document: Mapping[str, Any]) -> str:
     """The HTML of a report's document."""
-    style, script = _file("page.css"), _file("page.js")
+    style, script = _file("page.css"), "\n".join(map(_file, SCRIPTS))
     policy = (
         f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; "
         "base-uri 'none'; form-action 'none'"
@@ -49,4 +55,4 @@ def _hash(text: str) -> str:
 
 @cache
 def _file(name: str) -> str:
-    return resources.files("zgraph.report").joinpath(name).read_text(encoding="utf-8")
+    return resources.files("zgraph.report").joinpath("assets", name).read_text(encoding="utf-8")

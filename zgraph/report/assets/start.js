@@ -1,0 +1,115 @@
+// What the reader does, and the beginning.
+
+function listen() {
+  $("slider").addEventListener("input", () => go(Number($("slider").value)));
+  $("back").addEventListener("click", () => go(state.k - 1));
+  $("forth").addEventListener("click", () => go(state.k + 1));
+  $("program").addEventListener("change", () => choose(Number($("program").value)));
+  $("colour").addEventListener("change", () => { state.colour = $("colour").value; draw(); });
+  $("fold-all").addEventListener("click", () => { state.program.tree.foldAll(); state.layout = null; draw(); });
+  $("search").addEventListener("input", () => { search($("search").value); draw(); });
+  $("search").addEventListener("keydown", (event) => { if (event.key === "Enter") nextMatch(event.shiftKey); });
+  $("theme").addEventListener("click", () => theme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"));
+  $("whole").addEventListener("click", () => { state.window = null; drawTime(); });
+  document.addEventListener("keydown", (event) => {
+    if (event.altKey || event.ctrlKey || event.metaKey) return;
+    const types = /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName) && event.target !== $("slider");
+    if (types) { if (event.key === "Escape") event.target.blur(); return; }
+    if (event.key === "ArrowLeft") go(state.k - 1);
+    else if (event.key === "ArrowRight") go(state.k + 1);
+    else if (event.key === "Home") go(0);
+    else if (event.key === "End") go(Infinity);
+    else if (event.key === "/") $("search").focus();
+    else return;
+    event.preventDefault();
+  });
+  let waiting = false;
+  $("panel-graph").addEventListener("scroll", () => {
+    if (waiting) return;
+    waiting = true;
+    requestAnimationFrame(() => { waiting = false; drawVisible(); });
+  });
+  for (const canvas of [$("timeline"), $("memory")]) {
+    let drag = null;
+    canvas.addEventListener("wheel", (event) => {
+      const at = timeAt(event.clientX);
+      if (at === null) return;
+      event.preventDefault();
+      if (Math.abs(event.deltaX) > Math.abs(event.deltaY)) pan((event.deltaX / canvas.clientWidth) * (shownTime()[1] - shownTime()[0]));
+      else zoom(at, event.deltaY > 0 ? 1.25 : 0.8);
+    }, { passive: false });
+    canvas.addEventListener("pointerdown", (event) => { drag = event.clientX; canvas.setPointerCapture(event.pointerId); });
+    canvas.addEventListener("pointerup", () => { drag = null; });
+    canvas.addEventListener("pointermove", (event) => {
+      if (drag !== null && event.buttons) {
+        pan(((drag - event.clientX) / canvas.clientWidth) * (shownTime()[1] - shownTime()[0]));
+        drag = event.clientX;
+      } else {
+        hover(canvas, event);
+      }
+    });
+    canvas.addEventListener("pointerleave", () => tip(null));
+    canvas.addEventListener("dblclick", () => { state.window = null; drawTime(); });
+  }
+  $("timeline").addEventListener("click", (event) => { const found = eventAt(event); if (found) select(state.program.rows.node[found.row]); });
+  $("memory").addEventListener("click", () => show("peak"));
+  window.addEventListener("resize", () => draw());
+  window.addEventListener("hashchange", fromAddress);
+}
+
+function hover(canvas, event) {
+  const { program, k } = state;
+  if (canvas === $("timeline")) {
+    const found = eventAt(event);
+    if (!found) return tip(null);
+    const waits = found.waitsFor !== undefined ? `\nwaits for %${found.waitsFor} ${short(program.operator(program.stage(k).rowOf[found.waitsFor]))}: ${seconds(found.end - found.start)}` : "";
+    return tip(event, describeNode(found.row) + `\nfrom ${seconds(found.start)} to ${seconds(found.end)}` + waits);
+  }
+  const second = timeAt(event.clientX), { memory } = program.passes[k];
+  if (second === null) return tip(null);
+  let i = memory.seconds.findIndex((each) => each > second) - 1;
+  if (i < 0) i = memory.seconds[0] > second ? 0 : memory.seconds.length - 1;
+  const held = Object.entries(memory.bytes).map(([kind, each]) => [kind, each[i]]).filter(([, n]) => n).sort((a, b) => b[1] - a[1]);
+  tip(event, [`${seconds(second)}: ${bytes(held.reduce((sum, [, n]) => sum + n, 0))}`, ...held.map(([kind, n]) => `${kind} ${bytes(n)}`)].join("\n"));
+}
+
+function theme(name) {
+  document.documentElement.dataset.theme = name;
+  if (state.program) draw();
+}
+
+/** `#pass=3&tab=diff&theme=dark&node=12&search=mm`: a link to what is on the screen. */
+function fromAddress() {
+  const asked = new URLSearchParams(location.hash.slice(1));
+  if (asked.has("theme")) theme(asked.get("theme") === "dark" ? "dark" : "light");
+  if (asked.has("program") && state.programs[Number(asked.get("program"))]) choose(Number(asked.get("program")));
+  if (asked.has("colour")) $("colour").value = state.colour = asked.get("colour") === "lane" ? "lane" : "change";
+  if (Object.hasOwn(TABS, asked.get("tab") || "")) state.tab = asked.get("tab");
+  if (asked.has("pass")) go(Number(asked.get("pass")) || 0);
+  if (asked.has("search")) { $("search").value = asked.get("search"); search(asked.get("search")); }
+  const node = asked.has("node") ? Number(asked.get("node")) : NaN;
+  if (state.program.tree.homeOf[node]) select(node, { reveal: true });
+  else draw();
+}
+
+async function start() {
+  const began = performance.now();
+  report = await unpack();
+  report.programs.forEach((data, i) => {
+    state.programs.push(new Program(report, data));
+    $("program").append(make("option", { value: i }, data.repeats > 1 ? `${data.name} (× ${count(data.repeats)})` : data.name));
+  });
+  $("program-label").hidden = report.programs.length < 2;
+  document.documentElement.dataset.theme = window.matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+  drawTop();
+  listen();
+  $("program").value = report.programs.length - 1;
+  choose(report.programs.length - 1);
+  fromAddress();
+  Object.assign(seen, {
+    ready: true, num_passes: state.program.passes.length, took_ms: performance.now() - began,
+    play: (k) => state.program.play(k), state, go, select, tracks,
+  });
+}
+
+start().catch((error) => fail(error.stack || String(error)));
