@@ -72,7 +72,7 @@ class Kernel:
     def __call__(self, *inputs: Any) -> list[torch.Tensor]:
         """Run on real tensors, or infer on fake ones."""
         flat = next(x for x in inputs if isinstance(x, torch.Tensor) and x.dim())
-        language = SLICES if isinstance(flat, FakeTensor) else self.language(flat.device.type)
+        language = SLICES if isinstance(flat, FakeTensor) else self.runs_in(flat.device.type)
         return self._function(language)(*inputs)
 
     def language(self, device_type: str) -> str:
@@ -87,6 +87,12 @@ class Kernel:
         numel = next(node for node in self.body.find_nodes(op="placeholder") if _is_flat(node)).meta["val"].numel()
         return CPP if numel > SLICE and CppWriter.can_write(self.body) else SLICES
 
+    def runs_in(self, device_type: str) -> str:
+        """The language that it runs in here: slices, where what compiles another one is missing."""
+        language = self.language(device_type)
+        is_missing = (language == TRITON and not triton.is_available()) or (language == CPP and not find_compiler())
+        return SLICES if is_missing else language
+
     def prepare(self) -> None:
         """Compile, before a step needs it.
 
@@ -94,11 +100,9 @@ class Kernel:
             OptionError: it cannot be compiled.
         """
         flat = next(node for node in self.body.find_nodes(op="placeholder") if _is_flat(node))
-        self._function(self.language(flat.meta["val"].device.type))
+        self._function(self.runs_in(flat.meta["val"].device.type))
 
     def _function(self, language: str) -> Callable[..., list[Any]]:
-        if (language == TRITON and not triton.is_available()) or (language == CPP and find_compiler() is None):
-            language = SLICES
         if language not in self._functions:
             make = {TRITON: triton.compile_kernel, CPP: cpp.compile_kernel, SLICES: Kernel._in_slices}[language]
             self._functions[language] = make(self)

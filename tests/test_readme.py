@@ -34,7 +34,7 @@ def test_the_readme_runs_as_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("guide", ["recipe", "plan", "hardware", "memory", "hybrid", "offload", "report"])
+@pytest.mark.parametrize("guide", ["recipe", "plan", "hardware", "memory", "hybrid", "offload", "report", "kernels"])
 def test_a_guide_runs_as_written(guide: str, tmp_path: Path) -> None:
     script = tmp_path / "guide.py"
     script.write_text("\n".join(blocks(f"docs/{guide}.md")))

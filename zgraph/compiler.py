@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from zgraph.budget import Budget, refuse_open_options
 from zgraph.capture import check_optimizer
+from zgraph.codegen.listing import KernelInfo, kernels_of
 from zgraph.config import Config
 from zgraph.errors import CaptureError, OptionError, StateError
 from zgraph.explain import Explanation, explain
@@ -163,6 +164,10 @@ class CompiledModule(nn.Module):
     def source(self) -> str:
         """The Python that the last step ran."""
         return self.__dict__["_zgraph"].last().executable.step.source  # type: ignore[no-any-return]
+
+    def kernels(self) -> list[KernelInfo]:
+        """The kernels of the last step: what each computes, reads and writes, what it is written in, and its text."""
+        return kernels_of(self.program)
 
     @property
     def plan(self) -> Plan:
