@@ -23,6 +23,8 @@ from zgraph.program import Phase, Role
 
 aten = torch.ops.aten
 
+pytestmark = pytest.mark.skipif(library.find_compiler() is None, reason="there is no C++ compiler")
+
 
 @pytest.fixture
 def threads() -> Iterator[None]:
