@@ -12,6 +12,8 @@ from zgraph.agreement import CheckedComm
 from zgraph.arena import Arena
 from zgraph.codegen.emit import Step
 from zgraph.comm import Comm
+from zgraph.disk import DiskTensor
+from zgraph.heap import release_free_memory
 from zgraph.layout import Bucket
 from zgraph.packed import pack, unpacked_numel
 from zgraph.program import Input, Program, Role, StateInit
@@ -73,8 +75,13 @@ class Executable:
                 start, param = self.program.init[what], self._state.params[what.name]
                 assert self.program.layout is not None
                 bucket = self.program.layout.by_name[what.name]
-                value = initial_state(start, self._values[what], param, self._divided.shard, bucket)
-                return self._state.keep(what.name, what.key, value)
+                shard = self._divided.shard
+                stored = self._state.keep(
+                    what.name, what.key, initial_state(start, self._values[what], param, shard, bucket)
+                )
+                if isinstance(stored, DiskTensor):
+                    release_free_memory()  # small blocks would come to lie there, and leave no room for the next one
+                return stored
             return entries[what.key]
         if what.role is Role.BUFFER:
             return self._state.buffer(what.name).detach()
