@@ -130,13 +130,33 @@ def bad_plan(seed: int) -> dict[str, Any]:
 
 def applied(asked: dict[str, Any], change: str) -> dict[str, Any]:
     """The same with a suggestion taken."""
-    if rows := re.match(r"(\d+) of \d+ rows in a batch", change):
-        return {**asked, "batch": (asked["batch"][0][: int(rows[1])],)}
-    options = dict(part.split("=") for part in change.partition(", of ")[0].split(", "))
+    if rows := re.match(r"(\d+) of \d+ rows in a batch(, )?", change):
+        asked, change = {**asked, "batch": (asked["batch"][0][: int(rows[1])],)}, change[rows.end() :]
+    options = dict(part.split("=") for part in change.partition(", of ")[0].split(", ") if part)
     values = {name: value.strip("'") if "'" in value else int(value) for name, value in options.items()}
     if "hardware" in values:
-        return {**asked, **values, "memory": None}
+        asked = {**asked, "memory": None}
     return {**asked, **values}
+
+
+@pytest.mark.slow
+def test_where_no_single_change_helps_it_comes_with_the_memory_that_it_needs() -> None:
+    batch = (torch.zeros(64, 512, dtype=torch.int64),)
+    fixed = {"zero": 3, "recompute": None, "accumulate": 1, "bucket_bytes": "64MiB", "in_flight": 0, "unshard": 0.0}
+    asked = {
+        "model": lambda: Blocks(3, 12288),
+        "optimizer": torch.optim.AdamW,
+        "batch": batch,
+        "world_size": 8,
+        **fixed,
+    }
+    asked |= {"hardware": "rtx4090", "memory": "2GiB"}
+    plan = zgraph.plan(**asked)
+    assert plan.chosen.reserved_bytes > 22.56 * 2**30  # more than there is, whatever the budget
+    assert plan.ways_out
+    for way in plan.ways_out:
+        assert ", memory=" in way.change
+        assert zgraph.plan(**applied(asked, way.change)).fits
 
 
 @pytest.mark.nightly

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from zgraph.choices import ACCUMULATE, CHAINED, SEARCHED, searched
@@ -83,16 +84,25 @@ class _WaysOut:
         self._search, self._least, self._budget = search, least, budget
 
     def cheapest(self) -> tuple[WayOut, ...]:
-        """Those that cost least, cheapest first."""
+        """Those that cost least, cheapest first.
+
+        Where no single change helps within the budget, the budget may be all memory that there is, beside one.
+        """
+        found, most = self._found(), default_budget(self._search.hardware)
+        if not found and self._budget < most:
+            with_all = _WaysOut(self._search, self._least, most)._found()
+            found = [replace(way, change=f"{way.change}, {_memory(way.reserved_bytes)}") for way in with_all]
+        return tuple(sorted(found, key=lambda way: way.cost)[:_NUM_WAYS_OUT])
+
+    def _found(self) -> list[WayOut]:
         estimate = self._least.estimate
         found: list[WayOut] = []
         if estimate.reserved_bytes <= (most := default_budget(self._search.hardware)):
-            needed = f"{math.ceil(estimate.reserved_bytes / 2**20)}MiB"
-            words = f"memory={needed!r}, of {show_bytes(most)} that there is"
+            words = f"{_memory(estimate.reserved_bytes)}, of {show_bytes(most)} that there is"
             found.append(WayOut(words, estimate.step_s, estimate.reserved_bytes, 1.0))
         for ways in (self._precisions(), self._ranks(), self._machines(), self._batches()):
             found += ways
-        return tuple(sorted(found, key=lambda way: way.cost)[:_NUM_WAYS_OUT])
+        return found
 
     def _way(self, change: str, tried: Tried | None, rows: float = 1.0) -> Iterator[WayOut]:
         """Nothing if it does not fit; every rank has ``rows`` of its batch."""
@@ -157,6 +167,11 @@ class _WaysOut:
             if (fits := search.within(self._budget, estimated=True)) is not None:
                 yield from self._way(f"{fewer} of {rows} rows in a batch", fits, fewer / rows)
                 return
+
+
+def _memory(num_bytes: int) -> str:
+    """The option that gives a rank so many bytes."""
+    return f"memory='{math.ceil(num_bytes / 2**20)}MiB'"
 
 
 def _larger(hardware: Hardware) -> list[Hardware]:
