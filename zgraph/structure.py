@@ -445,10 +445,10 @@ class _Memory:
         A kernel may be given it once only. An operator may be given just what it is told to store its result in.
         """
         for memory in self.written(node):
-            given = [source for source in node.args if isinstance(source, fx.Node) and self.owner[source] is memory]
-            if node.target not in ops.STARTS and not hasattr(node.target, "writes"):
-                (out,) = written(node)
-                given = [out, *(source for source in given if source is not out)]
+            if hasattr(node.target, "writes"):
+                given = [source for source in node.args if isinstance(source, fx.Node) and self.owner[source] is memory]
+            else:
+                given = [source for source in node.all_input_nodes if self.owner[source] is memory]
             if node.target not in ops.STARTS and len(given) > 1:
                 self.refuse(node, f"is given {given[1].name}, which lies in what it writes over")
 
