@@ -2,7 +2,6 @@
 
     python benchmarks/offload.py                    the small GPT on two ranks
     python benchmarks/offload.py --model medium     the 135.6M GPT
-    python benchmarks/offload.py --cap 1GiB         and the deepest GPT that trains under a cap per rank (root)
     python benchmarks/offload.py --quick            a tiny one: does it run?
 
 Peers take turns step by step, as in ``step.py``. Then the disk is measured: all ranks at once move as many bytes as a
@@ -48,18 +47,13 @@ def run(arguments: Sequence[str]) -> int:
     from rich import box
     from rich.console import Console
     from rich.table import Table
-    from scaling import find_reach, measure_slopes
-
-    from zgraph.config import parse_bytes
+    from scaling import measure_slopes
 
     parser = argparse.ArgumentParser(prog="offload.py", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument(
         "--model", type=Shape.parse, default=SHAPES["small"], help=f"{', '.join(SHAPES)}; default: small"
     )
     parser.add_argument("--quick", action="store_true", help="a tiny model and two rounds: does it run?")
-    parser.add_argument(
-        "--cap", metavar="BYTES", help="how deep a GPT can be under this cap per rank, such as 1GiB; root"
-    )
     parser.add_argument("--path", default="/var/tmp", help="a directory on the disk; default: %(default)s")
     parser.add_argument("--ranks", type=int, default=2, help="default: 2")
     parser.add_argument("--rounds", type=int, default=5, help="measured steps of each; default: 5")
@@ -108,21 +102,6 @@ def run(arguments: Sequence[str]) -> int:
             f"{slope.name}: {live:.2f} bytes per parameter and rank at the live peak, {resident:.2f} at the resident "
             f"one, {kept:.2f} between steps"
         )
-    if options.cap is not None:
-        tuned = PEERS["zgraph-3-tuned"]
-        for entry, more in zip(entries, ({}, on_disk.keywords), strict=True):
-            build = partial(tuned.build, bucket_bytes="4MiB", **more)
-            reach = find_reach(
-                Entry(entry.name, replace(tuned, build=build)),
-                SHAPES["narrow"],
-                settings,
-                parse_bytes(options.cap, "--cap"),
-            )
-            trained = 0 if reach.trained is None else reach.trained.num_parameters
-            console.print(f"{entry.name}: {trained / 1e6:.1f}M parameters train under {options.cap} for each rank")
-            if reach.problem is not None:
-                print(f"{entry.name}: {reach.problem}", file=sys.stderr)
-                return 1
     difference = loss_difference(after.losses, before.losses)
     if difference:
         print(f"the losses differ by {difference:.1e}", file=sys.stderr)
