@@ -142,6 +142,18 @@ def test_the_report_of_a_model_is_of_the_step_that_ran(options: dict[str, Any], 
 
 
 @pytest.mark.slow
+def test_a_step_in_which_an_operator_gives_no_gradient_has_a_report() -> None:
+    """Convolution's backward has none for the batch; the pass that tidies up takes the empty result out."""
+    model: Any = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Dropout(0.1))
+    model = zgraph.compile(model, optimizer=torch.optim.SGD(model.parameters()), loss=lambda y, _: y.square().mean())
+    model.train_step(torch.randn(2, 1, 4, 4))
+    document = model.report().document
+    assert "NoneType" in document["tables"]["forms"]
+    first, second, *_ = document["programs"][0]["passes"]
+    assert second["num_nodes"] < first["num_nodes"]
+
+
+@pytest.mark.slow
 def test_a_model_that_has_changed_is_said_to_have() -> None:
     model, _ = trained()
     model.layers[0][1] = nn.ReLU()

@@ -72,7 +72,8 @@ class Costs:
         """What running ``node`` costs. A collective's cost is that of its start; to wait costs nothing by itself."""
         if node.op != "call_function":
             return Cost(0, (FREE,))
-        key = (self._program.form_of(node.meta["val"]), self._program.call_key(node))
+        val = node.meta.get("val")  # a gradient that an operator does not give has none
+        key = (self._program.form_of(val), self._program.call_key(node))
         if key not in self._known:
             world, together = self._ranks(node)
             done = tuple(

@@ -226,7 +226,7 @@ def _allocated(node: fx.Node, unpacked: Collection[Any]) -> int:
     """Bytes that running ``node`` allocates for its results, those not counted that are unpacked from them."""
     if node.target is ops.wait or node.target in ops.INTO:
         return 0
-    val = node.meta["val"]
+    val = node.meta.get("val")  # a gradient that an operator does not give has none
     if not isinstance(val, (tuple, list)):
         return own_bytes(val)
     if ops.is_view(node.target):
