@@ -59,10 +59,10 @@ function drawDecisions() {
       make("dt", {}, "most of the peak"), make("dd", {}, most ? `${most[0]}: ${bytes(most[1])}` : "nothing"),
       make("dt", {}, "in any order"), make("dd", {}, `at least ${seconds(plan.least_s)}: ${percent(1 - plan.least_s / plan.chosen.step_s)} less at most, with the same calls`)),
     make("h3", {}, "Options, and what each would take"),
-    table(["Options", "Memory", "Step", "Waiting", "Why"], [row(plan.chosen, over > 0 ? "takes least memory" : plan.rejected.length ? "the fastest that fits" : "as they were given", "chosen"),
+    table(["Options", "Memory", "Step", "Waiting", "Why"], [row(plan.chosen, over > 0 ? "takes least memory" : plan.rejected.length ? "the fastest that fits" : "given, the defaults, or the first that fit", "chosen"),
       ...plan.rejected.map((other) => row(other.estimate, other.why))], [4]),
   ];
-  if (!plan.rejected.length) parts.push(make("p", { class: "note" }, "Nothing was searched: options were given, or are the defaults. memory=\"8GiB\" of zgraph.compile, and zgraph.plan, compare them."));
+  if (!plan.rejected.length) parts.push(make("p", { class: "note" }, "Nothing else was looked at: these options were given, are the defaults, or are the first that fit."));
   if (!plan.fits) {
     parts.push(make("h3", {}, "Ways out"), plan.ways_out.length
       ? table(["Change", "Memory", "Step", "Cost of an example"], plan.ways_out.map((way) => make("tr", {}, make("td", {}, way.change), make("td", {}, bytes(way.reserved_bytes)), make("td", {}, seconds(way.step_s)), make("td", {}, "× " + way.cost.toFixed(2)))))
