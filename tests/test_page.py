@@ -251,6 +251,9 @@ def test_the_difference_has_a_line_for_each_change(chromium: Browser, blocks: tu
         for name in ("added", "removed"):
             lines = chromium.evaluate(f"document.querySelectorAll('#panel-diff .line.{name}').length")
             assert lines == each[f"num_{name}"]
+            sign = {"added": "+", "removed": "\N{MINUS SIGN}"}[name]
+            signs = f"[...document.querySelectorAll('#panel-diff .line.{name}')].map((e) => e.firstChild.textContent)"
+            assert set(chromium.evaluate(signs)) <= {sign}
         both = "document.querySelectorAll('#panel-diff .line.altered, #panel-diff .line.moved')"
         touched = chromium.evaluate(f"new Set([...{both}].map((line) => line.dataset.node)).size")
         assert max(each["num_altered"], each["num_moved"]) <= touched <= each["num_altered"] + each["num_moved"]

@@ -104,6 +104,15 @@ def test_one_pass_is_told_from_the_next() -> None:
     assert told["FormBuckets"][0] == "BUCKETED"
     assert told["FormBuckets"][1] > 0
     assert told["UpdateInPlace"][0] == "INPLACE"
+    tables = recorder.tables()
+    rows = tables["rows"]
+    inputs = {
+        tables["arguments"][rows["arguments"][row]]: tables["makers"][rows["made_by"][row]]
+        for row in expanded(recorded["passes"][-1]["order"])
+        if tables["phases"][rows["phase"][row]] == "input"
+    }
+    assert inputs["param:bucket0"] == "FormBuckets"
+    assert inputs["batch:0"] == CAPTURE
     about = {each["name"]: each["about"] for each in recorded["passes"]}
     assert "->" in about["FormBuckets"]  # the picture in its docstring
 

@@ -69,9 +69,13 @@ class Recorder:
         self._known: dict[
             fx.Node, tuple[tuple[Any, ...], int, tuple[Any, ...]]
         ] = {}  # what a node was made of, and its row
+        self._made_by: dict[fx.Node, str] = {}  # inputs, which have no origin, by the pass behind which they were seen
         self._before: list[int] = []
 
     def __call__(self, p: Pass | None, program: Program) -> None:
+        for node in program.graph.nodes:
+            if node.op == "placeholder":
+                self._made_by.setdefault(node, CAPTURE if p is None else p.name)
         costs, hardware = Costs(program, self._hardware), self._hardware
         cost_of = {node: costs.of(node) for node in program.graph.nodes}
         cost_number = {id(cost): self._cost_number(cost) for cost in cost_of.values()}
@@ -89,7 +93,7 @@ class Recorder:
         moved = _moved([numbers[row] for row in before if numbers[row] in now], [n for n in now if n in was])
         self.programs[-1]["passes"].append({
             "name": CAPTURE if p is None else p.name,
-            "about": "The step as it was captured, on one rank." if p is None else inspect.getdoc(type(p)) or "",
+            "about": "The step as it was captured, on one rank." if p is None else _about(p),
             "stage": program.stage.name,
             "num_nodes": len(rows),
             "num_added": sum(number not in was for number in now),
@@ -185,7 +189,7 @@ class Recorder:
             tables["module"][module],
             tables["source"][origin.source if origin is not None else None],
             tables["phase"][phase],
-            tables["made_by"][origin.made_by if origin is not None else program._made_by],
+            tables["made_by"][origin.made_by if origin is not None else self._made_by.get(node, CAPTURE)],
             tables["lane"][lane],
             cost,
         )
@@ -210,6 +214,11 @@ class Recorder:
             "start_s": [event.start_s for event in timeline.events],
             "end_s": [event.end_s for event in timeline.events],
         }
+
+
+def _about(p: Pass) -> str:
+    """What a pass says of itself, with the picture of before and after, but without its options."""
+    return (inspect.getdoc(type(p)) or "").partition("\n\nArgs:")[0].partition("\n\nAttributes:")[0]
 
 
 class _Numbers(dict[fx.Node, str]):

@@ -14,7 +14,7 @@ function lines(program, k) {
     for (; i < before.length; i++) {
       const node = rows.node[before[i]];
       if (stays(node) && !moved.has(node)) return;
-      found.push([rowNow[node] < 0 ? REMOVED : MOVED, before[i], "from"]);
+      found.push(rowNow[node] < 0 ? [REMOVED, before[i]] : [MOVED, before[i], "from"]);
     }
   };
   for (const row of after) {
@@ -36,7 +36,7 @@ function lines(program, k) {
 
 function drawDiff() {
   const { program, k } = state, pass = program.passes[k], all = lines(program, k), parts = [];
-  parts.push(make("div", { class: "text" }, make("h2", {}, pass.name), make("pre", { class: "note" }, pass.about)));
+  parts.push(make("div", { class: "text" }, make("h2", {}, pass.name), make("pre", { class: "about" }, pass.about)));
   const keep = new Uint8Array(all.length);
   all.forEach(([kind], i) => {
     if (kind === SAME && k > 0) return;
