@@ -196,7 +196,8 @@ class Runtime:
                 self._reserve(last.executable.program)
         if replaced or layout != self.state.layout:
             self.state.commit(layout)
-            release_free_memory()  # that of the model as it was built, as far as nothing is to lie there soon
+            if layout.on_disk:
+                release_free_memory()  # where the model was built, and no state comes to lie
         self._keep((*used, last))
         assert self._comm is not None
         self._comm.traffic.clear()

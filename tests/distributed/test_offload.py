@@ -46,7 +46,6 @@ def train_both_ways(zero: int, optimizer: str, **options: Any) -> None:
     on_disk, stats = sum(state_on_disk(model.program).values()), model.stats()
     assert stats["disk_bytes"] == stats["disk_read_bytes"] == stats["disk_written_bytes"] == on_disk > 0
     assert stats["optimizer_state_bytes"] + on_disk == plain.stats()["optimizer_state_bytes"]
-    assert stats["collectives"] == plain.stats()["collectives"]
 
 
 @pytest.mark.parametrize(
