@@ -65,6 +65,14 @@ def test_nothing_is_faster_than_the_data_sheet(name: str) -> None:
     assert machine.memory_bytes > 0
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_attention_of_an_unmeasured_dtype_is_as_much_slower_as_products_are(name: str) -> None:
+    machine = replace(hardware(name), attention={"float32": hardware(name).attention["float32"]})
+    slower = machine.matmul_s(F64, 1, 1024, 1024, 1024) / machine.matmul_s(F32, 1, 1024, 1024, 1024)
+    work = (10**13, 10**6)
+    assert machine.attention_s(F64, *work) == pytest.approx(slower * machine.attention_s(F32, *work))
+
+
 @pytest.mark.parametrize("name", machines.PRESETS)
 def test_a_collective_is_within_the_links(name: str) -> None:
     machine = find_hardware(name, devices_per_node=8)
@@ -84,7 +92,7 @@ def cases() -> st.SearchStrategy[tuple[Callable[..., Any], tuple[int, ...]]]:
         return st.sampled_from(
             [
                 (lambda *a: machine.matmul_s(dtype, *a), (64, 20_000, 20_000, 20_000)),
-                (lambda *a: machine.attention_s(F32 if dtype is F64 else dtype, *a), (10**14, 10**10)),
+                (lambda *a: machine.attention_s(dtype, *a), (10**14, 10**10)),
                 (machine.memory_s, (10**11,)),
                 (lambda size: machine.memory_s(size, in_place=True), (10**11,)),
                 (lambda flops: machine.vector_s(dtype, flops), (10**14,)),

@@ -108,9 +108,17 @@ class Hardware:
         return _of_dtype(self.matmuls, dtype, f"matmuls on {self.name}").seconds(batch, m, n, k)
 
     def attention_s(self, dtype: torch.dtype, flops: Number, num_bytes: Number) -> Number:
-        """Seconds of fused attention of so many operations that reads and writes so many bytes, without launch."""
+        """Seconds of fused attention of so many operations that reads and writes so many bytes, without launch.
+
+        A dtype that attention is not known of takes as much longer than float32 as products of matrices do.
+        """
+        name = str(dtype).removeprefix("torch.")
+        slower: Number = 1
+        if name not in self.attention and name in self.matmuls and "float32" in self.matmuls:
+            slower = self.matmul_s(dtype, 1, 1024, 1024, 1024) / self.matmul_s(torch.float32, 1, 1024, 1024, 1024)
+            dtype = torch.float32
         curve = _of_dtype(self.attention, dtype, f"attention on {self.name}")
-        return maximum(curve.seconds(flops), self.memory_s(num_bytes))
+        return maximum(slower * curve.seconds(flops), self.memory_s(num_bytes))
 
     def memory_s(self, num_bytes: Number, *, in_place: bool = False) -> Number:
         """Seconds to stream so many bytes, read and written together, without launch.
