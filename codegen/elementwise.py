@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -29,6 +30,7 @@ class Writer(ABC):
         dtypes: what vectors may be of, and what that is called.
         functions: those of exp and log that the language has fast code for.
         computing: the dtype of the expression that is being written.
+        ordering: the dtype of vectors that numbers are compared with, which ATen rounds them to first.
     """
 
     dtypes: ClassVar[Mapping[torch.dtype, str]]
@@ -40,6 +42,7 @@ class Writer(ABC):
         self.results = results_of(kernel)
         self.names: dict[fx.Node, str] = {}
         self.computing = torch.float32
+        self.ordering: torch.dtype | None = None
 
     @classmethod
     def can_write(cls, body: fx.Graph) -> bool:
@@ -78,9 +81,10 @@ class Writer(ABC):
         named = {key: value for key, value in node.kwargs.items() if key not in _FORM}
         moved = node.args[MOVES[packet]] if packet in MOVES else None
         compared = packet in COMPARISONS
-        source = moved if isinstance(moved, fx.Node) else node.all_input_nodes[0] if compared else node
-        given = source.meta["val"].dtype if is_vector(source) else dtype
+        read = [moved] if isinstance(moved, fx.Node) else node.all_input_nodes if compared else [node]
+        given = reduce(torch.promote_types, [n.meta["val"].dtype for n in read if is_vector(n)] or [dtype])
         self.computing = OPMATH.get(given, given)
+        self.ordering = given if packet in COMPARISONS[:4] else None
         if packet in FILLS:
             self.computing = OPMATH.get(dtype, dtype)
             values = [self.read(arg) for arg in node.args[FILLS[packet][0] :][:1]] or [self.literal(FILLS[packet][1])]
@@ -208,7 +212,7 @@ FILLS: dict[Any, tuple[int, float]] = {
 ARITHMETIC: dict[Any, Callable[..., str]] = {
     aten.add: lambda w, a, b, alpha="1.0": f"{a} + {b}" if alpha in _ONE else w.fma(alpha, b, a),
     aten.sub: lambda w, a, b, alpha="1.0": f"{a} - {b}" if alpha in _ONE else w.fma(f"-({alpha})", b, a),
-    aten.rsub: lambda _, a, b: f"{b} - {a}",
+    aten.rsub: lambda w, a, b, alpha="1.0": f"{b} - {a}" if alpha in _ONE else w.fma(f"-({alpha})", a, b),
     aten.mul: lambda _, a, b: f"{a} * {b}",
     aten.div: lambda w, a, b: w.div(a, b),
     aten.neg: lambda _, x: f"-{x}",
@@ -235,6 +239,6 @@ ARITHMETIC: dict[Any, Callable[..., str]] = {
     aten.where: lambda w, condition, a, b: w.where(condition, a, b),
     aten.clone: lambda _, x: x,
     aten._to_copy: lambda _, x: x,
-    aten.copy: lambda _, __, x: x,
+    aten.copy: lambda _, __, x, *___: x,
 }
 """Expressions of operators."""

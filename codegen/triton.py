@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import fx
 
-from zgraph.codegen.elementwise import Writer, is_vector, results_of
+from zgraph.codegen.elementwise import OPMATH, Writer, is_vector, results_of
 from zgraph.codegen.source import SourceWriter
 from zgraph.errors import OptionError, first_line
 
@@ -70,10 +70,14 @@ class TritonWriter(Writer):
         return "\n".join(lines) + "\n"
 
     def read(self, arg: Any) -> str:
+        # Literals are rounded here: what is computed of them alone, Triton computes in float64.
+        rounding = self.ordering if self.ordering in OPMATH else None
         if not isinstance(arg, fx.Node):
-            return self.literal(arg)
+            return self.literal(torch.tensor(float(arg), dtype=rounding or torch.float32).item())
         name, dtype = self.names[arg], getattr(arg.meta["val"], "dtype", None)
         is_other = name[0] in "xv" and dtype not in (torch.float32, torch.bool)
+        if rounding is not None and not is_vector(arg):
+            return f"tl.cast({name}, {self.dtypes[rounding]}).to(tl.float32)"
         return f"{name}.to(tl.float32)" if is_other else name
 
     def condition(self, arg: Any) -> str:

@@ -108,6 +108,34 @@ def test_values_that_are_no_numbers_go_where_they_would() -> None:
     check(Kernel("update", body, 1, (None, None)), [special], rtol=0)
 
 
+@pytest.mark.parametrize("target", [aten.gt, aten.ge, aten.lt, aten.le, aten.eq, aten.ne], ids=str)
+def test_comparisons_are_made_in_what_their_operands_promote_to(target: Any) -> None:
+    """Whichever comes first: a number, or the vector of fewer digits."""
+    b = Builder()
+    x, y = (b.input(Role.OPT_STATE, "bucket0", str(d), shape=[4], dtype=d) for d in (torch.float32, torch.float64))
+    limit = b.input(Role.OPT_STATE, "bucket0", "limit", shape=[], dtype=torch.float32)
+    masks = [b.call(Phase.UPDATE, target.Tensor, *pair) for pair in ((limit, x), (x, limit), (x, y), (y, x))]
+    body, _ = region(masks, masks)
+    values = [torch.tensor(0.3), torch.tensor([0.1, 0.3, 0.7, -2.0]), torch.tensor([0.1, 0.3, 0.7, -2.0]).double()]
+    values[2][:2] = torch.tensor([0.1, 0.3], dtype=torch.float64)
+    kernel = Kernel("update", body, 3, (None,) * 4)
+    for mine, theirs in zip(compile_kernel(kernel)(*values), kernel._in_slices()(*values), strict=True):
+        assert mine.tolist() == theirs.tolist()
+
+
+def test_arguments_that_are_seldom_given_are_heeded() -> None:
+    b = Builder()
+    x, y = (b.input(Role.OPT_STATE, "bucket0", key, shape=[4]) for key in "xy")
+    results = [
+        b.call(Phase.UPDATE, aten.rsub.Scalar, x, 1.0, 2.0),
+        b.call(Phase.UPDATE, aten.sub.Scalar, x, -1.0, -2.0),
+        b.call(Phase.UPDATE, aten.copy.default, x, y, True),
+    ]
+    body, _ = region(results, results)
+    kernel = Kernel("update", body, 2, (None,) * 3)
+    check(kernel, inputs_of(kernel), rtol=1e-12)
+
+
 def test_loading_kernels_leaves_small_numbers_as_they_are() -> None:
     compile_kernel(adam(1))
     tiny = torch.tensor([1e-310], dtype=torch.float64)
