@@ -183,7 +183,12 @@ def _is_pointer(node: fx.Node, inputs: list[fx.Node]) -> bool:
 
 
 def _given(value: Any, device: torch.device) -> Any:
-    """An input as the launch takes it: vectors without gaps, and numbers of the host as such."""
+    """An input as the launch takes it: vectors without gaps, and numbers of the host as such.
+
+    All of them as floats: Triton compiles a kernel anew for an integer that is 1, or one that 16 divides.
+    """
     if isinstance(value, torch.Tensor):
-        return value.contiguous() if value.device == device else value.item()
+        if value.device == device:
+            return value.contiguous()
+        value = value.item()
     return value if isinstance(value, bool) else float(value)

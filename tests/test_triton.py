@@ -25,7 +25,7 @@ import zgraph
 from tests.programs import Builder, few_examples
 from tests.test_kernel import Body, bodies_of, inputs_of, make
 from zgraph.codegen.kernel import SLICES, TRITON, Kernel, region
-from zgraph.codegen.triton import BLOCK, OPTIONS, TritonWriter, define, forms, launch
+from zgraph.codegen.triton import BLOCK, OPTIONS, TritonWriter, _given, define, forms, launch
 from zgraph.config import Config
 from zgraph.errors import OptionError
 from zgraph.program import Phase, Role
@@ -171,6 +171,13 @@ def test_kernels_eager_writes_none() -> None:
     assert not update(kernels="eager").is_compiled
     with pytest.raises(OptionError, match="kernels='fast' is not known"):
         Config.from_options({"kernels": "fast"})
+
+
+def test_numbers_of_the_host_reach_a_launch_as_floats() -> None:
+    """As an integer, one would be 1 or a multiple of 16 now and then, and the kernel be compiled for it in a step."""
+    given = [_given(torch.tensor(16), torch.device("cuda")), _given(3, torch.device("cuda"))]
+    assert [(type(value), value) for value in given] == [(float, 16.0), (float, 3.0)]
+    assert _given(torch.tensor(True), torch.device("cuda")) is True
 
 
 def test_values_that_are_no_numbers_go_where_they_would() -> None:
