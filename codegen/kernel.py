@@ -84,6 +84,8 @@ class Kernel:
             return SLICES
         if device_type == "cuda":
             return TRITON if TritonWriter.can_write(self.body) else SLICES
+        if device_type != "cpu":
+            return SLICES
         numel = next(node for node in self.body.find_nodes(op="placeholder") if _is_flat(node)).meta["val"].numel()
         return CPP if numel > SLICE and CppWriter.can_write(self.body) else SLICES
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import fx
 
 from tests.programs import Builder, few_examples
-from zgraph.codegen.kernel import SLICE, Kernel, region
+from zgraph.codegen.kernel import SLICE, SLICES, Kernel, region
 from zgraph.codegen.source import SourceWriter
 from zgraph.program import Phase, Role
 
@@ -243,3 +243,10 @@ def test_literals_that_have_no_repr_of_their_own_are_written_out() -> None:
     assert [value[0].item() for value in found[:2]] == [math.inf, -math.inf]
     assert found[2].isnan().all()
     assert found[3].tolist() == [-0.5] * 3
+
+
+def test_only_a_cpu_and_a_gpu_have_a_language_of_their_own() -> None:
+    kernel = Kernel("update", adam(2 * SLICE).body, 4, (2, 0, None), is_compiled=True)
+    assert {kernel.language(device_type) for device_type in ("meta", "xpu", "mps")} == {SLICES}
+    found = kernel(*(torch.empty(2 * SLICE, dtype=torch.float64, device="meta") for _ in range(3)), 0.1)
+    assert [value.device.type for value in found] == ["meta"] * 3
