@@ -13,10 +13,11 @@ import re
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
-from zgraph.errors import OptionError
+from zgraph.errors import OptionError, first_line
 
 FLAGS = (
     "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp",
@@ -39,23 +40,35 @@ def load(source: str) -> ctypes.CDLL:
     """The library of a text.
 
     Raises:
-        OptionError: there is no compiler, or it refuses.
+        OptionError: there is no compiler, or it refuses, or what it makes cannot be kept or loaded.
     """
     compiler = find_compiler()
     if compiler is None:
         raise OptionError("there is no C++ compiler", fix="install g++, or give kernels='eager'")
-    directory = cache_directory()
-    about = "\n".join([source, *FLAGS, compiler, _version(compiler), _processor()])
+    try:
+        return _load(source, compiler, cache_directory())
+    except OSError as error:  # a disk that is full, or one that nothing may run from
+        raise OptionError(
+            f"kernels cannot be kept or loaded: {first_line(error)}",
+            fix="set XDG_CACHE_HOME to a directory that libraries can be loaded from, or give kernels='eager'",
+        ) from error
+
+
+def _load(source: str, compiler: str, directory: Path) -> ctypes.CDLL:
+    openmp = _openmp()
+    # Of the OpenMP it is the name that a library asks for as it is loaded.
+    about = "\n".join([source, *FLAGS, compiler, _version(compiler), _processor(), *(Path(p).name for p in openmp)])
     key = hashlib.sha256(about.encode()).hexdigest()[:32]
     for kept in sorted(directory.glob(f"{key}-*.so")):
-        if kept.stem.split("-")[1] == _digest(kept):
-            return ctypes.CDLL(str(kept))
-        kept.unlink(missing_ok=True)  # cut off as a disk filled up, say
+        with suppress(FileNotFoundError):  # another rank has found the same wrong with it
+            if kept.stem.split("-")[1] == _digest(kept):
+                return ctypes.CDLL(str(kept))
+            kept.unlink()  # cut off as a disk filled up, say
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         text, made = Path(scratch, "kernels.cpp"), Path(scratch, "kernels.so")
         text.write_text(source)
         done = subprocess.run(
-            [compiler, *FLAGS, str(text), "-o", str(made), *_openmp()], capture_output=True, text=True, check=False
+            [compiler, *FLAGS, str(text), "-o", str(made), *openmp], capture_output=True, text=True, check=False
         )
         if done.returncode:
             problem = next((line for line in done.stderr.splitlines() if "error" in line), f"status {done.returncode}")
@@ -67,20 +80,21 @@ def load(source: str) -> ctypes.CDLL:
 
 def cache_directory() -> Path:
     """``zgraph/kernels`` in ``$XDG_CACHE_HOME`` or ``~/.cache``, or a fresh one where that is not this user's alone."""
-    place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zgraph" / "kernels"
     try:
+        place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zgraph" / "kernels"
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
         status = place.stat()
         if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(place, os.W_OK):
             return place
-    except OSError:
-        pass  # a home that cannot be written to is no reason not to train
-    return _scratch()
+    except (OSError, RuntimeError):
+        pass  # a home that cannot be written to, or a user without one, is no reason not to train
+    return Path(_scratch().name)
 
 
 @lru_cache(maxsize=1)
-def _scratch() -> Path:
-    return Path(tempfile.mkdtemp(prefix="zgraph-kernels-"))
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    """A directory that goes as the process ends."""
+    return tempfile.TemporaryDirectory(prefix="zgraph-kernels-")
 
 
 def _digest(path: Path) -> str:

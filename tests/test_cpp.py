@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -206,6 +211,55 @@ def test_a_directory_that_others_may_write_to_is_not_used(tmp_path: Any, monkeyp
     own = library.cache_directory()
     own.chmod(0o777)
     assert library.cache_directory() != own
+
+
+def test_a_user_without_a_home_gets_a_directory_that_goes_with_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    program = "from zgraph.codegen.library import cache_directory; print(cache_directory())"
+    own = library.cache_directory()
+    assert own.stat().st_mode & 0o777 == 0o700
+    without = {key: value for key, value in os.environ.items() if key != "XDG_CACHE_HOME"} | {"HOME": "/proc/none"}
+    said = subprocess.run([sys.executable, "-c", program], env=without, capture_output=True, text=True, check=True)
+    assert Path(said.stdout.strip()).name.startswith("zgraph-kernels-")
+    assert not Path(said.stdout.strip()).exists()
+
+
+def test_a_library_that_asks_for_another_openmp_is_not_loaded(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library.load.__wrapped__(SOURCE)
+    (other,) = (Path(path) for path in library._openmp())
+    renamed = tmp_path / "libgomp-1234.so.1"
+    renamed.symlink_to(other)
+    monkeypatch.setattr(library, "_openmp", lambda: [str(renamed)])
+    library.load.__wrapped__(SOURCE)
+    assert len(list(library.cache_directory().glob("*.so"))) == 2
+
+
+def test_a_library_that_another_rank_takes_away_is_made_again(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library.load.__wrapped__(SOURCE)
+    digest = library._digest
+
+    def too_late(path: Path) -> str:
+        if path.parent == library.cache_directory():
+            path.unlink()
+        return digest(path)
+
+    monkeypatch.setattr(library, "_digest", too_late)
+    assert library.load.__wrapped__(SOURCE).seven() == 7
+
+
+def test_a_disk_that_is_full_is_told_of_with_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(zgraph.errors.OptionError, match=r"No space left(.|\n)*XDG_CACHE_HOME"):
+        library.load.__wrapped__(SOURCE + "// on a full disk\n")
 
 
 def test_what_a_compiler_says_is_passed_on() -> None:
