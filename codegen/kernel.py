@@ -95,14 +95,22 @@ class Kernel:
         is_missing = (language == TRITON and not triton.is_available()) or (language == CPP and not find_compiler())
         return SLICES if is_missing else language
 
+    def is_missing_compiler(self) -> bool:
+        """Whether it runs in slices for want of what compiles it."""
+        device_type = self._device_type()
+        return self.runs_in(device_type) != self.language(device_type)
+
     def prepare(self) -> None:
         """Compile, before a step needs it.
 
         Raises:
             OptionError: it cannot be compiled.
         """
+        self._function(self.runs_in(self._device_type()))
+
+    def _device_type(self) -> str:
         flat = next(node for node in self.body.find_nodes(op="placeholder") if _is_flat(node))
-        self._function(self.runs_in(flat.meta["val"].device.type))
+        return flat.meta["val"].device.type  # type: ignore[no-any-return]
 
     def _function(self, language: str) -> Callable[..., list[Any]]:
         if language not in self._functions:

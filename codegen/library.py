@@ -1,4 +1,4 @@
-"""C++ in a shared object: compiled once for each text, compiler and processor, and kept on disk.
+"""C++ in a shared object: compiled once for each text, compiler, processor and OpenMP, and kept on disk.
 
 The directory is private to the user, and what is found there is loaded only if it is what its name says.
 """

@@ -8,17 +8,21 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from expecttest import assert_expected_inline
 from hypothesis import given
 
 import zgraph
 from tests.programs import Builder, few_examples
+from tests.ranks import Ranks
 from tests.test_kernel import Body, adam, bodies_of, inputs_of, make
 from zgraph.codegen import kernel as kernels
 from zgraph.codegen import library
@@ -165,6 +169,19 @@ def test_a_step_with_kernels_is_one_with_operators(options: dict[str, Any]) -> N
     assert (fast[1], plain[1]) == ({CPP}, {SLICES})
     for name, value in fast[0].items():
         torch.testing.assert_close(value, plain[0][name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+def train_where_one_rank_lacks_a_compiler() -> tuple[dict[str, torch.Tensor], set[str]]:
+    missing = mock.patch.object(kernels, "find_compiler", return_value=None)
+    with missing if dist.get_rank() else nullcontext():
+        return trained(zero=0)
+
+
+def test_replicas_are_updated_alike_where_one_rank_lacks_a_compiler(ranks: Ranks) -> None:
+    first, second = ranks.run(train_where_one_rank_lacks_a_compiler, timeout_s=120)
+    assert first[1] == second[1] == {SLICES}
+    for name, value in first[0].items():
+        assert torch.equal(value, second[0][name]), name
 
 
 def test_without_a_compiler_updates_run_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:

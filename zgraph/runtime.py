@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
 from functools import partial
 from textwrap import shorten
 from typing import Any
@@ -289,6 +289,7 @@ class Runtime:
             self._comm = make_comm(self.state.group, devices, self.mesh)
             if self.config.check_collectives and self.state.group is not None:
                 self._comm = CheckedComm(self._comm, self.agreement)
+        self._agree_on_kernels(lowered.programs)
         with self.agreement.together():
             micro, executable = (None, *map(self._executable, lowered.programs))[-2:]
         for program in lowered.programs:
@@ -336,6 +337,13 @@ class Runtime:
         self.arena.reserve(placement.num_bytes)
         step = emit(program, placement, tagged=tagged, watch=stopwatch)
         return Executable(program, step, self.state, self._comm, self.arena)
+
+    def _agree_on_kernels(self, programs: Sequence[Program]) -> None:
+        """Run updates in slices on all ranks where one of them lacks a compiler: replicas are to be rounded alike."""
+        calls = [node for program in programs for node in program.graph.nodes if isinstance(node.target, Kernel)]
+        if not self.agreement.least(not any(node.target.is_missing_compiler() for node in calls)):
+            for node in calls:
+                node.target = replace(node.target, is_compiled=False)
 
     def _agree_on_machine(self, batch: Call) -> None:
         if self._machine is None:
