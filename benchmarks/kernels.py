@@ -4,7 +4,7 @@
     python benchmarks/kernels.py --numel 5000000 --rounds 20
 
 All take turns in every round; the table has medians. The loop reads four vectors and writes three, as the update does:
-no update in one pass is faster than it.
+an update in one pass can be as fast, and no faster than noise makes it.
 """
 
 from __future__ import annotations

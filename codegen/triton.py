@@ -129,8 +129,10 @@ def compile_kernel(kernel: Kernel) -> Callable[..., list[Any]]:
         OptionError: it cannot be compiled.
     """
     jitted = define(kernel)
+    vector = next(filter(is_vector, kernel.body.find_nodes(op="placeholder"))).meta["val"]
     try:
-        jitted.warmup(*forms(kernel), BLOCK=BLOCK, grid=(1,), **OPTIONS)
+        with torch.cuda.device_of(vector):  # type: ignore[no-untyped-call]
+            jitted.warmup(*forms(kernel), BLOCK=BLOCK, grid=(1,), **OPTIONS)
     except Exception as error:
         raise OptionError(
             f"Triton cannot compile {kernel.name}: {first_line(error) or type(error).__name__}",
@@ -172,7 +174,8 @@ def launch(kernel: Kernel, jitted: Any, *inputs: Any) -> list[torch.Tensor]:
     given = [_given(value, first.device) for value in inputs]
     made = [output for output, write in zip(outputs, kernel.writes, strict=True) if write is None]
     if numel:
-        jitted[-(-numel // BLOCK),](*given, *made, numel, BLOCK=BLOCK, **OPTIONS)
+        with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
+            jitted[-(-numel // BLOCK),](*given, *made, numel, BLOCK=BLOCK, **OPTIONS)
     return outputs
 
 
