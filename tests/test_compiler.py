@@ -22,7 +22,7 @@ import zgraph
 from tests.ranks import Ranks
 from tests.reference import world
 from zgraph import runtime
-from zgraph.errors import RankError, StateError, ZgraphError
+from zgraph.errors import OptionError, RankError, StateError, ZgraphError
 
 
 class Net(nn.Module):
@@ -288,6 +288,15 @@ def test_the_second_capture_of_an_optimizer_that_creates_its_state_is_explained(
     assert model.stats()["num_captures"] == 2
     (told,) = [record.getMessage() for record in caplog.records if record.name == "zgraph"]
     assert "created optimizer state" in told
+
+
+@pytest.mark.parametrize("name", ["train_step", "kernels", "plan", "recipe"])
+def test_an_attribute_that_compiling_would_hide_is_refused(name: str) -> None:
+    model = Net()
+    model.add_module(name, nn.Linear(1, 1))
+    with pytest.raises(OptionError, match=f"the model has an attribute '{name}', which zgraph.compile would hide"):
+        zgraph.compile(model, optimizer=SGD(model.parameters()))
+    assert type(model) is Net
 
 
 @pytest.mark.parametrize("save", [pickle.dumps, lambda model: torch.save(model, io.BytesIO()), copy.copy])

@@ -91,19 +91,8 @@ def compile(  # noqa: A001
         budget = Budget.of(memory, options)
         config = budget.config
     check_arguments(model, optimizer, loss, weight, passes, config)
-    for name in (
-        "train_step",
-        "stats",
-        "program",
-        "source",
-        "recipe",
-        "ema_state_dict",
-        "plan",
-        "report",
-        "explain",
-        "profile",
-    ):
-        if hasattr(model, name):
+    for name in vars(CompiledModule):
+        if not hasattr(nn.Module, name) and hasattr(model, name):
             raise OptionError(
                 f"the model has an attribute {name!r}, which zgraph.compile would hide", fix="rename the attribute"
             )
