@@ -74,9 +74,10 @@ def _made(command: str, arguments: argparse.Namespace) -> tuple[Report, Search |
     """The report, and the search that has found its plan."""
     given = [name for name in _MODELS if getattr(arguments, name) is not None]
     if arguments.saved is not None:
-        if given or arguments.world is not None:
+        others = _planned(arguments)
+        if others:
             raise OptionError(
-                f"{arguments.saved} is a report already, and --{(*given, 'world')[0]} asks for another",
+                f"{arguments.saved} is a report already, and --{others[0]} asks for another",
                 fix="leave one of them out",
             )
         return Report.read(arguments.saved), None
@@ -88,3 +89,11 @@ def _made(command: str, arguments: argparse.Namespace) -> tuple[Report, Search |
         )
     search, budget = open_search(**plan_command.asked(arguments))
     return report_of(search, decide(search, budget)), search
+
+
+def _planned(arguments: argparse.Namespace) -> list[str]:
+    """Which arguments of ``zgraph plan`` are given another value than they have by themselves."""
+    parser = argparse.ArgumentParser()
+    plan_command.add_arguments(parser, required=False)
+    defaults = vars(parser.parse_args([]))
+    return [name.replace("_", "-") for name, value in defaults.items() if getattr(arguments, name) != value]
