@@ -87,6 +87,23 @@ def test_a_place_that_cannot_be_written_to_is_refused(report: Report, tmp_path: 
         report.write(tmp_path / "nowhere" / "report.html")
     with pytest.raises(StateError, match=r"both the page and its data"):
         report.write(tmp_path / "report.json")
+    with pytest.raises(StateError, match=r"'' is no name of a page"):
+        report.write("")
+
+
+def test_what_cannot_be_written_leaves_what_was_there(report: Report, tmp_path: Path) -> None:
+    (tmp_path / "step.json").mkdir()
+    with pytest.raises(StateError, match=r"step.json cannot be written: Is a directory"):
+        report.write(tmp_path / "step.html")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step.html", "step.json"]
+
+
+def test_ranks_that_write_the_same_page_do_not_mix(report: Report, tmp_path: Path) -> None:
+    page = tmp_path / "step.html"
+    with page.open("w") as other:  # of another rank, which has not written yet
+        report.write(page)
+        other.write("x" * 10**7)
+    assert page.read_text() == report.to_html()
 
 
 def test_a_kind_of_bytes_is_told_what_would_make_it_less() -> None:

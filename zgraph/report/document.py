@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -72,15 +73,22 @@ class Report:
             StateError: they cannot be written.
         """
         made = Path(path)
+        if not made.name:
+            raise StateError(f"{str(path)!r} is no name of a page", fix="give a name such as report.html")
         files = made, made.with_suffix(".json"), made.with_suffix(".trace.json")
         if len(set(files)) < len(files):
             raise StateError(f"{made} would be both the page and its data", fix="give a name such as report.html")
         try:
             for file, text in zip(files, (self.to_html(), self.to_json(), self.to_trace()), strict=True):
-                file.write_text(text, encoding="utf-8")
+                partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+                try:  # all or nothing: ranks that write the same file do not mix
+                    partial.write_text(text, encoding="utf-8")
+                    partial.replace(file)
+                finally:
+                    partial.unlink(missing_ok=True)
         except OSError as error:
             raise StateError(
-                f"{error.filename or made} cannot be written: {error.strerror}",
+                f"{file} cannot be written: {error.strerror}",
                 fix="give a path in a folder that exists and may be written to",
             ) from error
         return files
