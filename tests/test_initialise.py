@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+import zgraph
 from tests.layouts import layout_of
 from zgraph.errors import RankError, StateError
 from zgraph.state import TrainingState
@@ -382,3 +383,17 @@ def train_then_change_layout() -> None:
 
 def test_another_layout_does_not_initialise_again(ranks):
     ranks.run(train_then_change_layout, world=2)
+
+
+def test_values_for_what_is_on_meta_are_refused_until_it_is_initialised():
+    """torch warns and drops them, and training would start from other values than those that were saved."""
+    saved = nn.Linear(3, 3).state_dict()
+    model = on_meta(lambda: nn.Linear(3, 3))
+    zgraph.compile(model, torch.optim.SGD(model.parameters(), lr=0.0), loss=lambda y, x: (y - x).square().mean())
+    with pytest.raises(StateError, match=r"weight is on meta, where there is no memory yet") as refusal:
+        model.load_state_dict(saved)
+    assert "train_step once" in refusal.value.fix
+    model.load_state_dict({}, strict=False)
+    model.train_step(torch.ones(2, 3))
+    model.load_state_dict(saved)
+    torch.testing.assert_close(dict(model.state_dict()), dict(saved), rtol=0, atol=0)

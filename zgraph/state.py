@@ -254,10 +254,20 @@ class TrainingState:
         before. Involves no other rank.
 
         Raises:
-            StateError: ``assign=True``.
+            StateError: ``assign=True``; or a value for what is still on meta, where torch would drop it.
             RuntimeError: torch's own, listing missing and unexpected keys and mismatched shapes.
         """
         if self.layout is None:
+            named = (
+                *self.model.named_parameters(remove_duplicate=False),
+                *self.model.named_buffers(remove_duplicate=False),
+            )
+            lost = [] if assign else [name for name, tensor in named if tensor.is_meta and name in state_dict]
+            if lost:
+                raise StateError(
+                    f"{lost[0]} is on meta, where there is no memory yet to load a value into",
+                    fix="call train_step once, which initialises the model, then load; or build it on a real device",
+                )
             return original(state_dict, strict=strict, assign=assign)
         if assign:
             raise StateError(
