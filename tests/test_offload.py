@@ -373,6 +373,10 @@ def test_a_plan_says_what_lies_on_a_disk_and_needs_less_memory() -> None:
             loss=mean_square,
             zero=3,
             bucket_bytes=1,
+            accumulate=1,
+            recompute=None,
+            unshard=0.0,
+            in_flight=0,
             **options,
         )
 
