@@ -157,7 +157,7 @@ def test_a_way_out_is_what_planning_with_it_gives() -> None:
 
 @pytest.mark.parametrize("accumulate", [1, "auto"])
 def test_a_smaller_batch_is_a_way_out_with_what_an_example_costs(accumulate: Any) -> None:
-    fixed = {"zero": 0, "recompute": None, "bucket_bytes": 2**24}
+    fixed = {"zero": 0, "recompute": None, "bucket_bytes": 2**24, "memory_first": False}
     given = {"world_size": 1, "hardware": "cpu", "accumulate": accumulate, **fixed}
     plan = planned(memory=planned(memory=1, **given).chosen.reserved_bytes - 1, **given)
     (smaller,) = [way for way in plan.ways_out if "rows" in way.change]
