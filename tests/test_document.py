@@ -29,8 +29,8 @@ _DOCUMENT = {
     "digest": str, "is_proved": bool, "notes": list, "would_free": dict, "tables": dict, "programs": list,
 }  # fmt: skip
 _TABLES = {
-    "rows", "operators", "wait", "bodies", "arguments", "sources", "costs", "forms", "modules", "phases", "lanes",
-    "makers",
+    "rows", "operators", "wait", "disk_lanes", "bodies", "arguments", "sources", "costs", "forms", "modules", "phases",
+    "lanes", "makers",
 }  # fmt: skip
 
 
@@ -123,6 +123,20 @@ def test_what_is_twice_as_fast_takes_its_part_off_the_step() -> None:
         assert min(faster.values()) < step_s
         if hardware is CPU:  # where nothing runs beside anything else, the three parts are the step
             assert sum(2 * (step_s - seconds) for seconds in faster.values()) == pytest.approx(step_s)
+
+
+def test_what_a_disk_moves_is_on_lanes_of_its_own() -> None:
+    document = report_of_blocks(hardware=CPU, num=2, offload={"optimizer": "disk"}).document
+    (program,), tables = document["programs"], document["tables"]
+    rows, lanes = tables["rows"], tables["lanes"]
+    on_disk = {
+        operator: {lanes[rows["lane"][row]] for row, number in enumerate(rows["operator"]) if number == at}
+        for at, operator in enumerate(tables["operators"])
+        if operator in ("zgraph.load.default", "zgraph.store.default")
+    }
+    assert on_disk == {"zgraph.load.default": {"disk in"}, "zgraph.store.default": {"disk out"}}
+    assert tables["disk_lanes"] == ["disk in", "disk out"]
+    assert program["if_faster"]["the disk"] < program["passes"][-1]["step_s"]
 
 
 # Of a compiled model

@@ -130,9 +130,10 @@ def test_every_pass_shows_the_counts_of_the_data(chromium: Browser, blocks: tupl
 
 @pytest.mark.slow
 @needs_chromium
-@pytest.mark.parametrize("hardware", ["gpu", "cpu"])
+@pytest.mark.parametrize("hardware", ["gpu", "cpu", "disk"])
 def test_the_page_plays_programs_as_the_timeline_does(hardware: str, chromium: Browser, folder: Path) -> None:
-    report = report_of_blocks(hardware={"gpu": H100, "cpu": CPU}[hardware], num=2, accumulate=2)
+    options = {"offload": {"optimizer": "disk"}} if hardware == "disk" else {}
+    report = report_of_blocks(hardware=H100 if hardware == "gpu" else CPU, num=2, accumulate=2, **options)
     path, document = report.write(folder / f"{hardware}.html")[0], report.document
     chromium.open(path)
     for i, program in enumerate(document["programs"]):

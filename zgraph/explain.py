@@ -26,6 +26,7 @@ _LIMITS = {
     "computing": "The device's computing limits it",
     "links": "The links between ranks limit it",
     "the host": "The host, which issues calls, limits it",
+    "the disk": "The disk limits it",
 }
 
 
@@ -104,9 +105,10 @@ def _step(plan: Plan, document: Mapping[str, Any]) -> Iterator[str]:
     chosen = plan.chosen
     parts: Counter[str] = Counter()
     families: Counter[str] = Counter()
+    waiting = "waiting for links" + (" or the disk" if "the disk" in document["programs"][0]["if_faster"] else "")
     for program in document["programs"]:
         last, times = program["passes"][-1], program["repeats"]
-        parts["waiting for links"] += last["exposed_s"] * times
+        parts[waiting] += last["exposed_s"] * times
         parts["waiting for the host"] += last["starved_s"] * times
         parts["computing"] += last["busy_s"].get("compute", 0.0) * times
         for family, seconds in _families(document, last["order"]).items():

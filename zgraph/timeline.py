@@ -34,7 +34,7 @@ from zgraph.work import ATTENTION, MATRIX
 
 COMPUTE = "compute"
 ISSUE = "issue"
-DISK_LANES = {ops.load: "disk in", ops.store: "disk out"}
+DISK_LANES: dict[Any, str] = {ops.load: "disk in", ops.store: "disk out"}
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,14 @@ def issued(program: Program, cost_of: Callable[[fx.Node], Cost]) -> list[Issued]
         if node.op != "call_function":
             continue
         index[node] = len(found)
-        lane = ops.axis_of(node) if node.target in ops.STARTS else DISK_LANES.get(node.target, COMPUTE)
         waits_for = index[operand(node)] if node.target is ops.wait else None
-        found.append(Issued(node, cost_of(node), lane, waits_for))
+        found.append(Issued(node, cost_of(node), lane_of(node), waits_for))
     return found
+
+
+def lane_of(node: fx.Node) -> str:
+    """Where a call runs: ``compute``, an axis of the mesh, or a way of the disk."""
+    return ops.axis_of(node) if node.target in ops.STARTS else DISK_LANES.get(node.target, COMPUTE)
 
 
 def play(program: Program, hardware: Hardware, *, cost_of: Callable[[fx.Node], Cost] | None = None) -> Timeline:

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from zgraph import ops
 from zgraph.config import Config
 from zgraph.cost import Cost, Costs
 from zgraph.errors import StateError, first_line
@@ -31,7 +30,7 @@ from zgraph.report.chrome_trace import chrome_trace
 from zgraph.report.page import page
 from zgraph.report.recorder import Recorder
 from zgraph.stopwatch import Measured
-from zgraph.timeline import play
+from zgraph.timeline import COMPUTE, DISK_LANES, lane_of, play
 
 SCHEMA, VERSION = "zgraph-report", 1
 
@@ -192,17 +191,21 @@ def make_report(
 
 
 def if_faster(program: Program, hardware: Hardware) -> dict[str, float]:
-    """Seconds that a program would take if computing, links, or the host that issues calls were twice as fast."""
+    """Seconds that a program would take if computing, links, the host, or a disk for state were twice as fast."""
     costs = Costs(program, hardware)
 
-    def step_s(*, computing: float = 1.0, links: float = 1.0, host: float = 1.0) -> float:
+    def step_s(*, computing: float = 1.0, links: float = 1.0, host: float = 1.0, disk: float = 1.0) -> float:
+        factors = {COMPUTE: computing, **dict.fromkeys(DISK_LANES.values(), disk)}
+
         def cost_of(node: fx.Node) -> Cost:
             cost = costs.of(node)
-            return replace(cost, seconds=cost.seconds * (links if node.target in ops.STARTS else computing))
+            return replace(cost, seconds=cost.seconds * factors.get(lane_of(node), links))
 
         return play(program, replace(hardware, launch_s=hardware.launch_s * host), cost_of=cost_of).step_s
 
-    return {"computing": step_s(computing=0.5), "links": step_s(links=0.5), "the host": step_s(host=0.5)}
+    found = {"computing": step_s(computing=0.5), "links": step_s(links=0.5), "the host": step_s(host=0.5)}
+    is_streamed = program.layout is not None and program.layout.on_disk
+    return {**found, "the disk": step_s(disk=0.5)} if is_streamed else found
 
 
 def would_free(config: Config, world: int) -> dict[str, str]:

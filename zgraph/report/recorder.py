@@ -25,7 +25,7 @@ from zgraph.plans import owners_of
 from zgraph.predict import held_by
 from zgraph.program import Input, Origin, Program, describe, show, target_name
 from zgraph.report.sources import code_around
-from zgraph.timeline import COMPUTE, Timeline, play
+from zgraph.timeline import COMPUTE, DISK_LANES, Timeline, lane_of, play
 from zgraph.work import LINK
 
 CAPTURE = "capture"
@@ -138,6 +138,7 @@ class Recorder:
             "rows": self._rows,
             "operators": [name for name, _ in operators],
             "wait": target_name(ops.wait),
+            "disk_lanes": list(DISK_LANES.values()),
             "bodies": [body for _, body in operators],
             "arguments": list(self._arguments),
             "sources": [{"at": source, "code": code_around(source)} for source in sources],
@@ -179,7 +180,6 @@ class Recorder:
             arguments, module = self._shown(program, node, inputs), origin.module if origin is not None else ""
         tables = self._tables
         phase = "input" if what is not None else origin.phase.value if origin is not None else "result"
-        lane = ops.axis_of(node) if node.target in ops.STARTS else COMPUTE
         return (
             number,
             tables["operator"][operator, body],
@@ -190,7 +190,7 @@ class Recorder:
             tables["source"][origin.source if origin is not None else None],
             tables["phase"][phase],
             tables["made_by"][origin.made_by if origin is not None else self._made_by.get(node, CAPTURE)],
-            tables["lane"][lane],
+            tables["lane"][lane_of(node)],
             cost,
         )
 

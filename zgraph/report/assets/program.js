@@ -122,7 +122,9 @@ class Program {
         const source = this.rows.inputs[row][0];
         start = Math.max(computed, issued);
         starved += start - computed;
-        computed = Math.max(isAhead ? start : start + this.cost(rowOf[source], "seconds"), ends.get(source));
+        const isOnDisk = (this.tables.disk_lanes || []).includes(this.lane(rowOf[source]));
+        const isBusy = !isAhead && !isOnDisk; // cores move what travels between ranks
+        computed = Math.max(isBusy ? start + this.cost(rowOf[source], "seconds") : start, ends.get(source));
         exposed += computed - start;
         end = computed;
         events.push({ row, lane, start, end, waitsFor: source });
