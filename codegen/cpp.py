@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import fx
 
-from zgraph.codegen.elementwise import Writer, is_vector, results_of
+from zgraph.codegen.elementwise import Writer, is_vector, places_for
 from zgraph.codegen.library import load
 
 if TYPE_CHECKING:
@@ -135,12 +135,12 @@ def _run(kernel: Kernel, function: Any, *inputs: Any) -> list[torch.Tensor]:
     given = [value.contiguous() if isinstance(value, torch.Tensor) and value.dim() else value for value in inputs]
     vectors = [value for value in given if isinstance(value, torch.Tensor) and value.dim()]
     numbers = [float(value) for value in given if not isinstance(value, torch.Tensor) or not value.dim()]
-    numel = vectors[0].numel()
-    outputs = [
-        torch.empty(numel, dtype=node.meta["val"].dtype) if write is None else inputs[write]
-        for node, write in zip(results_of(kernel), kernel.writes, strict=True)
-    ]
-    vectors += [output for output, write in zip(outputs, kernel.writes, strict=True) if write is None]
-    addresses = (_ADDRESS * len(vectors))(*(vector.data_ptr() for vector in vectors))
-    function(numel, torch.get_num_threads(), addresses, (ctypes.c_double * len(numbers))(*numbers))
+    outputs, made = places_for(kernel, inputs)
+    addresses = [vector.data_ptr() for vector in (*vectors, *made)]
+    function(
+        len(vectors[0]),
+        torch.get_num_threads(),
+        (_ADDRESS * len(addresses))(*addresses),
+        (ctypes.c_double * len(numbers))(*numbers),
+    )
     return outputs

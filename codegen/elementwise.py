@@ -7,7 +7,7 @@ multiply-and-add is one here; nothing else is. Division and square root are IEEE
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -155,6 +155,24 @@ def is_vector(node: fx.Node) -> bool:
     """Whether a value is a flat tensor."""
     val = node.meta["val"]
     return isinstance(val, torch.Tensor) and val.dim() == 1
+
+
+def first_vector(body: fx.Graph) -> torch.Tensor:
+    """The value of the first input that is a flat tensor: all have its length, and are on its device."""
+    val: torch.Tensor = next(filter(is_vector, body.find_nodes(op="placeholder"))).meta["val"]
+    return val
+
+
+def places_for(kernel: Kernel, inputs: Sequence[Any]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Where a kernel stores its results: the inputs that they are written over, and new vectors; and these alone."""
+    like = next(value for value in inputs if isinstance(value, torch.Tensor) and value.dim())
+    made: list[torch.Tensor] = []
+    places: list[torch.Tensor] = []
+    for node, write in zip(results_of(kernel), kernel.writes, strict=True):
+        if write is None:
+            made.append(torch.empty(len(like), dtype=node.meta["val"].dtype, device=like.device))
+        places.append(made[-1] if write is None else inputs[write])
+    return places, made
 
 
 def _is_number(node: fx.Node) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from zgraph.codegen import cpp, triton
 from zgraph.codegen.cpp import CppWriter
+from zgraph.codegen.elementwise import first_vector, is_vector, results_of
 from zgraph.codegen.library import find_compiler
 from zgraph.codegen.source import SourceWriter
 from zgraph.codegen.triton import TritonWriter
@@ -80,14 +82,17 @@ class Kernel:
 
         A vector of one slice is as fast in slices, and costs no compiler's time.
         """
-        if not self.is_compiled:
-            return SLICES
-        if device_type == "cuda":
-            return TRITON if TritonWriter.can_write(self.body) else SLICES
-        if device_type != "cpu":
-            return SLICES
-        numel = next(node for node in self.body.find_nodes(op="placeholder") if _is_flat(node)).meta["val"].numel()
-        return CPP if numel > SLICE and CppWriter.can_write(self.body) else SLICES
+        return self._written_in.get(device_type, SLICES)
+
+    @cached_property
+    def _written_in(self) -> dict[str, str]:
+        """The language that has all of the body, by kind of device: it runs in every step, and is worked out once."""
+        found: dict[str, str] = {}
+        if self.is_compiled and TritonWriter.can_write(self.body):
+            found["cuda"] = TRITON
+        if self.is_compiled and first_vector(self.body).numel() > SLICE and CppWriter.can_write(self.body):
+            found["cpu"] = CPP
+        return found
 
     def runs_in(self, device_type: str) -> str:
         """The language that it runs in here: slices, where what compiles another one is missing."""
@@ -97,7 +102,7 @@ class Kernel:
 
     def is_missing_compiler(self) -> bool:
         """Whether it runs in slices for want of what compiles it."""
-        device_type = self._device_type()
+        device_type = first_vector(self.body).device.type
         return self.runs_in(device_type) != self.language(device_type)
 
     def prepare(self) -> None:
@@ -106,11 +111,7 @@ class Kernel:
         Raises:
             OptionError: it cannot be compiled.
         """
-        self._function(self.runs_in(self._device_type()))
-
-    def _device_type(self) -> str:
-        flat = next(node for node in self.body.find_nodes(op="placeholder") if _is_flat(node))
-        return flat.meta["val"].device.type  # type: ignore[no-any-return]
+        self._function(self.runs_in(first_vector(self.body).device.type))
 
     def _function(self, language: str) -> Callable[..., list[Any]]:
         if language not in self._functions:
@@ -137,9 +138,9 @@ class _Slices:
     def __init__(self, kernel: Kernel, writer: SourceWriter, slice_size: int | None) -> None:
         self.kernel, self.writer = kernel, writer
         self.inputs = list(kernel.body.find_nodes(op="placeholder"))
-        self.flat = [node for node in self.inputs if _is_flat(node)]
+        self.flat = [node for node in self.inputs if is_vector(node)]
         self.slice_size = slice_size or slice_on(self.flat[0].meta["val"].device.type)
-        self.results: list[fx.Node] = list(kernel.body.output_node().args[0])  # type: ignore[arg-type]
+        self.results = results_of(kernel)
         self.donors = {
             result: self.inputs[write]
             for result, write in zip(self.results, kernel.writes, strict=True)
@@ -162,8 +163,8 @@ class _Slices:
         lines.append(f"    for a in range(0, n, {self.slice_size}):")
         lines.append(f"        b = min(a + {self.slice_size}, n)")
         for node, name in names.items():
-            self._put(node, f"s{name}" if _is_flat(node) else name)
-            if _is_flat(node):
+            self._put(node, f"s{name}" if is_vector(node) else name)
+            if is_vector(node):
                 lines.append(f"        s{name} = {name}[a:b]")
         lines += [f"        {self._statement(n)}" for n in self.kernel.body.nodes if n.op == "call_function"]
         for index, result in enumerate(self.results):
@@ -202,7 +203,7 @@ class _Slices:
         places = [slices[self.donors[node]]] if node in self.donors else []
         # A result that lay over another result's input would be lost when that one is stored there.
         allowed = list(places) if node in self.results else list(slices.values())
-        places += [self.home[source] for source in node.all_input_nodes if _is_flat(source)]
+        places += [self.home[source] for source in node.all_input_nodes if is_vector(source)]
         for place in places:
             held = self.content[place]
             if (
@@ -212,11 +213,6 @@ class _Slices:
             ):
                 return place
         return None
-
-
-def _is_flat(node: fx.Node) -> bool:
-    val = node.meta["val"]
-    return isinstance(val, torch.Tensor) and val.dim() == 1
 
 
 def expressions(body: fx.Graph) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
 from zgraph.codegen.cpp import CppWriter
-from zgraph.codegen.kernel import CPP, TRITON, Kernel, expressions, slice_on
+from zgraph.codegen.kernel import CPP, SLICES, TRITON, Kernel, expressions, slice_on
 from zgraph.codegen.source import SourceWriter
 from zgraph.codegen.triton import TritonWriter
 from zgraph.program import Program
@@ -43,17 +43,15 @@ def kernels_of(program: Program) -> list[KernelInfo]:
 
 def _describe(node: fx.Node, kernel: Kernel) -> KernelInfo:
     (work,) = works(node, 1)
-    calls = [inner for inner in kernel.body.nodes if inner.op == "call_function"]
     device_type = node.meta["val"][0].device.type
     language = kernel.runs_in(device_type)
-    num_slices = -(-work.sliced_numel // slice_on(device_type))
     return KernelInfo(
         name=kernel.name,
         language=language,
         operators=tuple(expressions(kernel.body).split("; ")[:-1]),
         read_bytes=int(work.read_bytes),
         written_bytes=int(work.written_bytes),
-        num_calls=1 if language in (TRITON, CPP) else len(calls) * int(num_slices),
+        num_calls=1 if language != SLICES else int(replace(work, slice_numel=slice_on(device_type)).num_calls),
         source=_source(kernel, language),
     )
 

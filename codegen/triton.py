@@ -11,13 +11,13 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import fx
 
-from zgraph.codegen.elementwise import OPMATH, Writer, is_vector, results_of
+from zgraph.codegen.elementwise import OPMATH, Writer, first_vector, is_vector, places_for, results_of
 from zgraph.codegen.source import SourceWriter
 from zgraph.errors import OptionError, first_line
 
@@ -56,12 +56,13 @@ class TritonWriter(Writer):
             "    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)",
             "    inside = at < n",
         ]
+        device = first_vector(self.kernel.body).device
         for node, name in zip(self.inputs, names, strict=True):
-            self.names[node] = f"x{name[1:]}" if _is_pointer(node, self.inputs) else name
-            if is_vector(node):
-                lines.append(f"    x{name[1:]} = tl.load({name} + at, mask=inside)")
-            elif _is_pointer(node, self.inputs):
-                lines.append(f"    x{name[1:]} = tl.load({name})")
+            self.names[node] = name
+            if _is_pointer(node, device):
+                self.names[node] = f"x{name[1:]}"
+                where = f"{name} + at, mask=inside" if is_vector(node) else name
+                lines.append(f"    x{name[1:]} = tl.load({where})")
         for name, expression, node in self.statements():
             lines.append(f"    {name} = {expression}  # {node.target.overloadpacket.__name__}")  # type: ignore[union-attr]
         for index, (result, write) in enumerate(zip(self.results, self.kernel.writes, strict=True)):
@@ -117,6 +118,7 @@ class TritonWriter(Writer):
         return f"tl.{packet.__name__}({x})"
 
 
+@cache
 def is_available() -> bool:
     """Whether there is Triton here."""
     return importlib.util.find_spec("triton") is not None
@@ -129,9 +131,8 @@ def compile_kernel(kernel: Kernel) -> Callable[..., list[Any]]:
         OptionError: it cannot be compiled.
     """
     jitted = define(kernel)
-    vector = next(filter(is_vector, kernel.body.find_nodes(op="placeholder"))).meta["val"]
     try:
-        with torch.cuda.device_of(vector):  # type: ignore[no-untyped-call]
+        with torch.cuda.device_of(first_vector(kernel.body)):  # type: ignore[no-untyped-call]
             jitted.warmup(*forms(kernel), BLOCK=BLOCK, grid=(1,), **OPTIONS)
     except Exception as error:
         raise OptionError(
@@ -154,35 +155,31 @@ def define(kernel: Kernel) -> Any:
 
 def forms(kernel: Kernel) -> list[Any]:
     """What stands for the arguments: dtypes for pointers, numbers for numbers, how many elements there are."""
-    inputs = list(kernel.body.find_nodes(op="placeholder"))
+    first = first_vector(kernel.body)
     found: list[Any] = []
-    for node in inputs:
+    for node in kernel.body.find_nodes(op="placeholder"):
         dtype = getattr(node.meta["val"], "dtype", None)
-        found.append(dtype if _is_pointer(node, inputs) else dtype is torch.bool or 0.5)
+        found.append(dtype if _is_pointer(node, first.device) else dtype is torch.bool or 0.5)
     made = [node.meta["val"].dtype for node, w in zip(results_of(kernel), kernel.writes, strict=True) if w is None]
-    return [*found, *made, next(filter(is_vector, inputs)).meta["val"].numel()]
+    return [*found, *made, first.numel()]
 
 
 def launch(kernel: Kernel, jitted: Any, *inputs: Any) -> list[torch.Tensor]:
     """Run what ``define`` gave, or an interpreter of it."""
-    first = next(value for value in inputs if isinstance(value, torch.Tensor) and value.dim() == 1)
-    numel = first.numel()
-    outputs = [
-        torch.empty(numel, dtype=node.meta["val"].dtype, device=first.device) if write is None else inputs[write]
-        for node, write in zip(results_of(kernel), kernel.writes, strict=True)
-    ]
+    outputs, made = places_for(kernel, inputs)
+    first = next(value for value in inputs if isinstance(value, torch.Tensor) and value.dim())
+    numel = len(first)
     given = [_given(value, first.device) for value in inputs]
-    made = [output for output, write in zip(outputs, kernel.writes, strict=True) if write is None]
     if numel:
         with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
             jitted[-(-numel // BLOCK),](*given, *made, numel, BLOCK=BLOCK, **OPTIONS)
     return outputs
 
 
-def _is_pointer(node: fx.Node, inputs: list[fx.Node]) -> bool:
+def _is_pointer(node: fx.Node, device: torch.device) -> bool:
     """Whether an input lies in the device's memory; a number of the host's is handed over as it is."""
     val = node.meta["val"]
-    return isinstance(val, torch.Tensor) and val.device == next(filter(is_vector, inputs)).meta["val"].device
+    return isinstance(val, torch.Tensor) and val.device == device
 
 
 def _given(value: Any, device: torch.device) -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from zgraph import ops
+from zgraph.codegen.elementwise import is_vector
 from zgraph.codegen.kernel import Kernel, region
 from zgraph.codegen.owned import OwnedUpdate
 from zgraph.liveness import owners
@@ -107,7 +108,7 @@ class UpdateInPlace(Pass):
 def fused_updates(program: Program) -> dict[str, list[fx.Node]]:
     """By bucket, the calls of its update that kernels take the place of, where there are any; in order."""
     found = {
-        name: [node for node in update if _is_flat(node) and node.target not in _APART]
+        name: [node for node in update if is_vector(node) and node.target not in _APART]
         for name, update in update_nodes(program).items()
     }
     return {name: nodes for name, nodes in found.items() if nodes}
@@ -165,7 +166,7 @@ def _lend(nodes: list[fx.Node], donors: dict[fx.Node, fx.Node]) -> None:
 def _is_alike(donor: fx.Node, node: fx.Node) -> bool:
     """Whether one flat tensor can be written over the other."""
     there, val = donor.meta["val"], node.meta["val"]
-    return _is_flat(donor) and there.shape == val.shape and there.dtype == val.dtype
+    return is_vector(donor) and there.shape == val.shape and there.dtype == val.dtype
 
 
 def _own_results(program: Program) -> None:
@@ -182,11 +183,6 @@ def _own_results(program: Program) -> None:
             origin = result.meta.get("origin", Origin(Phase.FORWARD))
             results[index] = program.call(aten.clone.default, result, origin=origin, before=program.output_node)
     program.set_results(results, program.outputs)
-
-
-def _is_flat(node: fx.Node) -> bool:
-    val = node.meta["val"]
-    return isinstance(val, torch.Tensor) and val.dim() == 1
 
 
 def _donors(program: Program) -> dict[fx.Node, fx.Node]:

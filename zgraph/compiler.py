@@ -244,11 +244,8 @@ class CompiledModule(nn.Module):
                 "a compiled model cannot be copied while its process group is part of it",
                 fix="build another model and load_state_dict(model.state_dict())",
             )
-        memo[id(runtime.cache)], memo[id(runtime.timed)], memo[id(runtime._last)] = (
-            [],
-            {},
-            None,
-        )  # the copy captures a step of its own
+        # The copy captures a step of its own.
+        memo |= {id(runtime.cache): [], id(runtime.timed): {}, id(runtime._last): None}
         copied = memo[id(self)] = self.__class__.__new__(self.__class__)
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
