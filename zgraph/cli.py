@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing import SignalException
@@ -81,6 +81,15 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     return OK
 
 
+def _add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], **words: str) -> Any:
+    """A parser for a command, which ``run`` then is given what was parsed for; with argparse's words about it."""
+    is_laid_out = "\n" in words["epilog"]  # several examples, each in a line of its own
+    formatter = argparse.RawDescriptionHelpFormatter if is_laid_out else argparse.HelpFormatter
+    command = commands.add_parser(name, allow_abbrev=False, formatter_class=formatter, **words)
+    command.set_defaults(run=run)
+    return command
+
+
 def _make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="zgraph",
@@ -91,9 +100,10 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"zgraph {version('zgraph-compiler')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    command = commands.add_parser(
+    command = _add_command(
+        commands,
         "demo",
-        allow_abbrev=False,
+        _demo,
         help="train a GPT with zgraph and with plain PyTorch, and compare",
         description="Train a byte-level GPT of 10M parameters on the text of Python's standard library, with zgraph on "
         "several ranks and with plain PyTorch in one process, and compare losses, memory, communication and time. "
@@ -105,12 +115,11 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument("--ranks", type=_integer(1, 64), default=defaults.ranks, help="default: %(default)s")
     command.add_argument("--zero", type=_integer(0, 3), default=defaults.zero, help="ZeRO stage; default: %(default)s")
     command.add_argument("--json", action="store_true", help="print the report as one JSON object")
-    command.set_defaults(run=_demo)
 
-    command = commands.add_parser(
+    command = _add_command(
+        commands,
         "plan",
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _plan,
         help="will it fit, and how fast will it be?",
         description="Predict memory and time of a training step on machines that need not be there, and choose options."
         f"\nExits with status {CHECK_FAILED} if nothing fits.",
@@ -118,24 +127,22 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     plan_command.add_arguments(command)
     command.add_argument("--json", action="store_true", help="print the plan as one JSON object")
-    command.set_defaults(run=_plan)
 
-    command = commands.add_parser(
+    command = _add_command(
+        commands,
         "report",
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _report,
         help="see inside: what each pass does, what it costs, what is held when, and why",
         description="Write a page that shows a training step from inside, of the options that `zgraph plan` chooses or "
         f"of a saved report.json.\nExits with status {CHECK_FAILED} if nothing fits.",
         epilog=report_command.EXAMPLES,
     )
     report_command.add_report_arguments(command)
-    command.set_defaults(run=_report)
 
-    command = commands.add_parser(
+    command = _add_command(
+        commands,
         "explain",
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _explain,
         help="why does it take so long, or so much memory?",
         description="Say in sentences why a training step takes what it takes, what limits it and what would help: of "
         "the options that `zgraph plan` chooses, or of a saved report.json."
@@ -144,11 +151,11 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     report_command.add_arguments(command)
     command.add_argument("--json", action="store_true", help="print sentences by question as one JSON object")
-    command.set_defaults(run=_explain)
 
-    command = commands.add_parser(
+    command = _add_command(
+        commands,
         "calibrate",
-        allow_abbrev=False,
+        _calibrate,
         help="measure this machine, so that costs are predicted for it",
         description="Measure how long products of matrices, movement in memory, collectives and disk transfers take, "
         "with one rank and with several at once, and save it where find_hardware('cpu') and other commands look: "
@@ -169,7 +176,6 @@ def _make_parser() -> argparse.ArgumentParser:
         help="where a file is written and read to measure its disk; default: %(default)s",
     )
     command.add_argument("--json", action="store_true", help="print what was saved")
-    command.set_defaults(run=_calibrate)
     return parser
 
 
