@@ -17,7 +17,8 @@ from zgraph.footprint import footprint
 from zgraph.passes import default_passes
 from zgraph.pipeline import Pass, run
 from zgraph.program import Mesh, Program
-from zgraph.report.recorder import CAPTURE, Recorder, _moved, runs
+from zgraph.report.recorder import CAPTURE, Recorder, _moved
+from zgraph.report.runs import runs
 from zgraph.timeline import play
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from zgraph.plans import Plan, show_bytes, show_options, show_s
 from zgraph.report import Report
+from zgraph.report.runs import unrolled
 from zgraph.search import Search
 
 _NUM_TOLD = 3
@@ -84,7 +85,7 @@ def _memory(document: Mapping[str, Any]) -> Iterator[str]:
     memory = last["memory"]
     totals = [sum(at) for at in zip(*memory["bytes"].values(), strict=True)]
     peak = totals.index(max(totals))
-    row = _row_at(last["order"], memory["positions"][peak])
+    row = list(unrolled(last["order"]))[memory["positions"][peak]]
     where = tables["phases"][tables["rows"]["phase"][row]]
     module = tables["modules"][tables["rows"]["module"][row]]
     kinds = Counter({kind: held[peak] for kind, held in memory["bytes"].items()})
@@ -148,7 +149,7 @@ def _families(document: Mapping[str, Any], order: Sequence[Sequence[int]]) -> Co
     tables = document["tables"]
     rows, costs, compute = tables["rows"], tables["costs"], tables["lanes"].index("compute")
     found: Counter[str] = Counter()
-    for row in _rows(order):
+    for row in unrolled(order):
         cost = rows["cost"][row]
         if rows["lane"][row] == compute and costs["seconds"][cost]:
             found[costs["family"][cost]] += costs["seconds"][cost]
@@ -181,7 +182,7 @@ def _waits(document: Mapping[str, Any], program: Mapping[str, Any]) -> Iterator[
     """Each wait's collective and place, and how long it holds computing up."""
     tables = document["tables"]
     rows, events = tables["rows"], program["events"]
-    of_node = {rows["node"][row]: row for row in _rows(program["passes"][-1]["order"])}
+    of_node = {rows["node"][row]: row for row in unrolled(program["passes"][-1]["order"])}
     for row, start, end in zip(events["row"], events["start_s"], events["end_s"], strict=True):
         if tables["operators"][rows["operator"][row]] == tables["wait"] and end > start:
             started = of_node[rows["inputs"][row][0]]
@@ -238,16 +239,6 @@ def _more(plan: Plan, search: Search) -> Iterator[str]:
             f"With {world} ranks, each with the same batch: {show_options(made.options)} would take "
             f"{show_bytes(made.reserved_bytes)} and {show_s(made.step_s)}: x {rate:.2f} examples per second."
         )
-
-
-def _rows(order: Sequence[Sequence[int]]) -> Iterator[int]:
-    for first, num in order:
-        yield from range(first, first + num)
-
-
-def _row_at(order: Sequence[Sequence[int]], position: int) -> int:
-    """The row of the node at a position of a program."""
-    return next(row for i, row in enumerate(_rows(order)) if i == position)
 
 
 __all__ = ["Explanation", "explain"]

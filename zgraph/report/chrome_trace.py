@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from zgraph.report.runs import unrolled
+
 
 def chrome_trace(document: Mapping[str, Any]) -> dict[str, Any]:
     """The trace of a report's document."""
@@ -41,7 +43,7 @@ def _measured(tables: Mapping[str, Any], program: Mapping[str, Any], process: in
     """Calls as they ran one after another, the time that they waited included."""
     yield _named("process_name", process, 0, f"{program['name']}, measured")
     yield _named("thread_name", process, 1, "calls")
-    order = [first + i for first, num in program["passes"][-1]["order"] for i in range(num)]
+    order = list(unrolled(program["passes"][-1]["order"]))
     start = 0.0
     for position, end in zip(program["measured"]["position"], program["measured"]["end_s"], strict=True):
         yield _call(tables, order[position], process, 1, start, end)

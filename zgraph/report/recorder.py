@@ -24,6 +24,7 @@ from zgraph.pipeline import Pass, PassRecord
 from zgraph.plans import owners_of
 from zgraph.predict import held_by
 from zgraph.program import Input, Origin, Program, describe, show, target_name
+from zgraph.report.runs import runs
 from zgraph.report.sources import code_around
 from zgraph.timeline import COMPUTE, DISK_LANES, Timeline, lane_of, play
 from zgraph.work import LINK
@@ -263,17 +264,6 @@ def received_bytes(cost: Cost) -> int:
     return found
 
 
-def runs(numbers: Sequence[int]) -> list[list[int]]:
-    """Numbers as runs of neighbours: the first of each, and how many follow one another."""
-    found: list[list[int]] = []
-    for number in numbers:
-        if found and number == found[-1][0] + found[-1][1]:
-            found[-1][1] += 1
-        else:
-            found.append([number, 1])
-    return found
-
-
 def _moved(before: Sequence[int], after: Sequence[int]) -> set[int]:
     """The fewest of some numbers that have to move to get from one order to another.
 
@@ -321,4 +311,4 @@ def moments(program: Program, timeline: Timeline, held: Footprint) -> dict[str, 
     }
 
 
-__all__ = ["CAPTURE", "NUM_MOMENTS", "Recorder", "Table", "moments", "received_bytes", "runs"]
+__all__ = ["CAPTURE", "NUM_MOMENTS", "Recorder", "Table", "moments", "received_bytes"]
