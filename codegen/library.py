@@ -18,6 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from zgraph.errors import OptionError, first_line
+from zgraph.files import user_cache
 
 FLAGS = (
     "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp",
@@ -81,7 +82,7 @@ def _load(source: str, compiler: str, directory: Path) -> ctypes.CDLL:
 def cache_directory() -> Path:
     """``zgraph/kernels`` in ``$XDG_CACHE_HOME`` or ``~/.cache``, or a fresh one where that is not this user's alone."""
     try:
-        place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zgraph" / "kernels"
+        place = user_cache() / "kernels"
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
         status = place.stat()
         if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(place, os.W_OK):

@@ -18,6 +18,7 @@ from typing import Any
 from zgraph import machines
 from zgraph.curves import Collective, Curve, Matmul, MeasuredCollective
 from zgraph.errors import StateError, first_line
+from zgraph.files import beside, user_cache
 from zgraph.fitting import fit
 from zgraph.hardware import Disk, Hardware, HostLink
 
@@ -208,25 +209,21 @@ def _line(rows: Rows) -> tuple[float, float]:
 def default_path() -> Path:
     """``$ZGRAPH_HARDWARE``, or ``zgraph/hardware.json`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     chosen = os.environ.get("ZGRAPH_HARDWARE")
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(chosen) if chosen else Path(cache) / "zgraph" / "hardware.json"
+    return Path(chosen) if chosen else user_cache() / "hardware.json"
 
 
 @contextmanager
 def _writing(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` that becomes it when it is replaced; gone in any case after."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    """A file beside ``path`` that can be written, and become it."""
     try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch()
-        yield partial
+        with beside(path) as partial:
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.touch()
+            yield partial
     except OSError as error:
         raise StateError(f"{path} cannot be written: {error.strerror}", fix="choose another --output") from error
-    finally:
-        if os.path.exists(partial):  # not so if its folder is a file, or out of reach
-            partial.unlink()
 
 
 def check_writable(path: Path) -> None:

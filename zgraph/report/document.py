@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -21,6 +20,7 @@ from torch import fx
 from zgraph.config import Config
 from zgraph.cost import Cost, Costs
 from zgraph.errors import StateError, first_line
+from zgraph.files import beside
 from zgraph.footprint import Kind
 from zgraph.hardware import Hardware
 from zgraph.lower import Lowered
@@ -79,12 +79,9 @@ class Report:
             raise StateError(f"{made} would be both the page and its data", fix="give a name such as report.html")
         try:
             for file, text in zip(files, (self.to_html(), self.to_json(), self.to_trace()), strict=True):
-                partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-                try:  # all or nothing: ranks that write the same file do not mix
+                with beside(file) as partial:  # ranks that write the same file do not mix
                     partial.write_text(text, encoding="utf-8")
                     partial.replace(file)
-                finally:
-                    partial.unlink(missing_ok=True)
         except OSError as error:
             raise StateError(
                 f"{file} cannot be written: {error.strerror}",
