@@ -83,16 +83,22 @@ def refuse(*_: Any) -> int:
     raise OSError(errno.ENOSPC, "refused")
 
 
-def start_where_one_disk_is_full() -> None:
+def train_where_one_is_refused(model: Any, refused: int, function: str, reason: str) -> None:
+    """A step in which the system refuses something to one rank: all stop, that one with what its disk has said."""
     rank, _ = world()
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == refused:
+            patch.setattr(os, function, refuse)
+        with pytest.raises(ZgraphError, match=reason) as caught:
+            model.train_step(X)
+    assert isinstance(caught.value, DiskError if rank == refused else RankError)
+
+
+def start_where_one_disk_is_full() -> None:
     model = small()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.MonkeyPatch.context() as patch:
-        if rank == 1:
-            patch.setattr(os, "posix_fallocate", refuse)
-        with pytest.raises(ZgraphError, match=r"cannot reserve .* bytes, .*: No space left on device") as caught:
-            model.train_step(X)
-    assert isinstance(caught.value, DiskError if rank == 1 else RankError)
+    reason = r"cannot reserve .* bytes, .*: No space left on device"
+    train_where_one_is_refused(model, 1, "posix_fallocate", reason)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     model.train_step(X)
     disk = model._zgraph.state.disk
@@ -104,15 +110,9 @@ def test_a_full_disk_of_one_rank_is_refused_by_all_before_the_first_step(ranks: 
 
 
 def write_where_one_disk_fails() -> None:
-    rank, _ = world()
     model = small()
     model.train_step(X)
-    with pytest.MonkeyPatch.context() as patch:
-        if rank == 0:
-            patch.setattr(os, "pwritev", refuse)
-        with pytest.raises(ZgraphError, match=r"cannot write .* bytes .*: No space left on device") as caught:
-            model.train_step(X)
-    assert isinstance(caught.value, DiskError if rank == 0 else RankError)
+    train_where_one_is_refused(model, 0, "pwritev", r"cannot write .* bytes .*: No space left on device")
 
 
 def test_a_write_that_fails_on_one_rank_stops_all_with_the_reason(ranks: Ranks) -> None:
