@@ -16,10 +16,9 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from zgraph.codegen import cpp, triton
+from zgraph.codegen import cpp, library, triton
 from zgraph.codegen.cpp import CppWriter
 from zgraph.codegen.elementwise import first_vector, is_vector, results_of
-from zgraph.codegen.library import find_compiler
 from zgraph.codegen.source import SourceWriter
 from zgraph.codegen.triton import TritonWriter
 from zgraph.into import out_overload
@@ -33,6 +32,13 @@ SLICE = 65536
 
 LARGE_SLICE = 64 * SLICE
 """On other devices, where each call takes the host about as long, and caches are larger: 16 MiB in float32."""
+
+
+def _why_not(language: str) -> str | None:
+    """Why kernels in a language cannot be compiled here."""
+    if language == TRITON and not triton.is_available():
+        return "Triton is not installed"
+    return library.problem() if language == CPP else None
 
 
 def slice_on(device_type: str) -> int:
@@ -95,15 +101,13 @@ class Kernel:
         return found
 
     def runs_in(self, device_type: str) -> str:
-        """The language that it runs in here: slices, where what compiles another one is missing."""
+        """The language that it runs in here: slices, where nothing compiles another one."""
         language = self.language(device_type)
-        is_missing = (language == TRITON and not triton.is_available()) or (language == CPP and not find_compiler())
-        return SLICES if is_missing else language
+        return SLICES if _why_not(language) else language
 
-    def is_missing_compiler(self) -> bool:
-        """Whether it runs in slices for want of what compiles it."""
-        device_type = first_vector(self.body).device.type
-        return self.runs_in(device_type) != self.language(device_type)
+    def why_in_slices(self) -> str | None:
+        """What keeps it from being compiled here; None where it is compiled, or meant to run in slices."""
+        return _why_not(self.language(first_vector(self.body).device.type))
 
     def prepare(self) -> None:
         """Compile, before a step needs it.

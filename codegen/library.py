@@ -36,6 +36,26 @@ def find_compiler() -> str | None:
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
+PROBE = """extern "C" double zgraph_probe(long n, int threads, const double *x) {
+    double sum = 0.0;
+    #pragma omp parallel for simd num_threads(threads) reduction(+: sum)
+    for (long i = 0; i < n; i++) sum += __builtin_sqrt(x[i]);
+    return sum;
+}
+"""
+"""What every kernel needs: a compiler, a linker, OpenMP, and a place that libraries load from."""
+
+
+@lru_cache(maxsize=1)
+def problem() -> str | None:
+    """Why kernels cannot be compiled here; None where they can."""
+    try:
+        load(PROBE)
+    except OptionError as error:
+        return error.what
+    return None
+
+
 @lru_cache(maxsize=256)
 def load(source: str) -> ctypes.CDLL:
     """The library of a text.

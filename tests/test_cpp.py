@@ -24,7 +24,6 @@ import zgraph
 from tests.programs import Builder, few_examples
 from tests.ranks import Ranks
 from tests.test_kernel import Body, adam, bodies_of, inputs_of, make
-from zgraph.codegen import kernel as kernels
 from zgraph.codegen import library
 from zgraph.codegen.cpp import CppWriter, compile_kernel
 from zgraph.codegen.kernel import CPP, SLICE, SLICES, Kernel, region
@@ -172,7 +171,7 @@ def test_a_step_with_kernels_is_one_with_operators(options: dict[str, Any]) -> N
 
 
 def train_where_one_rank_lacks_a_compiler() -> tuple[dict[str, torch.Tensor], set[str]]:
-    missing = mock.patch.object(kernels, "find_compiler", return_value=None)
+    missing = mock.patch.object(library, "problem", return_value="there is no C++ compiler")
     with missing if dist.get_rank() else nullcontext():
         return trained(zero=0)
 
@@ -185,8 +184,22 @@ def test_replicas_are_updated_alike_where_one_rank_lacks_a_compiler(ranks: Ranks
 
 
 def test_without_a_compiler_updates_run_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "find_compiler", lambda: None)
+    monkeypatch.setattr(library, "problem", lambda: "there is no C++ compiler")
     assert trained()[1] == {SLICES}
+
+
+def test_with_a_compiler_that_is_broken_updates_run_in_slices_and_it_is_said_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = tmp_path / "g++"
+    broken.write_text("#!/bin/sh\necho 'fatal error: cc1plus is gone' >&2\nexit 1\n")
+    broken.chmod(0o700)
+    monkeypatch.setattr(library, "find_compiler", lambda: str(broken))
+    for name in ("load", "problem"):
+        monkeypatch.setattr(library, name, getattr(library, name).__wrapped__)
+    assert trained()[1] == {SLICES}
+    assert f"updates run in slices, which takes longer, on all ranks: {broken} cannot compile kernels: " in caplog.text
+    assert "cc1plus is gone" in caplog.text
 
 
 def test_what_is_small_is_not_worth_a_compiler() -> None:

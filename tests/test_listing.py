@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import zgraph
-from zgraph.codegen import kernel as kernels
+from zgraph.codegen import library
 from zgraph.codegen.kernel import CPP, SLICE, SLICES
 from zgraph.codegen.library import find_compiler
 
@@ -34,7 +34,7 @@ def test_a_kernel_says_what_it_computes_and_moves() -> None:
 
 
 def test_without_a_compiler_it_says_how_often_aten_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "find_compiler", lambda: None)
+    monkeypatch.setattr(library, "problem", lambda: "there is no C++ compiler")
     (found,) = trained(300).kernels()
     assert (found.language, found.num_calls) == (SLICES, 3 * -(-300 * 300 // SLICE))
     assert found.source.startswith("def kernel(")

@@ -339,9 +339,12 @@ class Runtime:
         return Executable(program, step, self.state, self._comm, self.arena)
 
     def _agree_on_kernels(self, programs: Sequence[Program]) -> None:
-        """Run updates in slices on all ranks where one of them lacks a compiler: replicas are to be rounded alike."""
+        """Run updates in slices on all ranks where one of them cannot compile: replicas are to be rounded alike."""
         calls = [node for program in programs for node in program.graph.nodes if isinstance(node.target, Kernel)]
-        if not self.agreement.least(not any(node.target.is_missing_compiler() for node in calls)):
+        why = next((reason for node in calls if (reason := node.target.why_in_slices())), None)
+        if why is not None:
+            log.warning("zgraph: updates run in slices, which takes longer, on all ranks: %s", why)
+        if not self.agreement.least(why is None):
             for node in calls:
                 node.target = replace(node.target, is_compiled=False)
 
