@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +84,16 @@ def test_what_is_no_report_is_refused(text: str | None, says: str, tmp_path: Pat
 
 
 def test_a_place_that_cannot_be_written_to_is_refused(report: Report, tmp_path: Path) -> None:
-    with pytest.raises(StateError, match=r"cannot be written: No such file"):
+    with pytest.raises(StateError, match=r"cannot be written: there is no folder .*nowhere"):
         report.write(tmp_path / "nowhere" / "report.html")
+    (tmp_path / "page").mkdir()
+    with pytest.raises(StateError, match=r"cannot be written: Is a directory"):
+        report.write(tmp_path / "page")
     with pytest.raises(StateError, match=r"both the page and its data"):
         report.write(tmp_path / "report.json")
-    with pytest.raises(StateError, match=r"'' is no name of a page"):
-        report.write("")
+    for name in ("", "a\0b", 3):
+        with pytest.raises(StateError, match=f"{re.escape(repr(name))} is no name of a page"):
+            report.write(name)  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_written_leaves_what_was_there(report: Report, tmp_path: Path) -> None:

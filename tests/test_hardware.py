@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.calibrations import made_up
-from zgraph import machines
+from zgraph import calibration, machines
 from zgraph.curves import Collective, Curve, ceiling_of, logarithm_of, maximum, minimum
 from zgraph.errors import OptionError, StateError
 from zgraph.hardware import KINDS, TIERS, Hardware
@@ -356,6 +356,21 @@ def test_the_saved_one_is_in_the_cache(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     made_up().save(tmp_path / "zgraph" / "hardware.json")
     assert find_hardware("cpu").name == "cpu, calibrated"
+
+
+def test_a_user_without_a_home_has_none_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ZGRAPH_HARDWARE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", none)
+    assert calibration.saved_path() is None
+    assert find_hardware("cpu") == machines.this_cpu()
+    assert hardware_of(torch.device("cpu"), 1).device_type == "cpu"
+    with pytest.raises(StateError, match="no home directory"):
+        calibration.default_path()
 
 
 def test_ranks_of_a_cpu_share_it() -> None:

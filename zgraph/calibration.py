@@ -10,7 +10,7 @@ import errno
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -207,9 +207,25 @@ def _line(rows: Rows) -> tuple[float, float]:
 
 
 def default_path() -> Path:
-    """``$ZGRAPH_HARDWARE``, or ``zgraph/hardware.json`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    chosen = os.environ.get("ZGRAPH_HARDWARE")
-    return Path(chosen) if chosen else user_cache() / "hardware.json"
+    """``$ZGRAPH_HARDWARE``, or ``zgraph/hardware.json`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+
+    Raises:
+        StateError: none of them is known.
+    """
+    if chosen := os.environ.get("ZGRAPH_HARDWARE"):
+        return Path(chosen)
+    try:
+        return user_cache() / "hardware.json"
+    except RuntimeError as error:
+        raise StateError("this user has no home directory", fix="set ZGRAPH_HARDWARE or HOME") from error
+
+
+def saved_path() -> Path | None:
+    """Where this machine's calibration lies; None if there is none."""
+    with suppress(StateError):  # without a home, none was saved
+        path = default_path()
+        return path if path.exists() else None
+    return None
 
 
 @contextmanager

@@ -159,7 +159,8 @@ def _make_parser() -> argparse.ArgumentParser:
         help="measure this machine, so that costs are predicted for it",
         description="Measure how long products of matrices, movement in memory, collectives and disk transfers take, "
         "with one rank and with several at once, and save it where find_hardware('cpu') and other commands look: "
-        f"{calibration.default_path()}, or $ZGRAPH_HARDWARE. On a machine with GPUs, these are measured.",
+        "$ZGRAPH_HARDWARE, or zgraph/hardware.json in $XDG_CACHE_HOME or ~/.cache. On a machine with GPUs, these are "
+        "measured.",
         epilog="Example: zgraph calibrate --ranks 2",
     )
     command.add_argument(

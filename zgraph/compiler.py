@@ -29,7 +29,7 @@ from zgraph.metrics import check_metrics
 from zgraph.pipeline import Pass
 from zgraph.plans import Plan
 from zgraph.program import Program
-from zgraph.report import Report
+from zgraph.report import Report, files_of
 from zgraph.runtime import Runtime
 
 
@@ -182,6 +182,8 @@ class CompiledModule(nn.Module):
             StateError: the files cannot be written.
             OptionError: this kind of GPU is not known; ``zgraph calibrate`` measures it.
         """
+        if path is not None:
+            files_of(path)
         made: Report = self.__dict__["_zgraph"].report()
         if path is not None:
             made.write(path)

@@ -114,7 +114,7 @@ def _check_offload(config: Config) -> None:
                 known = ", ".join(map(repr, OFFLOADED[what]))
                 raise OptionError(f"offload={given!r}: {what!r} can lie on {known}, not on {tier!r}", fix=fix)
     path: Any = config.offload_path
-    if path is not None and (not isinstance(path, str) or not path):
+    if path is not None and (not isinstance(path, str) or not path or "\0" in path):
         raise OptionError(f"offload_path={path!r} is no path", fix="give the directory as a string")
     if path is not None and given is None:
         raise OptionError("offload_path without offload", fix=fix)

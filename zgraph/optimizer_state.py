@@ -234,7 +234,8 @@ class OptimizerState:
         if state.keys() != optimizer.state[param].keys():
             raise StateError(
                 f"{type(optimizer).__name__} created state on meta, where it has no values, and {why}",
-                fix="build the model on a real device before the optimizer, or create the state in step()",
+                fix="build the model on a real device before the optimizer, or create the state in step(); if it was "
+                "loaded, call train_step once before optimizer.load_state_dict",
             )
         return state
 

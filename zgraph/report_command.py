@@ -12,7 +12,7 @@ from zgraph.decision import decide
 from zgraph.errors import OptionError
 from zgraph.explain import explain
 from zgraph.planner import open_search, report_of
-from zgraph.report import Report
+from zgraph.report import Report, files_of
 from zgraph.search import Search
 
 EXAMPLES = """examples:
@@ -50,6 +50,7 @@ def run(arguments: argparse.Namespace) -> bool:
         StateError: a file cannot be read or written.
         ZgraphError: see ``zgraph.plan``.
     """
+    files_of(arguments.output)
     report, _ = _made("report", arguments)
     written = report.write(arguments.output)
     if arguments.json:

@@ -41,8 +41,8 @@ def find_hardware(
         wanted = _plain(name)
         presets = {_plain(preset): preset for preset in machines.PRESETS}
         if wanted in ("cpu", "here"):
-            saved = calibration.default_path()
-            found = calibration.load(saved) if saved.exists() else machines.this_cpu()
+            saved = calibration.saved_path()
+            found = calibration.load(saved) if saved is not None else machines.this_cpu()
         elif wanted in presets:
             found = machines.preset(presets[wanted])
         else:
@@ -81,8 +81,8 @@ def hardware_of(device: torch.device, world: int) -> Hardware:
 
 def tell(device: torch.device) -> str:
     """The machine that this process runs on, in a text that other ranks can be told; raises as ``hardware_of``."""
-    saved = calibration.default_path()
-    if saved.exists() and (measured := calibration.read(saved)).device_type == device.type:
+    saved = calibration.saved_path()
+    if saved is not None and (measured := calibration.read(saved)).device_type == device.type:
         return json.dumps({"calibration": measured.as_dict()})
     if device.type == "cpu":
         return json.dumps({"cores": machines.available_cores(), "memory_bytes": machines.available_memory()})

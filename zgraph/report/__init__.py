@@ -4,7 +4,7 @@
 and ``chrome_trace`` a trace. ``model.report()`` and ``zgraph report`` put them together.
 """
 
-from zgraph.report.document import Report, make_report
+from zgraph.report.document import Report, files_of, make_report
 from zgraph.report.recorder import Recorder
 
-__all__ = ["Recorder", "Report", "make_report"]
+__all__ = ["Recorder", "Report", "files_of", "make_report"]

@@ -37,6 +37,24 @@ SCHEMA, VERSION = "zgraph-report", 1
 _REQUIRED = ("plan", "machine", "mesh", "tables", "programs", "digest", "notes")
 
 
+def files_of(path: str | Path) -> tuple[Path, Path, Path]:
+    """The page at a path, its data and its trace.
+
+    Raises:
+        StateError: no page can have that name, or there is no such folder.
+    """
+    given: object = path
+    if not isinstance(given, (str, Path)) or not Path(given).name or "\0" in str(given):
+        raise StateError(f"{given!r} is no name of a page", fix="give a name such as 'report.html'")
+    made = Path(given)
+    files = made, made.with_suffix(".json"), made.with_suffix(".trace.json")
+    if len(set(files)) < len(files):
+        raise StateError(f"{made} would be both the page and its data", fix="give a name such as report.html")
+    if not made.parent.is_dir():
+        raise StateError(f"{made} cannot be written: there is no folder {made.parent}", fix="make it, or give another")
+    return files
+
+
 @dataclass(frozen=True)
 class Report:
     """Everything about a training step that a person may want to look at.
@@ -71,12 +89,7 @@ class Report:
         Raises:
             StateError: they cannot be written.
         """
-        made = Path(path)
-        if not made.name:
-            raise StateError(f"{str(path)!r} is no name of a page", fix="give a name such as report.html")
-        files = made, made.with_suffix(".json"), made.with_suffix(".trace.json")
-        if len(set(files)) < len(files):
-            raise StateError(f"{made} would be both the page and its data", fix="give a name such as report.html")
+        files = files_of(path)
         try:
             for file, text in zip(files, (self.to_html(), self.to_json(), self.to_trace()), strict=True):
                 with beside(file) as partial:  # ranks that write the same file do not mix
