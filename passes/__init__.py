@@ -20,7 +20,7 @@ from zgraph.passes.precision import CastBeforeGather, GatherInLowPrecision, Redu
 from zgraph.passes.quantize import QuantizeState
 from zgraph.passes.quantize_communication import GatherQuantized, ReduceQuantized
 from zgraph.passes.recompute import EXPENSIVE, RecomputeModules
-from zgraph.passes.recompute_activations import RecomputeActivations
+from zgraph.passes.recompute_activations import Levels, RecomputeActivations
 from zgraph.passes.reorder import OrderByMemory
 from zgraph.passes.schedule import FAR, Schedule
 from zgraph.passes.secondary import KeepSecondaryShards
@@ -38,6 +38,7 @@ def default_passes(
     *,
     own: Sequence[Pass] = (),
     hardware: Hardware | None = None,
+    levels: Levels | None = None,
 ) -> tuple[Pass, ...]:
     """The passes for a configuration, in order; ZeRO-n is the first n + 1 of its four steps.
 
@@ -47,6 +48,7 @@ def default_passes(
         layout: buckets that exist already and are to be kept if the program allows it.
         own: a user's passes, each run right after the last pass that gives the stage it takes.
         hardware: the machine that passes ask what calls cost, as each rank finds it. All ranks must give the same.
+        levels: see ``RecomputeActivations``.
 
     Raises:
         OptionError: an option weighs costs, and there is no machine.
@@ -86,7 +88,7 @@ def default_passes(
     # What stays gathered is decided last, where there is room beside all else; it is not in the way of what is dropped.
     unshard = (Unshard(config.unshard, hardware),) if config.zero == 3 and mesh.size > 1 else ()
     offload = (Offload(hardware),) if config.offload is not None else ()
-    passes = (Tidy(), *_recompute(config, hardware, then), *then, *offload, *unshard)
+    passes = (Tidy(), *_recompute(config, hardware, then, levels), *then, *offload, *unshard)
     last = {p.gives: p for p in passes}
     return tuple(q for p in passes for q in (p, *(o for o in own if last.get(o.takes) is p)))
 
@@ -121,7 +123,9 @@ def _order(config: Config, hardware: Hardware | None) -> Pass:
     return Schedule(hardware, config.in_flight)
 
 
-def _recompute(config: Config, hardware: Hardware | None, then: tuple[Pass, ...]) -> tuple[Pass, ...]:
+def _recompute(
+    config: Config, hardware: Hardware | None, then: tuple[Pass, ...], levels: Levels | None
+) -> tuple[Pass, ...]:
     what = config.recompute
     if what is None or what == 0:
         return ()
@@ -134,7 +138,7 @@ def _recompute(config: Config, hardware: Hardware | None, then: tuple[Pass, ...]
             f"recompute={what!r} weighs bytes against seconds, and this machine is not known",
             fix="run `zgraph calibrate` to measure it, or give recompute='blocks'",
         )
-    return (RecomputeActivations(what, hardware, then, config.recompute_solver),)
+    return (RecomputeActivations(what, hardware, then, config.recompute_solver, levels),)
 
 
 __all__ = [
@@ -144,6 +148,7 @@ __all__ = [
     "GatherInLowPrecision",
     "GatherQuantized",
     "KeepSecondaryShards",
+    "Levels",
     "Offload",
     "OrderByMemory",
     "Overlap",

@@ -27,7 +27,7 @@ from zgraph.cost import Costs
 from zgraph.footprint import footprint
 from zgraph.lockstep import run_ranks
 from zgraph.lower import lower
-from zgraph.passes import default_passes
+from zgraph.passes import Levels, default_passes
 from zgraph.pipeline import run
 from zgraph.program import Mesh, Program
 
@@ -40,9 +40,11 @@ def made_again(program: Program) -> list[fx.Node]:
     return [n for n in calls if n.op == "call_function" and n.meta["origin"].made_by == "RecomputeActivations"]
 
 
-def lowered(captured: Program, level: float | None, world: int = 1, **options: Any) -> Program:
+def lowered(
+    captured: Program, level: float | None, world: int = 1, known: Levels | None = None, **options: Any
+) -> Program:
     config = Config.from_options({"recompute": level, **options})
-    return lower(captured, config, Mesh(world), None, (), hardware=H100).last
+    return lower(captured, config, Mesh(world), None, (), hardware=H100, levels=known).last
 
 
 def captured_stack(depth: int, rows: int, width: int) -> Program:
@@ -79,6 +81,16 @@ def test_more_level_is_never_a_higher_peak_nor_less_to_compute(
 @pytest.mark.parametrize("world", [1, 2])
 def test_more_level_of_a_model_is_never_a_higher_peak_nor_less_to_compute(world: int) -> None:
     check_levels(captured_stack(5, 64, 8), (0.0, 0.1, 0.5, 0.9, 1.0), world, bucket_bytes=1000)
+
+
+def test_what_was_worked_out_for_one_level_serves_the_others_and_no_other_passes() -> None:
+    captured, known = captured_stack(5, 64, 8), Levels()
+    for bucket_bytes in (1000, 10**6):
+        for level in (1.0, 0.4, 0.7):
+            again = lowered(captured, level, 2, known, bucket_bytes=bucket_bytes)
+            assert again.text() == lowered(captured, level, 2, bucket_bytes=bucket_bytes).text()
+    (worked_out,) = known.values()
+    assert len(worked_out) == 2
 
 
 def check_levels(captured: Program, levels: Sequence[float], world: int, **options: Any) -> None:

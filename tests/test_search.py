@@ -189,6 +189,8 @@ def test_what_cannot_be_taken_is_not_looked_at() -> None:
 def test_what_is_left_out_makes_no_difference(unbounded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     pruned, whole = search(blocks(4), 4), search(blocks(4), 4)
     monkeypatch.setattr(whole, "least_bytes", lambda _: 0)
+    monkeypatch.setattr(whole, "_further", lambda _: None)
+    monkeypatch.setattr(whole, "_alike", lambda config: config)
     if unbounded:
         for choice in whole.members:
             choice.milder.clear()

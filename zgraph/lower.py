@@ -10,7 +10,7 @@ from zgraph.config import Config
 from zgraph.errors import CaptureError
 from zgraph.hardware import Hardware
 from zgraph.layout import Layout
-from zgraph.passes import default_passes
+from zgraph.passes import Levels, default_passes
 from zgraph.pipeline import Pass, PassRecord, Watch, run
 from zgraph.program import Mesh, Program
 
@@ -55,6 +55,7 @@ def lower(
     hardware: Hardware | None = None,
     prove: bool = True,
     watch: Watch | None = None,
+    levels: Levels | None = None,
 ) -> Lowered:
     """Run the passes.
 
@@ -67,14 +68,16 @@ def lower(
         hardware: the machine, as each of the ranks finds it; None where it is not known.
         prove: that each pass changed no meaning; a plan runs nothing, and leaves that to ``zgraph.compile``.
         watch: see ``zgraph.pipeline.run``; it is shown the last micro-batch's program first.
+        levels: what recomputation was found to bring for the same model, which grows.
 
     Raises:
         ZgraphError: see ``zgraph.pipeline.run``.
     """
-    last = run(default_passes(config, mesh, layout, own=own, hardware=hardware), captured, prove=prove, watch=watch)
+    passes = default_passes(config, mesh, layout, own=own, hardware=hardware, levels=levels)
+    last = run(passes, captured, prove=prove, watch=watch)
     if config.accumulate == 1:
         return Lowered(last.program, None, last.records)
-    passes = default_passes(config, mesh, last.program.layout, own=own, hardware=hardware)
+    passes = default_passes(config, mesh, last.program.layout, own=own, hardware=hardware, levels=levels)
     micro = run(passes, micro_step(captured), prove=prove, watch=watch)
     check_same_buckets(last.program.layout, micro.program.layout)
     return Lowered(last.program, micro.program, (*last.records, *micro.records))

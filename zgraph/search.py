@@ -5,7 +5,8 @@ first that fits. So more memory never gives a slower choice, and less never one 
 
 Few of them are looked at. What is never faster than another is not, while that other may be taken: a step with more
 micro-batches or more recomputation is taken to be no faster than the same step with less. Nor is what cannot fit: its
-state, and the activations that are held where forward ends, are too much already.
+state, and the activations that are held where forward ends, are too much already, or the same step with all the
+recomputation that there is takes too much. And buckets that hold all parameters are not told apart.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from itertools import count, takewhile
 from typing import Any
 
 from zgraph.captures import Captures
-from zgraph.choices import CHAINED, MEMORY_FIRST, Choice, family
+from zgraph.choices import CHAINED, LEVELS, MEMORY_FIRST, Choice, family
 from zgraph.config import Config
 from zgraph.errors import OptionError
 from zgraph.hardware import Hardware
+from zgraph.layout import aligned
 from zgraph.liveness import lifetimes
 from zgraph.lower import Lowered, lower
-from zgraph.passes import default_passes
+from zgraph.passes import Levels, default_passes
 from zgraph.pipeline import Pass, Watch, run
 from zgraph.plans import Estimate
 from zgraph.predict import Prediction, predict
@@ -76,7 +78,12 @@ class Search:
         for choice in self.members:
             for milder in choice.milder:
                 self._more_milder[milder].append(choice)
+        self._most_recomputed = {
+            _without_level(choice.config): choice for choice in self.members if choice.config.recompute == LEVELS[-1]
+        }
         self._held: dict[Any, tuple[_Held, ...]] = {}
+        self._estimates: dict[Config, Estimate] = {}
+        self._levels: Levels = {}
         self._last: tuple[Choice, tuple[Lowered, Prediction]] | None = None
         self._notes: list[str] = []
         captures.check_blocks(self.members[0].config)
@@ -130,7 +137,7 @@ class Search:
                 if last.estimate.reserved_bytes <= budget:
                     return last
                 continue
-            if self.least_bytes(choice) <= budget and (tried := self.estimated(choice)) is not None:
+            if self._may_fit(choice, budget) and (tried := self.estimated(choice)) is not None:
                 seconds = max(seconds, tried.estimate.step_s)
                 if tried.estimate.peak_bytes <= budget:
                     put(tried.estimate.step_s, tried.estimate.peak_bytes, choice, tried)
@@ -147,10 +154,14 @@ class Search:
         for choice in sorted(self.members, key=lambda choice: (self.least_bytes(choice), choice.depth)):
             if best is not None and self.least_bytes(choice) > best.estimate.peak_bytes:
                 break
+            if self._further(choice) is not None:
+                continue
             tried = self.estimated(choice)
             if tried is not None and (best is None or _size(tried) < _size(best)):
                 best = tried
         assert best is not None
+        alike = [self.estimated(choice) for choice in self.members if self._further(choice) is best.choice]
+        best = min([*(tried for tried in alike if tried is not None), best], key=_size)  # no more than it takes
         return self.exact(best.choice)
 
     def ordered(self, tried: Tried) -> Tried | None:
@@ -201,6 +212,12 @@ class Search:
 
     def _estimate(self, choice: Choice) -> Estimate:
         """Of the whole model; where it repeats blocks, from two numbers of them in a line."""
+        alike = self._alike(choice.config)
+        if alike not in self._estimates:
+            self._estimates[alike] = self._estimate_anew(choice)
+        return replace(self._estimates[alike], options=choice.options)
+
+    def _estimate_anew(self, choice: Choice) -> Estimate:
         made = [Estimate.of(choice.options, self._predict(choice.config, size)[1]) for size in self.captures.sizes]
         if len(made) == 1:
             return made[0]
@@ -229,7 +246,9 @@ class Search:
     def _predict(self, config: Config, num_blocks: int) -> tuple[Lowered, Prediction]:
         captured = self.captures.captured(config, num_blocks)
         mesh = config.mesh(self.world)
-        lowered = lower(captured, config, mesh, None, self._passes, hardware=self.hardware, prove=False)
+        lowered = lower(
+            captured, config, mesh, None, self._passes, hardware=self.hardware, prove=False, levels=self._levels
+        )
         return lowered, predict(lowered, self.hardware, config.accumulate)
 
     def _skip(self, choice: Choice, error: OptionError) -> None:
@@ -242,7 +261,31 @@ class Search:
         if note not in self._notes:
             self._notes.append(note)
 
+    def _alike(self, config: Config) -> Config:
+        """The one that stands for all that make the same program: those whose buckets hold all parameters."""
+        given = config.bucket_bytes
+        if not isinstance(given, int) or config.prefetch is not None:
+            return config
+        captured = self.captures.captured(config, self.captures.sizes[-1])
+        params = [node.meta["val"] for node, what in captured.placeholders() if what.role is Role.PARAM]
+        total = sum(aligned(param.numel()) * param.itemsize for param in params)
+        return replace(config, bucket_bytes=min(given, max(self.world * total, 1)))  # enough for whole ones, too
+
     # -- what cannot fit --------------------------------------------------------------------------------------
+
+    def _may_fit(self, choice: Choice, budget: float) -> bool:
+        """Whether a choice has to be estimated: it fits as far as is known without, and so does what takes less."""
+        if self.least_bytes(choice) > budget:
+            return False
+        further = self._further(choice)
+        lowest = None if further is None else self.estimated(further)
+        return lowest is None or lowest.estimate.peak_bytes <= budget
+
+    def _further(self, choice: Choice) -> Choice | None:
+        """The same with all the recomputation there is, which takes no more memory, if a choice has a part of it."""
+        level = choice.config.recompute
+        is_part = isinstance(level, float) and level != LEVELS[-1]
+        return self._most_recomputed.get(_without_level(choice.config)) if is_part else None
 
     def least_bytes(self, choice: Choice) -> int:
         """Bytes that a rank holds at least where forward ends, without passes that shard."""
@@ -265,6 +308,10 @@ class Search:
             return 0
         activations, divided_over = 0 if chosen_late else 1, config.mesh(self.world).shard_size
         return int(self._extended([each.on_rank(config.zero, divided_over, activations) for each in held]))
+
+
+def _without_level(config: Config) -> Config:
+    return replace(config, recompute=None)
 
 
 def _size(tried: Tried) -> tuple[int, float]:
