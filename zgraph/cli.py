@@ -18,7 +18,8 @@ from typing import Any, NoReturn
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing import SignalException
 
-from zgraph import calibrate, calibration, demo, plan_command, report_command
+from zgraph import calibrate, calibration, demo, doctor, plan_command, report_command
+from zgraph.disk import DEFAULT_PATH
 from zgraph.errors import OptionError, ZgraphError
 
 OK, CHECK_FAILED, BAD_ARGUMENTS, COULD_NOT_RUN, INTERRUPTED = 0, 1, 2, 3, 130
@@ -62,6 +63,12 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _explain(arguments: argparse.Namespace) -> int:
     return OK if report_command.run_explain(arguments) else CHECK_FAILED
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    found = doctor.examine(arguments.directory)
+    print(json.dumps(found.as_dict()) if arguments.json else found)
+    return OK if found.works else CHECK_FAILED
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
@@ -151,6 +158,24 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     report_command.add_arguments(command)
     command.add_argument("--json", action="store_true", help="print sentences by question as one JSON object")
+
+    command = _add_command(
+        commands,
+        "doctor",
+        _doctor,
+        help="what works on this machine, and what will not?",
+        description="Look at this machine, try what zgraph needs of it, and print one block to paste into a question: "
+        "versions, devices, limits, what works, what is limited and what will not work, each with the fix. It names "
+        f"neither the user nor the machine. Exits with status {CHECK_FAILED} if something will not work.",
+        epilog="Example: zgraph doctor --directory /scratch",
+    )
+    command.add_argument(
+        "--directory",
+        type=Path,
+        default=Path(DEFAULT_PATH),
+        help="where state would be offloaded to; default: %(default)s",
+    )
+    command.add_argument("--json", action="store_true", help="print what was found as one JSON object")
 
     command = _add_command(
         commands,
