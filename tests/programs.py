@@ -15,7 +15,7 @@ from hypothesis import settings
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from zgraph import lockstep, ops
+from zgraph import ops
 from zgraph.config import Config
 from zgraph.gradients import Gradients
 from zgraph.lockstep import Value, Values, run_ranks
@@ -24,6 +24,8 @@ from zgraph.passes import default_passes
 from zgraph.pipeline import run
 from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage, operand, target_name
 from zgraph.recipe import complete
+from zgraph.reference import averaged as averaged_over_ranks
+from zgraph.reference import divide, join
 from zgraph.scaling import LOSS_SCALE
 
 aten = torch.ops.aten
@@ -292,66 +294,7 @@ def values_for(program: Program, seed: int = 0, world: int = 1) -> list[Values]:
 
 def reference(captured: Program, inputs: Sequence[Values]) -> list[Values]:
     """What the ranks' results must be, whatever the passes do."""
-    return run_ranks(_averaged(captured), inputs)
-
-
-def _averaged(captured: Program) -> Program:
-    """The captured step as ranks must take it: update and optimizer state have mean gradients, the loss is the mean."""
-    program = captured.clone()
-    results = program.results()
-    for node in list(program.graph.nodes):
-        if node.op != "call_function" or node.meta["origin"].phase is Phase.UPDATE:
-            continue
-        updates = [
-            u
-            for u in node.users
-            if u.op == "call_function" and u.meta["origin"].phase is Phase.UPDATE and u.target is not ops.max_over_ranks
-        ]
-        returned = [
-            i
-            for i, (what, result) in enumerate(zip(program.outputs, results, strict=True))
-            if result is node and (what is None or what.role is Role.OPT_STATE)
-        ]
-        if updates or returned:
-            origin = node.meta["origin"]
-            start = program.call(ops.all_reduce, node, "avg", program.mesh.axis, origin=origin, before=node.next)
-            mean = program.call(ops.wait, start, origin=origin, before=start.next)
-            for user in updates:
-                user.replace_input_with(node, mean)
-            for i in returned:
-                results[i] = mean
-    program.set_results(results, program.outputs)
-    for node in program.graph.find_nodes(op="call_function", target=ops.max_over_ranks):
-        origin, source = node.meta["origin"], node.args[0]
-        start = program.call(ops.all_gather, source, 1, program.mesh.axis, origin=origin, before=node)
-        every = program.call(ops.wait, start, origin=origin, before=node)
-        rows = program.call(aten.view.default, every, [-1, len(source.meta["val"])], origin=origin, before=node)
-        node.replace_all_uses_with(program.call(aten.amax.default, rows, [0], origin=origin, before=node))
-        program.graph.erase_node(node)
-    return program
-
-
-def divide(program: Program, whole: Sequence[Values]) -> list[Values]:
-    """Each rank's inputs of a bucketed program, from those of the captured one."""
-    layout = program.layout
-    assert layout is not None
-    inputs = {what: node.meta["val"] for node, what in program.placeholders()}
-    flat = {
-        state(segment.name, what.key)
-        for what, val in inputs.items()
-        if what.role is Role.OPT_STATE and isinstance(val, torch.Tensor) and val.dim()
-        for bucket in layout.buckets
-        if bucket.name == what.name
-        for segment in bucket.segments
-    }
-    divided = lockstep.divide(layout, whole, flat)
-    return [{what: value for what, value in mine.items() if what in inputs} for mine in divided]
-
-
-def join(program: Program, results: Sequence[Values]) -> list[Values]:
-    """Each rank's results of a bucketed program, as those of the captured one."""
-    assert program.layout is not None
-    return lockstep.join(program.layout, results)
+    return run_ranks(averaged_over_ranks(captured), inputs)
 
 
 def gradients_of(program: Program) -> dict[str, fx.Node]:

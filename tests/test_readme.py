@@ -18,6 +18,8 @@ def blocks(file: str) -> list[str]:
 
 BLOCKS = blocks("README.md")
 
+GUIDES = ["recipe", "plan", "hardware", "memory", "hybrid", "offload", "report", "kernels", "troubleshooting"]
+
 
 def test_the_readme_shows_code() -> None:
     assert len(BLOCKS) >= 3
@@ -34,7 +36,9 @@ def test_the_readme_runs_as_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("guide", ["recipe", "plan", "hardware", "memory", "hybrid", "offload", "report", "kernels"])
+@pytest.mark.parametrize(
+    "guide", ["recipe", "plan", "hardware", "memory", "hybrid", "offload", "report", "kernels", "troubleshooting"]
+)
 def test_a_guide_runs_as_written(guide: str, tmp_path: Path) -> None:
     script = tmp_path / "guide.py"
     script.write_text("\n".join(blocks(f"docs/{guide}.md")))

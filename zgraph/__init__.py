@@ -1,6 +1,7 @@
 """zgraph: train models that do not fit, by compiling the whole training step as one graph."""
 
 from zgraph.batches import MicroBatches
+from zgraph.bisection import bisect
 from zgraph.compiler import compile  # noqa: A004
 from zgraph.config import Config
 from zgraph.errors import (
@@ -42,6 +43,7 @@ __all__ = [
     "StateError",
     "VerifyError",
     "ZgraphError",
+    "bisect",
     "compile",
     "find_hardware",
     "plan",

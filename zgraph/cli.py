@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing import SignalException
 
-from zgraph import calibrate, calibration, demo, doctor, plan_command, report_command
+from zgraph import bisect_command, calibrate, calibration, demo, doctor, plan_command, report_command
 from zgraph.disk import DEFAULT_PATH
 from zgraph.errors import OptionError, ZgraphError
 
@@ -63,6 +63,10 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _explain(arguments: argparse.Namespace) -> int:
     return OK if report_command.run_explain(arguments) else CHECK_FAILED
+
+
+def _bisect(arguments: argparse.Namespace) -> int:
+    return OK if bisect_command.run(arguments) else CHECK_FAILED
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -158,6 +162,19 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     report_command.add_arguments(command)
     command.add_argument("--json", action="store_true", help="print sentences by question as one JSON object")
+
+    command = _add_command(
+        commands,
+        "bisect",
+        _bisect,
+        help="which pass makes a check fail?",
+        description="Run the step on simulated ranks after each pass, and name the first pass after which a check "
+        "fails or that the verifier refuses.\n"
+        f"Exits with status {CHECK_FAILED} if there is one.",
+        epilog=bisect_command.EXAMPLES,
+    )
+    bisect_command.add_arguments(command)
+    command.add_argument("--json", action="store_true", help="print what was found as one JSON object")
 
     command = _add_command(
         commands,

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import inspect
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,8 @@ from torch import nn
 
 from zgraph.config import PRECISIONS, RECOMPUTE, parse_bytes
 from zgraph.decision import AUTO
-from zgraph.errors import OptionError, first_line
+from zgraph.errors import OptionError
+from zgraph.functions import call_function, failed, find_function
 from zgraph.planner import plan
 from zgraph.presets import Decoder, ModelConfig, find_model, from_hf
 from zgraph.which_hardware import find_hardware
@@ -165,30 +164,11 @@ def _model_and_batch(arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
 
 
 def _called(arguments: argparse.Namespace) -> Any:
-    """What the user's function returns, found as ``python -m`` finds modules: from the current directory as well."""
-    module_name, colon, name = arguments.model.partition(":")
-    if not colon:
-        raise OptionError(f"--model {arguments.model} has no colon", fix="write it as MODULE:FUNCTION")
-    sys.path.insert(0, "")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise _failed(arguments.model, error) from error
-    finally:
-        sys.path.remove("")
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise OptionError(f"--model {arguments.model}: {module_name} has no function {name!r}")
+    """What the user's function returns, given the sizes that it takes."""
+    function = find_function(arguments.model, "--model")
     sizes = {"batch": arguments.batch, "seq": arguments.seq}
     try:
-        return function(**{key: sizes[key] for key in inspect.signature(function).parameters if key in sizes})
-    except Exception as error:
-        raise _failed(arguments.model, error) from error
-
-
-def _failed(name: str, error: Exception) -> OptionError:
-    """What went wrong in the user's file, with the last line of it that was running."""
-    where = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
-    theirs = [frame for frame in where if not frame.filename.startswith(("<", sys.prefix, sys.base_prefix))]
-    line = f" at {theirs[-1].filename}:{theirs[-1].lineno}" if theirs else ""
-    return OptionError(f"--model {name}: {type(error).__name__}: {first_line(error)}{line}")
+        takes = inspect.signature(function).parameters
+    except ValueError as error:  # a class of C, say
+        raise failed(arguments.model, "--model", error) from error
+    return call_function(function, arguments.model, "--model", **{name: sizes[name] for name in takes if name in sizes})

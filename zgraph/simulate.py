@@ -113,7 +113,7 @@ class SimulatedRanks:
         self._model, self._optimizer, self._loss, self._weight = model, optimizer, loss, weight
         self._metrics = metrics
         self._config, self._passes, self._streams = config, passes, streams
-        values = _values_of(model, optimizer)
+        values = values_of(model, optimizer)
         # Tensors in here are replaced, never written to, so that ranks may have them in common.
         self._values: list[Values] = [dict(values) for _ in streams]
         self._given = OptimizerState(optimizer, Agreement(None)).forms(dict(model.named_parameters()))
@@ -429,7 +429,7 @@ def _check_alike(calls: Sequence[Call]) -> None:
             )
 
 
-def _values_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Values:
+def values_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Values:
     """Copies of all that a model and its optimizer store.
 
     Raises:
