@@ -20,6 +20,7 @@ from zgraph.pipeline import Pass
 from zgraph.planner import plan
 from zgraph.plans import Plan
 from zgraph.program import Program, Stage
+from zgraph.progress import Progress
 from zgraph.simulate import SimulatedRanks, simulate_ranks
 from zgraph.terms import Axiom
 from zgraph.which_hardware import find_hardware
@@ -37,6 +38,7 @@ __all__ = [
     "Pass",
     "Plan",
     "Program",
+    "Progress",
     "RankError",
     "SimulatedRanks",
     "Stage",

@@ -43,6 +43,7 @@ def compile(  # noqa: A001
     passes: Sequence[Pass] = (),
     plan: Plan | None = None,
     memory: int | str | None = None,
+    progress: bool = True,
     **options: Any,
 ) -> Any:
     """Give ``model`` a ``train_step`` that runs forward, backward, communication and update as one graph.
@@ -71,6 +72,7 @@ def compile(  # noqa: A001
             ``zgraph.choices`` lists are chosen if they are ``"auto"`` or not given, but for ``accumulate``, which is 1
             unless it is ``"auto"``: micro-batches change results where the loss is no mean over the rows of a batch.
             ``model.plan`` says what was chosen.
+        progress: on a terminal, rank 0 shows what compiling is at; False does not.
         options: see ``zgraph.config.Config``.
 
     Returns:
@@ -99,7 +101,9 @@ def compile(  # noqa: A001
     group = process_group()
     if plan is not None:
         _check_plan(plan, group, model)
-    runtime = Runtime(model, optimizer, loss, weight, check_metrics(metrics), config, group, tuple(passes), budget)
+    runtime = Runtime(
+        model, optimizer, loss, weight, check_metrics(metrics), config, group, tuple(passes), budget, progress
+    )
     model.__class__ = type(f"Compiled{type(model).__name__}", (CompiledModule, type(model)), {})
     model.__dict__["_zgraph"] = runtime
     return model

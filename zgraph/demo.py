@@ -183,7 +183,7 @@ def train(options: Options) -> Report | None:
     plain = _PlainTraining(copy.deepcopy(model), threads * options.ranks) if rank == 0 else None
     num_parameters = sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    model = zgraph.compile(model, optimizer=optimizer, zero=options.zero)
+    model = zgraph.compile(model, optimizer=optimizer, zero=options.zero, progress=False)
 
     run = Run(threads)
     with _display(options.steps, shown=rank == 0) as show:

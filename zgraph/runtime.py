@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import gc
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -56,6 +55,7 @@ from zgraph.placement import place
 from zgraph.plans import Plan, default_budget, describe, show_bytes
 from zgraph.predict import predict
 from zgraph.program import Guard, Input, Program, Role
+from zgraph.progress import Phases
 from zgraph.report import Recorder, Report, make_report
 from zgraph.search import Search
 from zgraph.skipping import GRADIENT_NORM, NUM_SKIPPED, report
@@ -115,6 +115,7 @@ class Runtime:
     group: InitVar[dist.ProcessGroup | None]
     passes: tuple[Pass, ...] = ()
     budget: Budget | None = None
+    progress: bool = True
     cache: list[Compiled] = field(default_factory=list)  # in order of last use
     arena: Arena = field(default_factory=Arena)
     _comm: Comm | None = None
@@ -269,15 +270,30 @@ class Runtime:
         self._last = used[-1]
 
     def _compile(self, key: str, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout | None) -> Compiled:
+        with Phases().shown("compiled", asked=self.progress) as phases:
+            return self._compile_in(phases, key, args, kwargs, layout)
+
+    def _compile_in(
+        self, phases: Phases, key: str, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout | None
+    ) -> Compiled:
         assert self.optimizer is not None
         self._agree_on_machine((args, kwargs))
         error: Exception | None = None
         digest = b""
         try:
-            start = time.perf_counter()
-            program = self._capture(args, kwargs, self.config)
-            capture_s = time.perf_counter() - start
-            lowered = lower(program, self.config, self.mesh, layout, self.passes, hardware=self._hardware)
+            with phases.phase("capture"):
+                program = self._capture(args, kwargs, self.config)
+            with phases.phase("passes"):
+                lowered = lower(
+                    program,
+                    self.config,
+                    self.mesh,
+                    layout,
+                    self.passes,
+                    hardware=self._hardware,
+                    watch=phases.watch,
+                )
+            phases.divide("passes", lowered.records)
             digest = lowered.digest()
             self._check_budget(lowered)
             del program
@@ -290,14 +306,14 @@ class Runtime:
             if self.config.check_collectives and self.state.group is not None:
                 self._comm = CheckedComm(self._comm, self.agreement)
         self._agree_on_kernels(lowered.programs)
-        with self.agreement.together():
+        with phases.phase("kernels"), self.agreement.together():
             micro, executable = (None, *map(self._executable, lowered.programs))[-2:]
         for program in lowered.programs:
             forget(program.graph)
         gc.collect()  # graphs are full of cycles; what capture left behind is gone before the first step
         release_free_memory()
         assert executable is not None
-        guards, records = lowered.last.guards, lowered.records
+        guards, records, capture_s = lowered.last.guards, lowered.records, phases.seconds["capture"]
         call = _with_tensors_on("meta", (args, kwargs))
         return Compiled({key}, self.config, executable, micro, guards, records, capture_s, self._last_decided, call)
 
@@ -463,7 +479,9 @@ class Runtime:
                 MicroBatches([largest] * len(calls)) if len(args) == 1 and isinstance(args[0], MicroBatches) else None
             )
             call: Call = ((split,), {}) if split is not None else largest
-            plan = Plan.from_json(self.agreement.of_first(partial(self._choose, budget, call, self._hardware)))
+            with Phases().shown("options chosen", asked=self.progress) as phases, phases.phase("search"):
+                chosen = self.agreement.of_first(partial(self._choose, budget, call, self._hardware))
+            plan = Plan.from_json(chosen)
             if not plan.fits:
                 raise plan.refusal()
             log.info("zgraph: options chosen for a budget of %s: %s", show_bytes(plan.budget_bytes), plan.options)

@@ -1,0 +1,242 @@
+"""What is shown of compiling and training: on a terminal alone, by rank 0 alone, and in files where asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pty
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+import zgraph
+from tests.ranks import Ranks
+from zgraph import progress as shown
+from zgraph.progress import Phases, Progress
+
+
+def compiled(**options: Any) -> Any:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    return zgraph.compile(
+        model, optimizer=torch.optim.AdamW(model.parameters()), loss=lambda y, *_: y.square().mean(), **options
+    )
+
+
+def train(model: Any, progress: Progress, steps: int, **scalars: Any) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        loss = model.train_step(torch.randn(8, 4))
+        progress.step(loss, tokens=32, **scalars)
+        losses.append(loss.item())
+    return losses
+
+
+def test_scalars_are_written_every_so_many_steps_and_at_the_end(tmp_path: Path) -> None:
+    model, path = compiled(clip_norm=1.0), tmp_path / "run.jsonl"
+    with Progress(model, steps=7, every=3, jsonl=path) as progress:
+        losses = train(model, progress, 7, lr=1e-3)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6, 7]
+    assert [line["loss"] for line in lines] == [losses[2], losses[5], losses[6]]
+    for line in lines:
+        assert line["tokens_per_s"] == pytest.approx(32 / line["step_s"], rel=1e-9)
+        assert line["lr"] == 1e-3
+        assert line["budget_bytes"] == model.plan.budget_bytes
+        assert line["predicted_step_s"] == model.plan.chosen.step_s
+        assert 0 <= line["predicted_exposed_s"] <= line["predicted_step_s"]
+        assert 10**7 < line["memory_bytes"] < line["budget_bytes"]
+    assert lines[-1]["gradient_norm"] == model.stats()["gradient_norm"]
+    assert lines[0]["time_s"] < lines[1]["time_s"] < lines[2]["time_s"]
+
+
+def test_the_budget_is_the_one_that_options_were_chosen_for(tmp_path: Path) -> None:
+    model, path = compiled(memory="1GiB"), tmp_path / "run.jsonl"
+    with Progress(model, every=1, jsonl=path) as progress:
+        train(model, progress, 1)
+    assert json.loads(path.read_text())["budget_bytes"] == 2**30
+
+
+def test_a_step_that_is_not_told_reads_nothing(tmp_path: Path) -> None:
+    class Unread(torch.Tensor):
+        def item(self) -> float:
+            raise AssertionError("the device was waited for")
+
+    model = compiled()
+    model.train_step(torch.randn(8, 4))
+    loss = torch.zeros([]).as_subclass(Unread)
+    with Progress(model, every=2, jsonl=tmp_path / "run.jsonl") as progress:
+        progress.step(loss)
+        with pytest.raises(AssertionError, match="waited for"):
+            progress.step(loss)
+    with Progress(model, every=1) as quiet:  # nothing is shown and nothing written, so nothing is read
+        quiet.step(loss)
+
+
+def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    model, path = compiled(), tmp_path / "run.jsonl"
+    model.train_step(torch.randn(8, 4))
+    with Progress(model, every=1, jsonl=path) as progress:
+        progress.step(torch.tensor(math.nan), extra=torch.tensor(math.inf))
+    line = json.loads(path.read_text(), parse_constant=lambda _: pytest.fail("no JSON"))
+    assert (line["loss"], line["extra"]) == (None, None)
+
+
+def test_a_file_is_continued(tmp_path: Path) -> None:
+    model, path = compiled(), tmp_path / "run.jsonl"
+    for _ in range(2):
+        with Progress(model, every=1, jsonl=path) as progress:
+            train(model, progress, 1)
+    assert len(path.read_text().splitlines()) == 2
+
+
+def test_weights_and_biases_and_tensorboard_get_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told: list[Any] = []
+
+    class Run:
+        def log(self, values: dict[str, float], step: int) -> None:
+            told.append((step, sorted(values)))
+
+        def finish(self) -> None:
+            told.append("finished")
+
+    class Writer:
+        def __init__(self, directory: str) -> None:
+            told.append(directory)
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            told.append((step, name))
+
+        def close(self) -> None:
+            told.append("closed")
+
+    def init(**arguments: Any) -> Run:
+        told.append(arguments)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    model = compiled()
+    with Progress(model, every=1, tensorboard=tmp_path, wandb={"project": "p"}) as progress:
+        train(model, progress, 1)
+    assert told[:2] == [str(tmp_path), {"project": "p"}]
+    assert (1, "loss") in told
+    assert any("loss" in names for _, names in (each for each in told if isinstance(each, tuple)))
+    assert told[-2:] == ["closed", "finished"]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"every": 0}, "every=0 is not a number of steps"),
+        ({"steps": True}, "steps=True is not a number of steps"),
+        ({"jsonl": "/nowhere/run.jsonl"}, "/nowhere/run.jsonl cannot be written: No such file or directory"),
+        ({"wandb": {}}, "Weights & Biases is not installed"),
+        ({"tensorboard": "runs"}, "TensorBoard is not installed"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused(given: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(zgraph.ZgraphError, match=re.escape(says)):
+        Progress(compiled(), **given)
+
+
+def test_a_plain_model_is_refused() -> None:
+    with pytest.raises(zgraph.OptionError, match="a Linear, is not compiled"):
+        Progress(nn.Linear(2, 2))
+
+
+def ranks_train(directory: str) -> list[str]:
+    model = compiled()
+    with Progress(model, every=1, jsonl=Path(directory) / "run.jsonl") as progress:
+        train(model, progress, 2)
+    return (Path(directory) / "run.jsonl").read_text().splitlines()
+
+
+@pytest.mark.slow
+def test_rank_0_alone_writes_and_counts_the_tokens_of_all(ranks: Ranks, tmp_path: Path) -> None:
+    (lines, _) = ranks.run(ranks_train, str(tmp_path), world=2)
+    assert len(lines) == 2
+    line = json.loads(lines[0])
+    assert line["tokens_per_s"] == pytest.approx(2 * 32 / line["step_s"], rel=1e-9)
+
+
+# On a terminal
+
+SCRIPT = """
+import sys, torch, zgraph
+model = torch.nn.Linear(4, 1)
+model = zgraph.compile(model, optimizer=torch.optim.AdamW(model.parameters()), loss=lambda y, x: y.square().mean(),
+                       progress="off" not in sys.argv)
+with zgraph.Progress(model, steps=4, every=2, show="off" not in sys.argv) as progress:
+    for _ in range(4):
+        progress.step(model.train_step(torch.randn(8, 4)), tokens=8)
+"""
+
+
+def on_terminal(*arguments: str) -> str:
+    """What a process writes to a terminal of 200 columns that is its standard error."""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "COLUMNS": "200", "TERM": "xterm"}
+    with subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments], stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        written = b""
+        while True:
+            try:
+                part = os.read(ours, 4096)
+            except OSError:  # how Linux says that the other end was closed
+                break
+            written += part
+        assert process.wait() == 0, written
+    os.close(ours)
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.decode())
+
+
+@pytest.mark.slow
+def test_a_terminal_is_shown_phases_and_steps() -> None:
+    text = on_terminal()
+    assert re.search(r"zgraph: compiled in [\d.]+ m?s: capture .* passes .* proofs .* kernels ", text)
+    assert re.search(r"passes: \d+ done, \w+ the last; \d+ nodes|zgraph: capture", text)
+    assert re.search(r"loss \d\.\d{4}, .* a step, .* tokens/s, .* of .*, waits \d+% of it \(predicted\)", text)
+    assert "4/4" in text
+
+
+@pytest.mark.slow
+def test_a_terminal_is_shown_nothing_if_it_is_not_asked_for() -> None:
+    assert "zgraph" not in on_terminal("off")
+
+
+def test_nothing_is_written_where_there_is_no_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    model = compiled()
+    with Progress(model, every=1) as progress:
+        train(model, progress, 2)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_phases_tell_proofs_apart_from_passes() -> None:
+    phases = Phases(Console(force_terminal=True, file=open(os.devnull, "w")))  # noqa: SIM115
+    with phases.shown("compiled", asked=True), phases.phase("passes"):
+        pass
+    record = zgraph.pipeline.PassRecord("Tidy", 0.5, 0.25, 1, 1)
+    phases.seconds["passes"] = 1.0
+    phases.divide("passes", (record, record))
+    assert phases.seconds == {"passes": 0.5, "proofs": 0.5}
+
+
+def test_a_bar_that_is_shown_keeps_compiling_quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(shown, "_live", [object()])
+    with (tmp_path / "out").open("w") as file:
+        phases = Phases(Console(force_terminal=True, file=file))
+        with phases.shown("compiled", asked=True), phases.phase("capture"):
+            pass
+    assert not (tmp_path / "out").read_text()
