@@ -193,6 +193,27 @@ class CompiledModule(nn.Module):
             made.write(path)
         return made
 
+    def export(self, directory: str | Path, batch: Any = None) -> list[Path]:
+        """Write the step that ran last, with its kernels and state, to run without zgraph: ``python step.py``.
+
+        It computes bit for bit what the next steps would compute here, on CPUs whose ranks share a host. All ranks call
+        it: rank 0 writes the programs, and each rank the part of the state that it stores.
+
+        Args:
+            directory: where to; it is made if it is not there.
+            batch: of this rank, to go with it: what the model is called with, as a tuple of positional arguments, a
+                dictionary of keyword arguments, or a pair of these. If None, ``step.py`` makes one up.
+
+        Returns:
+            The files that this rank has written.
+
+        Raises:
+            OptionError: the step cannot be exported yet, or the batch is not one that it takes.
+            StateError: a file cannot be written.
+        """
+        written: list[Path] = self.__dict__["_zgraph"].export(Path(directory), batch)
+        return written
+
     def profile(self, steps: int = 3) -> None:
         """Measure the next steps, call by call; ``report`` then shows what was measured beside what was predicted.
 

@@ -59,6 +59,15 @@ class Executable:
         assert isinstance(loss, torch.Tensor)
         return loss
 
+    def state(self) -> dict[str, Any]:
+        """What a step reads besides its batch and hyperparameters, by name, in memory of its own."""
+        found = {}
+        for what in self._values:
+            if what.role not in (Role.BATCH, Role.HYPER):
+                value = self._fetch(what, (), {})
+                found[str(what)] = value.detach().clone() if isinstance(value, torch.Tensor) else value
+        return found
+
     def _fetch(self, what: Input, batch: Sequence[torch.Tensor], hypers: dict[str, float]) -> Any:
         if what.role is Role.PARAM:
             return self._state.params[what.name]

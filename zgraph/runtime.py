@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import InitVar, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch.utils import _pytree as pytree
 from zgraph.agreement import CheckedComm
 from zgraph.arena import Arena
 from zgraph.averages import WEIGHT_EMA
-from zgraph.batches import Call, MicroBatches, micro_batches
+from zgraph.batches import Call, MicroBatches, call_of, micro_batches
 from zgraph.budget import Budget, free_bytes
 from zgraph.capture import batch_device, capture
 from zgraph.captures import Captures
@@ -40,6 +41,7 @@ from zgraph.disk import DEFAULT_PATH, DiskTensor, Moved, padded
 from zgraph.eager import GatherOnUse
 from zgraph.errors import OptimizerError, OptionError, ZgraphError
 from zgraph.execute import Executable
+from zgraph.export import check_batch, check_exportable, rank_of, write
 from zgraph.facts import ARGUMENTS, ATTRIBUTES, STEP_COUNTS, Facts, fact_of, hold, state_spec
 from zgraph.footprint import state_on_disk
 from zgraph.groups import open_axes
@@ -642,6 +644,34 @@ class Runtime:
             digest=ran.digest(),
             notes=notes,
             measured=measured,
+        )
+
+    def export(self, directory: Path, batch: Any) -> list[Path]:
+        """Write the last step, to run without zgraph: see ``CompiledModule.export``."""
+        last = self.last()
+        executables = (last.executable,) if last.micro is None else (last.micro, last.executable)
+        programs = [each.program for each in executables]
+        check_exportable(programs, last.layout.buckets[0].device, last.config)
+        given = None
+        if batch is not None:
+            whole: Call = ((batch,), {}) if isinstance(batch, MicroBatches) else call_of(batch, "the batch")
+            given = [_tensors(call) for call in micro_batches(*whole, last.config.accumulate)]
+            for tensors, program in zip(given, [*programs[:1] * (len(given) - 1), programs[-1]], strict=True):
+                check_batch(program, tensors)
+        assert self.optimizer is not None
+        with torch.no_grad():
+            state: dict[str, Any] = {}
+            for each in executables:
+                state |= each.state()
+        return write(
+            directory,
+            [(each.program, each.step) for each in executables],
+            state=state,
+            batch=given,
+            hypers={**hyperparameters(self.optimizer), **last.config.inputs(self.numbers, self.agreement.world)},
+            num_micro_batches=last.config.accumulate,
+            arena_bytes=self.arena.num_bytes,
+            rank=rank_of(self.state.group),
         )
 
     def stats(self) -> dict[str, Any]:
