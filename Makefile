@@ -3,7 +3,7 @@
 #   make test     the tests; `make quick` only those that together take less than a minute
 #   make lint     ruff and strict mypy
 #   make sweep    try every differentiable operator of torch; writes docs/operators.md
-#   make nightly  property tests on 25,000 random programs, and all combinations of options
+#   make nightly  properties of 25,000 random programs and the like, and all combinations of options
 #   make bench    zgraph beside DDP, FSDP2 and plain PyTorch
 #   make clean    remove .venv and everything that was built
 # PYTHON=python3.12 make test   chooses the interpreter (3.10 to 3.13); changing it makes .venv anew.
@@ -59,9 +59,9 @@ sweep: $(VENV)/for-test
 	sed -i '/^[0-9]* operators:/,$$d' docs/operators.md
 	cat build/operators.md >> docs/operators.md
 
-# Many more random programs than make test tries, and combinations of options that it leaves out.
+# Many more random examples of every property than make test tries, and combinations of options that it leaves out.
 nightly: $(VENV)/for-test
-	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/test_properties.py --timeout 0
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -n 2 -m hypothesis --timeout 0
 	$(BIN)/python -m pytest -m nightly tests
 
 bench: $(VENV)/package

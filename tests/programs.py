@@ -32,8 +32,14 @@ aten = torch.ops.aten
 
 
 def few_examples(num: int) -> settings:
-    """So many examples, the same in every run; a slow test beside it may ask for many others."""
-    return settings(max_examples=num, deadline=None, derandomize=True)
+    """So many examples, the same in every run; twenty times as many in ``make nightly``, and others each time."""
+    return settings(max_examples=num if settings.default.derandomize else 20 * num)
+
+
+def fewer_examples(part: float) -> settings:
+    """This part of the examples that ``make quick`` and ``make test`` ask for: of a property of slow examples."""
+    whole = settings.default
+    return settings(max_examples=round(part * whole.max_examples) if whole.derandomize else whole.max_examples)
 
 
 # Building

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -149,13 +149,6 @@ def write(program: tuple[list[Line], list[int]]) -> tuple[GraphBuilder, list[fx.
 @few_examples(60)
 @given(programs)
 def test_any_graph_without_its_in_place_operators_computes_the_same(program: tuple[list[Line], list[int]]) -> None:
-    check(*write(program))
-
-
-@pytest.mark.slow
-@settings(max_examples=1500, deadline=None)
-@given(programs)
-def test_very_many_graphs_compute_the_same(program: tuple[list[Line], list[int]]) -> None:
     check(*write(program))
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pytest
 import torch
 from expecttest import assert_expected_inline
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.programs import Builder, assert_same_step, divide, few_examples, param, two_layers, values_for
@@ -152,15 +151,6 @@ steps = st.tuples(recipes(), st.integers(0, 3), st.integers(1, 4), st.sampled_fr
 def test_any_step_in_place_is_the_captured_one_whenever_messages_travel(
     drawn: tuple[Recipe, int, int, int, int], late: bool
 ) -> None:
-    recipe, *options = drawn
-    captured = build(recipe)
-    assert_same_step(lowered(captured, *options), captured, late=late)
-
-
-@pytest.mark.slow
-@settings(max_examples=300, deadline=None)
-@given(steps, st.booleans())
-def test_very_many_steps_in_place_are_the_captured_ones(drawn: tuple[Recipe, int, int, int, int], late: bool) -> None:
     recipe, *options = drawn
     captured = build(recipe)
     assert_same_step(lowered(captured, *options), captured, late=late)

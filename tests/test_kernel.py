@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx
 
@@ -159,13 +159,6 @@ sizes = st.sampled_from([(1, 4), (3, 4), (4, 4), (5, 4), (8, 4), (9, 4), (5, 1),
 def test_any_kernel_in_slices_computes_its_body_and_writes_only_where_it_says(
     body: Body, sizes: tuple[int, int]
 ) -> None:
-    check(body, *sizes)
-
-
-@pytest.mark.slow
-@settings(max_examples=2000, deadline=None)
-@given(bodies, sizes)
-def test_very_many_kernels_in_slices_compute_their_bodies(body: Body, sizes: tuple[int, int]) -> None:
     check(body, *sizes)
 
 

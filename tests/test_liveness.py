@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from tests.programs import Builder, few_examples, one_layer, rewritten, two_layers
+from tests.programs import Builder, few_examples, fewer_examples, one_layer, rewritten, two_layers
 from tests.recipes import Recipe, build, recipes
 from zgraph import ops
 from zgraph.codegen.owned import OwnedUpdate
@@ -375,6 +375,7 @@ def made(chain: Sequence[tuple[str, int]]) -> Program:
     return program_of(b, call(aten.sum.default, values[-1]), values[len(values) // 2], world=2)
 
 
+@fewer_examples(0.2)
 @given(chains())
 def test_what_is_alive_in_any_chain_of_calls_is_what_running_it_holds(chain: list[tuple[str, int]]) -> None:
     program = made(chain)
@@ -384,6 +385,7 @@ def test_what_is_alive_in_any_chain_of_calls_is_what_running_it_holds(chain: lis
     assert list(held) == [num_bytes + given for _, num_bytes in alive_bytes(program)]
 
 
+@fewer_examples(0.2)
 @given(chains())
 def test_lifetimes_come_in_order_and_end_after_they_begin(chain: list[tuple[str, int]]) -> None:
     program = made(chain)

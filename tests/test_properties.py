@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from tests.programs import assert_same_step
+from tests.programs import assert_same_step, fewer_examples
 from tests.recipes import Recipe, Reshuffle, build, recipes
 from zgraph.config import Config
 from zgraph.passes import FormBuckets, Tidy, default_passes
@@ -60,6 +60,7 @@ def pipelines() -> st.SearchStrategy[Pipeline]:
     )
 
 
+@fewer_examples(0.2)
 @given(recipes(), pipelines(), st.booleans())
 def test_every_pipeline_is_proved_and_its_ranks_compute_the_step(recipe: Recipe, how: Pipeline, late: bool) -> None:
     """The verifier accepts what is right (it has no false alarms), and numbers agree with it."""
@@ -75,6 +76,7 @@ def test_every_pipeline_is_proved_and_its_ranks_compute_the_step(recipe: Recipe,
     assert_same_step(program, captured, late=late)
 
 
+@fewer_examples(0.2)
 @given(recipes())
 def test_tidying_twice_is_tidying_once(recipe: Recipe) -> None:
     once = Tidy()(build(recipe))

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx
 
-from tests.programs import Builder, two_layers
+from tests.programs import Builder, fewer_examples, two_layers
 from zgraph import ops
 from zgraph.cost import Cost
 from zgraph.hardware import Hardware
@@ -225,6 +225,7 @@ def critical_path(made: Step) -> float:
     return max(computed, link)
 
 
+@fewer_examples(0.2)
 @given(steps(), machines)
 def test_a_step_takes_no_less_than_any_lane_or_chain_and_no_more_than_everything(
     drawn: tuple[str, list[float]], machine: Hardware
@@ -238,6 +239,7 @@ def test_a_step_takes_no_less_than_any_lane_or_chain_and_no_more_than_everything
         assert timeline.step_s == critical_path(made)
 
 
+@fewer_examples(0.2)
 @given(steps(), machines)
 def test_no_order_is_faster_than_the_bound(drawn: tuple[str, list[float]], machine: Hardware) -> None:
     made = step(*drawn)
@@ -272,6 +274,7 @@ def test_what_has_to_be_there_before_a_lane_starts_and_behind_it_counts() -> Non
     assert made.play().step_s == 14  # what is computed beside is issued too late
 
 
+@fewer_examples(0.2)
 @given(steps(), machines)
 def test_every_second_of_computing_is_work_or_exposed_or_starved(
     drawn: tuple[str, list[float]], machine: Hardware
@@ -285,6 +288,7 @@ def test_every_second_of_computing_is_work_or_exposed_or_starved(
         assert spent == max(computing)
 
 
+@fewer_examples(0.2)
 @given(steps(), machines)
 def test_calls_on_a_lane_never_overlap(drawn: tuple[str, list[float]], machine: Hardware) -> None:
     timeline = step(*drawn).play(machine)
@@ -294,6 +298,7 @@ def test_calls_on_a_lane_never_overlap(drawn: tuple[str, list[float]], machine: 
         assert all(before.end_s <= after.start_s for before, after in itertools.pairwise(events))
 
 
+@fewer_examples(0.2)
 @given(steps(), machines)
 def test_a_wait_never_ends_before_its_collective(drawn: tuple[str, list[float]], machine: Hardware) -> None:
     timeline = step(*drawn).play(machine)
@@ -303,6 +308,7 @@ def test_a_wait_never_ends_before_its_collective(drawn: tuple[str, list[float]],
             assert event.end_s >= end[event.node.args[0]]  # type: ignore[index]
 
 
+@fewer_examples(0.2)
 @given(steps(), machines, st.data())
 def test_a_later_wait_never_makes_a_step_longer(
     drawn: tuple[str, list[float]], machine: Hardware, data: st.DataObject
@@ -317,6 +323,7 @@ def test_a_later_wait_never_makes_a_step_longer(
     assert made.play(machine).step_s <= before
 
 
+@fewer_examples(0.2)
 @given(steps(), st.sampled_from(list(MACHINES)), st.sampled_from([0.25, 2.0, 1024.0]))
 def test_calls_that_take_so_many_times_as_long_make_a_step_that_does(
     drawn: tuple[str, list[float]], machine: str, factor: float
@@ -327,6 +334,7 @@ def test_calls_that_take_so_many_times_as_long_make_a_step_that_does(
     assert many.exposed_s == factor * one.exposed_s
 
 
+@fewer_examples(0.2)
 @given(steps(), st.integers(1, 10))
 def test_a_slower_host_never_makes_a_step_shorter(drawn: tuple[str, list[float]], launch: int) -> None:
     made = step(*drawn)
