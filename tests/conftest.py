@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +21,11 @@ settings.register_profile("nightly", max_examples=25_000, deadline=None, print_b
 # What was measured of this machine must not decide what is tested.
 os.environ["ZGRAPH_HARDWARE"] = str(Path(tempfile.gettempdir()) / "zgraph-tests" / "no-hardware.json")
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+def pytest_collection_finish() -> None:
+    """Modules stay: nobody needs to look through their millions of objects for garbage after every compiled step."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

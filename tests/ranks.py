@@ -157,6 +157,7 @@ def _serve(connection: Connection, stacks: str) -> None:
     """What a worker does: jobs, until the other end of the pipe is closed."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's own name need not resolve
     torch.set_num_threads(1)
+    gc.freeze()  # the modules, which are here to stay: each job ends with a search for garbage
     with Path(stacks).open("w") as stacks_file:
         faulthandler.register(signal.SIGUSR1, file=stacks_file)
         while True:
