@@ -52,14 +52,17 @@ captured = lru_cache(maxsize=1)(steps)
 
 
 def attempts(mutant: Mutant, *, exact: bool) -> Iterator[tuple[Program, Config, Mesh]]:
-    """What to try a mistake on."""
-    in_nodes = isinstance(mutant, Edit) and mutant.in_nodes
-    configs = SCHEDULED if isinstance(mutant, Edit) and mutant.module == "schedule" else CONFIGS
-    for config, mesh in IN_NODES if in_nodes else (*configs, *([] if exact else INEXACT)):
-        for program in captured().values():
-            yield program, config, mesh
-    for config, mesh in RECOMPUTING:
-        yield captured()["two blocks"], config, mesh
+    """What to try a mistake on, first where the edited lines run."""
+    edit = mutant if isinstance(mutant, Edit) else None
+    configs = SCHEDULED if edit and edit.module == "schedule" else CONFIGS
+    inexact = [] if exact else INEXACT
+    ordered = IN_NODES if edit and edit.in_nodes else (*configs, *inexact)
+    if edit and edit.on_request:
+        ordered = (*inexact, *configs)
+    everything = ((program, *at) for at in ordered for program in captured().values())
+    with_blocks = ((captured()["two blocks"], *at) for at in RECOMPUTING)
+    recomputes = edit is not None and edit.module in ("again", "recompute", "recompute_activations")
+    yield from (*with_blocks, *everything) if recomputes else (*everything, *with_blocks)
 
 
 def refusal(mutant: Mutant) -> VerifyError | None:
