@@ -87,7 +87,7 @@ def default_passes(
     )
     # What stays gathered is decided last, where there is room beside all else; it is not in the way of what is dropped.
     unshard = (Unshard(config.unshard, hardware),) if config.zero == 3 and mesh.size > 1 else ()
-    offload = (Offload(hardware),) if config.offload is not None else ()
+    offload = (Offload(tuple(sorted(config.offload)), hardware),) if config.offload is not None else ()
     passes = (Tidy(), *_recompute(config, hardware, then, levels), *then, *offload, *unshard)
     last = {p.gives: p for p in passes}
     return tuple(q for p in passes for q in (p, *(o for o in own if last.get(o.takes) is p)))

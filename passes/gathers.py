@@ -24,7 +24,7 @@ def prepares(start: fx.Node) -> set[fx.Node] | None:
         for source in stack.pop().all_input_nodes:
             if source.op == "placeholder" and source.meta["input"].role is not Role.PARAM:
                 return None
-            if source.target is ops.wait:
+            if source.target is ops.wait and operand(source).target is not ops.load:
                 return None
             if source.op == "call_function" and source not in found:
                 found.add(source)

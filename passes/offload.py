@@ -1,9 +1,11 @@
-"""Keep optimizer state on a disk, and stream it through memory bucket by bucket as updates need it."""
+"""Keep parameters and optimizer state on a disk, and stream them through memory bucket by bucket as they are needed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from torch import fx
 
@@ -11,35 +13,47 @@ from zgraph import ops
 from zgraph.cost import Costs
 from zgraph.errors import OptionError
 from zgraph.hardware import Hardware
+from zgraph.passes.copies import Copies, erase_unread, readers_of
 from zgraph.pipeline import Pass
-from zgraph.program import Origin, Phase, Program, Stage
+from zgraph.program import Origin, Phase, Program, Role, Stage, operand
 
 AHEAD = 1
-"""How many buckets ahead of its update a bucket's state is loaded."""
+"""How many buckets ahead of its use a bucket is loaded."""
 
 IN_MEMORY = 3
-"""How many buckets have state in memory at once: one comes, one is updated, one goes."""
+"""How many buckets are in memory at once: one comes, one is used, one goes."""
+
+KEPT = 3
+"""How many buckets of parameters that were read may stay in memory until they are read again, where forward turns into
+backward and backward into updates."""
 
 MARGIN = 1.25
-"""Of what loading the first state is predicted to take, how much it is given to be there in time."""
+"""Of what loading the first buckets is predicted to take, how much they are given to be there in time."""
 
 
 @dataclass(frozen=True)
 class Offload(Pass):
-    """Load each bucket's optimizer state before its update, and store it behind.
+    """Load each bucket before it is used, and store it behind its update.
 
         p, m' = update(p, g, m)             s = load(m)                       # while the bucket before is updated
                                             p, m' = update(p, g, wait(s))
                                      ->     t = store(m', out=m)
                                             wait(t)                           # before the third bucket from here loads
 
-    The order of the updates stays. Loads of the first buckets start so early that they are there in time, as far as the
-    machine is known, or else with the step.
+    Parameters are loaded before forward reads them, before backward does and before their update, where they have not
+    stayed since (``KEPT``):
+
+        w = wait(all_gather(p))      ->     w = wait(all_gather(wait(load(p))))
+
+    The order of what computes stays. Loads of the first buckets start so early that they are there in time, as far as
+    the machine is known, or else with the step.
 
     Args:
+        what: ``"optimizer"``, ``"parameters"``, or both.
         hardware: the machine, as each rank finds it; all ranks are given the same.
     """
 
+    what: tuple[str, ...] = ("optimizer",)
     hardware: Hardware | None = field(default=None, repr=False)
 
     takes = gives = Stage.INPLACE
@@ -50,30 +64,44 @@ class Offload(Pass):
         devices = {bucket.device.type for bucket in layout.buckets} - {"cpu"}
         if devices:
             raise OptionError(f"offload on {devices.pop()}: so far state moves on CPUs only", fix="leave offload out")
-        program.layout = replace(layout, on_disk=tuple(bucket.name for bucket in layout.buckets if bucket.trainable))
-        order = {node: i for i, node in enumerate(program.graph.nodes)}
-        streamed = sorted(_streamed(program, order), key=lambda each: order[each.first])
-        if not streamed:
-            return
-        start = self._early(program, streamed[: AHEAD + 1])
-        for each in streamed:
-            each.store(program)
-        for i, each in enumerate(streamed):
-            before = streamed[i - AHEAD] if i > AHEAD else None
-            at = start if before is None else before.first
-            if i >= IN_MEMORY and order[streamed[i - IN_MEMORY].last] < order[at]:
-                streamed[i - IN_MEMORY].finish(program, at if before is None else before.gate)
-            each.load(program, at if before is None else before.gate)
-        for each in streamed:
-            each.finish(program, program.output_node)
+        trained = tuple(bucket.name for bucket in layout.buckets if bucket.trainable)
+        program.layout = replace(
+            layout,
+            on_disk=trained if "optimizer" in self.what else (),
+            params_on_disk=tuple(bucket.name for bucket in layout.buckets) if "parameters" in self.what else (),
+        )
+        if program.layout.params_on_disk:
+            _wait_before_others_come(program)
+        for find in (_of_parameters, _of_state):
+            order = {node: i for i, node in enumerate(program.graph.nodes)}
+            self._stream(program, find(program, order), order)
 
-    def _early(self, program: Program, first: list[_Streamed]) -> fx.Node:
+    def _stream(self, program: Program, stays: list[_Stay], order: Mapping[fx.Node, int]) -> None:
+        """Load each where the one before is first used, when what was used some before has gone."""
+        if not stays:
+            return
+        staying, gates = deque(stays), dict[fx.Node, fx.Node]()
+        start = self._early(program, stays[: AHEAD + 1])
+        for each in stays:
+            each.store(program)
+        for i, each in enumerate(stays):
+            at = start if i <= AHEAD else each.ahead or stays[i - AHEAD].first
+            before = gates.get(at, at)
+            while len(stays) - len(staying) <= i - IN_MEMORY and order[staying[0].last] < order[at]:
+                staying.popleft().finish(program, before)
+            gates.setdefault(each.first, each.load(program, before))
+        for each in staying:
+            each.finish(program, program.output_node)
+        for flat in {state: None for each in stays for state in each.readers}:
+            erase_unread(flat)
+
+    def _early(self, program: Program, first: list[_Stay]) -> fx.Node:
         """The call before which the first loads start."""
         calls: list[fx.Node] = [node for node in program.graph.nodes if node.op == "call_function"]
         if self.hardware is None:
             return calls[0]
         at, costs = calls.index(first[0].first), Costs(program, self.hardware)
-        num_bytes = sum(state.meta["val"].nbytes for each in first for state in each.read)
+        num_bytes = sum(state.meta["val"].nbytes for each in first for state in each.readers)
         left = MARGIN * self.hardware.transfer_s("disk", "device", num_bytes)
         while at > 0 and left > 0:
             at -= 1
@@ -81,62 +109,118 @@ class Offload(Pass):
         return calls[at]
 
 
-class _Streamed:
-    """A bucket's state on its way.
+class _Stay:
+    """What a bucket has in memory for a while.
 
     Attributes:
-        read: inputs that are read in memory.
+        readers: inputs that are read in memory, and the calls that read them or views of them.
         written: inputs that have a new value, and what that is.
-        first, last: the calls between which the state is needed in memory.
-        gate: the first call that waits for what is loaded.
+        first, last: the calls between which they are needed in memory.
+        ahead: the call before which it is loaded; where the stay before begins if None.
     """
 
     def __init__(
-        self, bucket: str, read: list[fx.Node], written: dict[fx.Node, fx.Node], order: dict[fx.Node, int]
+        self,
+        bucket: str,
+        readers: Mapping[fx.Node, list[fx.Node]],
+        written: Mapping[fx.Node, fx.Node],
+        order: Mapping[fx.Node, int],
+        ahead: fx.Node | None = None,
     ) -> None:
-        self.read, self.written = read, written
-        users = [user for state in read for user in state.users if user.op == "call_function"]
-        needed = sorted([*users, *written.values()], key=order.__getitem__)
+        self.readers, self.written, self.ahead = readers, written, ahead
+        needed = sorted([*(r for mine in readers.values() for r in mine), *written.values()], key=order.__getitem__)
         self.first, self.last = needed[0], needed[-1]
-        self.gate = self.first
-        self._origin = Origin(Phase.UPDATE, bucket, self.first.meta["origin"].source)
+        origin = self.first.meta["origin"]
+        self._origin = Origin(origin.phase, bucket, origin.source)
         self._stores: dict[fx.Node, fx.Node] = {}
 
     def store(self, program: Program) -> None:
         """Start to store each new value as soon as it is there."""
         for state, new in self.written.items():
-            self._stores[state] = program.call(ops.store, new, out=state, origin=self._origin, before=new.next)
+            origin = replace(self._origin, phase=Phase.UPDATE)
+            self._stores[state] = program.call(ops.store, new, out=state, origin=origin, before=new.next)
 
     def finish(self, program: Program, before: fx.Node) -> None:
-        """Wait until all is stored, unless it is being waited for already."""
+        """Wait until all is stored."""
         results = program.results()
         for state, store in self._stores.items():
-            stored = program.call(ops.wait, store, origin=self._origin, before=before)
+            stored = program.call(ops.wait, store, origin=store.meta["origin"], before=before)
             results[program.outputs.index(state.meta["input"])] = stored
         program.set_results(results, program.outputs)
-        self._stores = {}
 
-    def load(self, program: Program, before: fx.Node) -> None:
-        """Start to load before a call, and wait before the first call that reads it."""
-        for state in self.read:
+    def load(self, program: Program, before: fx.Node) -> fx.Node:
+        """Start to load before a call, and wait before the first call that reads it; the first call that waits."""
+        waits = []
+        for state, readers in self.readers.items():
             start = program.call(ops.load, state, origin=self._origin, before=before)
             loaded = program.call(ops.wait, start, origin=self._origin, before=self.first)
-            self.gate = loaded if self.gate is self.first else self.gate
-            for user in list(state.users):
-                if user is not start and user.op == "call_function" and user.target is not ops.store:
-                    user.replace_input_with(state, loaded)
+            waits.append(loaded)
+            copies = Copies(program, state, loaded)
+            for reader in readers:
+                copies.give(reader)
+        return waits[0] if waits else self.first
 
 
-def _streamed(program: Program, order: dict[fx.Node, int]) -> Iterator[_Streamed]:
-    """The state of each bucket that is read or written."""
+def _of_parameters(program: Program, order: Mapping[fx.Node, int]) -> list[_Stay]:
+    """Of each bucket of parameters, what it is in memory for, in order.
+
+    It stays while it is among the ``KEPT`` that are read again soonest (Belady, 1966, "A study of replacement
+    algorithms for a virtual-storage computer").
+    """
+    results = dict(zip(program.outputs, program.results(), strict=True))
+    flats = [node for node, what in program.placeholders() if what.role is Role.PARAM and program.is_on_disk(node)]
+    uses = {flat: sorted(readers_of(flat), key=order.__getitem__) for flat in flats}
+    kept: dict[fx.Node, list[fx.Node]] = {}
+    found: list[tuple[fx.Node, list[fx.Node], fx.Node | None]] = []
+    before: fx.Node | None = None  # where the last bucket but this one came into use
+    here: tuple[fx.Node, fx.Node] | None = None  # the bucket in use, and since when
+    following = {flat: deque(readers) for flat, readers in uses.items()}
+    for flat, reader in sorted(((f, r) for f, rs in uses.items() for r in rs), key=lambda use: order[use[1]]):
+        following[flat].popleft()
+        if here is None or here[0] is not flat:
+            before, here = here and here[1], (flat, reader)
+        if flat not in kept:
+            while len(kept) >= KEPT:
+                last = max(kept, key=lambda each: order[following[each][0]] if following[each] else len(order))
+                del kept[last]
+            kept[flat] = []
+            found.append((flat, kept[flat], before))
+        kept[flat].append(reader)
+    latest = {flat: readers for flat, readers, _ in found}
+    stays = []
+    for flat, readers, ahead in found:
+        what = flat.meta["input"]
+        new = results.get(what, flat)
+        written = {flat: new} if new is not flat and latest[flat] is readers else {}
+        stays.append(_Stay(what.name, {flat: readers}, written, order, ahead))
+    return stays
+
+
+def _of_state(program: Program, order: Mapping[fx.Node, int]) -> list[_Stay]:
+    """The optimizer state of each bucket that is read or written, in order."""
     results = dict(zip(program.outputs, program.results(), strict=True))
     states: dict[str, list[fx.Node]] = {}
     for node, what in program.placeholders():
-        if program.is_on_disk(node):
+        if what.role is Role.OPT_STATE and program.is_on_disk(node):
             states.setdefault(what.name, []).append(node)
+    stays = []
     for bucket, inputs in states.items():
-        read = [node for node in inputs if any(user.op == "call_function" for user in node.users)]
+        users = {node: [user for user in node.users if user.op == "call_function"] for node in inputs}
         new = {node: results.get(node.meta["input"], node) for node in inputs}
         written = {node: result for node, result in new.items() if result is not node}
-        if read or written:
-            yield _Streamed(bucket, read, written, order)
+        if written or any(users.values()):
+            stays.append(_Stay(bucket, {node: mine for node, mine in users.items() if mine}, written, order))
+    return sorted(stays, key=lambda stay: order[stay.first])
+
+
+def _wait_before_others_come(program: Program) -> None:
+    """Where updated parameters are gathered, wait for one bucket before the next one is sent, not at the end."""
+    gathered = [
+        result
+        for what, result in zip(program.outputs, program.results(), strict=True)
+        if what is not None and what.role is Role.PARAM and result.target is ops.wait
+    ]
+    order = {node: i for i, node in enumerate(program.graph.nodes)}
+    gathered.sort(key=lambda wait: order[operand(wait)])
+    for wait, following in pairwise(gathered):
+        operand(following).prepend(wait)

@@ -13,6 +13,7 @@ from torch import fx
 
 from zgraph import ops
 from zgraph.layout import Bucket
+from zgraph.passes.copies import Copies, derived, readers_of
 from zgraph.passes.tidy import remove_dead
 from zgraph.pipeline import Pass
 from zgraph.program import (
@@ -211,7 +212,7 @@ class ReadParamsEarly(Pass):
         flats = {name: node for (name, _), node in program.inputs(Role.PARAM).items()}
         backward = {n for n in order if n.op == "call_function" and n.meta["origin"].phase is Phase.BACKWARD}
         for bucket in program.layout.buckets:
-            family = set(_derived(flats[bucket.name], order))
+            family = set(derived(flats[bucket.name]))
             moves = []
             tails: dict[fx.Node, fx.Node] = {}  # the last node that was moved behind each
             for node in ({user for member in family for user in member.users} & backward) - family:
@@ -258,15 +259,13 @@ class ShardParams(Pass):
                     node.replace_all_uses_with(flat)
                     program.graph.erase_node(node)
             flat.meta["val"] = program.empty([bucket.numel // self.mesh.shard_size], bucket.dtype, bucket.device)
-            family = _derived(flat, position)
-            readers = [u for node in (flat, *family) for u in node.users if u not in family and u.op == "call_function"]
-            readers += [
-                node for node in family if program.output_node in node.users
-            ]  # itself a result, such as a buffer
+            # What is derived of it may be a result itself, such as a buffer.
+            results = [node for node in derived(flat) if program.output_node in node.users]
+            readers = dict.fromkeys((*readers_of(flat), *results))
             for phase in (Phase.FORWARD, Phase.BACKWARD):
-                mine = sorted({u for u in readers if u.meta["origin"].phase is phase}, key=lambda u: position.get(u, 0))
+                mine = sorted((u for u in readers if u.meta["origin"].phase is phase), key=lambda u: position.get(u, 0))
                 if mine:
-                    self._gather(program, bucket, flat, family, mine, phase)
+                    self._gather(program, bucket, flat, mine, phase)
         results = program.results()
         for index, what in enumerate(program.outputs):
             if what is not None and what.role is Role.PARAM:
@@ -279,7 +278,6 @@ class ShardParams(Pass):
         program: Program,
         bucket: Bucket,
         flat: fx.Node,
-        family: list[fx.Node],
         readers: list[fx.Node],
         phase: Phase,
     ) -> None:
@@ -290,37 +288,12 @@ class ShardParams(Pass):
         origin = Origin(phase, bucket.name, readers[0].meta["origin"].source)
         world, axis = self.mesh.shard_size, self.mesh.shard_axis
         start = program.call(ops.all_gather, flat, world, axis, origin=origin, before=readers[0])
-        copies: dict[fx.Node, fx.Node] = {flat: program.call(ops.wait, start, origin=origin, before=readers[0])}
-        members = set(family)
-
-        def copied(node: fx.Node, before: fx.Node) -> fx.Node:
-            if node not in copies:
-                args = [copied(a, before) if a in copies or a in members else a for a in node.args]  # type: ignore[arg-type]
-                copies[node] = program.call(
-                    node.target, *args, origin=replace(node.meta["origin"], phase=phase), before=before, **node.kwargs
-                )
-            return copies[node]
-
+        copies = Copies(program, flat, program.call(ops.wait, start, origin=origin, before=readers[0]))
         for reader in readers:
-            if reader in members:
-                program.output_node.replace_input_with(reader, copied(reader, reader))
-                continue
-            for source in reader.all_input_nodes:
-                if source in members or source is flat:
-                    reader.replace_input_with(source, copied(source, reader))
-
-
-def _derived(flat: fx.Node, position: dict[fx.Node, int]) -> list[fx.Node]:
-    """Views and casts of a parameter buffer, which any phase can make again from a gathered copy."""
-    family: dict[fx.Node, None] = {}
-    queue = [flat]
-    while queue:
-        for user in queue.pop().users:
-            again = ops.view_of(user) is not None or user.target is aten._to_copy.default
-            if again and user.op == "call_function" and len(user.all_input_nodes) == 1 and user not in family:
-                family[user] = None
-                queue.append(user)
-    return sorted(family, key=position.__getitem__)
+            if copies.has(reader):
+                program.output_node.replace_input_with(reader, copies.of(reader, reader))
+            else:
+                copies.give(reader)
 
 
 def _path(node: fx.Node, family: set[fx.Node], *, after: int, order: dict[fx.Node, int]) -> list[fx.Node]:

@@ -1,10 +1,12 @@
-"""Optimizer state on a disk: the same step, proved, with no more of it in memory than is said."""
+"""Parameters and optimizer state on a disk: the same step, proved, with no more of it in memory than is said."""
 
 from __future__ import annotations
 
 import copy
 import errno
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,26 +29,31 @@ from tests.reference import slow
 from zgraph import ops
 from zgraph.config import Config
 from zgraph.disk import padded
-from zgraph.errors import DiskError, OptionError, VerifyError
+from zgraph.errors import DiskError, OptionError, StateError, VerifyError
+from zgraph.flat import FlatTensors
 from zgraph.footprint import Kind, footprint, state_on_disk
 from zgraph.hardware import Disk, Hardware
 from zgraph.liveness import lifetimes
 from zgraph.lower import Lowered, lower
 from zgraph.machines import assumed_cpu
 from zgraph.passes import Offload, default_passes
-from zgraph.passes.offload import IN_MEMORY
+from zgraph.passes.offload import AHEAD, IN_MEMORY, KEPT
 from zgraph.pipeline import Pass, run
 from zgraph.placement import place
 from zgraph.predict import predict
-from zgraph.program import Mesh, Program, Role, Stage, operand
+from zgraph.program import Mesh, Phase, Program, Role, Stage, operand, phase_of
 from zgraph.timeline import COMPUTE, least_s, play
 
 aten = torch.ops.aten
 ON_DISK = {"optimizer": "disk"}
+PARAMETERS = {"parameters": "disk"}
+EVERYTHING = {**ON_DISK, **PARAMETERS}
 
 
-def lowered(captured: Program, zero: int = 0, world: int = 1, *own: Pass, **options: Any) -> Program:
-    config = Config(zero, 1, 1, offload=ON_DISK, **options)
+def lowered(
+    captured: Program, zero: int = 0, world: int = 1, *own: Pass, offload: dict[str, str] = ON_DISK, **options: Any
+) -> Program:
+    config = Config(zero, 1, 1, offload=offload, **options)
     return run(default_passes(config, Mesh(world), own=own), captured).program
 
 
@@ -109,6 +116,70 @@ wait for store 2
 wait for store 1
 wait for store 0""",
     )
+
+
+def test_parameters_come_for_forward_and_backward_and_stay_for_what_follows_at_once() -> None:
+    """Of four, three stay where forward turns into backward, and each from backward to its update."""
+    assert_expected_inline(
+        transfers(lowered(blocks(2), offload=PARAMETERS)),
+        """\
+load 0
+load 1
+wait for load 0
+load 2
+wait for load 1
+load 3
+wait for load 2
+wait for load 3
+update 3
+store 3
+update 2
+store 2
+load 0
+update 1
+store 1
+wait for load 0
+update 0
+store 0
+wait for store 1
+wait for store 2
+wait for store 3
+wait for store 0""",
+    )
+
+
+@pytest.mark.parametrize("num", [1, 2, 5])
+@pytest.mark.parametrize(("zero", "world"), [(0, 1), (0, 3), (1, 3), (3, 2)])
+def test_no_more_buckets_have_parameters_in_memory_than_is_said(num: int, zero: int, world: int) -> None:
+    program = lowered(blocks(num), zero, world, offload=PARAMETERS)
+    assert program.layout is not None
+    assert program.layout.params_on_disk == tuple(bucket.name for bucket in program.layout.buckets)
+    loaded = [life for life in lifetimes(program) if life.node.target is ops.load]
+    assert 2 * num <= len(loaded) <= 4 * num
+    at_once = [sum(life.first <= at <= life.last for life in loaded) for at in range(program.num_nodes())]
+    assert max(at_once) <= min(IN_MEMORY + AHEAD + 1, 2 * num)
+
+
+def test_a_parameter_is_cast_anew_from_what_is_loaded() -> None:
+    """One that is cast for forward is not kept for backward, but for buckets that stay as a whole."""
+    case = CASES["gpt_tied"]
+    model = case.model(torch.float32)
+    zgraph.compile(
+        model, torch.optim.SGD(model.parameters()), loss=case.loss, bucket_bytes=1, precision="bf16", offload=PARAMETERS
+    )
+    (batch,) = case.batches(1, 4, dtype=torch.float32)
+    model.train_step(*batch.args)
+    casts = [
+        node
+        for node in model.program.graph.find_nodes(op="call_function", target=aten._to_copy.default)
+        if ops.root_of(operand(node)).target is ops.wait
+    ]
+    kept = {
+        operand(operand(ops.root_of(operand(node)))).meta["input"].name
+        for node in casts
+        if any(phase_of(user) is Phase.BACKWARD for user in node.users) and phase_of(node) is Phase.FORWARD
+    }
+    assert len(casts) > 10 > KEPT >= len(kept)
 
 
 def test_the_text_of_a_program_says_what_lies_on_a_disk() -> None:
@@ -197,19 +268,33 @@ def test_any_step_is_the_same(recipe: Recipe, late: bool) -> None:
     assert_same_step(lowered(captured, 3, 2), captured, late=late)
 
 
+@given(recipes(), st.booleans(), st.sampled_from([(0, 1), (1, 2), (3, 1), (3, 2)]))
+@few_examples(60)
+def test_any_step_is_the_same_with_all_on_the_disk(recipe: Recipe, late: bool, divided: tuple[int, int]) -> None:
+    captured = build(recipe)
+    assert_same_step(lowered(captured, *divided, offload=EVERYTHING), captured, late=late)
+
+
+@pytest.mark.parametrize("offload", [ON_DISK, PARAMETERS, EVERYTHING], ids=" and ".join)
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_a_step_is_the_same_however_much_of_it_is_divided(zero: int) -> None:
+def test_a_step_is_the_same_however_much_of_it_is_divided(zero: int, offload: dict[str, str]) -> None:
     for captured in (momentum(3), clipped(momentum(3), 0.1)):
-        assert_same_step(lowered(captured, zero, 3), captured, late=True)
+        assert_same_step(lowered(captured, zero, 3, offload=offload), captured, late=True)
 
 
 def test_micro_batches_have_the_same_buckets_on_disk() -> None:
-    config = Config(3, 1, 1, accumulate=2, offload=ON_DISK)
+    config = Config(3, 1, 1, accumulate=2, offload=EVERYTHING)
     both = lower(accumulated(momentum(2), 2), config, Mesh(2), None, ())
     assert both.micro is not None
     assert both.micro.layout == both.last.layout
     assert both.layout.on_disk == tuple(bucket.name for bucket in both.layout.buckets)
-    assert not any(node.target in ops.TRANSFERS for node in both.micro.graph.nodes)
+    assert both.layout.params_on_disk == both.layout.on_disk
+    assert not any(node.target is ops.store for node in both.micro.graph.nodes)
+    assert {node.meta["input"].role for node in loaded(both.micro)} == {Role.PARAM}
+
+
+def loaded(program: Program) -> list[Any]:
+    return [operand(node) for node in program.graph.find_nodes(op="call_function", target=ops.load)]
 
 
 # What the verifier refuses
@@ -340,6 +425,11 @@ def test_what_is_still_being_stored_may_not_be_written_over() -> None:
 # What it takes
 
 
+def test_a_parameter_that_is_not_stored_is_refused() -> None:
+    with pytest.raises(VerifyError, match="changed what the step computes"):
+        lowered(blocks(2), 0, 1, Mistake(forget_to_store), offload=PARAMETERS)
+
+
 @pytest.mark.parametrize("zero", [0, 3])
 def test_bytes_and_seconds_are_predicted(zero: int) -> None:
     program = lowered(momentum(3), zero, 2)
@@ -380,14 +470,16 @@ def test_a_plan_says_what_lies_on_a_disk_and_needs_less_memory() -> None:
             **options,
         )
 
-    plain, on_disk = plan(), plan(offload=ON_DISK)
+    plain, on_disk, everything = plan(), plan(offload=ON_DISK), plan(offload=EVERYTHING)
     state = 2 * 8 * 4 * (64 * 64 + 64) // 2
     saved = plain.chosen.peak_bytes - on_disk.chosen.peak_bytes
     assert state // 2 < saved < state
     assert not plain.notes
     assert on_disk.notes == (
-        "130 KiB of each rank's optimizer state lie on a disk; a step reads 130 KiB of it and writes 130 KiB",
+        "130 KiB of each rank's optimizer state lie on a disk; a step reads 130 KiB and writes 130 KiB",
     )
+    assert everything.notes[0].startswith("195 KiB of each rank's parameters and optimizer state lie on a disk;")
+    assert state // 4 < on_disk.chosen.peak_bytes - everything.chosen.peak_bytes < state // 2
     assert zgraph.Plan.from_json(on_disk.to_json()).config.offload == ON_DISK
 
 
@@ -444,6 +536,16 @@ def test_any_optimizer_trains_bit_for_bit_as_in_memory(optimizer: str) -> None:
     assert in_memory["disk_bytes"] == 0
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", *slow("sgd_momentum", "muon_and_adam", "lion")])
+def test_any_optimizer_trains_bit_for_bit_with_parameters_on_the_disk(optimizer: str) -> None:
+    expected, found = train("awkward", optimizer), train("awkward", optimizer, offload=EVERYTHING)
+    assert_bitwise(found, expected)
+    in_memory, on_disk = expected[3].stats(), found[3].stats()
+    assert on_disk["param_bytes"] == 0
+    whats = ("param_bytes", "optimizer_state_bytes")
+    assert on_disk["disk_bytes"] == sum(in_memory[what] - on_disk[what] for what in whats) > 0
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "accumulated": {"accumulate": 2},
     "clipped": {"clip_norm": 0.1},
@@ -455,9 +557,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("options", slow(*OPTIONS))
 def test_any_recipe_trains_bit_for_bit_as_in_memory(options: str) -> None:
-    expected, found = (train("gpt_tied", "adamw", **OPTIONS[options], **more) for more in ({}, {"offload": ON_DISK}))
-    assert_bitwise(found, expected)
-    assert found[3].stats()["disk_bytes"] == sum(state_on_disk(found[3].program).values()) > 0
+    expected = train("gpt_tied", "adamw", **OPTIONS[options])
+    for offload in (ON_DISK, EVERYTHING):
+        found = train("gpt_tied", "adamw", **OPTIONS[options], offload=offload)
+        assert_bitwise(found, expected)
+        assert found[3].stats()["disk_bytes"] == sum(state_on_disk(found[3].program).values()) > 0
 
 
 def small(optimizer: Callable[..., Any] = torch.optim.AdamW, **options: Any) -> tuple[Any, Any]:
@@ -499,9 +603,10 @@ class KeepsFirst(torch.optim.Optimizer):
                 p.add_((p.grad + state["first"]) * 0.5, alpha=-group["lr"])
 
 
-def test_state_stays_the_users(disk_path: Path) -> None:
+@pytest.mark.parametrize("offload", [ON_DISK, EVERYTHING], ids=" and ".join)
+def test_state_stays_the_users(disk_path: Path, offload: dict[str, str]) -> None:
     """Save, load, change a hyperparameter, copy, load what was saved in memory, and be evaluated."""
-    (model, optimizer), (plain, theirs) = small(offload=ON_DISK, offload_path=str(disk_path)), small()
+    (model, optimizer), (plain, theirs) = small(offload=offload, offload_path=str(disk_path)), small()
     for one, other in ((model, plain), (optimizer, theirs)):
         for each in (one, other):
             if each in (optimizer, theirs):
@@ -524,10 +629,54 @@ def test_state_stays_the_users(disk_path: Path) -> None:
     its_optimizer.load_state_dict(progress)
     assert all(torch.equal(fresh.train_step(X), loss) for loss in expected)
     assert list(disk_path.iterdir()) == []
+    with torch.no_grad():
+        assert torch.equal(model(X), fresh(X))
 
 
-def test_state_moves_along_when_buckets_are_formed_anew() -> None:
-    (model, optimizer), (plain, theirs) = small(offload=ON_DISK), small()
+def test_parameters_on_a_disk_are_the_users_and_have_no_memory() -> None:
+    (model, _), (plain, _) = small(offload=EVERYTHING), small()
+    for each in (model, plain):
+        each.train_step(X)
+        each.load_state_dict({name: value + 1 for name, value in each.state_dict().items()})
+        each.train_step(X)
+    assert all(param.is_meta for param in model.parameters())
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+    assert all(param.is_meta for param in model.parameters())
+    model.register_forward_pre_hook(lambda module, _: module[0].weight.zero_())
+    with (
+        torch.no_grad(),
+        pytest.raises(StateError, match=r"would write to parameter '0\.weight', which lies on a disk"),
+    ):
+        model(X)
+
+
+def test_a_model_on_meta_is_initialised_straight_to_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the values that it has in memory, and no more than two buckets there at a time."""
+    opened = []
+
+    def seen(self: FlatTensors, *args: Any) -> Any:
+        result = opens(self, *args)
+        opened.append(len(self._opened))
+        return result
+
+    opens = FlatTensors._open
+    monkeypatch.setattr(FlatTensors, "_open", seen)
+    found = []
+    for options in ({}, {"offload": EVERYTHING}):
+        with torch.device("meta"):
+            model = nn.Sequential(*(nn.Linear(20, 20) for _ in range(6)))
+        optimizer = torch.optim.AdamW(model.parameters())
+        zgraph.compile(model, optimizer, loss=mean_square, bucket_bytes=1, **options)
+        torch.manual_seed(3)
+        found.append((model.train_step(torch.ones(2, 20)), model.state_dict()))
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(torch.equal(value, found[1][1][name]) for name, value in found[0][1].items())
+    assert max(opened) == 2
+
+
+@pytest.mark.parametrize("offload", [ON_DISK, EVERYTHING], ids=" and ".join)
+def test_state_moves_along_when_buckets_are_formed_anew(offload: dict[str, str]) -> None:
+    (model, optimizer), (plain, theirs) = small(offload=offload), small()
     for each in (model, plain):
         each.train_step(X)
         each[0].weight.requires_grad_(False)
@@ -539,7 +688,7 @@ def test_state_moves_along_when_buckets_are_formed_anew() -> None:
 def test_a_step_that_fails_leaves_state_as_it_was() -> None:
     torch.manual_seed(0)
     models = []
-    for options in ({}, {"offload": ON_DISK}):
+    for options in ({}, {"offload": EVERYTHING}):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Embedding(5, 40), nn.Linear(40, 40))
         models.append(
@@ -557,7 +706,7 @@ def test_a_step_that_fails_leaves_state_as_it_was() -> None:
 
 def test_ranks_are_simulated_with_their_state_in_memory() -> None:
     losses = []
-    for options in ({}, {"offload": ON_DISK}):
+    for options in ({}, {"offload": EVERYTHING}):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(6, 50), nn.Linear(50, 3))
         ranks = zgraph.simulate_ranks(
@@ -636,3 +785,45 @@ def test_what_cannot_be_written_stops_the_step_and_is_never_read(monkeypatch: py
     for use in (lambda: model.train_step(X), optimizer.state_dict):
         with pytest.raises(DiskError, match="never been written completely"):
             use()
+
+
+KILLED = """
+import os, random, signal, sys, time
+import torch, zgraph
+from torch import nn
+
+path, num = sys.argv[1], int(sys.argv[2])
+
+def losses(num_steps, **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(400, 400) for _ in range(4)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    zgraph.compile(model, optimizer, loss=lambda y, _: y.square().mean(), bucket_bytes=1, **options)
+    return (model.train_step(torch.ones(2, 400)) for _ in range(num_steps))
+
+everything = {"offload": {"optimizer": "disk", "parameters": "disk"}, "offload_path": path}
+start = time.monotonic()
+expected = list(losses(4))
+longest = 1.5 * (time.monotonic() - start)
+moment = random.Random(0)
+for _ in range(num):
+    child = os.fork()
+    if not child:
+        for _ in losses(10**9, **everything):
+            pass
+    time.sleep(moment.uniform(0, longest))
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL, status
+    assert not os.listdir(path), os.listdir(path)
+assert all(map(torch.equal, losses(4, **everything), expected))
+"""
+
+
+@pytest.mark.parametrize("num", [2, pytest.param(50, marks=pytest.mark.nightly)])
+@pytest.mark.slow
+def test_runs_that_are_killed_leave_nothing_behind_and_the_next_is_as_ever(disk_path: Path, num: int) -> None:
+    """Each is killed at a moment of its own: while it is compiled, while state goes to the disk, or in a step."""
+    command = [sys.executable, "-c", KILLED, str(disk_path), str(num)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

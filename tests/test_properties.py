@@ -51,7 +51,7 @@ def pipelines() -> st.SearchStrategy[Pipeline]:
             st.integers(0, 3),
             st.sampled_from([1, 100, 200, 1000, 10**6]),
             st.integers(0, 3),
-            offload=st.sampled_from([None, {"optimizer": "disk"}]),
+            offload=st.sampled_from([None, {"optimizer": "disk"}, {"optimizer": "disk", "parameters": "disk"}]),
         ),
         st.sampled_from([*map(Mesh, range(1, 9)), *(Mesh(4 + size, shard=size) for size in (1, 2, 4))]),
         st.integers(0, 2),

@@ -133,13 +133,14 @@ class CompiledModule(nn.Module):
         """Bytes this rank stores, collectives it issued, and what compiling cost.
 
         Returns:
-            ``param_bytes``, ``optimizer_state_bytes``, ``buffer_bytes``; ``disk_bytes`` of optimizer state that lies on
-            a disk instead, and ``disk_read_bytes`` and ``disk_written_bytes`` of the last step; ``arena_bytes`` that
-            temporaries of all steps share on a CPU, and ``copied_bytes`` that the last step copied to put gradients
-            side by side, as they could not be made there; ``collectives`` of the last step: operation -> ``count`` and
-            ``bytes`` received or, for all_reduce, received and sent; ``num_nodes``, ``num_captures``, ``capture_s``,
-            ``passes_s``; with ``clip_norm`` or float16 also ``gradient_norm`` of the last step, before it was clipped,
-            and ``num_skipped_steps`` since the model was compiled; with float16 ``loss_scale`` of the next step.
+            ``param_bytes``, ``optimizer_state_bytes``, ``buffer_bytes``; ``disk_bytes`` of parameters and optimizer
+            state that lie on a disk instead, and ``disk_read_bytes`` and ``disk_written_bytes`` of the last step;
+            ``arena_bytes`` that temporaries of all steps share on a CPU, and ``copied_bytes`` that the last step copied
+            to put gradients side by side, as they could not be made there; ``collectives`` of the last step:
+            operation -> ``count`` and ``bytes`` received or, for all_reduce, received and sent; ``num_nodes``,
+            ``num_captures``, ``capture_s``, ``passes_s``; with ``clip_norm`` or float16 also ``gradient_norm`` of the
+            last step, before it was clipped, and ``num_skipped_steps`` since the model was compiled; with float16
+            ``loss_scale`` of the next step.
         """
         return self.__dict__["_zgraph"].stats()  # type: ignore[no-any-return]
 

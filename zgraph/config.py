@@ -96,7 +96,7 @@ def check_numbers(numbers: Mapping[str, Any], config: Config) -> None:
             raise OptionError(f"{name}={value!r} is out of range", fix=f"give a number from 0 to {_NUMBERS[name]}")
 
 
-OFFLOADED = {"optimizer": ("disk",)}
+OFFLOADED = {"optimizer": ("disk",), "parameters": ("disk",)}
 """What may lie elsewhere than in memory, and where."""
 
 
@@ -220,7 +220,8 @@ class Config:
             gathers hold backward up the longest. By default only what stays without a higher peak does.
         offload: where what a step does not need all the time lies instead of in memory. ``{"optimizer": "disk"}``
             keeps vectors of optimizer state on a disk: each bucket's come from there for its update, and go back, while
-            others are computed. On CPUs.
+            others are computed. ``"parameters": "disk"`` does so with what each rank stores of parameters, which come
+            for forward, for backward and for their update. On CPUs.
         offload_path: the directory, on a local disk, for files without names that are gone when the process ends; by
             default ``/var/tmp``.
         memory_first: compute in another order where that lowers the peak (``zgraph.passes.OrderByMemory``): values are

@@ -14,7 +14,6 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from zgraph.errors import StateError
-from zgraph.flat import FlatTensors
 
 if TYPE_CHECKING:
     from zgraph.state import TrainingState
@@ -65,10 +64,8 @@ class GatherOnUse(OnTouch):
         super().__init__()
         layout = state.layout
         assert layout is not None, "GatherOnUse before commit"
-        self._params = FlatTensors(
-            layout, sharded=layout.shard_params, group=state.shard_group, tensors=state.params, num_cached=2
-        )
-        self._names = {id(p): name for name, p in state.model.named_parameters()} if self._params.sharded else {}
+        self._params = state.stored_params(num_cached=2)
+        self._names = {id(p): name for name, p in state.model.named_parameters() if self._params.is_away(name)}
 
     def touch(self, tensor: torch.Tensor) -> torch.Tensor:
         name = self._names.get(id(tensor))
@@ -87,7 +84,8 @@ class GatherOnUse(OnTouch):
         written = self._names.get(id(kwargs.get("out"))) or (name if _writes(func) else None)
         if written is not None and func not in _METADATA:
             raise StateError(
-                f"{func.__name__} would write to parameter {written!r}, which is divided over the ranks",
+                f"{func.__name__} would write to parameter {written!r}, which "
+                + ("is divided over the ranks" if self._params.sharded else "lies on a disk"),
                 fix="change parameters through model.load_state_dict(), or before zgraph.compile",
             )
         return super().__torch_function__(func, types, args, kwargs)

@@ -73,7 +73,7 @@ class Executable:
             return self._state.params[what.name]
         if what.role is Role.GATHERED:
             if what not in self._state.gathered:
-                part = self._state.params[what.name].to(self._values[what].dtype)
+                part = self._stored_param(what.name).to(self._values[what].dtype)
                 gather: Callable[..., Any] = self._divided.all_gather
                 tags = {"tag": str(what)} if isinstance(self._comm, CheckedComm) else {}
                 self._state.gathered[what] = self._divided.wait(gather(part, **tags))
@@ -81,13 +81,12 @@ class Executable:
         if what.role is Role.OPT_STATE:
             entries = self._state.opt.get(what.name, {})
             if what.key not in entries:
-                start, param = self.program.init[what], self._state.params[what.name]
+                start, val = self.program.init[what], self._values[what]
+                param = self._stored_param(what.name) if start.fill is None else None
                 assert self.program.layout is not None
                 bucket = self.program.layout.by_name[what.name]
                 shard = self._divided.shard
-                stored = self._state.keep(
-                    what.name, what.key, initial_state(start, self._values[what], param, shard, bucket)
-                )
+                stored = self._state.keep(what.name, what.key, initial_state(start, val, param, shard, bucket))
                 if isinstance(stored, DiskTensor):
                     release_free_memory()  # small blocks would come to lie there, and leave no room for the next one
                 return stored
@@ -106,6 +105,11 @@ class Executable:
             return self._state.gradients.setdefault(what.name, initial_value(self.program, what, self._values[what]))
         return self.program.constants[what.name]
 
+    def _stored_param(self, bucket: str) -> torch.Tensor:
+        """What this rank stores of a bucket's parameters, in memory."""
+        stored = self._state.params[bucket]
+        return stored.read() if isinstance(stored, DiskTensor) else stored
+
     def _store(self, what: Input, value: Any) -> None:
         if what.role is Role.OPT_STATE:
             old = self._state.opt.get(what.name, {}).get(what.key)
@@ -114,7 +118,9 @@ class Executable:
             elif value is not old:  # the step has not stored it on a disk
                 self._state.keep(what.name, what.key, value)
         elif what.role is Role.PARAM:
-            _copy(self._state.params[what.name], value)
+            param = self._state.params[what.name]
+            if isinstance(param, torch.Tensor):  # or the step has stored it on a disk
+                _copy(param, value)
         elif what.role is Role.BUFFER:
             _copy(self._state.buffer(what.name), value)
         elif what.role is Role.RECIPE:
@@ -128,7 +134,7 @@ class Executable:
 def initial_state(
     start: StateInit,
     val: Any,
-    param: torch.Tensor,
+    param: torch.Tensor | None,
     shard: Callable[[torch.Tensor], torch.Tensor],
     bucket: Bucket,
 ) -> torch.Tensor | int | float:
@@ -137,7 +143,7 @@ def initial_state(
     Args:
         start: what it starts from.
         val: the value of the program's input for it: shape, dtype and device.
-        param: what the rank stores of the bucket's parameters.
+        param: what the rank stores of the bucket's parameters; not needed where state starts from a number.
         shard: gives the rank's part of a whole bucket.
         bucket: where parameters lie in it; where state is packed, there are zeros between them.
     """
@@ -147,6 +153,7 @@ def initial_state(
     is_packed = val.dtype is torch.uint8 and start.dtype is torch.float32
     shape = (unpacked_numel(len(val)),) if is_packed else val.shape
     if start.fill is None:
+        assert param is not None
         state = (param if param.shape == shape else shard(param)).to(start.dtype, copy=True)
     else:
         state = torch.full(shape, start.fill, dtype=start.dtype, device=val.device)

@@ -1,6 +1,6 @@
 """Which bytes a step holds, of what kind, from when to when.
 
-State, batch and constants are held throughout, but for state that lies on a disk; temporaries from the call that makes
+State, batch and constants are held throughout, but for what lies on a disk; temporaries from the call that makes
 them to the last one that reads them (``zgraph.liveness``). What is alive at the peak, and what it is for, answers why a
 step does not fit.
 """
@@ -173,14 +173,12 @@ def footprint(
 
 
 def state_on_disk(program: Program) -> dict[Input, int]:
-    """Bytes of each optimizer state of one rank that lies on a disk, or will once the program has created it."""
+    """Bytes of one rank's parameters and optimizer state that lie on a disk, or will once the program has made them."""
     found = {what: node for node, what in program.placeholders() if program.is_on_disk(node)}
-    assert program.layout is not None
     for what, result in zip(program.outputs, program.results(), strict=True):
-        if what is not None and what.role is Role.OPT_STATE and what.name in program.layout.on_disk:
-            val = result.meta["val"] if isinstance(result, fx.Node) else result
-            if what not in found and isinstance(val, torch.Tensor) and val.dim() == 1:
-                found[what] = result
+        val = result.meta["val"] if isinstance(result, fx.Node) else result
+        if what is not None and what not in found and program.keeps_on_disk(what, val):
+            found[what] = result
     return {what: node.meta["val"].nbytes for what, node in found.items()}
 
 
@@ -211,7 +209,7 @@ def _kind(node: fx.Node, last: fx.Node) -> Kind:
     if node.target in (ops.all_gather, ops.all_gather_into):
         return Kind.GATHERED
     if node.target is ops.load:
-        return Kind.STATE
+        return _OF_ROLE[operand(node).meta["input"].role]
     if node.target is ops.dequantize or _is_widened(node):
         return Kind.GATHERED
     if node.target is ops.all_to_all:

@@ -101,7 +101,7 @@ def initialise(
 ) -> None:
     """Initialise parameters and buffers, storing this rank's part in ``params``.
 
-    Divided parameters are on meta again afterwards; whole ones have become views of their bucket.
+    Parameters that are divided, or on a disk, are on meta again afterwards; others have become views of their bucket.
 
     Args:
         modules: from ``find_meta_modules``.
@@ -202,17 +202,14 @@ class _TensorsOnTouch(OnTouch):
             return
         bucket, _ = self._params.layout.find(name)
         self._params.allocate(bucket)
-        if not self._params.sharded:
+        if not self._params.is_away(name):
             view = self._params.read(name)
             _fill(view)
             place(tensor, view)
             return
         if key in self._stored:  # initialised before; a later module changes it all the same
-            stored = FlatTensors(
-                self._params.layout, sharded=True, group=self._params.group, tensors=self._params.tensors
-            )
             self._agreement.share_outcome(b"", None)
-            place(tensor, stored.read(name).clone())
+            place(tensor, self._params.read(name).clone())
         else:
             place(tensor, _fresh(tensor, bucket.device))
         self._whole[key] = tensor

@@ -88,6 +88,7 @@ class Layout:
         shard_state: each rank stores 1/world of every bucket's optimizer state (ZeRO-1, 2, 3).
         packed: bucket and key of optimizer state that lies in 8 bits an element (``zgraph.packed``).
         on_disk: buckets whose vectors of optimizer state lie on a disk.
+        params_on_disk: buckets whose parameters lie on a disk.
     """
 
     buckets: tuple[Bucket, ...]
@@ -96,6 +97,7 @@ class Layout:
     shard_state: bool = False
     packed: tuple[tuple[str, str], ...] = ()
     on_disk: tuple[str, ...] = ()
+    params_on_disk: tuple[str, ...] = ()
     _index: dict[str, tuple[Bucket, Segment]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _of_state: dict[str, Layout] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -128,6 +130,11 @@ class Layout:
     def packs(self, bucket: str, key: str) -> bool:
         """Whether the optimizer state of a bucket called ``key`` lies packed."""
         return (bucket, key) in self.packed
+
+    @property
+    def needs_disk(self) -> bool:
+        """Whether anything lies on a disk."""
+        return bool(self.on_disk or self.params_on_disk)
 
     def param_numel(self, bucket: Bucket) -> int:
         """Elements of the bucket's parameters that one rank stores."""

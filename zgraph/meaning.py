@@ -19,7 +19,7 @@ from zgraph.changes import Look
 from zgraph.layout import Bucket, Layout
 from zgraph.movement import RULES, Call, Value, axis_in_terms, without_defaults
 from zgraph.packed import unpacked_numel
-from zgraph.program import OF_PARAMETERS, Input, Mesh, Phase, Program, Role, Stage, phase_of
+from zgraph.program import OF_PARAMETERS, Input, Mesh, Phase, Program, Role, Stage, operand, phase_of
 from zgraph.terms import REPEATED, Piece, Term, Terms, form, literal
 
 if TYPE_CHECKING:
@@ -332,8 +332,12 @@ def _is_averaged(what: Input | None, result: fx.Node) -> bool:
 
 
 def _comes_before_update(node: fx.Node) -> bool:
-    """Whether a value is computed by forward or backward, on this rank's part of the batch."""
-    return node.op == "call_function" and phase_of(node) is not Phase.UPDATE
+    """Whether a value is computed by forward or backward, on this rank's part of the batch.
+
+    State that is loaded for them is none of their own.
+    """
+    is_loaded = node.target is ops.wait and operand(node).target is ops.load
+    return node.op == "call_function" and not is_loaded and phase_of(node) is not Phase.UPDATE
 
 
 def _strides(node: fx.Node) -> tuple[int, ...]:

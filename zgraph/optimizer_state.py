@@ -70,7 +70,7 @@ class OptimizerState:
 
     Attributes:
         stored: bucket name -> state key -> this rank's flat tensor, a 0-dim tensor, or a number.
-        disk: where flat tensors lie that are not in memory; None before one does.
+        disk: where flat tensors lie that are not in memory, those of parameters, too; None before one does.
     """
 
     _group = HeldGroup()
@@ -83,6 +83,7 @@ class OptimizerState:
         self._params: Params = {}
         self._hooked = False
         self._averages: dict[str, torch.Tensor] = {}  # that are being loaded
+        self._lent: list[nn.Parameter] = []  # that have memory while state is being loaded
 
     def forms(self, params: Params) -> Forms:
         """The state that exists, in the user's optimizer or stored. Involves no other rank.
@@ -306,6 +307,7 @@ class OptimizerState:
                 averages[by_key[key]] = entries[WEIGHT_EMA]
         check_agreement(self._layout, _forms_of(given, self._params))
         self._averages = averages
+        self._lent = [param for param in self._params.values() if param.is_meta]
         for name, param in self._params.items():
             if param.is_meta:
                 # torch moves loaded state to the device of its parameter, which must be a real one meanwhile.
@@ -317,9 +319,9 @@ class OptimizerState:
             state = optimizer.state[self._params[name]]
             state[WEIGHT_EMA] = average.to(state[WEIGHT_EMA].device)
         self._averages = {}
-        if self._layout.shard_params and self._layout.world > 1:
-            for param in self._params.values():
-                place(param, without_memory(param))
+        for param in self._lent:
+            place(param, without_memory(param))
+        self._lent = []
         self.stored = {bucket.name: {} for bucket in self._layout.buckets}
         self.move(self._layout, self._params, self.forms(self._params), self._group)
 

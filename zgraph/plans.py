@@ -338,12 +338,14 @@ def describe(
 
 def _disk_notes(lowered: Lowered, prediction: Prediction) -> Iterator[str]:
     """What lies on a disk, if anything does, and how much of it a step moves."""
-    stored = sum(state_on_disk(lowered.last).values())
+    found = state_on_disk(lowered.last)
+    stored = sum(found.values())
     if stored:
+        named = {Role.PARAM: "parameters", Role.OPT_STATE: "optimizer state"}
+        kinds = " and ".join(words for role, words in named.items() if any(what.role is role for what in found))
         moved = [show_bytes(num_bytes) for num_bytes in prediction.disk_moved_bytes.values()]
         yield (
-            f"{show_bytes(stored)} of each rank's optimizer state lie on a disk; a step reads {moved[0]} of it and "
-            f"writes {moved[1]}"
+            f"{show_bytes(stored)} of each rank's {kinds} lie on a disk; a step reads {moved[0]} and writes {moved[1]}"
         )
 
 

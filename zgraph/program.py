@@ -249,12 +249,16 @@ class Program:
         return written <= {what for _, what in self.placeholders()}
 
     def is_on_disk(self, node: fx.Node) -> bool:
-        """Whether a node is an input that lies on a disk: vectors of the optimizer state of some buckets do."""
+        """Whether a node is an input that lies on a disk: of some buckets, parameters or vectors of optimizer state."""
         what: Input | None = node.meta.get("input")
-        if what is None or what.role is not Role.OPT_STATE or self.layout is None:
+        return what is not None and self.keeps_on_disk(what, node.meta["val"])
+
+    def keeps_on_disk(self, what: Input, val: Any) -> bool:
+        """Whether such a value is kept on a disk between steps."""
+        if self.layout is None or not isinstance(val, torch.Tensor) or val.dim() != 1:
             return False
-        val = node.meta["val"]
-        return what.name in self.layout.on_disk and isinstance(val, torch.Tensor) and val.dim() == 1
+        there = {Role.PARAM: self.layout.params_on_disk, Role.OPT_STATE: self.layout.on_disk}
+        return what.name in there.get(what.role, ())
 
     @property
     def output_node(self) -> fx.Node:

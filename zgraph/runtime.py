@@ -194,12 +194,12 @@ class Runtime:
             self._compiled(key, call, values, facts, made, layout)
             for key, call in zip(keys[:-1], calls[:-1], strict=True)
         ]
-        if layout.on_disk and (made or layout != self.state.layout):
+        if layout.needs_disk and (made or layout != self.state.layout):
             with self.agreement.together():
                 self._reserve(last.executable.program)
         if replaced or layout != self.state.layout:
             self.state.commit(layout)
-            if layout.on_disk:
+            if layout.needs_disk:
                 release_free_memory()  # where the model was built, and no state comes to lie
         self._keep((*used, last))
         assert self._comm is not None
@@ -253,7 +253,7 @@ class Runtime:
         return compiled
 
     def _reserve(self, program: Program) -> None:
-        """Have room for all optimizer state that is to lie on a disk, before any of it is moved there."""
+        """Have room for all that is to lie on a disk, before any of it is moved there."""
         wanted = sum(map(padded, state_on_disk(program).values()))
         disk = self.state.disk
         if disk is not None and program.layout == self.state.layout:
@@ -677,9 +677,11 @@ class Runtime:
     def stats(self) -> dict[str, Any]:
         last = self.last()
         states = [v for entries in self.state.opt.values() for v in entries.values() if isinstance(v, torch.Tensor)]
-        on_disk = [v for entries in self.state.opt.values() for v in entries.values() if isinstance(v, DiskTensor)]
+        params = [v for v in self.state.params.values() if isinstance(v, torch.Tensor)]
+        stored = [*self.state.params.values(), *(v for each in self.state.opt.values() for v in each.values())]
+        on_disk = [v for v in stored if isinstance(v, DiskTensor)]
         return {
-            "param_bytes": sum(t.nbytes for t in self.state.params.values()),
+            "param_bytes": sum(t.nbytes for t in params),
             "optimizer_state_bytes": sum(t.nbytes for t in states),
             "disk_bytes": sum(t.nbytes for t in on_disk),
             "disk_read_bytes": self._moved.read_bytes,

@@ -338,7 +338,7 @@ class _Held:
         """What a step holds where its forward ends.
 
         Casts of parameters are left out, which a pass may make at another time; a quarter of the optimizer's state is
-        what 8 bits take, and none is held that lies on a disk.
+        what 8 bits take, and nothing is held that lies on a disk.
         """
         params, state, gradients = (
             sum(
@@ -357,8 +357,9 @@ class _Held:
             for life in lifetimes(program, staged=False)
             if phase_of(life.node) is Phase.FORWARD and life.first < backward <= life.last and life.node not in casts
         )
-        state = 0 if config.offload is not None else state // 4 if config.state_precision is not None else state
-        return cls(params, state, gradients, activations)
+        on_disk = config.offload or ()
+        state = 0 if "optimizer" in on_disk else state // 4 if config.state_precision is not None else state
+        return cls(0 if "parameters" in on_disk else params, state, gradients, activations)
 
     def on_rank(self, zero: int, world: int, activations: float) -> float:
         """Of one of so many ranks that divide state, with a ZeRO stage and a share of the activations."""

@@ -2,7 +2,7 @@
 
 ``TrainingState`` moves them from the user's objects into the flat buckets of a ``Layout``, and back out for
 ``state_dict``. The user's ``nn.Parameter`` objects stay the same objects: views of a bucket where each rank stores
-whole buckets, on meta (a shape without memory) where buckets are divided.
+whole buckets, on meta (a shape without memory) where buckets are divided or lie on a disk.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from zgraph.accumulation import ADD_UP
 from zgraph.agreement import Agreement
-from zgraph.disk import Disk
+from zgraph.disk import Disk, DiskTensor
 from zgraph.eager import getter
 from zgraph.errors import StateError
 from zgraph.flat import FlatTensors, broadcast, place, without_memory
@@ -43,7 +43,7 @@ class TrainingState:
 
     Attributes:
         layout: the buckets; None before the first ``commit``.
-        params: bucket name -> this rank's flat parameters.
+        params: bucket name -> this rank's flat parameters, in memory or on a disk.
         gradients: bucket name -> this rank's part of what micro-batches add up; zeros between steps.
         gathered: whole buckets of parameters that a step has gathered for all of its micro-batches; none between steps.
         recipe: what the steps count and report, by name; the same on all ranks.
@@ -62,7 +62,7 @@ class TrainingState:
         self.model, self.optimizer, self.group = model, optimizer, group
         self.mesh = mesh or Mesh(1 if group is None else dist.get_world_size(group))
         self.layout: Layout | None = None
-        self.params: dict[str, torch.Tensor] = {}
+        self.params: dict[str, torch.Tensor | DiskTensor] = {}
         self.gradients: dict[str, torch.Tensor] = {}
         self.gathered: dict[Input, torch.Tensor] = {}
         self.recipe: dict[str, torch.Tensor] = {}
@@ -91,7 +91,7 @@ class TrainingState:
 
     @property
     def disk(self) -> Disk | None:
-        """Where optimizer state lies that is not in memory."""
+        """Where parameters and optimizer state lie that are not in memory."""
         return self._optimizer_state.disk
 
     def reserve(self, path: str, num_bytes: int) -> None:
@@ -136,13 +136,14 @@ class TrainingState:
             forms = self._optimizer_state.forms(current)
             check_agreement(layout, forms)
 
-        new = FlatTensors(layout, sharded=layout.shard_params, group=self.shard_group)
+        new = self._params_in(layout, {}, num_cached=2)
         names = {id(param): name for name, param in current.items()}
         initialise(meta_modules, names, new, self.agreement, self.group)
         initialised = {id(param) for module in meta_modules for param in module.params.values()}
         with self.agreement.no_return():
             moving = {name: param for name, param in current.items() if id(param) not in initialised}
             self._move(new, moving, kept)
+            new.flush()
             self._optimizer_state.move(layout, current, forms, self.shard_group)
             if self.layout is None:
                 self._share_buffers()
@@ -164,14 +165,14 @@ class TrainingState:
 
     def _move(self, new: FlatTensors, params: Mapping[str, nn.Parameter], kept: Collection[str]) -> None:
         """Store parameters, and have those of them that are not ``kept`` be rank 0's."""
-        old = None if self.layout is None else self._stored_params(num_cached=2)
+        old = None if self.layout is None else self.stored_params(num_cached=2)
         for bucket in new.layout.buckets:
             new.allocate(bucket)
             for segment in bucket.segments:
                 param = params.get(segment.name)
                 if param is None:
                     continue
-                if old is not None and old.sharded and segment.name in kept:
+                if old is not None and segment.name in kept and old.is_away(segment.name):
                     value = old.read(segment.name)
                 else:
                     value = param.detach()
@@ -179,7 +180,7 @@ class TrainingState:
                         value = value.contiguous()  # an expanded one has elements in common: no receiving it
                         broadcast(value, self.group)
                 new.write(segment.name, value)
-                place(param, without_memory(param) if new.sharded else new.read(segment.name))
+                place(param, without_memory(param) if new.is_away(segment.name) else new.read(segment.name))
 
     def _share_buffers(self) -> None:
         """Make rank 0's buffers those of all ranks."""
@@ -190,7 +191,7 @@ class TrainingState:
 
     def _take_in(self, names: list[str]) -> None:
         """Store the values of parameters that have got other memory, and give them their place back."""
-        stored = self._stored_params()
+        stored = self.stored_params()
         values = []
         for name in names:  # all of them before any is written: one may lie in the place of another
             values.append(self._placed[name].detach().clone(memory_format=torch.contiguous_format))
@@ -198,7 +199,8 @@ class TrainingState:
         for name, value in zip(names, values, strict=True):
             param = self._placed[name]
             stored.write(name, value)
-            place(param, without_memory(param) if stored.sharded else stored.read(name))
+            place(param, without_memory(param) if stored.is_away(name) else stored.read(name))
+        stored.flush()
 
     def buffer(self, name: str) -> torch.Tensor:
         """The module's buffer as it is now."""
@@ -206,7 +208,7 @@ class TrainingState:
 
     def full_params(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter's full value, in memory of its own, gathered bucket by bucket."""
-        return self._stored_params().copies()
+        return self.stored_params().copies()
 
     def optimizer_state(self, key: str) -> dict[int, Value]:
         """Full values of one kind of optimizer state, by the ``id`` of the parameter; a collective if it is divided."""
@@ -227,15 +229,16 @@ class TrainingState:
     def state_dict(self, original: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What the module's own ``state_dict`` method, ``original``, gives when parameters are whole.
 
-        Divided parameters are fresh full tensors (with ``keep_vars`` too). Others, and buffers, are references to
-        live memory, as in plain PyTorch.
+        Parameters that are divided, or on a disk, are fresh full tensors (with ``keep_vars`` too). Others, and buffers,
+        are references to live memory, as in plain PyTorch.
 
         Raises:
             RankError: parameters are divided, and another rank has called something else.
         """
-        if not self.divided:
+        if self.layout is None or not any(map(self.stored_params().is_away, self._placed)):
             return original(*args, **kwargs)
-        self.agreement.check("model.state_dict()")
+        if self.divided:
+            self.agreement.check("model.state_dict()")
         with torch.no_grad(), self._whole():
             result = original(*args, **kwargs)
             result.update({key: value.detach() for key, value in result.items() if isinstance(value, nn.Parameter)})
@@ -274,8 +277,8 @@ class TrainingState:
                 "load_state_dict(assign=True) would replace the model's parameters, which are stored in buckets",
                 fix="leave assign out: values are copied to where each rank stores them",
             )
-        stored = self._stored_params()
-        names = {id(param): name for name, param in self._placed.items()} if stored.sharded else {}
+        stored = self.stored_params()
+        names = {id(param): name for name, param in self._placed.items() if stored.is_away(name)}
         deferred = _DeferredCopies([*self._placed.values(), *self.model.buffers()])
         with torch.no_grad(), _copying_not_swapping(), deferred:
             result = original(state_dict, strict=strict)
@@ -285,27 +288,37 @@ class TrainingState:
                     stored.write(names[id(target)], value)
                 else:
                     target.copy_(value)
+            stored.flush()
         return result
 
-    def _stored_params(self, num_cached: int = 1) -> FlatTensors:
+    def stored_params(self, num_cached: int = 1) -> FlatTensors:
+        """The parameters as they are stored; see ``FlatTensors`` for ``num_cached``."""
         assert self.layout is not None, "nothing is stored before commit"
+        return self._params_in(self.layout, self.params, num_cached)
+
+    def _params_in(self, layout: Layout, tensors: dict[str, Any], num_cached: int) -> FlatTensors:
         return FlatTensors(
-            self.layout,
-            sharded=self.layout.shard_params,
+            layout,
+            sharded=layout.shard_params,
             group=self.shard_group,
-            tensors=self.params,
+            tensors=tensors,
             num_cached=num_cached,
+            on_disk=layout.params_on_disk,
+            disk=self.disk,
         )
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
-        """Divided parameters have their full values for a while."""
+        """Parameters that are divided, or on a disk, have their full values for a while."""
+        stored = self.stored_params()
+        away = {name: param for name, param in self._placed.items() if stored.is_away(name)}
         try:
-            for name, value in self.full_params():
-                place(self._placed[name], value)
+            for name, value in stored.copies():
+                if name in away:
+                    place(away[name], value)
             yield
         finally:
-            for param in self._placed.values():
+            for param in away.values():
                 place(param, without_memory(param))
 
 

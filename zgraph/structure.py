@@ -96,7 +96,7 @@ def _bound_to_others(program: Program) -> Iterator[fx.Node]:
     """Calls that may break a rule though nobody touched them: because of the mesh, their readers or what they read."""
     for target in (*ops.ASYNCHRONOUS, ops.wait, ops.shard, *ops.BY_PLACE):
         yield from program.graph.find_nodes(op="call_function", target=target, sort=False)
-    if program.layout is not None and program.layout.on_disk:
+    if program.layout is not None and program.layout.needs_disk:
         for node in filter(program.is_on_disk, program.graph.find_nodes(op="placeholder")):
             yield from (user for user in node.users if user.op == "call_function")
 

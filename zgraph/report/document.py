@@ -214,7 +214,7 @@ def if_faster(program: Program, hardware: Hardware) -> dict[str, float]:
         return play(program, replace(hardware, launch_s=hardware.launch_s * host), cost_of=cost_of).step_s
 
     found = {"computing": step_s(computing=0.5), "links": step_s(links=0.5), "the host": step_s(host=0.5)}
-    is_streamed = program.layout is not None and program.layout.on_disk
+    is_streamed = program.layout is not None and program.layout.needs_disk
     return {**found, "the disk": step_s(disk=0.5)} if is_streamed else found
 
 
