@@ -51,10 +51,11 @@ class Writer(ABC):
         vectors = [node.meta["val"].dtype for node in nodes if is_vector(node)]
         known = all(_is_number(node) or is_vector(node) for node in nodes if node.op == "placeholder")
         calls = (node for node in nodes if node.op == "call_function")
-        return known and all(dtype in cls.dtypes for dtype in vectors) and all(map(cls._can_call, calls))
+        return known and all(dtype in cls.dtypes for dtype in vectors) and all(map(cls.can_call, calls))
 
     @classmethod
-    def _can_call(cls, node: fx.Node) -> bool:
+    def can_call(cls, node: fx.Node) -> bool:
+        """Whether it has the operator of a call, for what the call is given."""
         target: Any = node.target
         if not is_vector(node) or not isinstance(target, torch._ops.OpOverload):
             return False
@@ -71,14 +72,15 @@ class Writer(ABC):
         """Variables, expressions and the calls that they stand for, in order."""
         calls = (node for node in self.kernel.body.nodes if node.op == "call_function")
         for index, node in enumerate(calls):
-            expression = self._expression(node)
+            expression = self.expression(node)
             self.names[node] = f"v{index}"
             yield f"v{index}", expression, node
 
-    def _expression(self, node: fx.Node) -> str:
+    def expression(self, node: fx.Node) -> str:
+        """What a call of the body computes."""
         packet = node.target.overloadpacket  # type: ignore[union-attr]
         dtype = node.meta["val"].dtype
-        named = {key: value for key, value in node.kwargs.items() if key not in _FORM}
+        named = {key: value for key, value in node.kwargs.items() if key not in FORM}
         moved = node.args[MOVES[packet]] if packet in MOVES else None
         compared = packet in COMPARISONS
         read = [moved] if isinstance(moved, fx.Node) else node.all_input_nodes if compared else [node]
@@ -182,7 +184,7 @@ def _is_number(node: fx.Node) -> bool:
 
 _NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
 _OVERLOADS = {"default", "Tensor", "Scalar", "self", "ScalarSelf", "ScalarOther", "Tensor_Scalar"}
-_FORM = ("dtype", "layout", "device", "pin_memory", "memory_format", "non_blocking")
+FORM = ("dtype", "layout", "device", "pin_memory", "memory_format", "non_blocking")
 """Arguments that say what a result is like."""
 
 _ONE = ("1.0", "1.0f")

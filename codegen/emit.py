@@ -16,10 +16,11 @@ from torch import fx
 
 from zgraph import ops
 from zgraph.codegen.owned import OwnedUpdate
+from zgraph.codegen.region import Region
 from zgraph.codegen.source import SourceWriter
 from zgraph.into import into
 from zgraph.liveness import last_uses
-from zgraph.placement import Place, Placement, copied_bytes
+from zgraph.placement import Place, Placement, copied_bytes, is_of_region
 from zgraph.program import Mesh, Phase, Program, describe, operand
 
 aten = torch.ops.aten
@@ -186,7 +187,12 @@ def _expression(
         if tag is not None:
             args.append(f"tag={writer.literal(tag)}")
         return f"{_comm(mesh, ops.axis_of(node))}.{method}({', '.join(args)})"
-    if place is not None:
+    if isinstance(node.target, Region):
+        by_index = {user.args[1]: arena.name(user) for user in node.users}
+        outs = [by_index.get(index) for index in range(len(node.target.writes))]
+        told = [f"outs=[{', '.join(out or 'None' for out in outs)}]"] if any(outs) else []
+        return writer.expression(node.target, [*(writer.argument(arg, names) for arg in node.args), *told])
+    if place is not None and not is_of_region(node):
         call = into(node)
         assert call is not None, node
         args = [writer.argument(a, names) for a in call.args]

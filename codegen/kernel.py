@@ -90,6 +90,11 @@ class Kernel:
         """
         return self._written_in.get(device_type, SLICES)
 
+    @property
+    def device_type(self) -> str:
+        """Where its inputs lie."""
+        return first_vector(self.body).device.type
+
     @cached_property
     def _written_in(self) -> dict[str, str]:
         """The language that has all of the body, by kind of device: it runs in every step, and is worked out once."""
@@ -107,7 +112,7 @@ class Kernel:
 
     def why_in_slices(self) -> str | None:
         """What keeps it from being compiled here; None where it is compiled, or meant to run in slices."""
-        return _why_not(self.language(first_vector(self.body).device.type))
+        return _why_not(self.language(self.device_type))
 
     def prepare(self) -> None:
         """Compile, before a step needs it.
@@ -115,13 +120,19 @@ class Kernel:
         Raises:
             OptionError: it cannot be compiled.
         """
-        self._function(self.runs_in(first_vector(self.body).device.type))
+        self._function(self.runs_in(self.device_type))
 
     def _function(self, language: str) -> Callable[..., list[Any]]:
         if language not in self._functions:
             make = {TRITON: triton.compile_kernel, CPP: cpp.compile_kernel, SLICES: Kernel._in_slices}[language]
             self._functions[language] = make(self)
         return self._functions[language]
+
+    def text(self, language: str) -> str:
+        """What it is in a language."""
+        if language == TRITON:
+            return TritonWriter(self).source()
+        return CppWriter(self).source() if language == CPP else self.source(SourceWriter())
 
     def source(self, writer: SourceWriter, slice_size: int | None = None) -> str:
         """The kernel as a Python function ``kernel(*inputs)``; ``writer`` collects its globals."""

@@ -6,10 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from zgraph.codegen.cpp import CppWriter
-from zgraph.codegen.kernel import CPP, SLICES, TRITON, Kernel, expressions, slice_on
-from zgraph.codegen.source import SourceWriter
-from zgraph.codegen.triton import TritonWriter
+from zgraph.codegen.kernel import SLICES, Kernel, expressions, slice_on
 from zgraph.program import Program
 from zgraph.work import works
 
@@ -19,12 +16,13 @@ class KernelInfo:
     """One kernel of a step.
 
     Attributes:
-        name: of the kernel; the bucket that it updates is part of it.
+        name: of the kernel; of an update, the bucket is part of it.
         language: that it is written in: ``"Triton"``, ``"C++"``, or ``"slices"`` for calls of ATen.
         operators: the calls that it replaces, in order.
         read_bytes, written_bytes: memory traffic, each vector once.
         num_calls: that the host makes: one, or one for each operator and slice.
         source: its text.
+        module: of the model, that the last of the calls comes from; of an update, the bucket.
     """
 
     name: str
@@ -34,6 +32,7 @@ class KernelInfo:
     written_bytes: int
     num_calls: int
     source: str
+    module: str = ""
 
 
 def kernels_of(program: Program) -> list[KernelInfo]:
@@ -52,11 +51,6 @@ def _describe(node: fx.Node, kernel: Kernel) -> KernelInfo:
         read_bytes=int(work.read_bytes),
         written_bytes=int(work.written_bytes),
         num_calls=1 if language != SLICES else int(replace(work, slice_numel=slice_on(device_type)).num_calls),
-        source=_source(kernel, language),
+        source=kernel.text(language),
+        module=node.meta["origin"].module,
     )
-
-
-def _source(kernel: Kernel, language: str) -> str:
-    if language == TRITON:
-        return TritonWriter(kernel).source()
-    return CppWriter(kernel).source() if language == CPP else kernel.source(SourceWriter())

@@ -11,6 +11,7 @@ from zgraph.layout import ALIGN, Layout
 from zgraph.packed import BLOCK
 from zgraph.passes.bounds import Bounds
 from zgraph.passes.bucket import FormBuckets
+from zgraph.passes.fuse import FuseRegions
 from zgraph.passes.inplace import UpdateInPlace
 from zgraph.passes.keep import ReadGathered
 from zgraph.passes.offload import Offload
@@ -67,7 +68,7 @@ def default_passes(
             *((KeepSecondaryShards(mesh),) if config.secondary_size is not None else ()),
         ),
     )
-    then = (
+    steps = (
         FormBuckets(
             mesh.shard_size,
             _bucket_bytes(config),
@@ -82,13 +83,16 @@ def default_passes(
         *((QuantizeState(),) if config.state_precision == "int8" else ()),
         _order(config, hardware),
         *((OrderByMemory(hardware),) if config.memory_first else ()),
-        UpdateInPlace(compiled=config.kernels == "auto"),
-        OverwriteOperands(),
     )
+    last_steps: tuple[Pass, ...] = (UpdateInPlace(compiled=config.kernels != "eager"), OverwriteOperands())
+    # What is recomputed is chosen by what calls cost one by one.
+    fuse = (FuseRegions(last_steps),) if config.kernels == "fused" else ()
+    then = (*steps, *last_steps)
     # What stays gathered is decided last, where there is room beside all else; it is not in the way of what is dropped.
     unshard = (Unshard(config.unshard, hardware),) if config.zero == 3 and mesh.size > 1 else ()
     offload = (Offload(tuple(sorted(config.offload)), hardware),) if config.offload is not None else ()
-    passes = (Tidy(), *_recompute(config, hardware, then, levels), *then, *offload, *unshard)
+    recompute = _recompute(config, hardware, then, levels)
+    passes = (Tidy(), *recompute, *steps, *fuse, *last_steps, *offload, *unshard)
     last = {p.gives: p for p in passes}
     return tuple(q for p in passes for q in (p, *(o for o in own if last.get(o.takes) is p)))
 
@@ -145,6 +149,7 @@ __all__ = [
     "AverageGradients",
     "CastBeforeGather",
     "FormBuckets",
+    "FuseRegions",
     "GatherInLowPrecision",
     "GatherQuantized",
     "KeepSecondaryShards",

@@ -64,6 +64,9 @@ BUCKET_BYTES = 16 * 2**20
 BY_COST = "auto"
 """What ``bucket_bytes`` may be besides a number of bytes."""
 
+KERNELS = ("auto", "fused", "eager")
+"""What ``kernels`` may be."""
+
 IN_FLIGHT = (0, 1, 2, 4, 8, None)
 """How many buckets may be in flight beyond the peak, fewest first; None is any number."""
 
@@ -240,8 +243,10 @@ class Config:
             weights are; a step that is skipped leaves it. See ``CompiledModule.ema_state_dict``; ``recipe["ema"]`` of
             a compiled model may change from step to step.
         kernels: ``"auto"`` runs the update of a bucket as one kernel, where its operators and dtypes allow it: in
-            Triton on a GPU, in C++ on a CPU with a compiler (``zgraph.codegen``). ``"eager"`` runs it operator by
-            operator.
+            Triton on a GPU, in C++ on a CPU with a compiler (``zgraph.codegen``); all else is ATen's, so a step rounds
+            as PyTorch does. ``"fused"`` makes kernels of forward and backward, too: of elementwise calls, norms,
+            softmax, losses and sums that feed each other (``zgraph.passes.FuseRegions``). They round otherwise than
+            ATen does, no worse. ``"eager"`` runs all of it operator by operator.
         check_collectives: before each collective of a step all ranks compare which one they are about to start, and
             stop with both names if they differ. For finding out why ranks part: it makes steps slower.
         check_memory: after each call of a step, count the bytes of the tensors that it holds, and stop at the first
@@ -373,8 +378,9 @@ class Config:
             raise OptionError(
                 "gather_precision='int8' with keep_gathered, which keeps what is read", fix="give 'bf16', or None"
             )
-        if config.kernels not in ("auto", "eager"):
-            raise OptionError(f"kernels={config.kernels!r} is not known", fix="give 'auto' or 'eager'")
+        if config.kernels not in KERNELS:
+            known_ones = ", ".join(map(repr, KERNELS))
+            raise OptionError(f"kernels={config.kernels!r} is not known", fix=f"give one of {known_ones}")
         if config.state_precision not in (None, "int8"):
             raise OptionError(f"state_precision={config.state_precision!r} is not known", fix="give 'int8', or None")
         if config.recompute_solver not in (None, "milp"):

@@ -16,8 +16,9 @@ import torch
 from torch import fx
 
 from zgraph import ops
+from zgraph.codegen.region import Region
 from zgraph.errors import VerifyError
-from zgraph.placement import Place, Placement
+from zgraph.placement import Place, Placement, is_of_region
 from zgraph.program import Program, operand
 
 aten = torch.ops.aten
@@ -43,7 +44,11 @@ def check_overwrites(program: Program, placement: Placement) -> None:
                     raise VerifyError(f"{node} reads {value}, which {arena.lost[value]} has written over")
             if node.op == "output" and lies_in[source]:
                 raise VerifyError(f"{source} is returned, and lies in the arena")
-        if node in placement.places:
+        if isinstance(node.target, Region):
+            _write_results(node, placement, arena, lies_in)
+        elif node in placement.places and is_of_region(node):
+            lies_in[node] = frozenset([node])  # written when the region ran
+        elif node in placement.places:
             read = {value for source in node.all_input_nodes for value in lies_in[source]}
             if node in placement.copied:
                 _check_vectors(node, placement, lies_in)
@@ -54,6 +59,19 @@ def check_overwrites(program: Program, placement: Placement) -> None:
             lies_in[node] = frozenset([node, *(_sent(node, lies_in) if node.target in ops.ASYNCHRONOUS else ())])
         else:
             lies_in[node] = _shared(node, lies_in)
+
+
+def _write_results(
+    region: fx.Node, placement: Placement, arena: _Arena, lies_in: dict[fx.Node, frozenset[fx.Node]]
+) -> None:
+    """A region stores its results while it reads, each in one place, whatever unpacks it."""
+    read = {value for source in region.all_input_nodes for value in lies_in[source]}
+    written = [user for user in region.users if user in placement.places]
+    for result in written:
+        arena.write(result, placement.places[result])
+    for value in (read | set(written)) & arena.lost.keys():
+        raise VerifyError(f"{region} writes {arena.lost[value]} over {value}")
+    lies_in[region] = frozenset()
 
 
 class _Arena:

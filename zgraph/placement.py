@@ -12,6 +12,7 @@ between steps, in blocks that they know.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,11 +20,12 @@ import torch
 from torch import fx
 
 from zgraph import ops
+from zgraph.codegen.region import Region
 from zgraph.disk import PAGE
 from zgraph.into import into
 from zgraph.liveness import Held, Lifetime, held_bytes, lifetimes, owners
 from zgraph.offsets import ALIGNMENT, assign_offsets
-from zgraph.program import Program
+from zgraph.program import Program, operand
 
 aten = torch.ops.aten
 
@@ -161,11 +163,21 @@ def _placeable(program: Program, found: Iterable[Lifetime]) -> dict[fx.Node, Lif
     end = len(program.graph.nodes) - 1
     alone: dict[fx.Node, Lifetime] = {}
     for life in found:
-        if life.num_bytes and not life.is_received and life.last < end and into(life.node) is not None:
+        if life.num_bytes and not life.is_received and life.last < end and _can_be_told(life.node):
             val = life.node.meta["val"]
             if val.numel() * val.itemsize == life.num_bytes:  # there are no gaps
                 alone[life.node] = life
     return alone
+
+
+def _can_be_told(node: fx.Node) -> bool:
+    """Whether a call can be told where to store its result, or what unpacks it names a result of one that can."""
+    return into(node) is not None or is_of_region(node)
+
+
+def is_of_region(node: fx.Node) -> bool:
+    """Whether a node unpacks a result of a region, which stores it where it is told to."""
+    return node.target is operator.getitem and isinstance(operand(node).target, Region)
 
 
 # Flat gradients

@@ -20,6 +20,7 @@ from torch import fx
 from zgraph import ops
 from zgraph.changes import Look
 from zgraph.codegen.owned import OwnedUpdate, Part
+from zgraph.codegen.region import Region
 from zgraph.errors import MISTAKE_IN_PASS, VerifyError
 from zgraph.layout import Bucket, Layout
 from zgraph.liveness import owners, written
@@ -168,12 +169,14 @@ def _check_value(program: Program, node: fx.Node, after: str) -> None:
 
 
 def _check_kernel(program: Program, node: fx.Node, body: fx.Graph, after: str) -> None:
-    """A kernel takes and gives what its body does, element by element, since it runs slice by slice."""
+    """A kernel takes and gives what its body does, and element by element if it runs slice by slice."""
     for inner in body.find_nodes(op="placeholder"):
         if "val" not in inner.meta:
             raise broken(after, node, "has a body whose inputs have no recorded values")
+    if isinstance(node.target, Region):
+        _check_owned_body(program, node, body, after)
     for inner in body.nodes:
-        if inner.op == "call_function":
+        if inner.op == "call_function" and not isinstance(node.target, Region):
             if not ops.is_elementwise(inner.target):
                 raise broken(after, node, f"has {target_name(inner.target)} in its body, which is not elementwise")
             _check_value(program, inner, after)

@@ -20,6 +20,7 @@ from torch import fx
 from zgraph import ops
 from zgraph.codegen.kernel import SLICE, Kernel
 from zgraph.codegen.owned import OwnedUpdate
+from zgraph.codegen.region import Region
 from zgraph.curves import ceiling_of, minimum
 from zgraph.liveness import shares_memory
 from zgraph.program import operand
@@ -267,12 +268,27 @@ def _kernel(node: fx.Node, target: Kernel) -> Work:
     """A fused kernel reads and writes each of its arguments once, and computes every operator of its body."""
     length = max((numel(val) for val in _sources(node)), default=0, key=_rank_of_size)
     work = replace(_moving("kernel", node), in_place=None not in target.writes)
+    if isinstance(target, Region):
+        return _region(work, target)
     inner = [node for node in target.body.nodes if node.op == "call_function" and _is_vector(node.meta["val"])]
     for one in inner:
         flops, transcendentals = _operations(one.target)
         more = max(flops, _LEAST_IN_CACHE) * length
         work = replace(work, flops=work.flops + more, transcendentals=work.transcendentals + transcendentals * length)
     return replace(work, num_operators=len(inner), sliced_numel=length)
+
+
+def _region(work: Work, target: Region) -> Work:
+    """What its calls compute, without what they move."""
+    inner = [each for n in target.body.nodes if n.op == "call_function" for each in works(n, 1)]
+    inner = [each for each in inner if each.unit != NOTHING]
+    return replace(
+        work,
+        flops=sum(each.flops for each in inner),
+        transcendentals=sum(each.transcendentals for each in inner),
+        is_known=all(each.is_known for each in inner),
+        num_operators=len(inner),
+    )
 
 
 _LEAST_IN_CACHE = 2

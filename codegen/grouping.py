@@ -1,0 +1,186 @@
+"""Which calls of forward and backward become one kernel: those whose values then never lie in memory.
+
+    h = add(x, y)
+    n = native_layer_norm(h, ...)       ->      h, n, mean, rstd = region(x, y, ...)
+    m = mm(n, w)                                m = mm(n, w)
+
+Calls join one after another, each with what it reads, as long as loops have words for all of them together, nothing but
+they lies between what they read and what reads them, and no collective starts later than it did. Each region stands
+where the last of its calls stood, or before the first call that reads a result of it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from zgraph import ops
+from zgraph.codegen.lowering import may_lower
+from zgraph.codegen.region import key_of
+from zgraph.program import Phase, Program, phase_of
+
+
+@dataclass(frozen=True)
+class Group:
+    """Calls that become one kernel.
+
+    Attributes:
+        nodes: in order; of several results of one call, what unpacks them, too.
+        results: those of them that are read elsewhere, in order.
+        place: position in the program at which the kernel stands; a half lies before a call.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    results: tuple[fx.Node, ...]
+    place: float
+
+
+def groups(program: Program, can_write: Callable[[fx.Graph], bool], kept: Iterable[fx.Node] = ()) -> list[Group]:
+    """The regions of a program, in order.
+
+    Args:
+        program: functional, in the order in which it is to run.
+        can_write: whether there is a kernel for a body.
+        kept: calls that stay as they are.
+    """
+    return _Grouping(program, can_write, set(kept)).groups()
+
+
+class _Grouping:
+    def __init__(self, program: Program, can_write: Callable[[fx.Graph], bool], kept: set[fx.Node]) -> None:
+        self.nodes = list(program.graph.nodes)
+        self.position = {node: index for index, node in enumerate(self.nodes)}
+        self.starts = [index for index, node in enumerate(self.nodes) if node.target in ops.STARTS]
+        self.can_write = can_write
+        self.known: dict[Hashable, bool] = {}
+        self.of: dict[fx.Node, Group] = {}
+        self.fusable = {node for node in self.nodes if node not in kept and _may_fuse(node)}
+
+    def groups(self) -> list[Group]:
+        for node in self.nodes:
+            if node not in self.fusable or node.target is operator.getitem:
+                continue
+            alone = self._group(self._with_parts(node), is_written=False)
+            if alone is None:
+                continue
+            self._set(alone)
+            for source in dict.fromkeys(self._sources(node)):
+                mine, theirs = self.of[node], self.of.get(source)
+                if theirs is not None and theirs is not mine:
+                    both = self._group({*mine.nodes, *theirs.nodes})
+                    if both is not None:
+                        self._set(both)
+        found = [group for group in dict.fromkeys(self.of.values()) if _is_worthwhile(group)]
+        return sorted(found, key=lambda group: self.position[group.nodes[-1]])
+
+    def _set(self, group: Group) -> None:
+        self.of.update(dict.fromkeys(group.nodes, group))
+
+    def _with_parts(self, node: fx.Node) -> set[fx.Node]:
+        """A call, and what unpacks its results."""
+        parts = [user for user in node.users if user.target is operator.getitem]
+        return {node, *parts} if isinstance(node.meta["val"], (tuple, list)) else {node}
+
+    def _sources(self, node: fx.Node) -> Iterator[fx.Node]:
+        """The calls that a call reads results of, through views."""
+        for source in node.all_input_nodes:
+            yield ops.root_of(source)
+
+    def _group(self, inside: set[fx.Node], *, is_written: bool = True) -> Group | None:
+        """The calls as one kernel, if one is written; None where there can be none."""
+        nodes = tuple(sorted(inside, key=self.position.__getitem__))
+        readers = {node: [r for r in _readers(node) if r not in inside] for node in nodes}
+        results = tuple(node for node in nodes if readers[node])
+        if not results:
+            return None
+        last = float(self.position[nodes[-1]])
+        first_reader = min(self._place(reader) for node in results for reader in readers[node])
+        place = min(last, first_reader - 0.5)
+        last_read = max((self._place(source) for source in self._outside(nodes, inside)), default=-1.0)
+        if last_read >= place or any(place < start < last for start in self.starts):
+            return None
+        if is_written and not self._can_write(body_of(nodes, results)[0]):
+            return None
+        return Group(nodes, results, place)
+
+    def _can_write(self, body: fx.Graph) -> bool:
+        key = key_of(body)
+        if key not in self.known:
+            self.known[key] = self.can_write(body)
+        return self.known[key]
+
+    def _place(self, node: fx.Node) -> float:
+        """Where a value is there, or a call reads: that of its kernel if it is part of one."""
+        memory = ops.root_of(node)
+        group = self.of.get(memory)
+        if group is not None and _is_worthwhile(group):
+            return group.place
+        return float(self.position[memory])
+
+    def _outside(self, nodes: Iterable[fx.Node], inside: set[fx.Node]) -> Iterator[fx.Node]:
+        for node in nodes:
+            for source in node.all_input_nodes:
+                if ops.root_of(source) not in inside and source.op != "placeholder":
+                    yield source
+
+
+def body_of(nodes: Sequence[fx.Node], results: Sequence[fx.Node]) -> tuple[fx.Graph, list[fx.Node]]:
+    """Calls in a graph of their own, with the views through which they read each other.
+
+    Returns:
+        The graph, and the nodes that its placeholders stand for, in order.
+    """
+    inside = set(nodes)
+    body = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        for source in node.all_input_nodes:
+            if ops.root_of(source) not in inside and source not in copies:
+                copies[source] = body.placeholder(f"in{len(copies)}")
+                copies[source].meta["val"] = source.meta["val"]
+    outside = list(copies)
+
+    def copy_of(source: fx.Node) -> fx.Node:
+        if source not in copies:  # a view
+            copies[source] = body.node_copy(source, copy_of)
+        return copies[source]
+
+    for node in nodes:
+        for source in node.all_input_nodes:
+            copy_of(source)
+        copies[node] = body.node_copy(node, copy_of)
+    body.output([copies[node] for node in results])
+    return body, outside
+
+
+def _readers(node: fx.Node) -> Iterator[fx.Node]:
+    """What reads a value, through views or not."""
+    for user in node.users:
+        if ops.view_of(user) is not None:
+            yield from _readers(user)
+        else:
+            yield user
+
+
+def _may_fuse(node: fx.Node) -> bool:
+    """Whether a call of forward or backward may be part of a region, as far as its operator and its result say."""
+    if node.op != "call_function" or phase_of(node) is Phase.UPDATE:
+        return False
+    if node.target is operator.getitem:
+        source = node.args[0]
+        return isinstance(source, fx.Node) and ops.view_of(node) is None and _may_fuse(source)
+    if not may_lower(node):
+        return False
+    val = node.meta["val"]
+    vals = val if isinstance(val, (tuple, list)) else (val,)
+    return all(v is None or (isinstance(v, torch.Tensor) and v.layout is torch.strided) for v in vals)
+
+
+def _is_worthwhile(group: Group) -> bool:
+    """Whether a kernel replaces several calls that go over memory."""
+    calls = [n for n in group.nodes if n.target is not operator.getitem and not ops.creates(n.target)]
+    return len(calls) > 1

@@ -1,0 +1,142 @@
+"""A region of forward and backward as one call: norms, losses, activations and what lies around them.
+
+Its meaning is its body, as that of every kernel; on a CPU it runs as loops in C++ (``zgraph.codegen.region_cpp``), on a
+GPU in Triton (``zgraph.codegen.region_triton``). Where what compiles them is missing, ATen runs the body call by call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from zgraph.codegen.elementwise import Writer, results_of
+from zgraph.codegen.ir import CannotWriteError, Loops
+from zgraph.codegen.kernel import CPP, SLICES, TRITON, Kernel, expressions
+from zgraph.codegen.lowering import lower
+from zgraph.codegen.region_cpp import RegionCppWriter, compile_region
+from zgraph.codegen.source import SourceWriter
+from zgraph.program import copy_graph, describe
+
+
+@dataclass(frozen=True, eq=False)
+class Region(Kernel):
+    """Calls of ATen on tensors of any shapes, which write over none of their inputs.
+
+    Equal regions, such as those of layers that are alike, are one object: it is compiled once.
+    """
+
+    def __str__(self) -> str:
+        return f"{self.name}{{{expressions(self.body)}}}"
+
+    def copy(self) -> Region:
+        return Region(self.name, copy_graph(self.body), self.num_inputs, self.writes, self.is_compiled)
+
+    def __call__(self, *inputs: Any, outs: Sequence[torch.Tensor | None] = ()) -> list[torch.Tensor]:
+        """Run on real tensors, or infer on fake ones.
+
+        Args:
+            inputs: as the body takes them.
+            outs: where results go, of their shapes, strides and dtypes; None, or too few, for new tensors.
+        """
+        fakes = any(isinstance(x, FakeTensor) for x in inputs)
+        language = SLICES if fakes else self.runs_in(self.device_type)
+        return self._function(language)(*inputs, outs=outs)
+
+    @property
+    def device_type(self) -> str:
+        """Where its results lie."""
+        return str(self._results[0].device.type)
+
+    @cached_property
+    def _results(self) -> list[torch.Tensor]:
+        return [node.meta["val"] for node in results_of(self)]
+
+    @cached_property
+    def _written_in(self) -> dict[str, str]:
+        found = {"cpu": CPP} if self.is_compiled else {}
+        return {device_type: language for device_type, language in found.items() if can_write(self.body, device_type)}
+
+    def loops(self, language: str) -> Loops:
+        """What is printed in a language."""
+        return lower(self.body, _WRITERS[language])
+
+    def text(self, language: str) -> str:
+        """What it is in a language."""
+        if language == CPP:
+            return RegionCppWriter(self.loops(language)).source()
+        return self.source(SourceWriter())
+
+    def _function(self, language: str) -> Callable[..., list[Any]]:
+        if language not in self._functions:
+            self._functions[language] = self._in_slices() if language == SLICES else self._in_loops()
+        return self._functions[language]
+
+    def _in_loops(self) -> Callable[..., list[torch.Tensor]]:
+        run = compile_region(self.loops(CPP))
+        forms = [_form(node.meta["val"]) for node in self.body.find_nodes(op="placeholder")]
+        results = [(tuple(val.shape), val.dtype, val.device) for val in self._results]
+
+        def call(*inputs: Any, outs: Sequence[torch.Tensor | None] = ()) -> list[torch.Tensor]:
+            given = [x if strides is None else _laid_out(x, strides) for x, strides in zip(inputs, forms, strict=True)]
+            places = [
+                torch.empty(shape, dtype=dtype, device=device) if out is None else out
+                for (shape, dtype, device), out in zip(results, outs or (None,) * len(results), strict=True)
+            ]
+            run(given, places)
+            return places
+
+        return call
+
+    def source(self, writer: SourceWriter, slice_size: int | None = None) -> str:
+        """The body as a Python function ``kernel(*inputs, outs)``; ``writer`` collects its globals."""
+        names = {node: f"i{index}" for index, node in enumerate(self.body.find_nodes(op="placeholder"))}
+        lines = [f"def kernel({', '.join(names.values())}, *, outs=()):"]
+        for index, node in enumerate(node for node in self.body.nodes if node.op == "call_function"):
+            lines.append(f"    v{index} = {writer.call(node, names)}")
+            names[node] = f"v{index}"
+        lines.append(f"    found = [{', '.join(names[node] for node in results_of(self))}]")
+        lines.append("    given = outs or [None] * len(found)")
+        lines.append("    return [x if out is None else out.copy_(x) for x, out in zip(found, given)]")
+        return "\n".join(lines) + "\n"
+
+
+_WRITERS: dict[str, type[Writer]] = {CPP: RegionCppWriter}
+
+
+def can_write(body: fx.Graph, device_type: str) -> bool:
+    """Whether the language for a kind of device has all of a region's body."""
+    writer = {"cpu": RegionCppWriter}.get(device_type)
+    if writer is None:
+        return False
+    try:
+        lower(body, writer)
+    except CannotWriteError:
+        return False
+    return True
+
+
+def key_of(body: fx.Graph) -> Hashable:
+    """Equal for bodies that compute alike on inputs that lie alike."""
+    inputs = body.find_nodes(op="placeholder")
+    return (expressions(body), tuple((describe(n.meta["val"]), _form(n.meta["val"])) for n in inputs))
+
+
+def _form(val: Any) -> tuple[int, ...] | None:
+    """The strides of a tensor; None for a number."""
+    return tuple(val.stride()) if isinstance(val, torch.Tensor) and val.dim() else None
+
+
+def _laid_out(x: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """A tensor that lies in memory as it does in the program: an operator may give its results otherwise."""
+    if x.stride() == strides:
+        return x
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
+
+
+__all__ = ["SLICES", "TRITON", "Region", "can_write", "key_of"]

@@ -1,0 +1,147 @@
+"""Make one kernel of calls that go over the same memory one after another.
+
+What one call of forward or backward writes, and the next one reads, need not lie in memory: ``zgraph.codegen.grouping``
+says which calls can be one, ``zgraph.codegen.lowering`` what they are as loops. The schedule is made before, and stays:
+no collective starts later, and no step holds more at its peak.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx
+
+from zgraph import ops
+from zgraph.codegen.grouping import Group, body_of, groups
+from zgraph.codegen.region import Region, can_write, key_of
+from zgraph.liveness import held_bytes, lifetimes, owners
+from zgraph.passes.order import arrange
+from zgraph.pipeline import Pass
+from zgraph.program import Program, Stage
+
+
+@dataclass(frozen=True)
+class FuseRegions(Pass):
+    """Make kernels of elementwise calls, norms, softmax, losses and sums that feed each other.
+
+    h = add(x, y)
+    n, mean, rstd = native_layer_norm(h, ...)    ->    h, n, mean, rstd = fused_add_native_layer_norm(x, y, ...)
+
+    What is computed is the same, but for how it is rounded. Regions that compute alike are one kernel. Where a region
+    would raise the peak, its calls stay as they are.
+
+    Attributes:
+        then: the passes that lower the program further; the peak is that of what they give.
+    """
+
+    then: tuple[Pass, ...] = ()
+    takes = gives = Stage.SCHEDULED
+
+    def rewrite(self, program: Program) -> None:
+        layout = program.layout
+        device_types = {bucket.device.type for bucket in layout.buckets} if layout is not None else set()
+        if len(device_types) != 1:
+            return
+        may_write = partial(can_write, device_type=device_types.pop())
+        lowered, _ = self._lowered(program)
+        bound = max(held_bytes(lifetimes(lowered), len(lowered.graph.nodes)))
+        kept: set[fx.Node] = set()
+        while found := groups(program, may_write, kept):
+            trial = program.clone()
+            twins = dict(zip(program.graph.nodes, trial.graph.nodes, strict=True))
+            calls = _fuse(trial, [_twin(group, twins) for group in found])
+            guilty = self._guilty(trial, calls, bound)
+            if guilty is None:
+                break
+            kept.update(found[guilty].nodes)
+        _fuse(program, found)
+
+    def _guilty(self, trial: Program, calls: list[fx.Node], bound: int) -> int | None:
+        """Of the regions, by index, the one that holds most where more is held than the bound; None if nowhere is."""
+        lowered, twins = self._lowered(trial)
+        lives = lifetimes(lowered)
+        held = held_bytes(lives, len(lowered.graph.nodes))
+        if max(held) <= bound:
+            return None
+        at, owner = held.index(max(held)), owners(lowered)
+        alive = {life.node: life.num_bytes for life in lives if life.first <= at <= life.last}
+
+        def bytes_of(index: int) -> int:
+            call = twins[calls[index]]
+            touched = {owner[source] for source in (*call.all_input_nodes, *call.users)}
+            return sum(alive.get(memory, 0) for memory in touched)
+
+        return max(range(len(calls)), key=bytes_of)
+
+    def _lowered(self, program: Program) -> tuple[Program, dict[fx.Node, fx.Node]]:
+        """The program as it will run, and where its nodes are in it."""
+        lowered = program.clone()
+        twins = dict(zip(program.graph.nodes, lowered.graph.nodes, strict=True))
+        for each in self.then:
+            each.rewrite(lowered)
+            lowered.stage = each.gives
+        return lowered, twins
+
+
+def _twin(group: Group, twins: Mapping[fx.Node, fx.Node]) -> Group:
+    return Group(tuple(twins[n] for n in group.nodes), tuple(twins[n] for n in group.results), group.place)
+
+
+def _fuse(program: Program, found: Iterable[Group]) -> list[fx.Node]:
+    """Replace groups by calls of regions.
+
+    Returns:
+        The calls, in the order of the groups.
+    """
+    position = {node: float(index) for index, node in enumerate(program.graph.nodes)}
+    regions: dict[Any, Region] = {}
+    calls = []
+    for group in found:
+        body, outside = body_of(group.nodes, group.results)
+        key = key_of(body)
+        if key not in regions:
+            name = f"{_name(body)}_{len(regions)}"
+            regions[key] = Region(name, body, len(outside), (None,) * len(group.results), is_compiled=True)
+        call = _replace(program, group, regions[key], outside)
+        position.update(dict.fromkeys((call, *call.users), group.place))
+        calls.append(call)
+    arrange(program, {n: position[n] for n in program.graph.nodes if n.op == "call_function"})
+    return calls
+
+
+def _replace(program: Program, group: Group, region: Region, outside: list[fx.Node]) -> fx.Node:
+    """One call in the place of a group."""
+    unneeded = {*group.nodes, *(view for node in group.nodes for view in _views(node))}
+    last = group.nodes[-1]
+    origin = replace(last.meta["origin"], made_by=FuseRegions.__name__)
+    with program.graph.inserting_before(program.output_node):
+        call = program.graph.call_function(region, tuple(outside))
+        call.meta.update(val=tuple(node.meta["val"] for node in group.results), origin=origin)
+        for index, node in enumerate(group.results):
+            part = program.graph.call_function(operator.getitem, (call, index))
+            part.meta.update(val=node.meta["val"], origin=replace(node.meta["origin"], made_by=FuseRegions.__name__))
+            node.replace_all_uses_with(part)
+    for node in reversed(list(program.graph.nodes)):
+        if node in unneeded and not node.users:
+            program.graph.erase_node(node)
+    return call
+
+
+def _views(node: fx.Node) -> Iterator[fx.Node]:
+    """Views of a value, and of these."""
+    for user in node.users:
+        if ops.view_of(user) is not None:
+            yield user
+            yield from _views(user)
+
+
+def _name(body: fx.Graph) -> str:
+    """What a region is called: its operators, as far as they fit into a line."""
+    targets = [node.target for node in body.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    names = list(dict.fromkeys(t.overloadpacket.__name__.strip("_") for t in targets if not ops.is_view(t)))
+    return "fused_" + "_".join(names)[:60].strip("_")

@@ -1,0 +1,221 @@
+"""Regions of whole steps: which calls become one, that steps compute the same, and what a fusion must not do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from expecttest import assert_expected_inline
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import zgraph
+from tests.programs import Builder, assert_same_step, few_examples, network, param
+from tests.test_placement import assert_same_in_an_arena
+from zgraph import ops, placement
+from zgraph.codegen import library
+from zgraph.codegen.kernel import CPP, SLICES
+from zgraph.codegen.region import Region
+from zgraph.config import Config
+from zgraph.errors import OptionError
+from zgraph.liveness import held_bytes, lifetimes
+from zgraph.passes import FuseRegions, default_passes
+from zgraph.pipeline import run
+from zgraph.program import Mesh, Phase, Program, Role
+
+aten = torch.ops.aten
+
+pytestmark = pytest.mark.skipif(library.find_compiler() is None, reason="there is no C++ compiler")
+
+
+def lowered(captured: Program, kernels: str = "fused", zero: int = 0, world: int = 1) -> Program:
+    config = Config(zero, bucket_bytes=200, kernels=kernels)
+    return run(default_passes(config, Mesh(world)), captured).program
+
+
+def regions(program: Program) -> list[str]:
+    """What each region computes, in order."""
+    return [str(node.target) for node in program.graph.nodes if isinstance(node.target, Region)]
+
+
+def normalised() -> Program:
+    """``loss = sum(gelu(layer_norm(x @ w + x)))``, trained by SGD."""
+    b = Builder()
+    w, lr = b.input(Role.PARAM, "w", shape=[4, 4], dtype=torch.float32), b.input(Role.HYPER, "lr")
+    x = b.input(Role.BATCH, "0", shape=[5, 4], dtype=torch.float32)
+    hidden = b.forward(aten.add.Tensor, b.forward(aten.mm.default, x, w), x)
+    norm = b.forward(aten.native_layer_norm.default, hidden, [4], None, None, 1e-5)
+    y, mean, scale = (b.forward(ops.operator.getitem, norm, index) for index in range(3))
+    loss = b.forward(aten.sum.default, b.forward(aten.gelu.default, y))
+    g = b.backward(aten.expand.default, b.backward(aten.ones_like.default, loss), [5, 4])
+    gy = b.backward(aten.gelu_backward.default, g, y)
+    of_norm = b.backward(
+        aten.native_layer_norm_backward.default, gy, hidden, [4], mean, scale, None, None, [True, False, False]
+    )
+    gw = b.backward(aten.mm.default, b.backward(aten.t.default, x), b.backward(ops.operator.getitem, of_norm, 0))
+    size = b.call(Phase.UPDATE, aten.mul.Tensor, gw, lr, module="w")
+    return b.finish({None: loss, param("w"): b.call(Phase.UPDATE, aten.sub.Tensor, w, size, module="w")})
+
+
+def test_what_feeds_each_other_is_one_kernel_until_a_matrix_product() -> None:
+    # In a step this small every tensor is a part of the peak.
+    with mock.patch.object(FuseRegions, "_guilty", return_value=None):
+        found = regions(lowered(normalised()))
+    assert_expected_inline(
+        "\n".join(found).replace("; ", "\n    "),
+        """\
+fused_add_native_layer_norm_gelu_0{%2 = aten.add.Tensor(%0, %1)
+    %3 = aten.native_layer_norm.default(%2, [4], None, None, 1e-05)
+    %4 = operator.getitem(%3, 0)
+    %5 = operator.getitem(%3, 1)
+    %6 = operator.getitem(%3, 2)
+    %7 = aten.gelu.default(%4)
+    return [%2, %4, %5, %6, %7]}
+fused_ones_like_gelu_backward_native_layer_norm_backward_1{%5 = aten.ones_like.default(%0)
+    %6 = aten.expand.default(%5, [5, 4])
+    %7 = aten.gelu_backward.default(%6, %1)
+    %8 = aten.native_layer_norm_backward.default(%7, %2, [4], %3, %4, None, None, [True, False, False])
+    %9 = operator.getitem(%8, 0)
+    return [%9]}""",
+    )
+
+
+def test_by_default_only_updates_are_kernels() -> None:
+    assert regions(lowered(normalised(), "auto")) == regions(lowered(normalised(), "eager")) == []
+    with pytest.raises(OptionError, match=r"kernels='fast' is not known\n.*'auto', 'fused', 'eager'"):
+        Config.from_options({"kernels": "fast"})
+
+
+KINDS = ("wide", "narrow", "mul", "add", "dropout", "split", "sin")
+LAYERS = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 2)), min_size=2, max_size=7)
+
+
+@pytest.fixture
+def _small_values_count() -> Iterator[None]:
+    with mock.patch.object(placement, "SMALLEST_BYTES", 1):
+        yield
+
+
+@pytest.mark.slow
+@few_examples(12)
+@given(LAYERS, st.sampled_from([(0, 1), (0, 2), (3, 2)]))
+def test_steps_compute_what_they_did(layers: Any, ranks: tuple[int, int]) -> None:
+    """Bit for bit, where operators are elementwise and in float64."""
+    captured = network([("wide", 0), *layers])
+    assert_same_step(lowered(captured, "fused", *ranks), captured)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_small_values_count")
+@few_examples(12)
+@given(LAYERS)
+def test_results_of_regions_lie_where_nothing_that_is_read_does(layers: Any) -> None:
+    captured = network([("wide", 0), *layers])
+    assert_same_in_an_arena(captured, lowered(captured))
+
+
+@few_examples(12)
+@given(LAYERS, st.sampled_from([(0, 1), (3, 2)]))
+def test_no_fusion_raises_the_peak(layers: Any, ranks: tuple[int, int]) -> None:
+    captured = network([("wide", 0), *layers])
+    plain, fused = (
+        max(held_bytes(lifetimes(program), len(program.graph.nodes)))
+        for program in (lowered(captured, kernels, *ranks) for kernels in ("auto", "fused"))
+    )
+    assert fused <= plain
+
+
+def test_a_fusion_that_would_hold_more_is_undone() -> None:
+    """Were ``b`` made where ``d`` is, its operands would be held until after the product."""
+    b = Builder()
+    w, lr = b.input(Role.PARAM, "w", shape=[8, 8], dtype=torch.float32), b.input(Role.HYPER, "lr")
+    x = b.input(Role.BATCH, "0", shape=[8, 8], dtype=torch.float32)
+    one, two, three = (b.forward(aten.mm.default, x, w) for _ in range(3))
+    small = b.forward(
+        aten.sum.dim_IntList, b.forward(aten.add.Tensor, b.forward(aten.mul.Tensor, one, two), three), [1], True
+    )
+    late = b.forward(aten.mm.default, b.forward(aten.mm.default, w, w), x)
+    loss = b.forward(aten.sum.default, b.forward(aten.mul.Tensor, late, small))
+    size = b.call(Phase.UPDATE, aten.mul.Tensor, b.backward(aten.mul.Tensor, x, loss), lr, module="w")
+    captured = b.finish({None: loss, param("w"): b.call(Phase.UPDATE, aten.sub.Tensor, w, size, module="w")})
+    assert not any("mul" in text and "sum" in text and text.count("mul") > 1 for text in regions(lowered(captured)))
+    with mock.patch.object(FuseRegions, "_guilty", return_value=None):
+        assert any(text.count("aten.mul") > 1 for text in regions(lowered(captured)))
+
+
+def test_no_collective_starts_after_more_calls_than_it_did() -> None:
+    captured = network([("wide", 0), ("tanh", 0), ("narrow", 0), ("mul", 1), ("wide", 0), ("tanh", 0), ("mul", 0)])
+
+    def before_starts(program: Program) -> list[int]:
+        """The bytes that are computed before each collective starts."""
+        total, found = 0, []
+        for node in program.graph.nodes:
+            if node.target in ops.STARTS:
+                found.append(total)
+            elif node.op == "call_function" and ops.view_of(node) is None and node.target is not ops.operator.getitem:
+                inner = node.target.body.nodes if isinstance(node.target, Region) else [node]
+                total += sum(n.op == "call_function" and ops.view_of(n) is None for n in inner)
+        return found
+
+    plain, fused = (before_starts(lowered(captured, kernels, 2, 2)) for kernels in ("auto", "fused"))
+    assert regions(lowered(captured, "fused", 2, 2))
+    assert all(one <= other for one, other in zip(fused, plain, strict=True))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.down(F.gelu(self.up(self.norm(hidden))))
+
+
+def trained(**options: Any) -> tuple[Any, list[float]]:
+    """A classifier after three steps, and their losses."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(16), Block(16), Block(16), nn.LayerNorm(16), nn.Linear(16, 11))
+    zgraph.compile(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.3),
+        loss=lambda scores, x: F.cross_entropy(scores, x.sum(-1).long().abs() % 11),
+        zero=0,
+        **options,
+    )
+    x = torch.randn(40, 16, generator=torch.Generator().manual_seed(1))
+    return model, [model.train_step(x).item() for _ in range(3)]
+
+
+def test_a_step_with_regions_is_one_without_but_for_rounding() -> None:
+    (fused, losses), (plain, expected) = trained(kernels="fused"), trained()
+    assert losses == pytest.approx(expected, rel=1e-5)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(fused.state_dict()[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_layers_that_are_alike_are_one_kernel() -> None:
+    model, _ = trained(kernels="fused")
+    targets = [node.target for node in model.program.graph.nodes if isinstance(node.target, Region)]
+    assert len(set(targets)) < len(targets)
+    assert sum("aten.gelu_backward" in str(target) for target in targets) > 1
+    assert sum("aten.gelu_backward" in str(target) for target in set(targets)) == 1
+    listed = [each for each in model.kernels() if each.name.startswith("fused")]
+    assert [each.name for each in listed] == [target.name for target in targets]
+    assert {each.language for each in listed} == {CPP}
+    assert {each.num_calls for each in listed} == {1}
+    (loss,) = (each for each in listed if "nll_loss_forward" in each.name)
+    assert loss.read_bytes == 40 * 11 * 4 + 40 * 8
+    assert loss.written_bytes == 40 * 11 * 4 + 4 + 11 * 4  # the gradient of scores, the loss, the gradient of the bias
+    assert any(each.module == "1" for each in listed)
+
+
+def test_without_a_compiler_regions_run_call_by_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "problem", lambda: "there is no C++ compiler")
+    model, losses = trained(kernels="fused")
+    assert {each.language for each in model.kernels()} == {SLICES}
+    assert losses == trained()[1]
