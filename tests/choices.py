@@ -22,16 +22,25 @@ def pairwise(*quick: tuple[Any, ...], **choices: Sequence[Any]) -> Any:
     return _parametrized(tuple(choices), itertools.product(*choices.values()), tested, {_key(found) for found in quick})
 
 
-def in_turn(first: str, values: Sequence[Any], others: str, combinations: Sequence[Any]) -> Any:
+def in_turn(first: str, values: Sequence[Any], others: str, combinations: Sequence[Any], *quick: Any) -> Any:
     """Parametrize a test by all values and combinations; ``make test`` tries each value with one of them, in turn.
 
     Args:
         first, others: names of arguments, separated by commas.
+        values, combinations: what these are; tuples where they are several.
+        quick: those of the values that the quick lane tries, too.
     """
-    names = (first, *(name.strip() for name in others.split(",")))
-    flat = [found if isinstance(found, tuple) else (found,) for found in combinations]
-    tested = {_key((value, *flat[index % len(flat)])) for index, value in enumerate(values)}
-    return _parametrized(names, ((value, *found) for value in values for found in flat), tested, set())
+    names = tuple(name.strip() for name in f"{first}, {others}".split(","))
+
+    def flat(value: Any, of: str) -> tuple[Any, ...]:
+        return value if "," in of else (value,)
+
+    found = [flat(combination, others) for combination in combinations]
+    size = len(found)
+    turns = [found[(i + i // size) % size] for i in range(len(values))]  # each round begins one further on
+    tested = {_key((*flat(v, first), *turn)): v in quick for v, turn in zip(values, turns, strict=True)}
+    every = ((*flat(value, first), *combination) for value in values for combination in found)
+    return _parametrized(names, every, set(tested), {key for key, is_quick in tested.items() if is_quick})
 
 
 def _parametrized(names: tuple[str, ...], found: Any, tested: set[str], quick: set[str]) -> Any:
@@ -40,8 +49,12 @@ def _parametrized(names: tuple[str, ...], found: Any, tested: set[str], quick: s
             return []
         return [pytest.mark.slow] if _key(values) in tested else [pytest.mark.slow, pytest.mark.nightly]
 
-    params = [pytest.param(*values, marks=marks(values), id="-".join(map(str, values))) for values in found]
+    params = [pytest.param(*values, marks=marks(values), id="-".join(map(_name, values))) for values in found]
     return pytest.mark.parametrize(names, params)
+
+
+def _name(value: Any) -> str:
+    return getattr(value, "__name__", None) or str(value)
 
 
 def _key(values: Any) -> str:

@@ -25,9 +25,10 @@ def trained(
 ) -> tuple[zgraph.SimulatedRanks, tuple[Any, ...]]:
     """Three steps of a model on two ranks: the ranks, and losses, weights and optimizer state."""
     model = CASES[case].model()
+    rule = torch.optim.AdamW if "state_precision" in options else torch.optim.SGD  # which is traced in no time
     ranks = zgraph.simulate_ranks(
         model,
-        torch.optim.AdamW(model.parameters(), lr=1e-2),
+        rule(model.parameters(), lr=1e-2),
         world_size=2,
         loss=CASES[case].loss,
         metrics={"ones": (lambda *_, **__: torch.ones(()), "sum")},

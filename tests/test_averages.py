@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Muon, Optimizer
 
 import zgraph
+from tests.choices import in_turn
 from tests.optimizers import Lion
 from tests.reference import assert_equal
 
@@ -58,10 +59,12 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
         mine.lerp_(theirs, 1 - decay)
 
 
-@pytest.mark.parametrize("make", [adamw, momentum, lion, muon])
-@pytest.mark.parametrize(("world", "zero", "options"), [
+CHOICES = [
     (1, 3, {}), (2, 3, {}), (3, 1, {"accumulate": 2}), (2, 0, {"clip_norm": 0.1}), (2, 2, {"clip_norm": 0.1}),
-])  # fmt: skip
+]  # fmt: skip
+
+
+@in_turn("world, zero, options", CHOICES, "make", [momentum, adamw, lion, muon], CHOICES[1])
 def test_the_average_is_pytorchs(make: Make, world: int, zero: int, options: dict[str, Any]) -> None:
     """``ema.lerp_(weight, 1 - decay)`` behind each ``optimizer.step()``, under a decay that grows."""
     torch.manual_seed(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import zgraph
+from tests.choices import in_turn
 from tests.optimizers import OPTIMIZERS
 from tests.reference import assert_equal, slow
 from zgraph import ops
@@ -20,7 +22,7 @@ from zgraph.config import Config
 from zgraph.errors import OptionError
 from zgraph.program import REPLICA, SHARD, Mesh, Role
 
-RANKS = [(4, 2), *slow((6, 3), (6, 2), (4, 1), (4, 4), (8, 4))]
+RANKS = [(4, 2), (6, 3), (6, 2), (4, 1), (4, 4), (8, 4)]
 """How many ranks there are, and in a node."""
 
 
@@ -68,16 +70,15 @@ def train_eager(
     return losses
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("zero", [3, *slow(1, 2)])
-@pytest.mark.parametrize(
-    "choice",
-    [
-        ("adamw", {"clip_norm": 0.1, "accumulate": 2, "bucket_bytes": 256}),
-        *slow(("adamw", {}), ("muon_and_adam", {}), ("sgd_momentum", {"clip_norm": 0.1, "bucket_bytes": 1})),
-    ],
-    ids=lambda choice: "-".join([choice[0], *choice[1]]),
-)
+CHOICES: list[tuple[str, dict[str, Any]]] = [
+    ("adamw", {"clip_norm": 0.1, "accumulate": 2, "bucket_bytes": 256}),
+    ("adamw", {}),
+    ("muon_and_adam", {}),
+    ("sgd_momentum", {"clip_norm": 0.1, "bucket_bytes": 1}),
+]
+
+
+@in_turn("zero, choice", list(itertools.product([3, 1, 2], CHOICES)), "ranks", RANKS, (3, CHOICES[0]))
 def test_ranks_in_nodes_train_as_one_process(
     ranks: tuple[int, int], zero: int, choice: tuple[str, dict[str, Any]]
 ) -> None:
