@@ -30,6 +30,11 @@ def slow(*values: Any) -> list[Any]:
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
+def nightly(*values: Any) -> list[Any]:
+    """Parameters of a test that only ``make nightly`` tries: one more combination of what is tested already."""
+    return [pytest.param(value, marks=[pytest.mark.slow, pytest.mark.nightly]) for value in values]
+
+
 def world() -> tuple[int, int]:
     """This rank and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

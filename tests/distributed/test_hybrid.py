@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 import zgraph
 from tests.optimizers import OPTIMIZERS
 from tests.ranks import Ranks
-from tests.reference import slow, world
+from tests.reference import nightly, slow, world
 from tests.test_hybrid import Net, batches, made
 from zgraph import flat
 from zgraph.errors import OptionError, RankError
@@ -20,32 +21,46 @@ from zgraph.groups import axis_group, open_axes
 from zgraph.program import REPLICA, SHARD, Mesh
 from zgraph.which_comm import make_comm
 
+Trained = tuple[list[Tensor], dict[str, Tensor], dict[str, dict[str, Any]], dict[str, dict[str, int]]]
+"""Losses, parameters, optimizer state by parameter, and what was communicated."""
 
-def train_as_simulated(optimizer: str, options: dict[str, Any]) -> dict[str, Any]:
+
+def train(optimizer: str, options: dict[str, Any]) -> Trained:
     rank, num_ranks = world()
-    model, mine, other, theirs = made(optimizer, torch.float32)
+    model, mine, _, _ = made(optimizer, torch.float32)
     torch.manual_seed(rank)  # as the simulation draws
-    nodes = {} if "secondary_size" in options else {"shard_size": 2}
-    compiled = zgraph.compile(model, optimizer=mine, **nodes, **options)
-    simulated = zgraph.simulate_ranks(other, theirs, world_size=num_ranks, **nodes, **options)
-    for parts in batches(num_ranks, dtype=torch.float32):
-        loss, expected = compiled.train_step(*parts[rank]), simulated.train_step(parts)
-        torch.testing.assert_close(loss, expected)  # an all-reduce of four adds up in an order of its own
-    torch.testing.assert_close(model.state_dict(), simulated.state_dict(), rtol=0, atol=0)
-    saved, named = mine.state_dict(), simulated.optimizer_state()
+    compiled = zgraph.compile(model, optimizer=mine, **options)
+    losses = [compiled.train_step(*parts[rank]) for parts in batches(num_ranks, dtype=torch.float32)]
     ordered = {id(p): name for name, p in model.named_parameters()}
     names = [ordered[id(p)] for group in mine.param_groups for p in group["params"]]
-    found = {names[index]: entries for index, entries in saved["state"].items()}
-    assert found.keys() == named.keys()
-    for name, entries in found.items():
-        for key, value in entries.items():
-            torch.testing.assert_close(torch.as_tensor(value), torch.as_tensor(named[name][key]), rtol=0, atol=0)
-    return compiled.stats()["collectives"]  # type: ignore[no-any-return]
+    state = {names[index]: entries for index, entries in mine.state_dict()["state"].items()}
+    return losses, dict(model.state_dict()), state, compiled.stats()["collectives"]
+
+
+def train_as_simulated(ranks: Ranks, optimizer: str, options: dict[str, Any]) -> list[dict[str, dict[str, int]]]:
+    """Train on four ranks in two nodes, and simulate it; what each rank has communicated."""
+    options = {**options, **({} if "secondary_size" in options else {"shard_size": 2})}
+    found = ranks.run(train, optimizer, options, world=4)
+    _, _, other, theirs = made(optimizer, torch.float32)
+    simulated = zgraph.simulate_ranks(other, theirs, world_size=4, **options)
+    expected = [simulated.train_step(parts) for parts in batches(4, dtype=torch.float32)]
+    params, named = simulated.state_dict(), simulated.optimizer_state()
+    for losses, its_params, its_state, _ in found:
+        torch.testing.assert_close(losses, expected)  # an all-reduce of four adds up in an order of its own
+        torch.testing.assert_close(its_params, params, rtol=0, atol=0)
+        assert its_state.keys() == named.keys()
+        for name, entries in its_state.items():
+            for key, value in entries.items():
+                torch.testing.assert_close(torch.as_tensor(value), torch.as_tensor(named[name][key]), rtol=0, atol=0)
+    return [collectives for *_, collectives in found]
 
 
 CHOICES: list[tuple[str, dict[str, Any]]] = [
-    ("adamw", {"zero": 3, "clip_norm": 0.1, "accumulate": 2, "keep_gathered": True, "bucket_bytes": 256, "ema": 0.9}),
     *slow(
+        (
+            "adamw",
+            {"zero": 3, "clip_norm": 0.1, "accumulate": 2, "keep_gathered": True, "bucket_bytes": 256, "ema": 0.9},
+        ),
         ("adamw", {"zero": 3, "secondary_size": 2, "accumulate": 2, "precision": "bf16", "bucket_bytes": 256}),
         ("muon_and_adam", {"zero": 3, "bucket_bytes": 256}),
         ("muon_and_adam", {"zero": 2, "check_collectives": True}),
@@ -57,21 +72,23 @@ CHOICES: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: "-".join([choice[0], *map(str, choice[1])]))
 def test_two_nodes_of_two_ranks_compute_what_is_simulated(ranks: Ranks, choice: tuple[str, dict[str, Any]]) -> None:
-    ranks.run(train_as_simulated, *choice, world=4)
+    train_as_simulated(ranks, *choice)
 
 
+@pytest.mark.slow
 def test_bytes_are_counted_by_axis(ranks: Ranks) -> None:
     whole = 64 + 16 + 80 + 16 + 32 + 16  # elements of the only bucket, each parameter padded to a multiple of 16
-    for found in ranks.run(train_as_simulated, "adamw", {"zero": 3}, world=4):
+    for found in train_as_simulated(ranks, "adamw", {"zero": 3}):
         assert found["all_gather along shard"] == {"count": 1, "bytes": whole // 2 * 4}
         assert found["reduce_scatter along shard"] == {"count": 1, "bytes": whole // 2 * 4}
         assert found["all_reduce along replica"] == {"count": 1, "bytes": whole // 2 * 4}
         assert found["all_reduce"]["count"] == 1
 
 
+@pytest.mark.slow
 def test_with_secondary_shards_backward_gathers_inside_of_nodes(ranks: Ranks) -> None:
     whole = 256  # elements of the only bucket, padded for four ranks to multiples of 16
-    for found in ranks.run(train_as_simulated, "adamw", {"zero": 3, "secondary_size": 2}, world=4):
+    for found in train_as_simulated(ranks, "adamw", {"zero": 3, "secondary_size": 2}):
         assert found["all_gather"] == {"count": 1, "bytes": whole * 3 // 4 * 4}
         assert found["all_gather along secondary"] == {"count": 1, "bytes": whole // 2 * 4}
 
@@ -95,7 +112,7 @@ def save_and_go_on(shard_size: int | None) -> None:
     assert copies == copies[:1] * num_ranks
 
 
-@pytest.mark.parametrize("shard_size", [2, *slow(None, 1)])
+@pytest.mark.parametrize("shard_size", [*slow(2, None), *nightly(1)])
 def test_what_nodes_have_saved_goes_on_in_other_nodes(ranks: Ranks, shard_size: int | None) -> None:
     ranks.run(save_and_go_on, shard_size, world=4)
 
@@ -127,6 +144,7 @@ def start_on_meta() -> None:
         torch.testing.assert_close(compiled(*parts[0]), reference(*parts[0]))
 
 
+@pytest.mark.slow
 def test_a_model_on_meta_starts_alike_in_every_node_and_is_gathered_inside_of_each(ranks: Ranks) -> None:
     ranks.run(start_on_meta, world=4)
 
