@@ -85,7 +85,7 @@ def test_the_mean_lies_where_the_sum_lay_until_its_norm_is_known() -> None:
     assert "return [%6, %10, %11] over [0, 3, 2]" in str(second)
 
 
-@few_examples(60)
+@few_examples(20)
 @given(
     recipes(), st.integers(0, 3), st.integers(1, 4), st.integers(1, 3), st.booleans(), st.none() | st.just(0.1),
     st.booleans(),

@@ -82,6 +82,7 @@ def trained(name: str = "gpt", num_steps: int = 3, **options: Any) -> tuple[Any,
     return model, [step(model, batch) for batch in case.batches(num_steps)]
 
 
+@pytest.mark.slow
 def test_models_have_arenas_of_their_own_and_so_have_copies_of_them() -> None:
     model, losses = trained()
     with mock.patch.object(placement, "SMALLEST_BYTES", 2**40):
@@ -95,6 +96,7 @@ def test_models_have_arenas_of_their_own_and_so_have_copies_of_them() -> None:
     assert blocks[0] is not blocks[1]
 
 
+@pytest.mark.slow
 def test_micro_batches_and_batches_of_other_shapes_share_one_arena() -> None:
     case = CASES["gpt"]
     model, _ = trained(accumulate=2)
@@ -112,6 +114,7 @@ def test_micro_batches_and_batches_of_other_shapes_share_one_arena() -> None:
     step(model, case.batches(1)[0])
 
 
+@pytest.mark.slow
 def test_gradients_of_matrices_are_made_where_their_bucket_has_them() -> None:
     model, _ = trained(bucket_bytes=2**12, num_steps=1)
     gradients = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.models import GPT
+from tests.reference import slow
 from zgraph.blocks import Short, find_blocks, shorten
 from zgraph.capture import capture
 from zgraph.config import Config
@@ -40,7 +41,8 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
 def in_groups(model: nn.Module) -> torch.optim.Optimizer:
     """With decay and without, as everybody does."""
     parts = [[p for p in model.parameters() if (p.dim() > 1) is matrix] for matrix in (True, False)]
-    return torch.optim.AdamW([{"params": parts[0], "weight_decay": 0.1}, {"params": parts[1], "weight_decay": 0.0}])
+    decays = [{"params": parts[0], "weight_decay": 0.1}, {"params": parts[1], "weight_decay": 0.0}]
+    return torch.optim.SGD(decays, lr=0.1, momentum=0.9)
 
 
 def captured(model: nn.Module, make_optimizer: MakeOptimizer = sgd, **options: Any) -> Program:
@@ -49,7 +51,7 @@ def captured(model: nn.Module, make_optimizer: MakeOptimizer = sgd, **options: A
     return capture(model, make_optimizer(model), (x,), {}, config=Config(**options))
 
 
-def captured_tokens(model: nn.Module, make_optimizer: MakeOptimizer = adamw, **options: Any) -> Program:
+def captured_tokens(model: nn.Module, make_optimizer: MakeOptimizer = sgd, **options: Any) -> Program:
     tokens = torch.zeros(2, 8, dtype=torch.int64, device="meta")
     return capture(model, make_optimizer(model), (tokens, tokens), {}, config=Config(**options))
 
@@ -253,16 +255,18 @@ TRAITS: dict[str, MakeModel] = {
 }
 
 
-@pytest.mark.parametrize("trait", TRAITS)
+@pytest.mark.parametrize("trait", ["plain", *slow(*(trait for trait in TRAITS if trait != "plain"))])
 def test_repeating_is_capturing(trait: str) -> None:
     make = TRAITS[trait]
     check(captured(make(FEW)), captured(make(MANY)))
 
 
+@pytest.mark.slow
 def test_five_blocks_can_be_repeated_too() -> None:
     check(captured(Stack(5)), captured(Stack(MANY)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -306,10 +310,12 @@ def test_state_that_is_there() -> None:
     check(with_state(FEW), many)
 
 
+@pytest.mark.slow
 def test_lists_that_are_not_at_the_top() -> None:
     check(captured(Rooted(FEW)), captured(Rooted(MANY)), "model.layers")
 
 
+@pytest.mark.slow
 def test_two_lists() -> None:
     once = repeat_blocks(captured(TwoLists(4, 5)), "first", 6)
     assert_same(once, captured(TwoLists(6, 5)))
@@ -612,6 +618,7 @@ def test_blocks_are_found_wherever_they_are() -> None:
     assert find_blocks(decoder("mixtral", 5)) == [("layers", 5)]
 
 
+@pytest.mark.slow
 def test_the_ends_of_a_long_list_may_differ() -> None:
     model = Stack(6, lambda i: Odd() if i in (0, 5) else Layer())
     assert find_blocks(model) == [("layers", 6)]
