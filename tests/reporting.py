@@ -76,11 +76,11 @@ def report_of_program(
     return make_report(recorder, lowered, plan, config, hardware, proved=prove)
 
 
-def report_of_llama(world: int = 1024) -> Report:
-    """The report of a Llama of 69 billion parameters, whose program has more than 30,000 nodes; nothing is proved."""
+def report_of_llama(num_layers: int, world: int = 1024) -> Report:
+    """The report of a Llama of as many as 69 billion parameters, in 80 layers of 400 nodes each; nothing is proved."""
     config = Config(precision="bf16", recompute="blocks", bucket_bytes=64 * 2**20)
     with torch.device("meta"):
-        model = Decoder(find_model("llama2-70b"))
+        model = Decoder(find_model("llama2-70b"), num_layers)
     tokens = torch.empty(1, 4096, dtype=torch.int64, device="meta")
     captures = Captures(model, torch.optim.AdamW(model.parameters()), ((tokens, tokens), {}))
     captured = captures.captured(config, captures.num_blocks)

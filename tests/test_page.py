@@ -339,28 +339,30 @@ def test_hostile_names_stay_text(chromium: Browser, folder: Path) -> None:
 # Large
 
 
-@pytest.fixture(scope="module")
-def large(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """A page of a program of more than 30,000 nodes."""
-    report = report_of_llama()
-    return report.write(folder / "large.html")[0], dict(report.document)
+@pytest.fixture(scope="module", params=[16, pytest.param(80, marks=pytest.mark.nightly)])
+def large(request: pytest.FixtureRequest, folder: Path) -> tuple[int, Path, dict[str, Any]]:
+    """A page of a program of so many layers, and its number of nodes: more than 30,000 of 80 layers."""
+    report = report_of_llama(request.param)
+    document = dict(report.document)
+    num_nodes = max(each["num_nodes"] for each in document["programs"][0]["passes"])
+    assert num_nodes > 375 * request.param
+    return num_nodes, report.write(folder / f"large{request.param}.html")[0], document
 
 
 @pytest.mark.slow
-def test_thirty_thousand_nodes_take_less_than_two_megabytes(large: tuple[Path, dict[str, Any]]) -> None:
-    path, document = large
-    assert max(each["num_nodes"] for each in document["programs"][0]["passes"]) > 30_000
-    assert path.stat().st_size < 2e6
+def test_thirty_thousand_nodes_take_less_than_two_megabytes(large: tuple[int, Path, dict[str, Any]]) -> None:
+    num_nodes, path, _ = large
+    assert path.stat().st_size < 2e6 * min(1, num_nodes / 30_000)
 
 
 @needs_chromium
 @pytest.mark.slow
 def test_thirty_thousand_nodes_can_be_used_within_three_seconds(
-    large: tuple[Path, dict[str, Any]], chromium: Browser
+    large: tuple[int, Path, dict[str, Any]], chromium: Browser
 ) -> None:
-    path, document = large
+    num_nodes, path, document = large
     taken = [chromium.open(path) for _ in range(3)]
-    assert min(taken) < 3
+    assert min(taken) < (3 if num_nodes > 30_000 else 1.5)
     passes = document["programs"][0]["passes"]
     chromium.evaluate(f"__zgraph.go({len(passes) // 2})")
     assert chromium.evaluate("__zgraph.num_nodes") == passes[len(passes) // 2]["num_nodes"]
