@@ -11,17 +11,17 @@ import torch
 from expecttest import assert_expected_inline
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import fx, nn
+from torch import fx
 
 import zgraph
+from tests.choices import in_turn
 from tests.programs import assert_identical, assert_same_step, blocks, few_examples, network, values_for
 from tests.ranks import Ranks
 from tests.recomputing import OPTIONS, trained
-from tests.reference import slow, train_like_eager
+from tests.reference import train_like_eager
 from tests.test_recomputation import H100, LAYERS
-from tests.test_recompute import Residual
+from tests.test_recompute import captured_stack
 from zgraph import ops
-from zgraph.capture import capture
 from zgraph.config import Config
 from zgraph.cost import Costs
 from zgraph.footprint import footprint
@@ -45,15 +45,6 @@ def lowered(
 ) -> Program:
     config = Config.from_options({"recompute": level, **options})
     return lower(captured, config, Mesh(world), None, (), hardware=H100, levels=known).last
-
-
-def captured_stack(depth: int, rows: int, width: int) -> Program:
-    with torch.device("meta"):
-        model = nn.Sequential(*(Residual(width) for _ in range(depth)))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return capture(
-        model, optimizer, (torch.ones(rows, width),), {}, loss=lambda y, _: y.square().mean(), config=Config()
-    )
 
 
 def test_what_frees_most_for_its_seconds_goes_first() -> None:
@@ -149,8 +140,10 @@ def test_it_goes_below_blocks() -> None:
     assert peaks[1.0] <= peaks["blocks"] < peaks["operators"] < peaks[None]
 
 
-@pytest.mark.parametrize("options", ["ZeRO-3", *slow(*[name for name in OPTIONS if name != "ZeRO-3"])])
-@pytest.mark.parametrize("case", ["gpt_dropout", *slow("resnet", "gpt_tied", "llama", "experts", "recurrent", "unet")])
+CASES = ["gpt_dropout", "resnet", "gpt_tied", "llama", "experts", "recurrent", "unet"]
+
+
+@in_turn("case", CASES, "options", list(OPTIONS), "gpt_dropout")
 def test_no_bit_changes(case: str, options: str) -> None:
     if case == "recurrent" and OPTIONS[options].get("precision") == "fp16":
         pytest.skip("not every CPU has an LSTM in float16")
