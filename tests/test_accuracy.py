@@ -59,6 +59,7 @@ def write(path: Path, rows: list[dict[str, str]]) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_command(tmp_path: Path) -> None:
     rows = [ROW, {**ROW, "id": "X-0", "activation_ckpt": "none", "grad_accum": "2", "source": "second"}]
     rows += [{**ROW, "id": name, **changed} for name, (changed, _) in NOT_USED.items()]
@@ -128,7 +129,11 @@ def test_ranks_of_ties(bench: dict[str, ModuleType]) -> None:
     assert bench["accuracy"].spearman([(1, 3), (2, 2)]) is None
 
 
-@pytest.mark.parametrize(("recompute", "zero", "accumulate"), [(None, 3, 1), ("blocks", 3, 2), ("operators", 1, 1)])
+REST = [pytest.param(*each, marks=pytest.mark.nightly) for each in ((None, 3, 1), ("operators", 1, 1))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recompute", "zero", "accumulate"), [("blocks", 3, 2), *REST])
 def test_blocks_are_repeated_exactly(
     bench: dict[str, ModuleType],
     monkeypatch: pytest.MonkeyPatch,
@@ -163,6 +168,7 @@ def test_blocks_are_repeated_exactly(
         assert program.play(cost_of, hardware).step_s == whole.play(cost_of, hardware).step_s
 
 
+@pytest.mark.slow
 def test_torchtitan_gathers_the_last_block_and_the_head_once(bench: dict[str, ModuleType]) -> None:
     peers, traces = bench["peers_predicted"], bench["traces"]
 
