@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 
-from tests.mutants.catalogue import MACHINE, MUTANTS, Edit, Mutant
+from tests.mutants.catalogue import MACHINE, MUTANTS, Edit, Extra, Mutant
 from tests.mutants.steps import steps
 from tests.programs import assert_same_step
 from tests.reference import slow
@@ -62,7 +62,8 @@ def attempts(mutant: Mutant, *, exact: bool) -> Iterator[tuple[Program, Config, 
         ordered = (*(inexact if edit.module == "quantize" else inexact[::-1]), *configs)
     everything = ((program, *at) for at in ordered for program in captured().values())
     with_blocks = ((captured()["two blocks"], *at) for at in RECOMPUTING)
-    recomputes = edit is not None and edit.module in ("again", "recompute", "recompute_activations")
+    in_blocks = ("again", "recompute", "recompute_activations")
+    recomputes = edit.module in in_blocks if edit else isinstance(mutant, Extra) and mutant.recomputes
     yield from (*with_blocks, *everything) if recomputes else (*everything, *with_blocks)
 
 

@@ -113,11 +113,16 @@ class Edit:
 
 @dataclass(frozen=True)
 class Extra:
-    """A pass of its own, run after the last of the default passes that gives the stage it takes."""
+    """A pass of its own, run after the last of the default passes that gives the stage it takes.
+
+    Attributes:
+        recomputes: it changes only what is made again.
+    """
 
     name: str
     extra: Pass
     expects: Refusal = Refusal.MEANING
+    recomputes: bool = False
 
     @contextmanager
     def passes(self, config: Config, mesh: Mesh) -> Iterator[Sequence[Pass]]:
@@ -1297,9 +1302,9 @@ EXTRAS = [
     Extra("a gradient is unscaled twice", UnscaleTwice()),
     Extra("a norm that all ranks have is added up over them", AddUpWhatAllHave()),
     Extra("dropout is drawn again for backward", RecomputeDropout(), Refusal.DRAWS),
-    Extra("a block is made again from what goes into another", RecomputeFromAnotherBlock()),
-    Extra("a block is made again with another's mask", RecomputeWithAnotherMask()),
-    Extra("a call is made again behind the update", RecomputeAfterTheUpdate(), Refusal.MEMORY),
+    Extra("a block is made again from what goes into another", RecomputeFromAnotherBlock(), recomputes=True),
+    Extra("a block is made again with another's mask", RecomputeWithAnotherMask(), recomputes=True),
+    Extra("a call is made again behind the update", RecomputeAfterTheUpdate(), Refusal.MEMORY, recomputes=True),
     Extra("masks are drawn in the other order", SwapDraws(), Refusal.DRAWS),
     Extra("padding leaks into a norm", NormOfBuckets()),
     Extra("the new parameters of two buckets are exchanged", SwapResults()),
