@@ -15,7 +15,10 @@ def test_zero_3_on_two_ranks_equals_eager(ranks: Ranks, case: str) -> None:
     ranks.run(train_like_eager, case, optimizer="adamw_large_eps", zero=3)
 
 
+REST = [pytest.param(*each, marks=pytest.mark.nightly) for each in (("gpt2", 3), ("t5", 2), ("vit", 0))]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "zero"), [("gpt2", 3), ("llama", 1), ("t5", 2), ("vit", 0)])
+@pytest.mark.parametrize(("case", "zero"), [("llama", 1), *REST])
 def test_float32_equals_eager(ranks: Ranks, case: str, zero: int) -> None:
     ranks.run(train_like_eager, case, optimizer="sgd_momentum", dtype=torch.float32, zero=zero)

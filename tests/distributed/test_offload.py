@@ -27,7 +27,7 @@ EVERYTHING = {**ON_DISK, "parameters": "disk"}
 
 def train_both_ways(zero: int, optimizer: str, offload: dict[str, str], **options: Any) -> None:
     rank, num_ranks = world()
-    case = CASES["gpt_tied"]
+    case = CASES["gpt_tied" if optimizer == "muon_and_adam" else "awkward"]
     found: list[tuple[Any, ...]] = []
     for more in ({}, {"offload": offload}):
         model = case.model(torch.float32)

@@ -41,7 +41,7 @@ def test_every_pair_of_options_is_there() -> None:
                 assert len(found) == len(CHOICES[one]) * len(CHOICES[other]), (one, other)
 
 
-@pytest.mark.parametrize("pair", [*PAIRS[:2], *slow(*PAIRS[2:])], ids=_name)
+@pytest.mark.parametrize("pair", slow(*PAIRS), ids=_name)
 def test_options_together_equal_eager(ranks: Ranks, pair: dict[str, Any]) -> None:
     options = {key: value for key, value in pair.items() if key not in ("case", "clip", "world")}
     ranks.run(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 import zgraph
+from tests.choices import in_turn
 from tests.models import CASES, GPT
 from tests.ranks import Ranks
 from tests.reference import Eager, assert_equal, assert_same_state, slow, world
@@ -57,18 +58,20 @@ def stay_the_users_module(zero: int) -> None:
     assert all(loss.item() == value for loss, value in losses)  # a loss may be kept over later steps
 
 
-@pytest.mark.parametrize("zero", [3, *slow(0)])
-@pytest.mark.parametrize("world", [2, *slow(1)])
+@in_turn("world", [2, 1], "zero", [3, 0], 2)
 def test_a_compiled_model_is_the_same_object_with_the_same_parameters(ranks: Ranks, world: int, zero: int) -> None:
     ranks.run(stay_the_users_module, zero, world=world)
 
 
+def perceptron() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(40, 60), nn.Tanh(), nn.Linear(60, 20)).to(DTYPE)
+
+
 def stored_bytes(zero: int) -> tuple[int, int, int]:
     """Bytes of parameters, optimizer state, and of what the user's own parameter objects hold on to."""
-    rank, num_ranks = world()
-    model, _ = make("gpt", zero)
-    part = CASES["gpt"].batches(1, dtype=DTYPE)[0].part(rank, num_ranks)
-    model.train_step(*part.args)
+    model = perceptron()
+    zgraph.compile(model, optimizer=AdamW(model.parameters()), zero=zero, loss=lambda y, _: y.square().mean())
+    model.train_step(torch.ones(2, 40, dtype=DTYPE))
     stats = model.stats()
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in model.parameters() if not p.is_meta}
     held = sum(storage.nbytes() for storage in storages.values())
@@ -77,7 +80,7 @@ def stored_bytes(zero: int) -> tuple[int, int, int]:
 
 @pytest.mark.parametrize("world", slow(2, 3))
 def test_each_stage_stores_its_share(ranks: Ranks, world: int) -> None:
-    whole = sum(p.nbytes for p in CASES["gpt"].model(DTYPE).parameters())
+    whole = sum(p.nbytes for p in perceptron().parameters())
     for zero in range(4):
         shares = [(world if zero == 3 else 1), (world if zero >= 1 else 1), (world if zero == 3 else 1)]
         for found in ranks.run(stored_bytes, zero, world=world):
@@ -135,17 +138,16 @@ def load_and_train(
     assert_same_state(model, optimizer, eager, "at the end")
 
 
-@pytest.mark.parametrize("case", ["gpt_tied", *slow("partial", "counting")])
-@pytest.mark.parametrize(
-    ("worlds", "zeros", "steps_before"),
-    [
-        ((2, 2), (3, 3), 0),
-        pytest.param((2, 2), (3, 3), 2, marks=pytest.mark.slow),
-        pytest.param((2, 3), (3, 3), 0, marks=pytest.mark.slow),
-        pytest.param((3, 1), (1, 0), 1, marks=pytest.mark.slow),
-        pytest.param((1, 3), (3, 2), 1, marks=pytest.mark.slow),
-    ],
-)
+RESUMED = [
+    ((2, 2), (3, 3), 0),
+    ((2, 2), (3, 3), 2),
+    ((2, 3), (3, 3), 0),
+    ((3, 1), (1, 0), 1),
+    ((1, 3), (3, 2), 1),
+]
+
+
+@in_turn("worlds, zeros, steps_before", RESUMED, "case", ["gpt_tied", "partial", "counting"])
 def test_training_resumes_on_other_ranks_and_stages(
     ranks: Ranks, case: str, worlds: tuple[int, int], zeros: tuple[int, int], steps_before: int
 ) -> None:
@@ -188,8 +190,10 @@ def evaluate_between_steps(case_name: str, zero: int) -> None:
     assert model.stats()["num_captures"] == 1
 
 
-@pytest.mark.parametrize("zero", [3, *slow(1)])
-@pytest.mark.parametrize("case", ["gpt_tied", *slow("gpt_dropout", "resnet", "recommender", "awkward")])
+CALLED = ["gpt_tied", "gpt_dropout", "resnet", "recommender", "awkward"]
+
+
+@in_turn("case", CALLED, "zero", [3, 1])
 def test_calling_the_model_under_no_grad_gives_the_current_parameters_output(
     ranks: Ranks, case: str, zero: int
 ) -> None:
