@@ -90,11 +90,19 @@ def default_passes(
     then = (*steps, *last_steps)
     # What stays gathered is decided last, where there is room beside all else; it is not in the way of what is dropped.
     unshard = (Unshard(config.unshard, hardware),) if config.zero == 3 and mesh.size > 1 else ()
-    offload = (Offload(tuple(sorted(config.offload)), hardware),) if config.offload is not None else ()
+    offload = (Offload(_offloaded(config), hardware),) if config.offload is not None else ()
     recompute = _recompute(config, hardware, then, levels)
     passes = (Tidy(), *recompute, *steps, *fuse, *last_steps, *offload, *unshard)
     last = {p.gives: p for p in passes}
     return tuple(q for p in passes for q in (p, *(o for o in own if last.get(o.takes) is p)))
+
+
+def _offloaded(config: Config) -> tuple[str, ...]:
+    if not isinstance(config.offload, dict):
+        raise OptionError(
+            f"offload={config.offload!r} is chosen by a budget, and none was given", fix="say what lies where, or None"
+        )
+    return tuple(sorted(config.offload))
 
 
 def _granule(config: Config) -> int:

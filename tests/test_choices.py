@@ -40,6 +40,18 @@ def test_one_rank_has_nothing_to_shard_or_to_send() -> None:
     ]
 
 
+def test_more_goes_to_a_disk_one_after_the_other_if_that_is_open() -> None:
+    given = {"recompute": None, "offload_path": "/var/tmp"}
+    members = family(1, 1, {**given, "offload": "auto"})
+    state = {"optimizer": "disk"}
+    assert [choice.options for choice in members] == [
+        {"zero": 0, "recompute": None},
+        {"zero": 0, **given, "offload": state},
+        {"zero": 0, **given, "offload": {**state, "parameters": "disk"}},
+    ]
+    assert [choice.milder for choice in members] == [[], members[:1], members[1:2]]
+
+
 def test_what_is_fixed_is_in_every_member() -> None:
     fixed = {"zero": 1, "accumulate": 2, "recompute": ("blocks.*",), "clip_norm": 1.0}
     members = family(8, 2, fixed)

@@ -716,6 +716,69 @@ def test_ranks_are_simulated_with_their_state_in_memory() -> None:
     assert all(torch.equal(one, other) for one, other in zip(*losses, strict=True))
 
 
+# Chosen by a budget
+
+
+def stack() -> nn.Module:
+    return nn.Sequential(*(nn.Linear(512, 512) for _ in range(8)))
+
+
+def planned(memory: int, disk: float = 1e8, **options: Any) -> zgraph.Plan:
+    given = {"accumulate": 1, "recompute": None, "bucket_bytes": 1, "hardware": Speed(disk).hardware(), **options}
+    batch = (torch.empty(4, 512),)
+    return zgraph.plan(stack, torch.optim.AdamW, batch=batch, world_size=1, loss=mean_square, memory=memory, **given)
+
+
+def test_what_a_budget_has_no_room_for_goes_to_the_disk_state_first() -> None:
+    budget, found = 2**40, []
+    while (plan := planned(budget, offload="auto")).fits:
+        found.append(plan)
+        budget = plan.chosen.reserved_bytes - 1
+    assert [plan.options.get("offload") for plan in found] == [None, ON_DISK, EVERYTHING]
+    assert sorted(plan.chosen.step_s for plan in found) == [plan.chosen.step_s for plan in found]
+    assert plan.options["offload"] == EVERYTHING
+    assert "6 x zgraph.load.default (optimizer state)" in str(plan.refusal())
+    assert [other.estimate.options.get("offload") for other in found[2].rejected] == [None, ON_DISK]
+
+
+def test_where_it_would_help_a_refusal_says_so() -> None:
+    least = planned(1).chosen
+    ways = planned(least.reserved_bytes - 1, disk=1e12).ways_out
+    (way,) = (way for way in ways if way.change == f"offload={ON_DISK!r}")
+    assert way.reserved_bytes < least.reserved_bytes
+
+
+def test_on_a_gpu_nothing_is_chosen_for_the_disk_and_the_plan_says_so() -> None:
+    batch = (torch.empty(4, 512),)
+    plan = zgraph.plan(
+        stack,
+        torch.optim.AdamW,
+        batch=batch,
+        world_size=1,
+        hardware="A100-80",
+        loss=mean_square,
+        offload="auto",
+        zero=0,
+    )
+    assert "offload" not in plan.options
+    assert "nothing was offloaded: on cuda, so far nothing can be" in plan.notes
+
+
+def test_a_model_is_trained_as_its_budget_says() -> None:
+    least = planned(1).chosen.reserved_bytes
+    losses = []
+    for options in ({}, {"memory": least - 2**20, "offload": "auto", "offload_path": "/var/tmp"}):
+        torch.manual_seed(0)
+        model = stack()
+        optimizer = torch.optim.AdamW(model.parameters())
+        zgraph.compile(model, optimizer, loss=mean_square, bucket_bytes=1, recompute=None, **options)
+        losses.append([model.train_step(torch.ones(rows, 512)) for rows in (4, 4, 2)])
+    assert all(map(torch.equal, *losses))
+    assert model.plan.options["offload"] in (ON_DISK, EVERYTHING)
+    assert model.plan.options["offload_path"] == "/var/tmp"
+    assert model.stats()["disk_bytes"] > 0
+
+
 # What goes wrong
 
 
@@ -724,6 +787,7 @@ def test_ranks_are_simulated_with_their_state_in_memory() -> None:
     [
         ({"offload": "disk"}, "offload='disk' does not say what lies where"),
         ({"offload": {}}, "offload={} does not say"),
+        ({"offload": "auto"}, "offload='auto' is chosen by a budget, and none was given"),
         ({"offload": {"gradients": "disk"}}, "'gradients' is none of what can be moved: 'optimizer'"),
         ({"offload": {"optimizer": "host"}}, "'optimizer' can lie on 'disk', not on 'host'"),
         ({"offload_path": "/tmp"}, "offload_path without offload"),

@@ -21,6 +21,12 @@ CHAINED: dict[str, tuple[Any, ...]] = {"recompute": (None, "operators", "blocks"
 """Options of which each value computes all that the one before computes, and is never faster. So is a larger number of
 micro-batches."""
 
+OFFLOAD = "offload"
+"""Searched, where that is asked for, in ``OFFLOADS``: of these, too, none is faster than the one before."""
+
+OFFLOADS: tuple[Any, ...] = (None, {"optimizer": "disk"}, {"optimizer": "disk", "parameters": "disk"})
+"""What lies on a disk: state, which is needed once in a step, before parameters, which are needed twice or more."""
+
 LEVELS = (None, 0.25, 0.5, 0.75, 1.0)
 """Of recomputation, instead, where a model is not long: to weigh single activations takes seconds for each choice."""
 
@@ -56,13 +62,13 @@ VARIED: dict[str, Variation] = {
 }
 """None of them matters on a single rank."""
 
-STORED = ("zero", "shard_size", "bucket_bytes")
-"""Options that say how state lies in memory."""
+STORED = ("zero", "shard_size", "bucket_bytes", OFFLOAD)
+"""Options that say how state lies in memory, or where else."""
 
 MEMORY_FIRST = "memory_first"
 """Taken where nothing fits otherwise, with what takes least."""
 
-SEARCHED = (ACCUMULATE, *CHAINED, *CROSSED, *VARIED, MEMORY_FIRST)
+SEARCHED = (ACCUMULATE, *CHAINED, OFFLOAD, *CROSSED, *VARIED, MEMORY_FIRST)
 
 
 def searched(config: Config) -> dict[str, Any]:
@@ -96,7 +102,7 @@ def family(
     Args:
         num_rows: what micro-batches divide.
         world: how many ranks.
-        fixed: options that the user gave.
+        fixed: options that the user gave; of them, ``offload`` is open if it is ``"auto"``.
         devices_per_node: of the machine.
         is_long: the model repeats more blocks than are captured.
 
@@ -106,16 +112,23 @@ def family(
     chains: dict[str, Sequence[Any]] = {ACCUMULATE: divisors(num_rows), **CHAINED}
     if not is_long:
         chains["recompute"] = LEVELS
+    if fixed.get(OFFLOAD) == BY_COST:
+        chains[OFFLOAD] = OFFLOADS
     crossed = {**chains, **(CROSSED if world > 1 else {"zero": (0,), "shard_size": (None,)})}
     if 1 < devices_per_node < world and world % devices_per_node == 0:
         crossed["shard_size"] = (None, devices_per_node)
-    crossed = {name: (fixed[name],) if name in fixed else values for name, values in crossed.items()}
+    crossed = {
+        name: (fixed[name],) if name in fixed and name != OFFLOAD else values for name, values in crossed.items()
+    }
     found: dict[Any, Choice] = {}
     for options in _product(crossed):
         for varied in _variations(fixed) if world > 1 else [{}]:
             both = {**options, **varied}
+            given = {name: value for name, value in fixed.items() if name not in both}
+            if OFFLOAD in both and both[OFFLOAD] is None:
+                given.pop("offload_path", None)
             try:
-                config = Config.from_options({**fixed, **both})
+                config = Config.from_options({**given, **both})
             except OptionError:
                 if all(both[name] == fixed.get(name, getattr(Config, name)) for name in both):
                     raise  # that is what the user asked for
@@ -130,7 +143,8 @@ def family(
                 known = [found[key] for key in map(_key, ({**both, **back}, *instead)) if key in found]
                 milder += known[:1]
             told = {name: value for name, value in both.items() if name == "zero" or value != getattr(Config, name)}
-            found[_key(both)] = Choice({**told, **fixed}, config, milder, sum(indices.values()))
+            told |= {name: both[name] for name in fixed if name in crossed and name != OFFLOAD}
+            found[_key(both)] = Choice({**told, **given}, config, milder, sum(indices.values()))
     return list(found.values())
 
 

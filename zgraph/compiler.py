@@ -69,9 +69,9 @@ def compile(  # noqa: A001
         memory: what one rank may take: bytes, a string such as ``"8GiB"``, or ``"auto"`` for what its device has free,
             less 6 %. The first step then takes the fastest options whose predicted peak is within it, as
             ``zgraph.plan`` finds them, or is refused. Options that are given stay as they are; those that
-            ``zgraph.choices`` lists are chosen if they are ``"auto"`` or not given, but for ``accumulate``, which is 1
-            unless it is ``"auto"``: micro-batches change results where the loss is no mean over the rows of a batch.
-            ``model.plan`` says what was chosen.
+            ``zgraph.choices`` lists are chosen if they are ``"auto"`` or not given. But ``accumulate`` is 1 unless it
+            is ``"auto"``: micro-batches change results where the loss is no mean over the rows of a batch; and nothing
+            goes to a disk unless ``offload`` is ``"auto"``. ``model.plan`` says what was chosen.
         progress: on a terminal, rank 0 shows what compiling is at; False does not.
         options: see ``zgraph.config.Config``.
 

@@ -62,7 +62,7 @@ _RANGES = (("zero", 0, 3), ("prefetch", 0, 64), ("accumulate", 1, 2**20), ("loss
 BUCKET_BYTES = 16 * 2**20
 
 BY_COST = "auto"
-"""What ``bucket_bytes`` may be besides a number of bytes."""
+"""What ``bucket_bytes`` may be besides a number of bytes, and ``offload`` besides what lies where."""
 
 KERNELS = ("auto", "fused", "eager")
 """What ``kernels`` may be."""
@@ -106,7 +106,7 @@ OFFLOADED = {"optimizer": ("disk",), "parameters": ("disk",)}
 def _check_offload(config: Config) -> None:
     fix = "give offload={'optimizer': 'disk'}, or None"
     given: Any = config.offload
-    if given is not None:
+    if given is not None and given != BY_COST:
         if not isinstance(given, dict) or not given:
             raise OptionError(f"offload={given!r} does not say what lies where", fix=fix)
         for what, tier in given.items():
@@ -224,7 +224,8 @@ class Config:
         offload: where what a step does not need all the time lies instead of in memory. ``{"optimizer": "disk"}``
             keeps vectors of optimizer state on a disk: each bucket's come from there for its update, and go back, while
             others are computed. ``"parameters": "disk"`` does so with what each rank stores of parameters, which come
-            for forward, for backward and for their update. On CPUs.
+            for forward, for backward and for their update. On CPUs. With ``memory=``, ``"auto"`` keeps there what the
+            budget has no room for, optimizer state first, where that is faster than other ways to take less memory.
         offload_path: the directory, on a local disk, for files without names that are gone when the process ends; by
             default ``/var/tmp``.
         memory_first: compute in another order where that lowers the peak (``zgraph.passes.OrderByMemory``): values are
@@ -272,7 +273,7 @@ class Config:
     accumulate: int = 1
     keep_gathered: bool = False
     unshard: float = 0.0
-    offload: dict[str, str] | None = field(default=None, hash=False)
+    offload: dict[str, str] | str | None = field(default=None, hash=False)
     offload_path: str | None = None
     memory_first: bool = False
     clip_norm: float | None = None

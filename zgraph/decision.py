@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from zgraph.choices import ACCUMULATE, CHAINED, SEARCHED, searched
+from zgraph.choices import ACCUMULATE, CHAINED, OFFLOAD, OFFLOADS, SEARCHED, searched
 from zgraph.config import Config
 from zgraph.errors import OptionError, ZgraphError
 from zgraph.hardware import Hardware
@@ -23,7 +23,7 @@ MOST_RANKS = 2**16
 
 
 def fixed_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that are not open, checked, as ``Config`` has them.
+    """The options that are not open, and ``offload`` if it was opened; checked, as ``Config`` has them.
 
     Raises:
         OptionError: one does not exist or is out of range, or is left open though it is not searched.
@@ -31,7 +31,7 @@ def fixed_options(options: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in options.items():
         if value == AUTO and name not in (*SEARCHED, "prefetch"):  # the cost model decides that
             raise OptionError(f"{name}='auto' is not searched", fix="give a value, or leave it out")
-    fixed = {name: value for name, value in options.items() if value != AUTO}
+    fixed = {name: value for name, value in options.items() if value != AUTO or name == OFFLOAD}
     config = Config.from_options(fixed)
     return {name: getattr(config, name) for name in fixed}
 
@@ -61,12 +61,17 @@ def decide(search: Search, budget: int) -> Plan:
 
 
 def _others(search: Search, best: Tried, budget: int) -> list[Tried]:
-    """The best other of each stage, mesh, number of micro-batches and recomputation: those that fit come first."""
+    """The best other of each stage, mesh, number of micro-batches, recomputation and what lies on a disk.
+
+    Those that fit come first.
+    """
     tried = [tried for tried in search.tried.values() if tried is not None and tried.choice is not best.choice]
     found: dict[Any, Tried] = {}
     for each in sorted(tried, key=lambda tried: (tried.num_bytes > budget, tried.estimate.step_s, tried.num_bytes)):
         config = each.choice.config
-        found.setdefault((config.zero, config.shard_size, config.accumulate, config.recompute), each)
+        found.setdefault(
+            (config.zero, config.shard_size, config.accumulate, config.recompute, repr(config.offload)), each
+        )
     return list(found.values())[:_NUM_REJECTED]
 
 
@@ -100,7 +105,7 @@ class _WaysOut:
         if estimate.reserved_bytes <= (most := default_budget(self._search.hardware)):
             words = f"{_memory(estimate.reserved_bytes)}, of {show_bytes(most)} that there is"
             found.append(WayOut(words, estimate.step_s, estimate.reserved_bytes, 1.0))
-        for ways in (self._precisions(), self._ranks(), self._machines(), self._batches()):
+        for ways in (self._offloads(), self._precisions(), self._ranks(), self._machines(), self._batches()):
             found += ways
         return found
 
@@ -116,6 +121,16 @@ class _WaysOut:
         config = self._least.choice.config
         chosen = {name: value for name, value in searched(config).items() if name not in opened}
         return {**chosen, **self._search.fixed}
+
+    def _offloads(self) -> Iterator[WayOut]:
+        """On a CPU, the least that goes to a disk, if the user has not said what does."""
+        if self._search.hardware.device_type != "cpu" or OFFLOAD in self._search.fixed:
+            return
+        for what in OFFLOADS[1:]:
+            search = self._search.beside(fixed={**self._fixed(*CHAINED), OFFLOAD: what})
+            if (fits := search.within(self._budget, estimated=True)) is not None:
+                yield from self._way(f"{OFFLOAD}={what!r}", fits)
+                return
 
     def _precisions(self) -> Iterator[WayOut]:
         config = self._least.choice.config

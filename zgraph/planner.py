@@ -62,7 +62,7 @@ def plan(
         report: where to write a page that shows the planned step from inside, such as ``"report.html"``; see
             ``CompiledModule.report``. For it, the passes run once more, and each of them is proved.
         options: those of ``zgraph.compile``. Those that ``zgraph.choices`` lists are searched if they are ``"auto"`` or
-            not given; what is inexact is never chosen unasked.
+            not given, but for ``offload``, which has to be ``"auto"``; what is inexact is never chosen unasked.
 
     Raises:
         OptionError: an option that does not exist or is out of range; a machine that is not known.

@@ -36,7 +36,7 @@ from zgraph.codegen.kernel import Kernel
 from zgraph.collector import collect_garbage
 from zgraph.comm import Comm
 from zgraph.config import Config, check_numbers
-from zgraph.decision import decide
+from zgraph.decision import AUTO, decide
 from zgraph.disk import DEFAULT_PATH, DiskTensor, Moved, padded
 from zgraph.eager import GatherOnUse
 from zgraph.errors import OptimizerError, OptionError, ZgraphError
@@ -506,6 +506,7 @@ class Runtime:
         kept: list[dict[str, Any]] = []
         if self._last_decided is not None:
             before = self._last_decided.config
+            fixed = {name: value for name, value in fixed.items() if value != AUTO}
             kept = [{**searched(before), **fixed}]
             fixed = {**{name: getattr(before, name) for name in STORED}, **fixed}
         with self._plain() as model:

@@ -18,8 +18,8 @@ from itertools import count, takewhile
 from typing import Any
 
 from zgraph.captures import Captures
-from zgraph.choices import CHAINED, LEVELS, MEMORY_FIRST, Choice, family
-from zgraph.config import Config
+from zgraph.choices import CHAINED, LEVELS, MEMORY_FIRST, OFFLOAD, Choice, family
+from zgraph.config import BY_COST, Config
 from zgraph.errors import OptionError
 from zgraph.hardware import Hardware
 from zgraph.layout import aligned
@@ -70,6 +70,10 @@ class Search:
     def __init__(
         self, captures: Captures, hardware: Hardware, world: int, fixed: dict[str, Any], passes: Sequence[Pass] = ()
     ) -> None:
+        self._notes: list[str] = []
+        if fixed.get(OFFLOAD) == BY_COST and hardware.device_type != "cpu":
+            fixed = {name: value for name, value in fixed.items() if name not in (OFFLOAD, "offload_path")}
+            self._notes.append(f"nothing was offloaded: on {hardware.device_type}, so far nothing can be")
         self.captures, self.hardware, self.world, self.fixed, self._passes = captures, hardware, world, fixed, passes
         is_long = len(captures.sizes) > 1
         self.members = family(captures.num_rows, world, fixed, hardware.devices_per_node, is_long=is_long)
@@ -85,7 +89,6 @@ class Search:
         self._estimates: dict[Config, Estimate] = {}
         self._levels: Levels = {}
         self._last: tuple[Choice, tuple[Lowered, Prediction]] | None = None
-        self._notes: list[str] = []
         captures.check_blocks(self.members[0].config)
 
     @property
