@@ -15,11 +15,13 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from zgraph.codegen import region_cpp, region_triton
 from zgraph.codegen.elementwise import Writer, results_of
-from zgraph.codegen.ir import CannotWriteError, Loops
+from zgraph.codegen.ir import CannotWriteError
 from zgraph.codegen.kernel import CPP, SLICES, TRITON, Kernel, expressions
 from zgraph.codegen.lowering import lower
-from zgraph.codegen.region_cpp import RegionCppWriter, compile_region
+from zgraph.codegen.region_cpp import RegionCppWriter
+from zgraph.codegen.region_triton import RegionTritonWriter
 from zgraph.codegen.source import SourceWriter
 from zgraph.program import copy_graph, describe
 
@@ -59,26 +61,28 @@ class Region(Kernel):
 
     @cached_property
     def _written_in(self) -> dict[str, str]:
-        found = {"cpu": CPP} if self.is_compiled else {}
+        found = {"cpu": CPP, "cuda": TRITON} if self.is_compiled else {}
         return {device_type: language for device_type, language in found.items() if can_write(self.body, device_type)}
-
-    def loops(self, language: str) -> Loops:
-        """What is printed in a language."""
-        return lower(self.body, _WRITERS[language])
 
     def text(self, language: str) -> str:
         """What it is in a language."""
         if language == CPP:
-            return RegionCppWriter(self.loops(language)).source()
+            return RegionCppWriter(lower(self.body, RegionCppWriter)).source()
+        if language == TRITON:
+            return RegionTritonWriter(lower(self.body, RegionTritonWriter), self.name).source()
         return self.source(SourceWriter())
 
     def _function(self, language: str) -> Callable[..., list[Any]]:
         if language not in self._functions:
-            self._functions[language] = self._in_slices() if language == SLICES else self._in_loops()
+            self._functions[language] = self._in_slices() if language == SLICES else self._in_loops(language)
         return self._functions[language]
 
-    def _in_loops(self) -> Callable[..., list[torch.Tensor]]:
-        run = compile_region(self.loops(CPP))
+    def _in_loops(self, language: str) -> Callable[..., list[torch.Tensor]]:
+        if language == TRITON:
+            with torch.cuda.device_of(self._results[0]):  # type: ignore[no-untyped-call]
+                run = region_triton.compile_region(lower(self.body, RegionTritonWriter), self.name)
+        else:
+            run = region_cpp.compile_region(lower(self.body, RegionCppWriter))
         forms = [_form(node.meta["val"]) for node in self.body.find_nodes(op="placeholder")]
         results = [(tuple(val.shape), val.dtype, val.device) for val in self._results]
 
@@ -106,16 +110,15 @@ class Region(Kernel):
         return "\n".join(lines) + "\n"
 
 
-_WRITERS: dict[str, type[Writer]] = {CPP: RegionCppWriter}
-
-
 def can_write(body: fx.Graph, device_type: str) -> bool:
     """Whether the language for a kind of device has all of a region's body."""
-    writer = {"cpu": RegionCppWriter}.get(device_type)
-    if writer is None:
+    writers: dict[str, type[Writer]] = {"cpu": RegionCppWriter, "cuda": RegionTritonWriter}
+    if device_type not in writers:
         return False
     try:
-        lower(body, writer)
+        loops = lower(body, writers[device_type])
+        if device_type == "cuda":
+            region_triton.check(loops)
     except CannotWriteError:
         return False
     return True
@@ -137,6 +140,3 @@ def _laid_out(x: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
     if x.stride() == strides:
         return x
     return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
-
-
-__all__ = ["SLICES", "TRITON", "Region", "can_write", "key_of"]

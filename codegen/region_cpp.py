@@ -44,7 +44,7 @@ class RegionCppWriter(CppWriter):
     """Writes a region's loops."""
 
     dtypes: ClassVar = {**CppWriter.dtypes, torch.int64: "long"}
-    functions: ClassVar = tuple(vector_math.NAMES)
+    functions: ClassVar[tuple[Any, ...]] = tuple(vector_math.NAMES)
 
     def __init__(self, loops: Loops) -> None:
         self.loops = loops

@@ -44,7 +44,7 @@ class TritonWriter(Writer):
         torch.float16: "tl.float16",
         torch.bool: "tl.int1",
     }
-    functions: ClassVar = (aten.exp, aten.log)
+    functions: ClassVar[tuple[Any, ...]] = (aten.exp, aten.log)
 
     def source(self) -> str:
         """``kernel.name(*inputs, *outputs, n, BLOCK)``: outputs that lie in no input, n elements."""
