@@ -229,3 +229,9 @@ def test_collectives_that_are_checked_are_refused(ranks: Ranks, tmp_path: Path) 
 
 def test_kernels_are_compiled_as_zgraph_compiles_them() -> None:
     assert standalone.FLAGS == library.FLAGS
+
+
+def test_a_disk_that_is_full_is_told(tmp_path: Path) -> None:
+    (tmp_path / "state-0.pt").symlink_to("/dev/full")
+    with pytest.raises(zgraph.StateError, match="cannot be written: "):
+        trained().export(tmp_path)

@@ -32,7 +32,7 @@ from zgraph.codegen.kernel import CPP, SLICES, Kernel
 from zgraph.codegen.owned import OwnedUpdate
 from zgraph.codegen.source import SourceWriter
 from zgraph.comm import PointToPointComm, Transfer
-from zgraph.errors import OptionError, StateError
+from zgraph.errors import OptionError, StateError, first_line
 from zgraph.program import Program, Role, describe, target_name
 
 _HEAD = '"""{what}\n\nWritten by zgraph, which it does not need.\n"""\n\nfrom __future__ import annotations\n\n'
@@ -123,20 +123,20 @@ def write(
         OptionError: the step calls something that cannot be written down.
         StateError: a file cannot be written.
     """
-    texts = dict(_texts(steps, hypers, num_micro_batches, arena_bytes)) if rank == 0 else {}
-    written = [directory / name for name in texts]
+    texts = dict(_texts(steps, hypers, num_micro_batches, arena_bytes))  # what one rank refuses, all refuse
+    saved: dict[str, Any] = {f"state-{rank}.pt": state}
+    if batch is not None:
+        saved[f"batch-{rank}.pt"] = [list(tensors) for tensors in batch]
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for path, text in zip(written, texts.values(), strict=True):
-            path.write_text(text)
-        written.append(directory / f"state-{rank}.pt")
-        torch.save(state, written[-1])
-        if batch is not None:
-            written.append(directory / f"batch-{rank}.pt")
-            torch.save([list(tensors) for tensors in batch], written[-1])
-    except OSError as error:
-        raise StateError(f"{directory} cannot be written: {error.strerror}", fix="choose another directory") from error
-    return written
+        for name, text in texts.items() if rank == 0 else ():
+            (directory / name).write_text(text)
+        for name, value in saved.items():
+            torch.save(value, directory / name)
+    except (OSError, RuntimeError) as error:  # the second is what torch raises where a disk is full
+        what = getattr(error, "strerror", None) or first_line(error)
+        raise StateError(f"{directory} cannot be written: {what}", fix="choose another directory") from error
+    return [directory / name for name in (*(texts if rank == 0 else ()), *saved)]
 
 
 def _texts(
