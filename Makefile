@@ -2,6 +2,7 @@
 #   make demo     train the same GPT with zgraph on two ranks and with plain PyTorch, and compare
 #   make test     the tests; `make quick` only those that together take less than a minute
 #   make lint     ruff and strict mypy
+#   make docs     the site, from docs and docstrings, in build/site
 #   make sweep    try every differentiable operator of torch; writes docs/operators.md
 #   make nightly  properties of 25,000 random programs and the like, and all combinations of options
 #   make bench    zgraph beside DDP, FSDP2 and plain PyTorch
@@ -29,7 +30,7 @@ export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := test
 .NOTPARALLEL:
-.PHONY: demo test quick lint sweep nightly bench types clean
+.PHONY: demo test quick lint docs sweep nightly bench types tree clean
 
 demo: $(VENV)/package
 	$(BIN)/zgraph demo
@@ -45,12 +46,18 @@ lint: types $(VENV)/for-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# mypy finds zgraph.passes and zgraph.codegen only in a tree of package shape: build/types is one, made of links.
-types: $(VENV)/for-lint
+# mypy and mkdocstrings find zgraph.passes and zgraph.codegen only in a tree of package shape: build/types is one, of links.
+tree:
 	rm -rf build/types
 	mkdir -p build/types/zgraph
 	ln -s $(CURDIR)/zgraph/* $(CURDIR)/passes $(CURDIR)/codegen build/types/zgraph/
+
+types: tree $(VENV)/for-lint
 	MYPYPATH=build/types $(BIN)/mypy -p zgraph
+
+# Strict: a link that leads nowhere, or a docstring that cannot be found, stops it.
+docs: tree $(VENV)/for-docs
+	$(BIN)/mkdocs build --strict
 
 # The table at the end of docs/operators.md; a test compares it with what operators do.
 sweep: $(VENV)/for-test
