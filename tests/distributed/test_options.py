@@ -19,19 +19,19 @@ from torch import Tensor, nn
 
 import zgraph
 from tests.calibrations import made_up
+from tests.choices import in_turn
 from tests.models import CASES, GPT
 from tests.optimizers import OPTIMIZERS
 from tests.ranks import Ranks
-from tests.reference import Eager, assert_equal, assert_same_state, slow, train_like_eager, world
+from tests.reference import Eager, assert_equal, assert_same_state, nightly, slow, train_like_eager, world
 
 
-@pytest.mark.parametrize("zero", [3, *slow(2, 0)])
-@pytest.mark.parametrize("bucket_bytes", ["1KiB", *slow(1, "1GiB")])
+@in_turn("bucket_bytes", ["1KiB", 1, "1GiB"], "zero", [3, 2, 0])
 def test_any_bucket_size_equals_eager(ranks: Ranks, bucket_bytes: int | str, zero: int) -> None:
     ranks.run(train_like_eager, "gpt_tied", bucket_bytes=bucket_bytes, zero=zero, num_steps=3)
 
 
-@pytest.mark.parametrize("prefetch", slow(0, 2, 64))
+@pytest.mark.parametrize("prefetch", [*slow(0, 64), *nightly(2)])
 def test_any_prefetch_equals_eager(ranks: Ranks, prefetch: int) -> None:
     ranks.run(train_like_eager, "gpt", bucket_bytes="1KiB", prefetch=prefetch, zero=3, num_steps=3)
 
@@ -71,7 +71,7 @@ def train_on_two_lengths(zero: int) -> None:
     assert_same_state(model, optimizer, eager, "at the end")
 
 
-@pytest.mark.parametrize("zero", [3, *slow(1)])
+@pytest.mark.parametrize("zero", slow(3, 1))
 def test_a_new_shape_is_captured_once_and_keeps_the_state(ranks: Ranks, zero: int) -> None:
     ranks.run(train_on_two_lengths, zero)
 
@@ -145,9 +145,6 @@ def test_parameters_of_two_dtypes_train_together(ranks: Ranks, zero: int) -> Non
     ranks.run(train_mixed_precision, zero)
 
 
-REST = [(1, 3), (3, 1), (2, 0)]
-
-
 def build_on_meta(zero: int, learning_rate: float) -> None:
     case, (rank, num_ranks) = CASES["gpt_tied"], world()
     batches = case.batches(3)
@@ -173,8 +170,7 @@ def build_on_meta(zero: int, learning_rate: float) -> None:
             assert torch.equal(tensor, reference.state_dict()[name]), f"{name} is not initialised as in plain PyTorch"
 
 
-@pytest.mark.parametrize("learning_rate", [0.0, *slow(1e-2)])
-@pytest.mark.parametrize(("world", "zero"), [(2, 3), *(pytest.param(*at, marks=pytest.mark.slow) for at in REST)])
+@in_turn("world, zero", [(2, 3), (1, 3), (3, 1), (2, 0)], "learning_rate", [0.0, 1e-2])
 def test_a_model_on_meta_is_initialised_as_a_real_one(
     ranks: Ranks, world: int, zero: int, learning_rate: float
 ) -> None:
