@@ -61,8 +61,9 @@ def by_hand(program: Program, world: int, **fixed: Any) -> list[tuple[float, int
     return found
 
 
+@pytest.mark.slow
 @given(random_steps(), st.sampled_from([1, 2, 4]), st.floats(0, 1.2))
-@few_examples(25)
+@few_examples(4)
 def test_the_fastest_that_fits_is_taken_or_none_fits(captured: Program, world: int, part: float) -> None:
     found = by_hand(captured, world)
     budget = int(part * max(num_bytes for _, num_bytes in found))
@@ -101,7 +102,7 @@ def can_be(given: dict[str, Any]) -> bool:
 
 @pytest.mark.slow
 @given(LAYERS, st.sampled_from([4, 64]), GIVEN.filter(can_be), st.floats(0, 1.2), st.booleans())
-@few_examples(25)
+@few_examples(8)
 def test_whatever_is_given_the_fastest_that_fits_is_taken_and_what_it_runs_holds_no_more(
     layers: list[tuple[str, int]], rows: int, fixed: dict[str, Any], part: float, late: bool
 ) -> None:
@@ -124,8 +125,9 @@ def test_whatever_is_given_the_fastest_that_fits_is_taken_and_what_it_runs_holds
         assert_same_step(program, captured, late=late)
 
 
+@pytest.mark.slow
 @given(random_steps(), st.sampled_from([1, 2, 4]))
-@few_examples(25)
+@few_examples(4)
 def test_nothing_takes_less_than_what_must_be_held(captured: Program, world: int) -> None:
     of = search(captured, world)
     for choice in of.members:
@@ -133,8 +135,9 @@ def test_nothing_takes_less_than_what_must_be_held(captured: Program, world: int
         assert tried is None or of.least_bytes(choice) <= tried.estimate.peak_bytes
 
 
+@pytest.mark.slow
 @given(random_steps(), st.sampled_from([2, 4]))
-@few_examples(25)
+@few_examples(4)
 def test_recomputation_is_never_faster(captured: Program, world: int) -> None:
     of = search(captured, world)
     for choice in of.members:
