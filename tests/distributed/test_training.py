@@ -27,13 +27,14 @@ def test_every_stage_on_one_to_three_ranks_equals_eager(
     ranks.run(train_like_eager, case, zero=zero, dtype=dtype, world=world)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ["experts", "recommender", "recurrent"])
-@pytest.mark.parametrize(("world", "zero"), [(2, 3), (3, 1)])
+@in_turn("case", ["experts", "recommender", "recurrent"], "world, zero", [(2, 3), (3, 1)])
 def test_float32_equals_eager(ranks: Ranks, world: int, zero: int, case: str) -> None:
     ranks.run(train_like_eager, case, zero=zero, dtype=torch.float32, world=world)
 
 
-@in_turn("case", [name for name in OWN if name not in ("gpt", "gpt_tied")], "world, zero", [(3, 3), (2, 2), (1, 3)])
+@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.parametrize("case", [name for name in OWN if name not in ("gpt", "gpt_tied")])
+@pytest.mark.parametrize(("world", "zero"), [(3, 3), (2, 2), (1, 3)])
 def test_every_model_equals_eager(ranks: Ranks, world: int, zero: int, case: str) -> None:
     ranks.run(train_like_eager, case, zero=zero, world=world)
