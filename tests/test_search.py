@@ -158,6 +158,7 @@ def of_stack() -> Search:
     return of_two_rows()
 
 
+@pytest.mark.slow
 def test_more_memory_is_never_slower_and_less_never_takes_more(of_stack: Search) -> None:
     along = list(of_stack.frontier())
     assert len(along) > 3
