@@ -1,10 +1,12 @@
-"""The update of one bucket by AdamW on this CPU: zgraph's kernel beside ATen's, and beside a loop that moves bytes.
+"""zgraph's kernels on this CPU beside those of others; all take turns in every round, and tables have medians.
 
-    python benchmarks/kernels.py                      20M parameters, one thread and all cores
+    python benchmarks/kernels.py                      the update of 20M parameters by AdamW, one thread and all cores
     python benchmarks/kernels.py --numel 5000000 --rounds 20
+    python benchmarks/kernels.py --step small         a whole step of a GPT, one thread and all cores
+    python benchmarks/kernels.py --count              bytes and launches of a step of one block; nothing runs
 
-All take turns in every round; the table has medians. The loop reads four vectors and writes three, as the update does:
-an update in one pass can be as fast, and no faster than noise makes it.
+Beside the update runs a loop that reads four vectors and writes three, as the update does: an update in one pass can be
+as fast, and no faster than noise makes it. ``--count`` leaves out matrix products, attention and what lies in place.
 """
 
 from __future__ import annotations
@@ -17,11 +19,18 @@ import time
 from collections.abc import Callable
 
 import torch
+from models import GPT, SHAPES, Shape, build_batch, build_model
 
 import zgraph
+from zgraph.capture import capture
 from zgraph.codegen.kernel import SLICES, Kernel
 from zgraph.codegen.library import load
+from zgraph.config import Config
+from zgraph.lower import lower
 from zgraph.machines import available_cores
+from zgraph.placement import place
+from zgraph.program import Mesh
+from zgraph.work import LOOKUP, VECTOR, works
 
 STREAM = """extern "C" void stream(long n, int threads, float *p, float *g, float *m, float *v) {
     #pragma omp parallel for simd num_threads(threads) if (parallel: threads > 1)
@@ -84,27 +93,106 @@ def contenders(kernel: Kernel, numel: int) -> dict[str, Callable[[], object]]:
     }
 
 
+def steps(shape: Shape) -> dict[str, Callable[[], object]]:
+    """What takes turns: a training step of models of their own, which start alike."""
+    batch = build_batch(shape, 1, range(1))
+
+    def plain(compiled: bool) -> Callable[[], object]:
+        model = build_model(shape)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        forward = torch.compile(model) if compiled else model
+
+        def step() -> None:
+            forward(*batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    def ours(kernels: str) -> Callable[[], object]:
+        model = build_model(shape)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        zgraph.compile(model, optimizer, zero=0, kernels=kernels)
+        return lambda: model.train_step(*batch)
+
+    return {
+        "PyTorch": plain(compiled=False),
+        "torch.compile": plain(compiled=True),
+        "zgraph": ours("auto"),
+        "zgraph, kernels='fused'": ours("fused"),
+    }
+
+
+def compare_steps(shape: Shape, rounds: int) -> None:
+    """Print medians of whole steps."""
+    print("| step | threads | median | of PyTorch's |\n| --- | --- | --- | --- |")
+    for threads in sorted({1, available_cores()}):
+        torch.set_num_threads(threads)
+        seconds = take_turns(steps(shape), rounds)
+        first, *_ = seconds.values()
+        for name, median in seconds.items():
+            print(f"| {name} | {threads} | {median * 1e3:.0f} ms | {median / first:.3f} |", flush=True)
+
+
+def count() -> None:
+    """Print what a step of one block moves and starts."""
+    shape = Shape(width=1024, layers=1, heads=16, tokens=1024, vocabulary=32000, sequences=4)
+    with torch.device("meta"):
+        model = GPT(shape)
+        tokens = torch.zeros(shape.sequences, shape.tokens, dtype=torch.int64)
+    optimizer = torch.optim.AdamW(model.parameters())
+    print("| step of one block in float32 | kernels | launches | MB |\n| --- | --- | --- | --- |")
+    for clip_norm in (None, 1.0):
+        for kernels in ("auto", "fused"):
+            config = Config.from_options({"zero": 0, "kernels": kernels, "clip_norm": clip_norm})
+            captured = capture(model, optimizer, (tokens, tokens), {}, config=config)
+            program = lower(captured, config, Mesh(1), None, (), prove=False).last
+            made = [
+                work
+                for node in program.graph.nodes
+                if node.op == "call_function" and node.target is not torch.ops.aten.cat.default
+                for work in works(node, 1)
+                if work.unit in (VECTOR, LOOKUP)
+            ]
+            moved = sum(work.num_bytes for work in made) + 2 * place(program).copied_bytes
+            name = "clip_norm=1.0" if clip_norm else "no clipping"
+            print(f"| {name} | {kernels} | {len(made)} | {moved / 1e6:.0f} |")
+
+
+def take_turns(turns: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """The median of each one's seconds, after a round for warming up."""
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
+    for round_number in range(rounds + 1):
+        for name, work in turns.items():
+            start = time.perf_counter()
+            work()
+            if round_number:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(each) for name, each in seconds.items()}
+
+
 def main() -> int:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--numel", type=int, default=20_000_000, help="parameters (default: 20,000,000)")
     parser.add_argument("--rounds", type=int, default=9, help="(default: 9)")
+    parser.add_argument("--step", type=Shape.parse, help=f"time steps of a GPT: {', '.join(SHAPES)}, or six integers")
+    parser.add_argument("--count", action="store_true", help="count what a step of one block moves and starts")
     options = parser.parse_args()
+    if options.count:
+        count()
+        return 0
+    if options.step is not None:
+        compare_steps(options.step, options.rounds)
+        return 0
     kernel = update_of(options.numel)
     print(f"| {options.numel:,} parameters | threads | median | GB/s | of the loop |\n| --- | --- | --- | --- | --- |")
     for threads in sorted({1, available_cores()}):
         torch.set_num_threads(threads)
-        works = contenders(kernel, options.numel)
-        seconds: dict[str, list[float]] = {name: [] for name in works}
-        for round_number in range(options.rounds + 1):
-            for name, work in works.items():
-                start = time.perf_counter()
-                work()
-                if round_number:  # the first is for warming up
-                    seconds[name].append(time.perf_counter() - start)
-        floor, *_ = (statistics.median(each) for each in seconds.values())
-        for name, each in seconds.items():
-            middle = statistics.median(each)
+        turns = contenders(kernel, options.numel)
+        medians = take_turns(turns, options.rounds)
+        floor, *_ = medians.values()
+        for name, middle in medians.items():
             rate = 28 * options.numel / middle / 1e9
             print(f"| {name} | {threads} | {middle * 1e3:.1f} ms | {rate:.1f} | {middle / floor:.2f} |")
     return 0

@@ -103,6 +103,7 @@ class Loops:
             vector or a number of its dtype as its value.
         strides: of each load that is not a number, elements between neighbours along each of the loops.
         inputs: of each load, the index of the region's input that it reads.
+        in_memory: loads of what lies where results do; numbers of the host are not among them.
         stores: what leaves.
     """
 
@@ -111,6 +112,7 @@ class Loops:
     body: fx.Graph = field(default_factory=fx.Graph)
     strides: dict[fx.Node, Sizes] = field(default_factory=dict)
     inputs: dict[fx.Node, int] = field(default_factory=dict)
+    in_memory: set[fx.Node] = field(default_factory=set)
     stores: list[Store] = field(default_factory=list)
 
     @property
@@ -136,7 +138,7 @@ class Loops:
         self.strides = {node: tuple(each[group[-1]] for group in groups) for node, each in self.strides.items()}
 
     @cached_property
-    def num_passes(self) -> int:
+    def num_sweeps(self) -> int:
         """How often a region goes over its rows."""
         return 1 + max((self.earliest[node] for node in self.body.nodes if level_of(node)), default=0)
 
@@ -203,24 +205,24 @@ def along(sizes: Sizes, shape: Sequence[int], strides: Sequence[int]) -> Sizes:
     return tuple(reversed(found))
 
 
-class Pass:
-    """One pass over the rows: its loops over columns, and what is computed in which.
+class Sweep:
+    """One sweep over the rows: its loops over columns, and what is computed in which.
 
-    A loop ends where a number of the whole row is needed. A pass ends where a number of all rows is; what a later one
+    A loop ends where a number of the whole row is needed. A sweep ends where a number of all rows is; what a later one
     needs of an earlier one, but for such numbers, it computes again, so what need not be known earlier is left to the
     last.
 
     Args:
         loops: what is printed.
-        number: of the pass.
+        number: of the sweep.
     """
 
     def __init__(self, loops: Loops, number: int) -> None:
         self.loops, self.number = loops, number
-        self.is_last = number == loops.num_passes - 1
+        self.is_last = number == loops.num_sweeps - 1
         totals = [node for node in loops.body.nodes if node.target is total]
-        is_early = {node: any(map(level_of, _readers(node))) for node in totals}
-        self.totals = [n for n in totals if (loops.earliest[n] == number + 1 if is_early[n] else self.is_last)]
+        early = set(computed_of(filter(level_of, loops.body.nodes)))  # what is needed by rows, and so before the last
+        self.totals = [n for n in totals if (loops.earliest[n] == number + 1 if n in early else self.is_last)]
         self.stores = [store for store in loops.stores if self.is_last and level_of(store.value)]
         wanted = [*(store.value for store in self.stores), *map(argument, self.totals)]
         self.needed = set(computed_of(wanted))
@@ -271,14 +273,3 @@ def computed_of(wanted: Iterable[fx.Node], through: Callable[[fx.Node], bool] | 
             yield node
             if node.target is not total:
                 stack.extend(node.all_input_nodes)
-
-
-def _readers(node: fx.Node) -> set[fx.Node]:
-    """Whatever is computed of a value."""
-    found: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        fresh = stack.pop().users.keys() - found
-        found |= fresh
-        stack.extend(fresh)
-    return found

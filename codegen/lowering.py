@@ -65,6 +65,8 @@ class _Lowering:
         self.column_dims = 0  # how many of the loops are over the columns of a row
         while self.columns is not None and math.prod(self.loops.sizes[-1 - self.column_dims :]) <= self.columns:
             self.column_dims += 1
+        results: Any = body.output_node().args[0]
+        self.device = results[0].meta["val"].device
         self.values: dict[fx.Node, Any] = {}
         self.exponentials: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}  # of a log-softmax, and what they add up to
         self.spread: dict[fx.Node, fx.Node] = {}  # rows of zeros but for one value, and that value
@@ -156,6 +158,8 @@ class _Lowering:
             is_tensor = isinstance(val, torch.Tensor)
             node.meta["val"] = form(val.dtype if is_tensor else torch.float64, 1 if level else 0)
             node.meta["level"] = level
+            if is_tensor and val.device == self.device:
+                self.loops.in_memory.add(node)
             self.loops.inputs[node] = self._index[arg]
             if level:
                 if val.dtype not in self.writer.dtypes:

@@ -23,7 +23,7 @@ from torch import fx
 from zgraph.codegen import ir, vector_math
 from zgraph.codegen.cpp import CppWriter
 from zgraph.codegen.elementwise import MOVES
-from zgraph.codegen.ir import Level, Loops, Pass, Store, level_of
+from zgraph.codegen.ir import Level, Loops, Store, Sweep, level_of
 from zgraph.codegen.library import load
 
 aten = torch.ops.aten
@@ -115,10 +115,10 @@ class RegionCppWriter(CppWriter):
             yield f"    {kind} *p{start} = ({kind} *)(workspace + {start});"
         yield "    long wrong = 0;"
         done: set[fx.Node] = set()
-        for number in range(self.loops.num_passes):
-            this = Pass(self.loops, number)
+        for number in range(self.loops.num_sweeps):
+            this = Sweep(self.loops, number)
             yield from self._numbers(this.needed, done)
-            yield from self._pass(this)
+            yield from self._sweep(this)
             for node in this.totals:
                 yield f"    double sum{self.names[node]} = 0;"
                 start = self.partials[node]
@@ -151,9 +151,9 @@ class RegionCppWriter(CppWriter):
         yield f"        o{store.place}[c] = sum;"
         yield "    }"
 
-    # -- a pass ---------------------------------------------------------------------------------------------
+    # -- a sweep --------------------------------------------------------------------------------------------
 
-    def _pass(self, this: Pass) -> Iterator[str]:
+    def _sweep(self, this: Sweep) -> Iterator[str]:
         rows, width = self.loops.num_rows, self.loops.num_columns
         if not this.needed:
             return
@@ -190,7 +190,7 @@ class RegionCppWriter(CppWriter):
                 yield f"        p{self.partials[node]}[k] = part{self.names[node]};"
         yield "    }"
 
-    def _row(self, this: Pass, kept: dict[fx.Node, int], indent: str) -> Iterator[str]:
+    def _row(self, this: Sweep, kept: dict[fx.Node, int], indent: str) -> Iterator[str]:
         yield from self._places(this, indent)
         for depth in range(max(this.num_loops, 1 + max(map(self.loops.depth.__getitem__, this.needed), default=0))):
             for node in this.rows(depth):
@@ -214,7 +214,7 @@ class RegionCppWriter(CppWriter):
         for node in this.totals:
             yield f"{indent}part{self.names[node]} += {self.names[ir.argument(node)]};"
 
-    def _places(self, this: Pass, indent: str) -> Iterator[str]:
+    def _places(self, this: Sweep, indent: str) -> Iterator[str]:
         """Where the row lies of everything that is read and stored."""
         sizes = self.loops.sizes
         below = 1
@@ -233,7 +233,7 @@ class RegionCppWriter(CppWriter):
                 kind = self.dtypes[store.dtype]
                 yield f"{indent}{kind} *y{store.place} = o{store.place} + r * {self.loops.num_columns};"
 
-    def _columns(self, this: Pass, depth: int, kept: dict[fx.Node, int], indent: str) -> Iterator[str]:
+    def _columns(self, this: Sweep, depth: int, kept: dict[fx.Node, int], indent: str) -> Iterator[str]:
         yield f"{indent}for ({self.index} c = 0; c < {self.loops.num_columns}; c++) {{"
         inner = indent + "    "
         stores = this.element_stores(depth)
@@ -256,7 +256,7 @@ class RegionCppWriter(CppWriter):
         yield f"{indent}}}"
 
     def _elements(
-        self, this: Pass, sinks: Sequence[fx.Node], depth: int, kept: dict[fx.Node, int], indent: str
+        self, this: Sweep, sinks: Sequence[fx.Node], depth: int, kept: dict[fx.Node, int], indent: str
     ) -> Iterator[str]:
         """Statements for what some elements of a column are computed of, and for themselves."""
         there = [node for node, first in kept.items() if first < depth]
@@ -272,7 +272,7 @@ class RegionCppWriter(CppWriter):
             else:
                 yield f"{indent}{self._statement(node)}"
 
-    def _picked(self, this: Pass, node: fx.Node, indent: str) -> Iterator[str]:
+    def _picked(self, this: Sweep, node: fx.Node, indent: str) -> Iterator[str]:
         """The element in one column, computed for itself."""
         value, *others = node.all_input_nodes
         column, is_wanted = map(self.names.__getitem__, others)
@@ -285,7 +285,7 @@ class RegionCppWriter(CppWriter):
         yield f"{indent}    {name} = {self.names[value]};"
         yield f"{indent}}}"
 
-    def _kept(self, this: Pass) -> dict[fx.Node, int]:
+    def _kept(self, this: Sweep) -> dict[fx.Node, int]:
         """Elements that the thread keeps for later loops, each with the loop that computes it first."""
         kept: dict[fx.Node, int] = {}
         room = _MOST_KEPT

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from zgraph.codegen import ir
-from zgraph.codegen.ir import CannotWriteError, Level, Loops, Pass, Store, level_of
+from zgraph.codegen.ir import CannotWriteError, Level, Loops, Store, Sweep, level_of
 from zgraph.codegen.source import SourceWriter
 from zgraph.codegen.triton import BLOCK, TritonWriter
 from zgraph.errors import OptionError, first_line
@@ -44,12 +44,12 @@ class RegionTritonWriter(TritonWriter):
     def __init__(self, loops: Loops, name: str) -> None:
         check(loops)
         self.loops, self.name = loops, name
-        self.this = Pass(loops, 0)
+        self.this = Sweep(loops, 0)
         self.names: dict[fx.Node, str] = {}
         self.computing = torch.float32
         self.ordering: torch.dtype | None = None
         for index, node in enumerate(loops.inputs):
-            self.names[node] = f"{'x' if level_of(node) else 'n'}{index}"
+            self.names[node] = f"{'x' if node in loops.in_memory else 'n'}{index}"
         for index, node in enumerate(node for node in loops.body.nodes if node.op == "call_function"):
             self.names[node] = f"v{index}"
 
@@ -87,7 +87,8 @@ class RegionTritonWriter(TritonWriter):
     # -- the kernel -----------------------------------------------------------------------------------------
 
     def _parameters(self) -> list[str]:
-        given = [f"i{index}" if level_of(node) else self.names[node] for index, node in enumerate(self.loops.inputs)]
+        is_read = self.loops.in_memory
+        given = [f"i{index}" if node in is_read else f"n{index}" for index, node in enumerate(self.loops.inputs)]
         results = [f"o{store.place}" for store in self.loops.stores if not store.over_rows]
         return [*given, *results, *(f"p{store.place}" for store in self.sums)]
 
@@ -115,7 +116,9 @@ class RegionTritonWriter(TritonWriter):
 
     def _row(self, indent: str) -> Iterator[str]:
         for index, node in enumerate(self.loops.inputs):
-            if level_of(node) is Level.ROW:
+            if not level_of(node) and node in self.loops.in_memory:
+                yield f"{indent}x{index} = tl.load(i{index})"
+            elif level_of(node) is Level.ROW:
                 yield f"{indent}x{index} = tl.load(i{index}{self._of_row(node)})"
             elif level_of(node) is Level.ELEMENT:
                 yield f"{indent}x{index} = tl.load(i{index}{self._of_element(node)}, mask=inside, other=0.0)"
@@ -237,7 +240,8 @@ def launch(jitted: Jitted, inputs: Sequence[Any], outputs: Sequence[torch.Tensor
     """Run a region's kernels."""
     writer = jitted.writer
     given = [inputs[index] for index in writer.loops.inputs.values()]
-    numbers = [float(x) if not level_of(node) else x for node, x in zip(writer.loops.inputs, given, strict=True)]
+    is_read = writer.loops.in_memory
+    numbers = [x if node in is_read else float(x) for node, x in zip(writer.loops.inputs, given, strict=True)]
     results = [outputs[store.place] for store in writer.loops.stores if not store.over_rows]
     sums = [outputs[store.place] for store in writer.sums]
     width = writer.loops.num_columns
@@ -272,6 +276,7 @@ def compile_region(loops: Loops, name: str) -> Callable[[Sequence[Any], Sequence
 
 def forms(writer: RegionTritonWriter) -> list[Any]:
     """What stands for the arguments of the kernel that goes over the rows: dtypes for pointers, numbers for numbers."""
-    given = [node.meta["val"].dtype if level_of(node) else 0.5 for node in writer.loops.inputs]
+    is_read = writer.loops.in_memory
+    given = [node.meta["val"].dtype if node in is_read else 0.5 for node in writer.loops.inputs]
     results = [store.dtype for store in writer.loops.stores if not store.over_rows]
     return [*given, *results, *(torch.float32 for _ in writer.sums)]

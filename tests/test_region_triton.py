@@ -130,6 +130,13 @@ def test_what_lies_otherwise_is_read_where_it_lies() -> None:
     check(lambda x, y, z: (x * y + z).contiguous(), turned, normal(2, 1, 16), normal(4, 2, 3, 16))
 
 
+def test_numbers_are_read_where_they_lie() -> None:
+    """One of the device is fetched by the kernel, so that the host need not wait for it."""
+    region = region_of(lambda x, y: x * y + x, normal(3, 8), torch.tensor(0.3))
+    assert "x1 = tl.load(i1)" in region.text(TRITON)
+    check(lambda x, y: x * y + x, normal(3, 8), torch.tensor(0.3))
+
+
 def test_what_instances_cannot_hold_stays_with_aten() -> None:
     long = region_of(lambda x: aten._softmax(x * 2, -1, False), torch.empty(2, 10_000))
     loss = region_of(cross_entropy, normal(4, 8), torch.arange(4))
