@@ -347,7 +347,7 @@ def compile_region(loops: Loops) -> Callable[[Sequence[Any], Sequence[torch.Tens
 def _run(
     function: Any, num_numbers: int, num_columns: int, inputs: Sequence[Any], outputs: Sequence[torch.Tensor]
 ) -> None:
-    workspace = torch.empty(num_numbers)
+    workspace = torch.empty(num_numbers, dtype=torch.float32, device="cpu")
     numbers = [ctypes.c_double(float(x)) if not isinstance(x, torch.Tensor) or not x.dim() else None for x in inputs]
     given = [
         x.data_ptr() if number is None else ctypes.addressof(number) for x, number in zip(inputs, numbers, strict=True)

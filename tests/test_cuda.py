@@ -16,6 +16,7 @@ from tests.optimizers import OPTIMIZERS
 from tests.reference import assert_equal, train_like_eager
 from tests.test_planner import Stack, rows
 from zgraph.codegen.kernel import SLICES, TRITON, Kernel
+from zgraph.codegen.region import Region
 from zgraph.which_hardware import preset_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -67,6 +68,21 @@ def test_an_update_in_triton_computes_what_its_operators_do(options: dict[str, A
         torch.testing.assert_close(value, states[1][name], rtol=1e-5, atol=1e-7, msg=name)
 
 
+def test_a_step_with_regions_is_one_without_but_for_rounding() -> None:
+    states = []
+    for kernels in ("fused", "auto"):
+        case = CASES["gpt"]
+        model = case.model().to(GPU)
+        zgraph.compile(model, optimizer=OPTIMIZERS["sgd_foreach"](model), kernels=kernels)
+        for batch in case.batches(3):
+            model.train_step(*batch.to("cuda").args)
+        states.append(model.state_dict())
+        found = [node.target for node in model.program.graph.nodes if isinstance(node.target, Region)]
+        assert {key for region in found for key in region._functions} == ({TRITON} if kernels == "fused" else set())
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_ranks_simulated_on_a_gpu_train_like_one_process() -> None:
     case = CASES["gpt"]
     batches = [batch.to("cuda") for batch in case.batches(2, 8, dtype=torch.float64)]
@@ -90,7 +106,7 @@ def no_waiting() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("options", [{}, {"recompute": "blocks"}, {"accumulate": 2}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"recompute": "blocks"}, {"accumulate": 2}, {"kernels": "fused"}], ids=str)
 @pytest.mark.usefixtures("no_waiting")
 def test_a_step_never_waits_for_the_device(options: dict[str, Any]) -> None:
     case = CASES["gpt"]

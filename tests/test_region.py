@@ -258,6 +258,20 @@ def test_what_an_operator_gives_otherwise_than_it_says_is_laid_out_anew() -> Non
     torch.testing.assert_close(region(x.t().contiguous().t(), y)[0], x * 2 + y)
 
 
+def test_sums_of_rows_have_room_whatever_the_defaults_are() -> None:
+    x, gradient = normal(70, 37), normal(70, 37, scale=2)
+    region = region_of(gelu_backward_and_sum, gradient, x)
+    expected = region(gradient, x)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = region(gradient, x)
+    finally:
+        torch.set_default_dtype(before)
+    assert all(map(torch.equal, found, expected))
+
+
 def test_results_go_where_they_are_told_to() -> None:
     x, y, *others = normal(6, 16), normal(6, 16), normal(16), normal(16)
     region = region_of(add_and_norm, x, y, *others)
