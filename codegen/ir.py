@@ -64,6 +64,12 @@ def is_not(number: torch.Tensor, other: int) -> torch.Tensor:
     return number != other
 
 
+def normal_below(x: torch.Tensor) -> torch.Tensor:
+    """How much of a standard normal distribution lies below each number, off by a few 1e-8 at most."""
+    found: torch.Tensor = torch.special.ndtr(x)
+    return found
+
+
 def total(x: torch.Tensor) -> torch.Tensor:
     """The sum over all rows of what each row has one of."""
     return x.double().sum().to(x.dtype)

@@ -504,7 +504,9 @@ def _gelu_below(lo: _Lowering, node: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.N
     """By what GELU multiplies a number, and the derivative of that times the number."""
     how = node.kwargs.get("approximate", "none")
     if how == "none":
-        below = lo.math(aten.mul, lo.math(aten.add, lo.math(aten.erf, lo.math(aten.mul, x, math.sqrt(0.5))), 1.0), 0.5)
+        if x.meta["val"].dtype is not torch.float32:
+            raise CannotWriteError(f"there is no {node.target} of {x.meta['val'].dtype}")
+        below = lo.call(ir.normal_below, x, dtype=torch.float32)
         density = lo.math(aten.exp, lo.math(aten.mul, lo.math(aten.mul, x, x), -0.5))
         return below, lo.math(aten.mul, lo.math(aten.mul, x, density), 1 / math.sqrt(2 * math.pi))
     scale, cubic = math.sqrt(2 / math.pi), 0.044715

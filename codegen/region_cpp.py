@@ -83,8 +83,8 @@ class RegionCppWriter(CppWriter):
     # -- the whole ------------------------------------------------------------------------------------------
 
     def _has_functions(self) -> bool:
-        packets = {getattr(node.target, "overloadpacket", None) for node in self.loops.body.nodes}
-        return not packets.isdisjoint({aten.exp, aten.tanh, aten.erf})
+        called = {getattr(node.target, "overloadpacket", node.target) for node in self.loops.body.nodes}
+        return not called.isdisjoint({aten.exp, aten.tanh, aten.erf, ir.normal_below})
 
     def _reserve(self) -> None:
         """Find room for what the sums of some rows come to."""
@@ -314,6 +314,9 @@ class RegionCppWriter(CppWriter):
         elif target is ir.spread:
             value, column = node.args[:2]
             expression, kind = f"c == ({self.index}){self.names[column]} ? {self.names[value]} : 0", "spread"  # type: ignore[index]
+        elif target is ir.normal_below:
+            (x,) = node.all_input_nodes
+            expression, kind = f"normal_below({self.names[x]})", "normal below"
         else:
             expression, kind = self.expression(node), target.overloadpacket.__name__
         return f"const {self._type(node)} {self.names[node]} = {expression};  // {kind}"
@@ -326,6 +329,8 @@ def _operations(node: fx.Node) -> int:
     packet = getattr(node.target, "overloadpacket", None)
     if node.op == "placeholder" or packet in MOVES:
         return 1
+    if node.target is ir.normal_below:
+        return 20
     return 20 if packet in vector_math.NAMES else 4 if packet in (aten.div, aten.sqrt, aten.rsqrt) else 1
 
 

@@ -161,6 +161,9 @@ class RegionTritonWriter(TritonWriter):
             function, least = ("sum", "0.0") if target is ir.row_sum else ("max", 'float("-inf")')
             value = self.names[ir.argument(node)]
             return f"{self.names[node]} = tl.{function}(tl.where(inside, {value}, {least}), 0)"
+        if target is ir.normal_below:
+            (x,) = node.all_input_nodes
+            return f"{self.names[node]} = (tl.erf({self.names[x]} * {math.sqrt(0.5)}) + 1.0) * 0.5  # normal below"
         return f"{self.names[node]} = {self.expression(node)}  # {target.overloadpacket.__name__}"
 
     def fill(self, value: str, dtype: torch.dtype) -> str:

@@ -38,3 +38,15 @@ def test_results_are_as_near_to_exact_ones_as_is_said(packet: Any) -> None:
     assert ((y.double() - exact)[is_normal].abs() / ulp).max() <= ULPS[packet]
     is_tiny = exact.abs() <= 2.0**-126
     assert (y.double() - exact)[is_tiny].abs().max() <= 2.0**-149
+
+
+def test_what_lies_below_a_number_is_off_by_little_beside_one() -> None:
+    function = library.load(SOURCE + LOOP.format("normal_below")).all_normal_below
+    x = torch.cat([torch.linspace(-40, 40, 200_001), torch.tensor([-1e30, 1e30, float("nan")])])
+    y = torch.empty_like(x)
+    function(ctypes.c_long(len(x)), ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()))
+    error = (y.double() - torch.special.ndtr(x.double())).abs()
+    assert error[:-1].max() < 8e-8
+    assert (error * x.abs())[:200_001].max() < 3e-7  # so is GELU
+    assert y[-3:].tolist()[:2] == [0.0, 1.0]
+    assert y[-1].isnan()
