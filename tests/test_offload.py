@@ -29,7 +29,7 @@ from tests.reference import slow
 from zgraph import ops
 from zgraph.config import Config
 from zgraph.disk import padded
-from zgraph.errors import DiskError, OptionError, StateError, VerifyError
+from zgraph.errors import DiskError, OptionError, StateError, VerifyError, ZgraphError
 from zgraph.flat import FlatTensors
 from zgraph.footprint import Kind, footprint, state_on_disk
 from zgraph.hardware import Disk, Hardware
@@ -672,6 +672,20 @@ def test_a_model_on_meta_is_initialised_straight_to_the_disk(monkeypatch: pytest
     assert torch.equal(found[0][0], found[1][0])
     assert all(torch.equal(value, found[1][1][name]) for name, value in found[0][1].items())
     assert max(opened) == 2
+
+
+def test_parameters_are_saved_and_loaded_one_after_the_other(disk_path: Path) -> None:
+    (model, _), (fresh, _) = small(offload=EVERYTHING), small(offload=EVERYTHING)
+    with pytest.raises(ZgraphError, match="nothing is compiled yet"):
+        next(model.full_params())
+    for _ in range(2):
+        model.train_step(X)
+    saved = dict(model.full_params())
+    assert list(saved) == [name for name, _ in model.named_parameters()]
+    torch.save(saved, disk_path / "saved.pt")
+    fresh.train_step(X)
+    fresh.load_state_dict(torch.load(disk_path / "saved.pt", mmap=True))
+    assert all(torch.equal(value, fresh.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("offload", [ON_DISK, EVERYTHING], ids=" and ".join)

@@ -8,7 +8,7 @@ parameters move into their buckets. Until that moment the user's model and optim
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -243,6 +243,17 @@ class CompiledModule(nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Full parameters under their original names. All ranks call it together."""
         return self.__dict__["_zgraph"].state.state_dict(super().state_dict, *args, **kwargs)
+
+    def full_params(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each parameter's name and full value, bucket by bucket: to save what is larger than memory.
+
+        A value is a copy. Tied parameters come once. All ranks go through them together, to the end.
+
+        Raises:
+            ZgraphError: no step has been compiled yet.
+            RankError: parameters are divided, and another rank has called something else.
+        """
+        yield from self.__dict__["_zgraph"].full_params()
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load full parameters; each rank stores its part."""

@@ -569,6 +569,12 @@ class Runtime:
             self.agreement.check("model()")
         return GatherOnUse(self.state)
 
+    def full_params(self) -> Iterator[tuple[str, torch.Tensor]]:
+        self.last()
+        if self.state.divided:
+            self.agreement.check("model.full_params()")
+        return self.state.full_params()
+
     def ema_state_dict(self) -> dict[str, Any]:
         if self.config.ema is None:
             raise OptionError("no average of the weights is kept", fix="zgraph.compile(model, ..., ema=0.999)")

@@ -42,6 +42,8 @@ def train_both_ways(zero: int, optimizer: str, offload: dict[str, str], **option
         (batch,) = case.batches(1, 2, dtype=torch.float32)
         with torch.no_grad():
             losses.append(model(*batch.args))
+        whole = dict(model.full_params())
+        assert all(torch.equal(value, whole[name]) for name, value in model.state_dict().items() if name in whole)
         found.append((losses, model.state_dict(), tensors_of(made), model))
     (losses, params, state, plain), (same_losses, same_params, same_state, model) = found
     assert all(map(torch.equal, losses, same_losses))
