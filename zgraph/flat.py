@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from zgraph.disk import Disk, DiskTensor
 from zgraph.groups import HeldGroup, backends
+from zgraph.heap import release_free_memory
 from zgraph.layout import Bucket, Layout
 
 
@@ -174,6 +175,8 @@ class FlatTensors:
         if name in self._changed:
             self.tensors[name].write(value)
             self._changed.remove(name)
+        del value
+        release_free_memory()  # or small blocks would come to lie there, and leave no room for the next bucket
 
     def _whole(self, bucket: Bucket) -> torch.Tensor:
         if not self.sharded:
