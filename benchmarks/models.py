@@ -106,10 +106,11 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def build_model(shape: Shape) -> GPT:
-    """The model with the parameters that every peer starts from."""
+def build_model(shape: Shape, device: str = "cpu") -> GPT:
+    """The model with the parameters that every peer starts from; on ``meta``, with those that it will be given."""
     torch.manual_seed(0)
-    return GPT(shape)
+    with torch.device(device):
+        return GPT(shape)
 
 
 def build_batch(shape: Shape, num_shares: int, shares: range) -> tuple[Tensor, Tensor]:

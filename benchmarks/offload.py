@@ -1,12 +1,13 @@
-"""Optimizer state on a disk: what it costs in time, and saves in memory, beside the disk's own pace in the same run.
+"""State on a disk: what it costs in time, and saves in memory, beside the disk's own pace in the same run.
 
     python benchmarks/offload.py                    the small GPT on two ranks
     python benchmarks/offload.py --model medium     the 135.6M GPT
     python benchmarks/offload.py --quick            a tiny one: does it run?
+    python benchmarks/offload.py --cap 1GiB         the largest GPT that trains under a cap on each rank, beside peers'
 
 Peers take turns step by step, as in ``step.py``. Then the disk is measured: all ranks at once move as many bytes as a
-step does, each way, with nothing to compute meanwhile. A step with state on the disk can be no faster than the slower
-one of the two; ``/ bound`` is how near it comes.
+step does, with nothing to compute meanwhile. A step with state on the disk can be no faster than the slower one of the
+two; ``/ bound`` is how near it comes.
 """
 
 from __future__ import annotations
@@ -20,11 +21,22 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
+from typing import TYPE_CHECKING
 
 from memory import load_malloc_counter
 
+if TYPE_CHECKING:
+    from comparison import Settings
+
 BLOCK = 2**24
 ROUNDS = 3
+
+CAP_SHAPE = "1024,1,16,16,512,1"
+"""Deepened under a cap: wide, so that it is parameters that take memory and not the graph of very many calls."""
+
+CAP_BUCKET_BYTES = 4 * 2**20
+ENOUGH = 10
+"""Times the layers that plain PyTorch trains: no more are tried, since a step moves all of them over the disk."""
 
 
 def main() -> int:
@@ -53,6 +65,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--model", type=Shape.parse, default=SHAPES["small"], help=f"{', '.join(SHAPES)}; default: small"
     )
+    parser.add_argument("--cap", metavar="BYTES", help="find the largest model that trains under this cap per rank")
     parser.add_argument("--quick", action="store_true", help="a tiny model and two rounds: does it run?")
     parser.add_argument("--path", default="/var/tmp", help="a directory on the disk; default: %(default)s")
     parser.add_argument("--ranks", type=int, default=2, help="default: 2")
@@ -60,41 +73,52 @@ def run(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     shape, rounds = (SHAPES["tiny"], 2) if options.quick else (options.model, options.rounds)
     settings = Settings(options.ranks, rounds, 1, 600, enter_private_network())
+    if options.cap is not None:
+        return run_capped(options.cap, options.path, replace(settings, rounds=1, timeout_s=1800))
     in_memory = PEERS["zgraph-3"]
-    on_disk = partial(in_memory.build, offload={"optimizer": "disk"}, offload_path=options.path)
-    entries = [Entry("in memory", in_memory), Entry("on disk", replace(in_memory, build=on_disk))]
+    entries = [Entry("in memory", in_memory)]
+    for name, what in (("state on disk", ("optimizer",)), ("all on disk", ("optimizer", "parameters"))):
+        build = partial(in_memory.build, offload=dict.fromkeys(what, "disk"), offload_path=options.path)
+        entries.append(Entry(name, replace(in_memory, build=build)))
     import_for_ranks(entries)
-    before, after = compare(entries, shape, settings)
+    before, *others = compare(entries, shape, settings)
     slopes = [] if options.quick else measure_slopes(entries, SHAPES["narrow"], settings)
-    problems = [f"{each.name}: {each.problem}" for each in (before, after, *slopes) if each.problem is not None]
+    results = (before, *others)
+    problems = [f"{each.name}: {each.problem}" for each in (*results, *slopes) if each.problem is not None]
     if problems:
         print(*problems, sep="\n", file=sys.stderr)
         return 1
 
-    num_bytes = 2 * 4 * shape.num_parameters // options.ranks  # two moments in float32, divided
-    disk_s = statistics.median(time_disk(options.path, options.ranks, num_bytes) for _ in range(ROUNDS))
-    table = Table("", "step s", "/ memory", "/ bound", "live peak MB", "resident peak MB", box=box.SIMPLE_HEAD)
-    for result in (before, after):
+    own = 4 * shape.num_parameters // options.ranks  # bytes of a rank's parameters, of which there are two moments
+    moved = {before.name: (0, 0), others[0].name: (2 * own, 2 * own), others[1].name: (4 * own, 3 * own)}
+    table = Table("", "step s", "/ memory", "disk alone s", "/ bound", "live peak MB", "resident peak MB")
+    table.box = box.SIMPLE_HEAD
+    for result in results:
         ratio = Spread.of_pairs(result.step_s, before.step_s)
-        bounds = [max(step_s, disk_s) for step_s in before.step_s]
-        bound = Spread.of_pairs(result.step_s, bounds) if result is after else None
+        cells = ["", ""]
+        if result is not before:
+            disk_s = statistics.median(
+                time_disk(options.path, options.ranks, *moved[result.name]) for _ in range(ROUNDS)
+            )
+            bound = Spread.of_pairs(result.step_s, [max(step_s, disk_s) for step_s in before.step_s])
+            cells = [f"{disk_s:.3f}", f"{bound.median:.2f} ({bound.low:.2f}..{bound.high:.2f})"]
         table.add_row(
             result.name,
             f"{statistics.median(result.step_s):.3f}",
             f"{ratio.median:.2f} ({ratio.low:.2f}..{ratio.high:.2f})",
-            "" if bound is None else f"{bound.median:.2f} ({bound.low:.2f}..{bound.high:.2f})",
+            *cells,
             f"{result.live_peak_bytes / 1e6:.1f}",
             f"{result.resident_peak_bytes / 1e6:.1f}",
         )
-    rate = options.ranks * num_bytes / disk_s / 1e9
     console = Console(width=None if os.isatty(1) else 160)
     console.print(
         f"GPT {shape} ({shape.num_parameters / 1e6:.1f}M parameters), {options.ranks} gloo ranks, AdamW", table
     )
-    console.print(
-        f"{num_bytes / 1e6:.1f} MB of state on each rank, read and written in each step: the disk alone takes "
-        f"{disk_s:.3f} s, {rate:.2f} GB/s each way"
-    )
+    for name, (read, written) in moved.items():
+        if written:
+            console.print(
+                f"{name}: each rank reads about {read / 1e6:.1f} MB in a step, and writes {written / 1e6:.1f} MB"
+            )
     for slope in slopes:
         figures = ("live_peak_bytes", "resident_peak_bytes", "live_bytes")
         live, resident, kept = (slope.per_parameter(figure) for figure in figures)
@@ -102,17 +126,55 @@ def run(arguments: Sequence[str]) -> int:
             f"{slope.name}: {live:.2f} bytes per parameter and rank at the live peak, {resident:.2f} at the resident "
             f"one, {kept:.2f} between steps"
         )
-    difference = loss_difference(after.losses, before.losses)
-    if difference:
-        print(f"the losses differ by {difference:.1e}", file=sys.stderr)
-    return 1 if difference else 0
+    differences = [loss_difference(result.losses, before.losses) for result in others]
+    if any(differences):
+        print(f"the losses differ by {max(differences):.1e}", file=sys.stderr)
+    return 1 if any(differences) else 0
 
 
-def time_disk(path: str, num_ranks: int, num_bytes: int) -> float:
-    """Seconds in which all ranks at once read and write so many bytes each, both ways at a time."""
+def run_capped(cap: str, path: str, settings: Settings) -> int:
+    """The largest model of each peer under a cap; the exit status is 1 if one fails.
+
+    Peers with everything on a disk are not asked for more than ``ENOUGH`` times the layers that plain PyTorch trains.
+    """
+    from cgroups import CapError, MemoryCap
+    from command import import_for_ranks, report_reach
+    from comparison import Entry
+    from models import Shape
+    from peers import PEERS
+    from rich.console import Console
+    from scaling import find_reach
+
+    from zgraph.config import parse_bytes
+
+    cap_bytes, shape = parse_bytes(cap, "--cap"), Shape.parse(CAP_SHAPE)
+    try:
+        MemoryCap(f"zgraph-bench-{os.getpid()}", cap_bytes).remove()
+    except CapError as error:
+        print(f"offload.py: {error}", file=sys.stderr)
+        return 2
+    on_disk = PEERS["zgraph-disk"]
+    on_disk = replace(on_disk, build=partial(on_disk.build, offload_path=path, bucket_bytes=CAP_BUCKET_BYTES))
+    alone = replace(on_disk, whole_batch=True)
+    entries = [Entry(name, PEERS[name]) for name in ("single", "fsdp2-meta-tuned", "zgraph-3")]
+    import_for_ranks(entries)
+    reaches = [find_reach(entry, shape, settings, cap_bytes, layers_step=1) for entry in entries]
+    first = ENOUGH * max(reaches[0].layers, 1)
+    for name, peer in (("zgraph-disk, one rank", alone), ("zgraph-disk", on_disk)):
+        entry = Entry(name, peer)
+        reaches += [find_reach(entry, shape, settings, cap_bytes, layers_step=1, first=first, is_enough=True)]
+    table, _, complaints = report_reach(reaches, cap_bytes)
+    Console(width=None if os.isatty(1) else 160).print(f"GPT {CAP_SHAPE}, deepened", table, *complaints, sep="\n")
+    return 1 if complaints else 0
+
+
+def time_disk(path: str, num_ranks: int, read_bytes: int, written_bytes: int) -> float:
+    """Seconds in which all ranks at once read and write so many bytes each, both at a time; no less are read."""
     context = get_context("fork")
     ready, go = context.Barrier(num_ranks + 1), context.Barrier(num_ranks + 1)
-    processes = [context.Process(target=_move, args=(path, num_bytes, ready, go)) for _ in range(num_ranks)]
+    processes = [
+        context.Process(target=_move, args=(path, read_bytes, written_bytes, ready, go)) for _ in range(num_ranks)
+    ]
     for process in processes:
         process.start()
     ready.wait()
@@ -125,14 +187,14 @@ def time_disk(path: str, num_ranks: int, num_bytes: int) -> float:
     return time.perf_counter() - start
 
 
-def _move(path: str, num_bytes: int, ready: object, go: object) -> None:
+def _move(path: str, read_bytes: int, written_bytes: int, ready: object, go: object) -> None:
     import torch
 
     from zgraph.disk import PAGE, Disk
 
     disk = Disk(path)
-    sizes = [BLOCK] * (num_bytes // BLOCK) + ([num_bytes % BLOCK] if num_bytes % BLOCK else [])
-    disk.reserve(num_bytes)
+    sizes = [BLOCK] * (read_bytes // BLOCK) + ([read_bytes % BLOCK] if read_bytes % BLOCK else [])
+    disk.reserve(read_bytes + PAGE)
     tensors = [disk.allocate(size, torch.uint8) for size in sizes]
     memory = torch.zeros(2 * BLOCK + PAGE, dtype=torch.uint8)
     source, target = memory[-memory.data_ptr() % PAGE :][: 2 * BLOCK].split(
@@ -148,7 +210,8 @@ def _move(path: str, num_bytes: int, ready: object, go: object) -> None:
         if storing is not None:
             storing.wait()
         loading.wait()
-        storing = tensor.store(source[:size])
+        storing = tensor.store(source[:size]) if written_bytes > 0 else None
+        written_bytes -= size
     if storing is not None:
         storing.wait()
     disk.check()

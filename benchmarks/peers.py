@@ -59,6 +59,7 @@ class Peer:
         synchronous: the ranks train one model, so its losses are comparable.
         optional_package: what it needs besides torch and zgraph.
         has_options: ``build`` takes options after its name.
+        device: where the model is built: ``meta`` for peers that give it memory themselves.
         compiles_long: its first step takes a minute, so that it takes part by default only where time is the question.
     """
 
@@ -69,6 +70,7 @@ class Peer:
     optional_package: str | None = None
     has_options: bool = False
     compiles_long: bool = False
+    device: str = "cpu"
 
     @property
     def missing(self) -> str | None:
@@ -118,6 +120,15 @@ def _fsdp2(model: GPT, batch: Batch, *, compiled: bool = False, checkpointed: bo
     return _torch_step(model, batch, torch.optim.AdamW(model.parameters(), **ADAMW))
 
 
+def _fsdp2_from_meta(model: GPT, batch: Batch) -> Training:
+    training = _fsdp2(model, batch)
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    return training
+
+
 def _tuned(model: GPT, batch: Batch, build: Build, **options: Any) -> Training:
     # glibc raises these thresholds as large blocks are freed, and then keeps what is freed; set, they stay.
     m_trim_threshold, m_mmap_threshold = -1, -3
@@ -128,7 +139,9 @@ def _tuned(model: GPT, batch: Batch, build: Build, **options: Any) -> Training:
 
 
 def _zgraph(model: GPT, batch: Batch, **options: Any) -> Training:
-    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
+    # On meta torch refuses fused=True; that only says which of torch's kernels plain PyTorch would run.
+    fused = not any(parameter.is_meta for parameter in model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), **{**ADAMW, "fused": fused})
     compiled: Any = zgraph.compile(model, optimizer=optimizer, **options)
     return Training(lambda: compiled.train_step(*batch), lambda: compiled.stats()["collectives"])
 
@@ -183,6 +196,15 @@ PEERS = {
         f"zgraph-{stage}": Peer(partial(_zgraph, zero=stage), f"zgraph.compile(zero={stage})", has_options=True)
         for stage in range(4)
     },
+    "fsdp2-meta-tuned": Peer(
+        partial(_tuned, build=_fsdp2_from_meta), "fsdp2-tuned, built on meta and initialised in parts", device="meta"
+    ),
+    "zgraph-disk": Peer(
+        partial(_zgraph, zero=3, offload={"optimizer": "disk", "parameters": "disk"}),
+        "zgraph-3, built on meta, with parameters and optimizer state on a disk",
+        has_options=True,
+        device="meta",
+    ),
     "zgraph-3-tuned": Peer(
         partial(_tuned, build=partial(_zgraph, zero=3)), "zgraph-3 with the same thresholds", has_options=True
     ),

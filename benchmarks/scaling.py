@@ -63,13 +63,28 @@ class Reach:
     killed: int | None
 
 
-def find_reach(entry: Entry, base: Shape, settings: Settings, cap_bytes: int) -> Reach:
-    """Double the layers until a rank is killed, then bisect; each try runs in fresh ranks."""
+def find_reach(
+    entry: Entry,
+    base: Shape,
+    settings: Settings,
+    cap_bytes: int,
+    *,
+    layers_step: int = LAYERS_STEP,
+    first: int = 0,
+    is_enough: bool = False,
+) -> Reach:
+    """Double the layers until a rank is killed, then bisect; each try runs in fresh ranks.
+
+    Args:
+        layers_step: the resolution.
+        first: layers of the first model that is tried.
+        is_enough: look for none that is deeper.
+    """
     fits, best = 0, None
     too_deep, killed_parameters = None, None
-    while too_deep is None or too_deep - fits > LAYERS_STEP:
-        middle = fits * 2 if too_deep is None else (fits + too_deep) // 2
-        layers = max(middle // LAYERS_STEP, 1) * LAYERS_STEP
+    while too_deep is None or too_deep - fits > layers_step:
+        middle = max(fits * 2, first) if too_deep is None else (fits + too_deep) // 2
+        layers = max(middle // layers_step, 1) * layers_step
         result, killed = _train_under_cap(entry, replace(base, layers=layers), settings, cap_bytes)
         note(f"{entry.name}: {result.num_parameters / 1e6:.1f}M {'killed' if killed else 'trained'}")
         if killed:
@@ -78,6 +93,8 @@ def find_reach(entry: Entry, base: Shape, settings: Settings, cap_bytes: int) ->
             return Reach(entry.name, result.problem, best, fits, killed_parameters)
         else:
             fits, best = layers, result
+            if is_enough and layers >= first:
+                break
     return Reach(entry.name, None, best, fits, killed_parameters)
 
 

@@ -87,7 +87,7 @@ class Trainer:
         start_s = time.perf_counter()
         shares = range(self._job.num_shares) if self._job.peer.whole_batch else range(self._rank, self._rank + 1)
         batch = build_batch(self._job.shape, self._job.num_shares, shares)
-        self._training = self._job.peer.build(build_model(self._job.shape), batch)
+        self._training = self._job.peer.build(build_model(self._job.shape, self._job.peer.device), batch)
         return time.perf_counter() - start_s
 
     def step(self) -> StepSample:
