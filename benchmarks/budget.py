@@ -341,6 +341,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny models, three budgets")
     parser.add_argument("--inductor", action="store_true", help="torch.compile with generated kernels")
+    parser.add_argument("--models", nargs="+", choices=MODELS, help="some of them; default: all")
     parser.add_argument("--points", type=int, default=10, help="budgets of each model; default: 10")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write one JSON object for each way")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables between its marks")
@@ -353,7 +354,7 @@ def main() -> int:
         serve(options.model, options.way, options.rank, options.store)
         return 0
     backend = "inductor" if options.inductor else "aot_eager_decomp_partition"
-    names = list(QUICK_MODELS if options.quick else MODELS)
+    names = list(QUICK_MODELS if options.quick else options.models or MODELS)
     rows = sweep(names, 3 if options.quick else options.points, backend, 300.0)
     if options.json is not None:
         options.json.write_text("".join(f"{json.dumps(asdict(row))}\n" for row in rows))

@@ -2,7 +2,8 @@
 
 The two differ by what the allocator keeps after a free, which for some peers is as much as the tensors themselves, so
 both are measured. Allocated bytes come from ``malloc_counter.c``, which has to be in place before the interpreter
-starts: ``load_malloc_counter`` compiles it and starts the program anew. Resident bytes come from ``/proc/self``.
+starts: ``load_malloc_counter`` compiles it and starts the program anew. Resident bytes come from ``/proc/self``; pages
+of files are not among them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from pathlib import Path
 
 _DIRECTORY_VARIABLE = "ZGRAPH_BENCH_COUNTER_DIRECTORY"
 _PRELOAD_VARIABLE = "ZGRAPH_BENCH_OUTER_LD_PRELOAD"
-_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def compile_malloc_counter(directory: Path) -> Path:
@@ -83,12 +83,11 @@ class Meter:
     """Measures the calling process against what it held when the meter was made."""
 
     def __init__(self) -> None:
-        touch_libraries()
         self._library = ctypes.CDLL(None)
         self._library.malloc_counter_live.restype = ctypes.c_long
         self._library.malloc_counter_peak.restype = ctypes.c_long
         self.baseline_live_bytes = int(self._library.malloc_counter_live())
-        self.baseline_resident_bytes = _status_bytes("VmRSS")
+        self.baseline_resident_bytes = _taken_bytes("VmRSS")
         self.restart_peaks()
 
     def restart_peaks(self) -> None:
@@ -100,24 +99,15 @@ class Meter:
         """What is held now, and the peaks."""
         return Held(
             live_bytes=int(self._library.malloc_counter_live()) - self.baseline_live_bytes,
-            resident_bytes=_status_bytes("VmRSS") - self.baseline_resident_bytes,
+            resident_bytes=_taken_bytes("VmRSS") - self.baseline_resident_bytes,
             live_peak_bytes=int(self._library.malloc_counter_peak()) - self.baseline_live_bytes,
-            resident_peak_bytes=_status_bytes("VmHWM") - self.baseline_resident_bytes,
+            resident_peak_bytes=_taken_bytes("VmHWM") - self.baseline_resident_bytes,
         )
 
 
-def touch_libraries() -> None:
-    """Read every page of the libraries that are mapped.
-
-    The kernel counts a library's page from when it is first read, so that which operators a model happens to call first
-    would be part of its resident bytes, and tens of megabytes more than it takes.
-    """
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        addresses, permissions, _, _, inode, *path = line.split(maxsplit=5)
-        if permissions.startswith("r") and inode != "0" and path and ".so" in path[0]:
-            start, end = (int(address, 16) for address in addresses.split("-"))
-            for address in range(start, end, _PAGE):
-                ctypes.string_at(address, 1)
+def _taken_bytes(key: str) -> int:
+    """What is resident, or was, but pages of files: those of libraries come and go as the kernel likes."""
+    return _status_bytes(key) - _status_bytes("RssFile")
 
 
 def _status_bytes(key: str) -> int:

@@ -332,6 +332,7 @@ def _config(case: Case) -> Config:
             "clip_norm": 1.0 if case.software.clip else None,
             "accumulate": min(case.accumulate, 2),  # more are alike
             "bucket_bytes": UNLIMITED,
+            "prefetch": 0 if case.zero == 3 else None,  # see docs/accuracy.md
             "reduce_precision": "bf16" if case.software.reduce == "bfloat16" and case.world > 1 else None,
         }
     )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -175,9 +176,15 @@ def _may_fuse(node: fx.Node) -> bool:
         return isinstance(source, fx.Node) and ops.view_of(node) is None and _may_fuse(source)
     if not may_lower(node):
         return False
+    vals = list(_vals(node))
+    sized = (v for n in (node, *node.all_input_nodes) for v in _vals(n) if isinstance(v, torch.Tensor) and v.dim())
+    is_strided = all(v is None or (isinstance(v, torch.Tensor) and v.layout is torch.strided) for v in vals)
+    return is_strided and len({v.device for v in sized}) <= 1
+
+
+def _vals(node: fx.Node) -> Iterator[Any]:
     val = node.meta["val"]
-    vals = val if isinstance(val, (tuple, list)) else (val,)
-    return all(v is None or (isinstance(v, torch.Tensor) and v.layout is torch.strided) for v in vals)
+    yield from val if isinstance(val, (tuple, list)) else (val,)
 
 
 def _is_worthwhile(group: Group) -> bool:

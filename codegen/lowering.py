@@ -18,7 +18,7 @@ from torch import fx
 
 from zgraph import ops
 from zgraph.codegen import ir
-from zgraph.codegen.elementwise import FORM, OPMATH, Writer
+from zgraph.codegen.elementwise import COMPARISONS, FORM, OPMATH, Writer
 from zgraph.codegen.ir import CannotWriteError, Level, Loops, Sizes, Store, along, form, level_of, refined
 
 aten = torch.ops.aten
@@ -42,6 +42,10 @@ class _Columns:
     """The sum over all rows of what each element is: one number for each column."""
 
     value: fx.Node
+
+
+_EXACT = 2**24
+"""Integers up to this have a value in float32, as which constants are written."""
 
 
 class _Lowering:
@@ -81,9 +85,8 @@ class _Lowering:
         for place, result in enumerate(results):
             self.store(result, place)
         kept = set(ir.computed_of(store.value for store in self.loops.stores))
-        kept.update(
-            ir.computed_of(node for total in kept if total.target is ir.total for node in total.all_input_nodes)
-        )
+        while summed := set(ir.computed_of(n for t in kept if t.target is ir.total for n in t.all_input_nodes)) - kept:
+            kept |= summed
         for node in reversed(self.loops.body.nodes):
             if node not in kept:
                 self.loops.body.erase_node(node)
@@ -112,6 +115,9 @@ class _Lowering:
             raise CannotWriteError(f"there is no {target}")
         shape = tuple(node.meta["val"].shape)
         args = [self.read(arg, shape) for arg in node.args]
+        read = {arg.meta["val"].dtype for arg in args if isinstance(arg, fx.Node)}
+        if target.overloadpacket in COMPARISONS and len(read) > 1:
+            raise CannotWriteError("it compares dtypes that differ")
         kwargs = {k: self.read(v, shape) for k, v in node.kwargs.items() if k not in FORM}
         return self.call(target, *args, dtype=node.meta["val"].dtype, **kwargs)
 
@@ -170,7 +176,8 @@ class _Lowering:
 
     def call(self, target: Any, *args: Any, dtype: torch.dtype, level: Level | None = None, **kwargs: Any) -> fx.Node:
         """A call on single values."""
-        key = (target, args, dtype, level, tuple(sorted(kwargs.items())))
+        given = tuple(repr(arg) if isinstance(arg, float) else arg for arg in args)  # 0.0 == -0.0
+        key = (target, given, dtype, level, tuple(sorted(kwargs.items())))
         try:
             known = self._made.get(key)
         except TypeError:  # an argument is a list
@@ -240,8 +247,10 @@ class _Lowering:
 
     def filled(self, node: fx.Node) -> fx.Node:
         val, given = node.meta["val"], list(node.args)
-        value = given[1] if node.target in _FULL else 1.0 if "ones" in str(node.target) else 0.0
-        if isinstance(value, fx.Node) or val.dtype is torch.bool:
+        at = 2 if node.target is aten.new_full.default else 1
+        value: Any = given[at] if node.target in _FULL else 1.0 if "ones" in str(node.target) else 0.0
+        is_exact = val.dtype.is_floating_point or isinstance(value, fx.Node) or abs(value) <= _EXACT
+        if isinstance(value, fx.Node) or val.dtype is torch.bool or not is_exact:
             raise CannotWriteError(f"there is no {node.target}")
         levels = {self.numel: Level.ELEMENT, 1: Level.NUMBER}
         if self.columns is not None:
@@ -257,6 +266,8 @@ class _Lowering:
         if val.dtype not in self.writer.dtypes:
             raise CannotWriteError(f"it gives {val.dtype}")
         if isinstance(value, _Columns):
+            if level_of(value.value) is not Level.ELEMENT:
+                raise CannotWriteError("it adds up over all rows what is not of elements")
             self.loops.stores.append(Store(value.value, place, val.dtype, over_rows=True))
             return
         sizes = {Level.ELEMENT: self.numel, Level.ROW: self.rows, Level.NUMBER: 1}
@@ -310,7 +321,7 @@ def _row_length(node: fx.Node) -> int | None:
     source: Any = node.all_input_nodes[0].meta["val"] if node.all_input_nodes else None
     if node.target in _BY_DIM:
         dim: Any = node.args[_BY_DIM[node.target]]
-        if dim % source.dim() != source.dim() - 1:
+        if not source.dim() or dim % source.dim() != source.dim() - 1:
             raise CannotWriteError("its rows are not those of the last dimension")
         return int(source.shape[-1])
     if node.target in _LOSSES:
@@ -329,6 +340,8 @@ def _row_length(node: fx.Node) -> int | None:
 def _dims(node: fx.Node) -> list[int]:
     """The dimensions that a sum is over, in order."""
     num_dims = node.all_input_nodes[0].meta["val"].dim()
+    if not num_dims:
+        raise CannotWriteError("it adds up a single number")
     given: Any = node.args[1] if len(node.args) > 1 else None
     return sorted(dim % num_dims for dim in given) if given else list(range(num_dims))
 
@@ -342,6 +355,8 @@ def _sum(lo: _Lowering, node: fx.Node) -> Any:
     dtype = node.meta["val"].dtype
     if not dtype.is_floating_point or not value.meta["val"].dtype.is_floating_point:
         raise CannotWriteError(f"it adds up {value.meta['val'].dtype}")
+    if lo.wide(value).meta["val"].dtype.itemsize < dtype.itemsize:
+        raise CannotWriteError(f"it adds up in {dtype}")
     dims, num_dims = _dims(node), source.meta["val"].dim()
     is_mean = node.target is aten.mean.dim
     if dims[0] == 0:

@@ -44,7 +44,7 @@ class Region(Kernel):
 
         Args:
             inputs: as the body takes them.
-            outs: where results go, of their shapes, strides and dtypes; None, or too few, for new tensors.
+            outs: where results go, of their shapes, strides and dtypes; None for a new tensor. Without, all are new.
         """
         fakes = any(isinstance(x, FakeTensor) for x in inputs)
         language = SLICES if fakes else self.runs_in(self.device_type)

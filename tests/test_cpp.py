@@ -198,7 +198,7 @@ def test_with_a_compiler_that_is_broken_updates_run_in_slices_and_it_is_said_why
     for name in ("load", "problem"):
         monkeypatch.setattr(library, name, getattr(library, name).__wrapped__)
     assert trained()[1] == {SLICES}
-    assert f"updates run in slices, which takes longer, on all ranks: {broken} cannot compile kernels: " in caplog.text
+    assert f"kernels run in slices, which takes longer, on all ranks: {broken} cannot compile kernels: " in caplog.text
     assert "cc1plus is gone" in caplog.text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from functools import partial
 from pathlib import Path
@@ -231,7 +232,26 @@ def test_kernels_are_compiled_as_zgraph_compiles_them() -> None:
     assert standalone.FLAGS == library.FLAGS
 
 
+def test_another_export_does_not_run_on_the_batch_of_the_one_before(tmp_path: Path) -> None:
+    (tmp_path / "batch-0.pt").write_bytes(b"of another model")
+    model = nn.Linear(4, 1)
+    zgraph.compile(model, torch.optim.SGD(model.parameters(), lr=0.1), loss=lambda y, _: y.square().mean())
+    model.train_step(torch.ones(2, 4))
+    model.export(tmp_path)
+    assert not (tmp_path / "batch-0.pt").exists()
+
+
+def test_a_step_with_regions_is_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU())
+    zgraph.compile(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), loss=lambda y, _: y.square().mean(), kernels="fused"
+    )
+    model.train_step(torch.ones(2, 8))
+    with pytest.raises(zgraph.OptionError, match="kernels='fused' cannot be exported yet"):
+        model.export(tmp_path)
+
+
 def test_a_disk_that_is_full_is_told(tmp_path: Path) -> None:
-    (tmp_path / "state-0.pt").symlink_to("/dev/full")
+    (tmp_path / f"state-0.pt.{os.getpid()}.partial").symlink_to("/dev/full")
     with pytest.raises(zgraph.StateError, match="cannot be written: "):
         trained().export(tmp_path)

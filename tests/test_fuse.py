@@ -231,3 +231,27 @@ def test_without_a_compiler_regions_run_call_by_call(monkeypatch: pytest.MonkeyP
     model, losses = trained(kernels="fused")
     assert {each.language for each in model.kernels()} == {SLICES}
     assert losses == trained()[1]
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda y, _: y.mean(),
+        lambda y, _: (y.mean(-1) ** 2).mean(),
+        lambda y, x: F.cross_entropy(y * F.cross_entropy(y, x.sum(-1).long().abs() % 8), x.sum(-1).long().abs() % 8),
+        lambda y, x: (F.cross_entropy(y, x.sum(-1).long().abs() % 8) * 2).sum(0),
+        lambda y, _: (y * 2 + y.new_full(y.shape, 0.5)).exp().mean(),
+    ],
+    ids=["mean", "of rows", "loss in a loss", "sum of a number", "new_full"],
+)
+def test_losses_of_any_form_train_as_without_regions(loss: Any) -> None:
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    found = []
+    for kernels in ("fused", "auto"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+        zgraph.compile(model, torch.optim.SGD(model.parameters(), lr=0.3), loss=loss, kernels=kernels)
+        model.train_step(x)
+        found.append(model.state_dict())
+    for name, value in found[1].items():
+        torch.testing.assert_close(found[0][name], value, rtol=1e-4, atol=1e-6, msg=name)

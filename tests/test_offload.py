@@ -793,7 +793,44 @@ def test_a_model_is_trained_as_its_budget_says() -> None:
     assert model.stats()["disk_bytes"] > 0
 
 
+def test_another_batch_finds_the_options_as_well_where_nothing_had_to_go_to_the_disk() -> None:
+    model = stack()
+    optimizer = torch.optim.AdamW(model.parameters())
+    options: dict[str, Any] = {"zero": 0, "recompute": None, "offload": "auto", "offload_path": "/var/tmp"}
+    zgraph.compile(model, optimizer, loss=mean_square, memory="4GiB", **options)
+    for rows in (4, 6):
+        model.train_step(torch.ones(rows, 512))
+    assert model.stats()["disk_bytes"] == 0
+
+
 # What goes wrong
+
+
+def test_a_model_that_was_interrupted_on_its_way_to_the_disk_is_not_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = small(offload=EVERYTHING)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("zgraph.disk.DiskTensor.write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.train_step(X)
+    for call in (lambda: model.train_step(X), model.state_dict):
+        with pytest.raises(StateError, match="left in parts when moving its state failed: KeyboardInterrupt"):
+            call()
+
+
+def test_optimizer_state_that_torch_cannot_load_leaves_the_parameters_as_they_are() -> None:
+    (model, optimizer), (plain, _) = small(offload=EVERYTHING), small()
+    for each in (model, plain):
+        each.train_step(X)
+    progress = optimizer.state_dict()
+    for entries in progress["state"].values():
+        entries.update({key: value.to("meta") for key, value in entries.items() if value.dim()})
+    with pytest.raises(NotImplementedError):
+        optimizer.load_state_dict(progress)
+    assert torch.equal(model.train_step(X), plain.train_step(X))
 
 
 @pytest.mark.parametrize(

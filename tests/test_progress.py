@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -79,6 +80,21 @@ def test_a_step_that_is_not_told_reads_nothing(tmp_path: Path) -> None:
             progress.step(loss)
     with Progress(model, every=1) as quiet:  # nothing is shown and nothing written, so nothing is read
         quiet.step(loss)
+
+
+def test_a_file_that_cannot_be_written_any_more_does_not_stop_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = compiled()
+    with Progress(model, every=1, jsonl=tmp_path / "run.jsonl", show=False) as progress:
+        train(model, progress, 1)
+
+        def full(*_: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr("zgraph.progress._Jsonl.tell", full)
+        train(model, progress, 2)
+    assert caplog.text.count("No space left") == 1
 
 
 def test_what_is_not_finite_is_null(tmp_path: Path) -> None:

@@ -346,3 +346,23 @@ def test_what_loops_have_no_words_for_is_refused(function: Any, reason: str) -> 
     with pytest.raises(CannotWriteError, match=reason):
         lower(region.body, RegionCppWriter)
     torch.testing.assert_close(region(normal(3, 8))[0], function(normal(3, 8)))
+
+
+@pytest.mark.parametrize(
+    ("function", "says"),
+    [
+        (lambda x: (x * 1.0).sum(-1, dtype=torch.float64), "adds up in torch.float64"),
+        (lambda x: (x > torch.full((), 0.1, dtype=torch.float64)) * x, "compares dtypes that differ"),
+        (lambda x: ((x.mean(-1, keepdim=True) * 1.0).expand(4, 6).sum([0]), x * 2), "adds up"),
+        (lambda x: torch.full_like(x, 2**53 + 1, dtype=torch.int64) + 1, ""),
+    ],
+)
+def test_what_would_be_another_number_is_not_written(function: Any, says: str) -> None:
+    with pytest.raises(CannotWriteError, match=says):
+        lower(region_of(function, torch.ones(4, 6)).body, RegionCppWriter)
+
+
+def test_zeros_of_either_sign_are_told_apart() -> None:
+    positive, negative = region_of(lambda x: (x / 0.0, x / -0.0), torch.ones(4, 6))(torch.ones(4, 6))
+    assert (positive == torch.inf).all()
+    assert (negative == -torch.inf).all()

@@ -30,9 +30,11 @@ from zgraph.codegen.elementwise import results_of
 from zgraph.codegen.emit import Step
 from zgraph.codegen.kernel import CPP, SLICES, Kernel
 from zgraph.codegen.owned import OwnedUpdate
+from zgraph.codegen.region import Region
 from zgraph.codegen.source import SourceWriter
 from zgraph.comm import PointToPointComm, Transfer
 from zgraph.errors import OptionError, StateError, first_line
+from zgraph.files import beside
 from zgraph.program import Program, Role, describe, target_name
 
 _HEAD = '"""{what}\n\nWritten by zgraph, which it does not need.\n"""\n\nfrom __future__ import annotations\n\n'
@@ -132,7 +134,11 @@ def write(
         for name, text in texts.items() if rank == 0 else ():
             (directory / name).write_text(text)
         for name, value in saved.items():
-            torch.save(value, directory / name)
+            with beside(directory / name) as partial:
+                torch.save(value, partial)
+                partial.replace(directory / name)
+        if batch is None:  # the one of another export is not this one's
+            (directory / f"batch-{rank}.pt").unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:  # the second is what torch raises where a disk is full
         what = getattr(error, "strerror", None) or first_line(error)
         raise StateError(f"{directory} cannot be written: {what}", fix="choose another directory") from error
@@ -290,6 +296,8 @@ class _Needed:
         return expression, home
 
     def _kernel(self, kernel: Kernel) -> str:
+        if isinstance(kernel, Region):
+            raise OptionError("kernels='fused' cannot be exported yet", fix="export a step with kernels='auto'")
         language = kernel.runs_in("cpu")
         if language == CPP:
             text = CppWriter(kernel).source()

@@ -307,6 +307,7 @@ class OptimizerState:
                 averages[by_key[key]] = entries[WEIGHT_EMA]
         check_agreement(self._layout, _forms_of(given, self._params))
         self._averages = averages
+        self.take_back()
         self._lent = [param for param in self._params.values() if param.is_meta]
         for name, param in self._params.items():
             if param.is_meta:
@@ -314,14 +315,18 @@ class OptimizerState:
                 device = self._layout.find(name)[0].device
                 place(param, torch.zeros((), dtype=param.dtype, device=device).expand(param.shape))
 
+    def take_back(self) -> None:
+        """Parameters that stand on a real device while torch loads: they go back to meta, also where it has failed."""
+        for param in self._lent:
+            place(param, without_memory(param))
+        self._lent = []
+
     def _after_load(self, optimizer: torch.optim.Optimizer) -> None:
         for name, average in self._averages.items():
             state = optimizer.state[self._params[name]]
             state[WEIGHT_EMA] = average.to(state[WEIGHT_EMA].device)
         self._averages = {}
-        for param in self._lent:
-            place(param, without_memory(param))
-        self._lent = []
+        self.take_back()
         self.stored = {bucket.name: {} for bucket in self._layout.buckets}
         self.move(self._layout, self._params, self.forms(self._params), self._group)
 

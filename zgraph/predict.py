@@ -15,9 +15,9 @@ from zgraph.placement import place
 from zgraph.program import Program
 from zgraph.timeline import DISK_LANES, Timeline, play
 
-COMPILED_BYTES, COMPILED_BYTES_OF_NODE = 14 * 10**6, 22_000
-"""What is resident on a CPU beside tensors once a step is compiled: modules imported for it, and each node of its
-largest graph, of which 12 KB are Python's objects. Fitted to 17 pairs of GPTs and options (``benchmarks/here.py``)."""
+COMPILED_BYTES, COMPILED_BYTES_OF_NODE = 14 * 10**6, 12_000
+"""What is resident on a CPU beside tensors once a step is compiled: modules imported for it and holes in the heap, and
+each node of its largest graph. Fitted to 17 pairs of GPTs and options (``benchmarks/here.py``)."""
 
 
 @dataclass(frozen=True)

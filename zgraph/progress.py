@@ -7,11 +7,12 @@ told costs a comparison: tensors are read, which waits for a GPU, every so many 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,8 @@ from zgraph.errors import OptionError, StateError
 from zgraph.pipeline import Pass, PassRecord, Watch
 from zgraph.plans import show_bytes, show_s
 from zgraph.program import Program
+
+log = logging.getLogger("zgraph")
 
 _live: list[Bar] = []
 """Bars of training loops that are shown now: a terminal has room for one display."""
@@ -175,9 +178,10 @@ class Progress:
 
     def close(self) -> None:
         """Finish what is shown and written."""
-        for sink in self._sinks:
-            sink.close()
-        self._sinks = []
+        with ExitStack() as closing:  # all of them, also where one fails
+            for sink in self._sinks:
+                closing.callback(sink.close)
+            self._sinks = []
 
     def step(self, loss: torch.Tensor | float, *, tokens: int = 0, **scalars: torch.Tensor | float) -> None:
         """A step is done.
@@ -199,10 +203,18 @@ class Progress:
             told["tokens_per_s"] = self._tokens * world / (now - self._told_at)
         told |= {name: _number(value) for name, value in scalars.items()}
         told |= self._of_model()
-        for sink in self._sinks:
-            sink.tell(self.num_steps, told)
+        for sink in list(self._sinks):
+            self._tell(sink, told)
         self._told, self._tokens = self.num_steps, 0
         self._told_at = time.perf_counter()  # telling counts as no step's
+
+    def _tell(self, sink: _Sink, told: Mapping[str, float]) -> None:
+        """Let training go on, whatever a writer of scalars meets."""
+        try:
+            sink.tell(self.num_steps, told)
+        except Exception as error:  # noqa: BLE001 -- a full disk, a service that is away
+            self._sinks.remove(sink)
+            log.warning("zgraph: %s writes no more scalars: %s", type(sink).__name__.strip("_"), error)
 
     def _of_model(self) -> dict[str, float]:
         last = self._runtime.last()

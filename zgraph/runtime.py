@@ -361,7 +361,7 @@ class Runtime:
         calls = [node for program in programs for node in program.graph.nodes if isinstance(node.target, Kernel)]
         why = next((reason for node in calls if (reason := node.target.why_in_slices())), None)
         if why is not None:
-            log.warning("zgraph: updates run in slices, which takes longer, on all ranks: %s", why)
+            log.warning("zgraph: kernels run in slices, which takes longer, on all ranks: %s", why)
         if not self.agreement.least(why is None):
             for node in calls:
                 node.target = replace(node.target, is_compiled=False)
@@ -507,6 +507,8 @@ class Runtime:
         if self._last_decided is not None:
             before = self._last_decided.config
             fixed = {name: value for name, value in fixed.items() if value != AUTO}
+            if before.offload is None:
+                fixed.pop("offload_path", None)  # "auto" has found that nothing needs to go there
             kept = [{**searched(before), **fixed}]
             fixed = {**{name: getattr(before, name) for name in STORED}, **fixed}
         with self._plain() as model:
@@ -563,6 +565,7 @@ class Runtime:
                 "a compiled model trains through train_step; calling it would record gradients that are never used",
                 fix="call model.train_step(...), or wrap evaluation in torch.no_grad()",
             )
+        self.state.check_whole()
         if self.state.layout is None:
             return nullcontext()
         if self.state.divided:

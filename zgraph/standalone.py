@@ -159,7 +159,11 @@ def main(step: Step) -> None:
         if step.rank == 0:
             sys.stdout.write(f"step {number + 1}: loss {loss.item()!r}\n")
     if arguments.save:
-        torch.save(step.state, step.directory / f"state-{step.rank}.pt")
+        state = step.directory / f"state-{step.rank}.pt"
+        torch.save(step.state, state.with_suffix(".partial"))
+        if dist.is_initialized():
+            dist.barrier()  # all of them are written, or none takes the place of what was exported
+        state.with_suffix(".partial").replace(state)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -69,6 +69,7 @@ class TrainingState:
         self.agreement = Agreement(group)
         self._optimizer_state = OptimizerState(optimizer, self.agreement)
         self._placed: dict[str, nn.Parameter] = {}
+        self._interrupted: BaseException | None = None  # while values moved, of which some may be nowhere now
         self._memory: dict[str, tuple[int, bool] | None] = {}
 
     @property
@@ -104,6 +105,8 @@ class TrainingState:
 
     def replaced(self) -> list[str]:
         """Parameters that are not as ``commit`` left them: other objects, or (``param.data = ...``) other memory."""
+        self.check_whole()
+        self._optimizer_state.take_back()
         return [
             name
             for name, param in self.model.named_parameters()
@@ -127,7 +130,7 @@ class TrainingState:
         assert current.keys() == {s.name for b in layout.buckets for s in b.segments}, "the layout of another model"
         replaced = self.replaced()
         if layout == self.layout and all(self._placed[n] is current[n] and not current[n].is_meta for n in replaced):
-            with self.agreement.no_return():
+            with self._moving():
                 self._take_in(replaced)
             return
         kept = current.keys() - set(replaced)
@@ -140,7 +143,7 @@ class TrainingState:
         names = {id(param): name for name, param in current.items()}
         initialise(meta_modules, names, new, self.agreement, self.group)
         initialised = {id(param) for module in meta_modules for param in module.params.values()}
-        with self.agreement.no_return():
+        with self._moving():
             moving = {name: param for name, param in current.items() if id(param) not in initialised}
             self._move(new, moving, kept)
             new.flush()
@@ -149,6 +152,28 @@ class TrainingState:
                 self._share_buffers()
         self.layout, self.params, self._placed, self.gradients = layout, new.tensors, current, {}
         self._memory = {name: _memory(param) for name, param in current.items()}
+
+    @contextmanager
+    def _moving(self) -> Iterator[None]:
+        """Around what leaves values neither where they were nor where they are to be, if it fails."""
+        try:
+            with self.agreement.no_return():
+                yield
+        except BaseException as error:
+            self._interrupted = error
+            raise
+
+    def check_whole(self) -> None:
+        """Refuse to go on with a model whose values may be gone.
+
+        Raises:
+            StateError: moving them has failed.
+        """
+        if self._interrupted is not None:
+            raise StateError(
+                f"the model was left in parts when moving its state failed: {self._interrupted!r}",
+                fix="build the model again, and load what was saved last",
+            ) from self._interrupted
 
     @contextmanager
     def adding_up(self) -> Iterator[None]:
@@ -235,11 +260,12 @@ class TrainingState:
         Raises:
             RankError: parameters are divided, and another rank has called something else.
         """
+        self.check_whole()
         if self.layout is None or not any(map(self.stored_params().is_away, self._placed)):
             return original(*args, **kwargs)
         if self.divided:
             self.agreement.check("model.state_dict()")
-        with torch.no_grad(), self._whole():
+        with torch.no_grad(), self.agreement.no_return(), self._whole():
             result = original(*args, **kwargs)
             result.update({key: value.detach() for key, value in result.items() if isinstance(value, nn.Parameter)})
         return result
