@@ -1,8 +1,9 @@
 """Make one kernel of calls that go over the same memory one after another.
 
 What one call of forward or backward writes, and the next one reads, need not lie in memory: ``zgraph.codegen.grouping``
-says which calls can be one, ``zgraph.codegen.lowering`` what they are as loops. The schedule is made before, and stays:
-no collective starts later, and no step holds more at its peak.
+says which calls can be one, ``zgraph.codegen.lowering`` what they are as loops. The schedule is made before: no
+collective starts later, and no step holds more tensors at its peak. A call that joins a later one may move behind a
+wait.
 """
 
 from __future__ import annotations

@@ -254,3 +254,16 @@ def test_control_groups_of_both_versions_are_read(
     monkeypatch.setattr(surroundings, "OWN_GROUPS", tmp_path / "own")
     assert surroundings.cores_of_group() == cores
     assert surroundings.memory_of_group() == memory
+
+
+def test_what_is_shown_names_nobodys_home_and_no_other_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MASTER_ADDR", "node17.corp.example")
+    monkeypatch.setenv("LD_PRELOAD", "")
+    assert (
+        surroundings.without_home(f"/lib/a.so:{tmp_path}/b.so and {tmp_path}2") == f"/lib/a.so:~/b.so and {tmp_path}2"
+    )
+    assert surroundings.environment()["MASTER_ADDR"] == "that of a machine"
+    said = str(doctor.examine(tmp_path / "none"))
+    assert f"{tmp_path}/none" not in said
+    assert "~/none" in said

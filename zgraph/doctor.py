@@ -17,7 +17,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import requires
@@ -140,7 +140,10 @@ def examine(directory: str | Path = DEFAULT_PATH) -> Diagnosis:
         "calibration": check_calibration,
     }
     findings = [finding for subject, check in checks.items() for finding in _findings(subject, check)]
-    return Diagnosis(facts, tuple(findings))
+    return Diagnosis(
+        {kind: {name: without_home(value) for name, value in of_kind.items()} for kind, of_kind in facts.items()},
+        tuple(Finding(*map(without_home, astuple(finding))) for finding in findings),
+    )
 
 
 def _facts(collect: Callable[[], Facts]) -> Facts:

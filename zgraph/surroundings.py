@@ -57,9 +57,9 @@ def told(fact: Callable[[], str]) -> str:
 
 
 def without_home(text: str) -> str:
-    """A path as it may be shown to others."""
+    """A text as it may be shown to others: it does not say whose home a path lies in."""
     home = os.path.expanduser("~")
-    return "~" + text[len(home) :] if len(home) > 1 and (text + "/").startswith(home + "/") else text
+    return re.sub(rf"{re.escape(home)}(?=[^\w.-]|$)", "~", text) if len(home) > 1 else text
 
 
 def installed(package: str) -> str | None:
@@ -188,8 +188,10 @@ def limits() -> Facts:
 
 
 def environment() -> Facts:
-    """Variables that change what torch and zgraph do."""
-    return {name: without_home(os.environ[name]) for name in sorted(os.environ) if _VARIABLES.fullmatch(name)}
+    """Variables that change what torch and zgraph do; of the address of another machine, that there is one."""
+    found = {name: without_home(os.environ[name]) for name in sorted(os.environ) if _VARIABLES.fullmatch(name)}
+    address = found.get("MASTER_ADDR", "localhost")
+    return found if address in ("localhost", "127.0.0.1", "::1") else {**found, "MASTER_ADDR": "that of a machine"}
 
 
 # Which judgements ask, too
