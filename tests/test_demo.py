@@ -66,7 +66,9 @@ def test_a_failed_rank_ends_the_demo_with_its_own_words(monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "zero"), [(1, 0), (2, 3), (3, 2)])
+@pytest.mark.parametrize(
+    ("ranks", "zero"), [(2, 3), *(pytest.param(*case, marks=pytest.mark.nightly) for case in ((1, 0), (3, 2)))]
+)
 def test_the_demo_agrees_with_plain_pytorch(ranks: int, zero: int, tmp_path: Path) -> None:
     command = [sys.executable, "-c", "import sys; from zgraph.cli import main; sys.exit(main())"]
     options = ["demo", "--steps", "2", "--ranks", str(ranks), "--zero", str(zero), "--json"]

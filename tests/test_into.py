@@ -95,7 +95,7 @@ def compare_operator(op: Any, compare: Compare, num_samples: int, dtype: torch.d
 COMMON = ("nn.functional.gelu", "nn.functional.embedding", "log_softmax", "mm", "cat", "stack", "sum", "reshape")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("num_samples", [0, *slow(4)], ids=["common ones", "all"])
 def test_every_operator_that_can_gives_what_it_would_have_allocated(num_samples: int, dtype: torch.dtype) -> None:
     compare = Compare()

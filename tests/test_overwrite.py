@@ -222,7 +222,7 @@ class Overwrite(TorchDispatchMode):
 COMMON = ("nn.functional.gelu", "log_softmax", "softmax", "add", "mul", "where", "lerp", "addcmul", "tanh", "clamp")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("num_samples", [0, *slow(4)], ids=["common ones", "all"])
 def test_every_operator_that_may_gives_over_an_operand_what_it_gives_elsewhere(
     num_samples: int, dtype: torch.dtype

@@ -819,9 +819,9 @@ EDITS = [
     Edit(
         "masks of dropout are drawn again",
         "recompute_activations",
-        "        make_again(program, profile.again(dropped).keys())\n",
+        "        make_again(program, _calls(program, _Chosen(self, program).way()))\n",
         "        draws = {node for node in program.graph.nodes if 'bernoulli' in str(node.target)}\n"
-        "        make_again(program, {*profile.again(dropped), *draws})\n",
+        "        make_again(program, {*_calls(program, _Chosen(self, program).way()), *draws})\n",
         Refusal.DRAWS,
     ),
 ]
