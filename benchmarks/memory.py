@@ -84,6 +84,7 @@ class Meter:
 
     def __init__(self) -> None:
         self._library = ctypes.CDLL(None)
+        self._library.malloc_trim(0)  # or what was freed before would be taken again, and be no more than it was
         self._library.malloc_counter_live.restype = ctypes.c_long
         self._library.malloc_counter_peak.restype = ctypes.c_long
         self.baseline_live_bytes = int(self._library.malloc_counter_live())
