@@ -125,8 +125,8 @@ def family(
         for varied in _variations(fixed) if world > 1 else [{}]:
             both = {**options, **varied}
             given = {name: value for name, value in fixed.items() if name not in both}
-            if OFFLOAD in both and both[OFFLOAD] is None:
-                given.pop("offload_path", None)
+            if {**given, **both}.get(OFFLOAD) is None:
+                given.pop("offload_path", None)  # where "auto" puts nothing there
             try:
                 config = Config.from_options({**given, **both})
             except OptionError:

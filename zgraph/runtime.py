@@ -507,8 +507,6 @@ class Runtime:
         if self._last_decided is not None:
             before = self._last_decided.config
             fixed = {name: value for name, value in fixed.items() if value != AUTO}
-            if before.offload is None:
-                fixed.pop("offload_path", None)  # "auto" has found that nothing needs to go there
             kept = [{**searched(before), **fixed}]
             fixed = {**{name: getattr(before, name) for name in STORED}, **fixed}
         with self._plain() as model:
