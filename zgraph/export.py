@@ -74,6 +74,7 @@ def check_exportable(programs: Sequence[Program], device: torch.device, options:
     Raises:
         OptionError: with what is in the way.
     """
+    targets = [node.target for program in programs for node in program.graph.nodes]
     reasons = {
         f"a step on {device.type}": device.type != "cpu",
         "state on a disk": options.offload is not None,
@@ -81,9 +82,8 @@ def check_exportable(programs: Sequence[Program], device: torch.device, options:
         "check_collectives": options.check_collectives,
         "keep_gathered": options.keep_gathered,
         "a mesh of nodes": len(programs[-1].mesh.axes) > 1,
-        "an update of whole parameters": any(
-            isinstance(node.target, OwnedUpdate) for program in programs for node in program.graph.nodes
-        ),
+        "an update of whole parameters": any(isinstance(target, OwnedUpdate) for target in targets),
+        "kernels='fused'": any(isinstance(target, Region) for target in targets),
     }
     for what, is_so in reasons.items():
         if is_so:
@@ -296,8 +296,6 @@ class _Needed:
         return expression, home
 
     def _kernel(self, kernel: Kernel) -> str:
-        if isinstance(kernel, Region):
-            raise OptionError("kernels='fused' cannot be exported yet", fix="export a step with kernels='auto'")
         language = kernel.runs_in("cpu")
         if language == CPP:
             text = CppWriter(kernel).source()
