@@ -123,6 +123,12 @@ def test_without_a_compiler_updates_are_slower(monkeypatch: pytest.MonkeyPatch) 
     assert (found.status, found.what) == (LIMITED, "there is no 'no-such', as CXX says")
 
 
+def test_with_a_compiler_that_is_broken_updates_are_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "problem", lambda: "g++ cannot compile kernels: no cc1plus")
+    found = only(doctor.check_compiler())
+    assert (found.status, found.what) == (LIMITED, "g++ cannot compile kernels: no cc1plus")
+
+
 def test_kernels_that_are_not_kept_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "zgraph" / "kernels").mkdir(parents=True)
     (tmp_path / "zgraph" / "kernels").chmod(0o777)

@@ -9,7 +9,6 @@ something is broken.
 from __future__ import annotations
 
 import copy
-import ctypes
 import os
 import re
 import resource
@@ -29,7 +28,7 @@ import torch.distributed as dist
 from torch import nn
 
 from zgraph import calibration, surroundings
-from zgraph.codegen.library import cache_directory, find_compiler, load
+from zgraph.codegen.library import cache_directory, find_compiler, problem
 from zgraph.disk import DEFAULT_PATH, Disk
 from zgraph.errors import OptionError, StateError, ZgraphError, first_line
 from zgraph.files import user_cache
@@ -239,12 +238,15 @@ def check_compiler() -> Iterator[Finding]:
         fix = "install g++, or set CXX; until then updates run operator by operator"
         yield Finding(subject, LIMITED, what, fix)
         return
-    library = load('extern "C" int zgraph_doctor(int x) {\n    return x + 1;\n}\n')
-    library.zgraph_doctor.argtypes, library.zgraph_doctor.restype = [ctypes.c_int], ctypes.c_int
-    assert library.zgraph_doctor(41) == 42
+    why = problem()
+    if why is not None:
+        yield Finding(
+            subject, LIMITED, why, "mend it, or set CXX to another; until then updates run operator by operator"
+        )
+        return
     yield Finding(subject, WORKS, "C++ is compiled and loaded")
     if cache_directory().parent != told_path(user_cache):
-        what = f"they are not kept, for {without_home(told(lambda: str(user_cache() / 'kernels')))} is not this user's"
+        what = f"they are not kept, for {told(lambda: str(user_cache() / 'kernels'))} is not this user's"
         fix = "chmod it 700 and own it, or set XDG_CACHE_HOME to a directory that is"
         yield Finding("kept kernels", LIMITED, f"{what} alone: every run compiles them anew", fix)
 
@@ -440,7 +442,7 @@ def check_limits() -> Iterator[Finding]:
 
 def check_disk(directory: str | Path) -> Iterator[Finding]:
     """A file can be written and read in the directory of offloaded state, on a disk, past the page cache."""
-    subject, value = f"offloading to {without_home(str(directory))}", torch.arange(4096.0)
+    subject, value = f"offloading to {directory}", torch.arange(4096.0)
     fix = "give offload_path= a directory on a local disk that you may write to (zgraph doctor --directory tries one)"
     try:
         disk = Disk(directory)
@@ -468,7 +470,7 @@ def check_disk(directory: str | Path) -> Iterator[Finding]:
 def check_calibration() -> Iterator[Finding]:
     """What was measured of this machine can be read, and is of this machine and this torch."""
     path = calibration.default_path()
-    shown, fix = without_home(str(path)), "run `zgraph calibrate`"
+    fix = "run `zgraph calibrate`"
     if not path.exists():
         if not torch.cuda.is_available():  # GPUs have presets
             what = "this machine was not measured, so that times are guesses"
@@ -477,7 +479,7 @@ def check_calibration() -> Iterator[Finding]:
     try:
         found = calibration.read(path)
     except StateError as error:
-        yield Finding("calibration", FAILS, error.what.replace(str(path), shown), f"{fix}, or remove {shown}")
+        yield Finding("calibration", FAILS, error.what, f"{fix}, or remove {path}")
         return
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     devices = torch.cuda.device_count() if device_type == "cuda" else available_cores()
@@ -491,6 +493,6 @@ def check_calibration() -> Iterator[Finding]:
         if str(then) != str(now)
     ]
     if stale:
-        yield Finding("calibration", LIMITED, f"{shown} is out of date: {'; '.join(stale)}", fix)
+        yield Finding("calibration", LIMITED, f"{path} is out of date: {'; '.join(stale)}", fix)
     else:
-        yield Finding("calibration", WORKS, f"{shown} is of this machine")
+        yield Finding("calibration", WORKS, f"{path} is of this machine")
