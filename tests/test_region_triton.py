@@ -17,6 +17,7 @@ from triton.compiler import ASTSource
 
 from tests.interpreter import Interpreted
 from tests.test_region import (
+    ACTIVATIONS_AND_SUMS,
     add_and_norm,
     as_list,
     cross_entropy,
@@ -102,19 +103,7 @@ def test_norms_and_what_lies_around_them(shape: tuple[int, ...]) -> None:
     check(norm_backward, normal(*shape, scale=3), x, mean, scale, weight, bias, y)
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda x: aten.gelu(x) * 2,
-        lambda x: aten.gelu(x, approximate="tanh") * 2,
-        lambda x: aten.silu(x) * x,
-        lambda x: torch.tanh(x) + torch.sigmoid(x),
-        lambda x: torch.where(x > 0.5, x, -x) / (x.abs() + 1),
-        lambda x: aten._softmax(x * 0.3, -1, False),
-        lambda x: aten._log_softmax(x * 3, -1, False),
-        lambda x: (x * 2).sum([0, 1]),
-    ],
-)
+@pytest.mark.parametrize("function", ACTIVATIONS_AND_SUMS)
 def test_activations_and_sums(function: Any) -> None:
     check(function, normal(3, 5, 37, scale=2))
 
