@@ -27,6 +27,7 @@ from zgraph.codegen.kernel import Kernel
 from zgraph.codegen.owned import OwnedUpdate, Part, Place
 from zgraph.config import Config
 from zgraph.cost import Cost, Costs, ranks_together, seconds
+from zgraph.into import into
 from zgraph.lower import lower
 from zgraph.machines import preset
 from zgraph.passes import default_passes
@@ -665,6 +666,21 @@ def test_on_a_cpu_only_what_is_written_needs_new_memory() -> None:
     assert reading < both / 2
     assert both == pytest.approx(cpu.memory_s(2**27))
     assert seconds(Work("update", read_bytes=2**26, written_bytes=2**26, in_place=True), cpu) < both
+
+
+def test_on_a_cpu_results_that_are_kept_in_an_arena_need_no_new_memory_but_are_fetched_before() -> None:
+    cpu = made_up().hardware()
+    b = Calls()
+    x = b.tensor(2**20)
+    arena, own = b.forward(aten.exp.default, x), b.forward(aten.flip.default, x, [0])
+    assert (into(arena) is None, into(own) is None) == (False, True)
+    (told,) = Costs(b.program, cpu).of(arena).works
+    (alone,) = Costs(b.program, cpu).of(own).works
+    assert (told.in_arena, alone.in_arena) == (True, False)
+    assert not Costs(b.program, H100).of(arena).works[0].in_arena, "allocators of GPUs keep all memory"
+    copied = Work("copy", read_bytes=2**26, written_bytes=2**26, in_arena=True)
+    assert seconds(copied, cpu) == cpu.memory_s(3 * 2**26, in_place=True)
+    assert seconds(replace(copied, in_place=True), cpu) == cpu.memory_s(2 * 2**26, in_place=True)
 
 
 def test_collectives_inside_of_nodes_use_other_links_than_those_between_them() -> None:

@@ -16,6 +16,7 @@ from zgraph import ops
 from zgraph.codegen.kernel import SLICES, Kernel, slice_on
 from zgraph.curves import maximum, minimum
 from zgraph.hardware import Hardware
+from zgraph.into import into
 from zgraph.program import REPLICA, Mesh, Program
 from zgraph.work import ATTENTION, DISK, FREE, LINK, LOOKUP, MATRIX, NOTHING, Size, Work, works
 
@@ -76,9 +77,9 @@ class Costs:
         key = (self._program.form_of(val), self._program.call_key(node))
         if key not in self._known:
             world, together = self._ranks(node)
+            how = {**self._started(node), **self._stored(node)}
             done = tuple(
-                replace(work, **self._started(node), together=together if work.unit == LINK else None)
-                for work in works(node, world)
+                replace(work, **how, together=together if work.unit == LINK else None) for work in works(node, world)
             )
             self._known[key] = Cost(sum(seconds(work, self._hardware) for work in done), done)
         return self._known[key]
@@ -88,6 +89,10 @@ class Costs:
         if isinstance(node.target, Kernel) and node.target.language(self._hardware.device_type) != SLICES:
             return {"num_operators": 1, "sliced_numel": 0}
         return {"slice_numel": slice_on(self._hardware.device_type)}
+
+    def _stored(self, node: fx.Node) -> dict[str, Any]:
+        """Where results go: on a CPU, into an arena if a call can be told so (``zgraph.placement``)."""
+        return {"in_arena": True} if self._hardware.device_type == "cpu" and into(node) is not None else {}
 
     def _ranks(self, node: fx.Node) -> tuple[Size, int | None]:
         """How many ranks a call is among, and how many of them a node of the machine has; None for as many as fit."""
@@ -149,9 +154,14 @@ def _alone(work: Work, hardware: Hardware) -> Size:
 
 
 def _moving_s(work: Work, hardware: Hardware) -> Size:
-    """Seconds to read and write: what is written may need memory that nothing was written to before."""
+    """Seconds to read and write: what is written may need memory that nothing was written to before.
+
+    A CPU fetches memory before it writes there ("write allocate"): in place, it has been fetched to be read.
+    """
     if work.in_place or hardware.device_type != "cpu":
         return hardware.memory_s(work.num_bytes, in_place=work.in_place)
+    if work.in_arena:
+        return hardware.memory_s(work.num_bytes + work.written_bytes, in_place=True)
     both = minimum(work.read_bytes, work.written_bytes)
     more_read, more_written = work.read_bytes - both, work.written_bytes - both
     seconds = hardware.memory_s(2 * both + 2 * more_written)

@@ -45,7 +45,8 @@ class Work:
         flops: floating-point operations, but for ``transcendentals``.
         transcendentals: exponentials, logarithms, sines and the like.
         read_bytes, written_bytes: memory traffic, each argument read once; of a disk, from it and to it.
-        in_place: whether all that is written lies in memory that is in use already.
+        in_place: whether all that is written lies in memory that is in use already, as a rule what is read.
+        in_arena: whether it lies in other memory that a CPU keeps in use, from step to step.
         dtype: that the operations are done in.
         shape: batch, m, n and k of a matrix product.
         collective: one of ``zgraph.hardware.KINDS``, whose ``read_bytes`` are those of the whole.
@@ -64,6 +65,7 @@ class Work:
     read_bytes: Size = 0
     written_bytes: Size = 0
     in_place: bool = False
+    in_arena: bool = False
     dtype: torch.dtype = torch.float32
     shape: tuple[Size, ...] = ()
     collective: str = ""
