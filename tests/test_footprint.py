@@ -23,7 +23,7 @@ from zgraph.liveness import alive_bytes, held_bytes
 from zgraph.lower import Lowered, lower
 from zgraph.machines import preset, this_cpu
 from zgraph.placement import place
-from zgraph.predict import COMPILED_BYTES, COMPILED_BYTES_OF_NODE, predict
+from zgraph.predict import compiled_bytes, predict
 from zgraph.program import OF_PARAMETERS, Input, Mesh, Program, Role
 
 aten = torch.ops.aten
@@ -220,5 +220,9 @@ def test_on_a_cpu_the_arena_is_held_as_a_whole_and_the_rest_comes_and_goes(name:
         assert found.peak_bytes == given + rest + num_bytes
         assert sum(found.peak_by_kind().values()) == found.peak_bytes
     num_nodes = max(len(program.graph.nodes) for program in lowered_step.programs)
-    assert made.reserved_bytes == made.peak_bytes + COMPILED_BYTES + COMPILED_BYTES_OF_NODE * num_nodes
+    assert made.reserved_bytes == made.peak_bytes + compiled_bytes(num_nodes)
     assert made.peak.peak_by_kind()[Kind.UNUSED] < 0.2 * made.peak_bytes
+
+
+def test_compiling_leaves_more_the_larger_the_graph_is_up_to_a_limit() -> None:
+    assert [compiled_bytes(num_nodes) for num_nodes in (0, 520, 1000, 2000)] == [0, 0, 22_080_000, 40_000_000]

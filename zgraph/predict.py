@@ -15,9 +15,18 @@ from zgraph.placement import place
 from zgraph.program import Program
 from zgraph.timeline import DISK_LANES, Timeline, play
 
-COMPILED_BYTES, COMPILED_BYTES_OF_NODE = 14 * 10**6, 12_000
-"""What is resident on a CPU beside tensors once a step is compiled: modules imported for it and holes in the heap, and
-each node of its largest graph. Fitted to 17 pairs of GPTs and options (``benchmarks/here.py``)."""
+
+def compiled_bytes(num_nodes: int) -> int:
+    """What is resident on a CPU beside tensors once a step is compiled: modules imported for it and holes in the heap.
+
+    46 KB for each node beyond 520, and 40 MB at most: fitted to 17 pairs of GPTs and options, each measured twice
+    (``benchmarks/here.py``). Graphs had 720 to 2,380 nodes; what they left varied by 20 MB for no known reason.
+
+    Args:
+        num_nodes: of the step's largest graph.
+    """
+    return min(46_000 * max(num_nodes - 520, 0), 40 * 10**6)
+
 
 
 @dataclass(frozen=True)
@@ -79,11 +88,11 @@ class Prediction:
         """What the allocator takes from the device: ``torch.cuda.max_memory_reserved``.
 
         On a CPU, resident memory: what is live, for nearly all that comes and goes does so within the arena, and what
-        compiling leaves (``COMPILED_BYTES``).
+        compiling leaves (``compiled_bytes``).
         """
         if self.device_type == "cpu":
             num_nodes = max(footprint.num_positions for footprint in self.footprints)
-            return self.peak_bytes + COMPILED_BYTES + COMPILED_BYTES_OF_NODE * num_nodes
+            return self.peak_bytes + compiled_bytes(num_nodes)
         return reserved_bytes(*(f.holdings for f in self.footprints))
 
     @property
