@@ -9,21 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import Any, Protocol
 
 import torch
 from torch import fx
 
 from zgraph import ops
+from zgraph.codegen import comments
 from zgraph.codegen.owned import OwnedUpdate
 from zgraph.codegen.region import Region
 from zgraph.codegen.source import SourceWriter
 from zgraph.into import into
 from zgraph.liveness import last_uses
 from zgraph.placement import Place, Placement, copied_bytes, is_of_region
-from zgraph.program import Mesh, Phase, Program, describe, operand
+from zgraph.program import Mesh, Program, describe, operand
 
 aten = torch.ops.aten
+
+LINE = 112
+"""Columns of a list of names in generated source."""
 
 _COMM_METHODS: dict[Any, str] = {
     ops.all_gather: "all_gather",
@@ -85,42 +90,48 @@ def emit(
     dying = last_uses(program.graph)
     arena = _Arena(placement)
     lines = [f"def step(inputs, comm{', arena' if arena.names else ''}):"]
-    placeholders = list(program.placeholders())
-    for node, what in placeholders:
-        where = " on a disk" if program.is_on_disk(node) else ""
-        lines.append(f"    # {names[node]}: {describe(node.meta['val'])} is {_comment(str(what))}{where}")
-    lines.append(f"    [{', '.join(names[node] for node, _ in placeholders)}] = inputs")
+    lines += [f"    {line}" for line in comments.header(program, names)]
+    lines += _unpack([names[node] for node, _ in program.placeholders()], "inputs")
     watched = writer.bind(watch, "watch") if watch is not None else None
     if watched is not None:
         lines.append(f"    {watched}.begin(inputs)")
     lines.append("    inputs.clear()")
-    lines += arena.header()
-    phase: Phase | None = None
-    module = ""
+    lines += _unpack(list(arena.names.values()), "arena") if arena.names else []
+    groups = comments.Groups()
     for number, node in enumerate(program.graph.nodes):
         if node.op == "output":
             lines.append(f"    return {writer.argument(node.args[0], names)}")
         if node.op != "call_function":
             continue
-        origin = node.meta["origin"]
-        if origin.phase is not phase or origin.module != module:
-            phase, module = origin.phase, origin.module
-            lines.append(f"    # {phase.value} {_comment(module)}".rstrip())
+        lines += [f"    {line}".rstrip() for line in groups.before(node)]
         tag = _tag(node, names[node]) if tagged and node.target in ops.STARTS else None
         for index, place in arena.copied(node).items():
             vectors: Any = node.args[0]
             lines.append(f"    {writer.expression(aten.copy_.default, [arena.names[place], names[vectors[index]]])}")
-        lines.append(f"    {names[node]} = {_expression(writer, node, names, tag, arena, program.mesh)}")
+        lines.append(
+            f"    {names[node]} = {_expression(writer, node, names, tag, arena, program.mesh)}{comments.mark(node)}"
+        )
         if watched is not None:
             assert watch is not None
             lines.append(f"    {watched}.see({number}{', locals()' if watch.needs_values else ''})")
         dead = [names[n] for n in dying.get(node, ())]
         if dead:
             lines.append(f"    del {', '.join(dead)}")
+    lines += arena.legend()
     source = "\n".join(lines) + "\n"
     function = writer.compile(source, "step", f"<zgraph step {id(program):x}>")
     copied = copied_bytes(program, {}) if placement is None else placement.copied_bytes
     return Step(source, function, tuple(arena.names), copied)
+
+
+def _unpack(names: Sequence[str], given: str) -> list[str]:
+    """Lines that give a name to each of what a list holds."""
+    lines = wrap(", ".join(names), LINE)
+    return (
+        [f"    [{lines[0]}] = {given}"]
+        if len(lines) == 1
+        else ["    [", *(f"        {e}" for e in lines), f"    ] = {given}"]
+    )
 
 
 class _Arena:
@@ -136,11 +147,12 @@ class _Arena:
             ):
                 self.names.setdefault(place, f"a{len(self.names)}")
 
-    def header(self) -> Iterator[str]:
-        for place, name in self.names.items():
-            yield f"    # {name}: {describe(place.like())} is bytes {place.start} to {place.stop} of the arena"
+    def legend(self) -> Iterator[str]:
+        """What the places are, behind the step: there are about as many as calls that compute."""
         if self.names:
-            yield f"    [{', '.join(self.names.values())}] = arena"
+            yield "    # Places in the arena:"
+        for place, name in self.names.items():
+            yield f"    #   {name}: {describe(place.like())} in bytes {place.start} to {place.stop}"
 
     def name(self, node: fx.Node) -> str | None:
         """That of a call's place; None if it has none."""
@@ -203,8 +215,3 @@ def _expression(
         whose = [f"rank={_comm(mesh, mesh.shard_axis)}.rank"] if node.target.is_divided(vals) else []
         return writer.expression(node.target, [*(writer.argument(arg, names) for arg in node.args), *whose])
     return writer.call(node, names)
-
-
-def _comment(text: str) -> str:
-    """Text that stays inside a comment, whatever a model's names contain."""
-    return ascii(text)[1:-1]

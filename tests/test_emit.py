@@ -59,18 +59,25 @@ def test_the_source_reads_like_the_program() -> None:
         emit(lowered(one_layer(), world=2)).source,
         """\
 def step(inputs, comm):
-    # v0: f64[16] is param:bucket0
-    # v1: f64[16] is opt_state:bucket0:m
-    # v2: f64[4, 2] is batch:0
-    # v3: float is hyper:lr
+    # Lanes beside compute, where all calls run that name none:
+    #   data: 3 collectives between 2 ranks
+    # Buckets, in order of first use:
+    #   bucket0: 32 elements, w
+    # Inputs:
+    #   v0: f64[16] is param:bucket0
+    #   v1: f64[16] is opt_state:bucket0:m
+    #   v2: f64[4, 2] is batch:0
+    #   v3: float is hyper:lr
     [v0, v1, v2, v3] = inputs
     inputs.clear()
-    # update
+
+    # ==== update ====
     v4 = -v3
     del v3
-    # forward bucket0
-    v5 = comm.all_gather(v0)
-    v6 = comm.wait(v5)
+
+    # ==== forward bucket0 ====
+    v5 = comm.all_gather(v0)  # starts on data
+    v6 = comm.wait(v5)  # waits for data
     del v5
     # forward
     v7 = slice_Tensor(v6, 0, 0, 6)
@@ -80,7 +87,8 @@ def step(inputs, comm):
     v9 = mm(v2, v8)
     del v8
     v10 = sum(v9)
-    # backward
+
+    # ==== backward ====
     v11 = t(v2)
     del v2
     v12 = ones_like(v9)
@@ -93,20 +101,22 @@ def step(inputs, comm):
     v15 = full([26], 0, dtype=torch.float64, device=torch.device('cpu'))
     v16 = cat([v14, v15])
     del v14, v15
-    v17 = comm.reduce_scatter(v16, 'avg')
+    v17 = comm.reduce_scatter(v16, 'avg')  # starts on data
     del v16
-    v18 = comm.wait(v17)
+    v18 = comm.wait(v17)  # waits for data
     del v17
-    # update bucket0
+
+    # ==== update bucket0 ====
     v19 = update_bucket0(v1, v18, v0, v4)
     del v4, v0, v18, v1
     v20 = v19[0]
     v21 = v19[1]
     del v19
-    # forward
-    v22 = comm.all_reduce(v10, 'avg')
+
+    # ==== forward ====
+    v22 = comm.all_reduce(v10, 'avg')  # starts on data
     del v10
-    v23 = comm.wait(v22)
+    v23 = comm.wait(v22)  # waits for data
     del v22
     return [v23, v21, v20]
 """,

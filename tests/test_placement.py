@@ -99,45 +99,46 @@ def assert_same_in_an_arena(captured: Program, program: Program) -> None:
 def test_gradients_are_made_in_the_flat_gradient_and_zeros_are_written_between_them() -> None:
     program = rewritten(two_gradients(), 0, 1)
     source = emit(program, place(program)).source
-    lines = source[source.index("    # a0") :].splitlines()
+    lines = source[source.index("    [a0") :].splitlines()
     assert_expected_inline(
-        "\n".join(line for line in lines if not line.startswith("    del ")),
+        "\n".join(line for line in lines if line and not line.startswith("    del ")),
         """\
-    # a0: f64[16] is bytes 0 to 128 of the arena
-    # a1: f64[8] is bytes 0 to 64 of the arena
-    # a2: f64[8] is bytes 64 to 128 of the arena
-    # a3: f64[4, 8] is bytes 0 to 256 of the arena
-    # a4: f64[4, 8] is bytes 384 to 640 of the arena
-    # a5: f64[6, 8] is bytes 0 to 384 of the arena
     [a0, a1, a2, a3, a4, a5] = arena
-    # update
+    # ==== update ====
     v4 = -v3
-    # forward
+    # ==== forward ====
     v5 = slice_Tensor(v0, 0, 0, 48)
     v6 = view(v5, [6, 8])
     v7 = slice_Tensor(v1, 0, 0, 8)
     v8 = view(v7, [8])
     v9 = addmm_out(v8, v2, v6, out=a3)
     v10 = sum(v9)
-    # backward
+    # ==== backward ====
     v11 = fill(1, out=a4)
     v12 = t(v2)
     v13 = mm_out(v12, v11, out=a5)
     # backward bucket0
     v14 = reshape(v13, [-1])
-    # update bucket0
+    # ==== update bucket0 ====
     v15 = update_bucket0(v0, v14, v4)
     v16 = v15[0]
-    # backward
+    # ==== backward ====
     v17 = sum_IntList_out(v11, [0], out=a1)
     # backward bucket1
     v18 = reshape(v17, [-1])
     v19 = fill(0, out=a2)
     v20 = a0
-    # update bucket1
+    # ==== update bucket1 ====
     v21 = update_bucket1(v1, v20, v4)
     v22 = v21[0]
-    return [v10, v16, v22]""",
+    return [v10, v16, v22]
+    # Places in the arena:
+    #   a0: f64[16] in bytes 0 to 128
+    #   a1: f64[8] in bytes 0 to 64
+    #   a2: f64[8] in bytes 64 to 128
+    #   a3: f64[4, 8] in bytes 0 to 256
+    #   a4: f64[4, 8] in bytes 384 to 640
+    #   a5: f64[6, 8] in bytes 0 to 384""",
     )
     assert place(program).copied_bytes == 0
     assert_same_in_an_arena(two_gradients(), program)

@@ -156,7 +156,11 @@ class CompiledModule(nn.Module):
 
     @property
     def source(self) -> str:
-        """The Python that the last step ran."""
+        """The Python that the last step ran, on its last micro-batch: all ranks run the same.
+
+        Comments say what its inputs and buckets hold, which phase and module each part is of, and on which lane a call
+        starts what another waits for.
+        """
         return self.__dict__["_zgraph"].last().executable.step.source  # type: ignore[no-any-return]
 
     def kernels(self) -> list[KernelInfo]:
