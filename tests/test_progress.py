@@ -10,9 +10,12 @@ import pty
 import re
 import subprocess
 import sys
+import tempfile
+import time
 import types
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 import torch
@@ -20,9 +23,11 @@ from rich.console import Console
 from torch import nn
 
 import zgraph
+from tests.programs import one_layer
 from tests.ranks import Ranks
 from zgraph import progress as shown
-from zgraph.progress import Phases, Progress
+from zgraph.compile_times import CAPTURE, known, path
+from zgraph.progress import PASSES, Phases, Progress
 
 
 def compiled(**options: Any) -> Any:
@@ -203,7 +208,8 @@ with zgraph.Progress(model, steps=4, every=2, show="off" not in sys.argv) as pro
 def on_terminal(*arguments: str) -> str:
     """What a process writes to a terminal of 200 columns that is its standard error."""
     ours, theirs = pty.openpty()
-    environment = {**os.environ, "COLUMNS": "200", "TERM": "xterm"}
+    cache = str(Path(tempfile.gettempdir(), "zgraph-tests", "cache"))  # how long this takes is of no use to the user
+    environment = {**os.environ, "COLUMNS": "200", "TERM": "xterm", "XDG_CACHE_HOME": cache}
     with subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments], stderr=theirs, env=environment) as process:
         os.close(theirs)
         written = b""
@@ -239,20 +245,84 @@ def test_nothing_is_written_where_there_is_no_terminal(capfd: pytest.CaptureFixt
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.fixture
+def terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TextIO]:
+    """A file that is written to as a terminal is; compiles are remembered nowhere else."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with (tmp_path / "terminal").open("w+") as file:
+        yield file
+
+
+def compiling(terminal: TextIO, names: list[str], left: list[float | None]) -> None:
+    """A compile by passes of these names; what is left before it, after each of them, and at its end."""
+    program = one_layer()
+    phases = Phases(Console(force_terminal=True, file=terminal, width=200))
+    with phases.shown("compiled", nn.Linear(2, 2), is_first=True, asked=True):
+        left.append(phases.left_s())
+        with phases.phase(CAPTURE):
+            time.sleep(0.002)
+        phases.captured(program.num_nodes())
+        with phases.phase(PASSES):
+            phases.watch(None, program)
+            for name in names:
+                phases.watch(type(name, (zgraph.Pass,), {})(), program)
+                left.append(phases.left_s())
+        with phases.phase("kernels"):
+            pass
+        left.append(phases.left_s())
+
+
+def test_the_second_compile_is_told_how_much_is_left_and_each_part_is_remembered(terminal: TextIO) -> None:
+    left: list[float | None] = []
+    compiling(terminal, ["Tidy", "Bucket"], left)
+    assert left == [None] * 4, "nothing is known before the first"
+    (first,) = known(path())
+    assert [name for name, _ in first.parts] == ["capture", "Tidy", "Bucket", "kernels"]
+    assert (first.what, first.is_first, first.num_modules) == ("compiled", True, 1)
+    assert first.num_nodes == one_layer().num_nodes()
+    left.clear()
+    compiling(terminal, ["Tidy", "Bucket"], left)
+    assert left[0] is not None
+    assert 0 < left[0] <= sum(seconds for _, seconds in first.parts)
+    assert left[-1] is None
+    assert len(known(path())) == 2
+    terminal.seek(0)
+    text = terminal.read()
+    assert "about 1 s left" in text
+    assert text.count("compiled in") == 2
+
+
+def test_a_compile_that_fails_is_not_remembered(terminal: TextIO) -> None:
+    phases = Phases(Console(force_terminal=True, file=terminal))
+    with (
+        pytest.raises(ZeroDivisionError),
+        phases.shown("compiled", nn.Linear(2, 2), is_first=True, asked=True),
+        phases.phase(CAPTURE),
+    ):
+        1 / 0  # noqa: B018
+    assert known(path()) == []
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.02, "1 s"), (1.4, "1 s"), (37, "40 s"), (94, "90 s"), (96, "2 min"), (3700, "60 min")]
+)
+def test_what_is_left_is_told_to_one_digit(seconds: float, text: str) -> None:
+    assert shown.roughly(seconds) == text
+
+
 def test_phases_tell_proofs_apart_from_passes() -> None:
-    phases = Phases(Console(force_terminal=True, file=open(os.devnull, "w")))  # noqa: SIM115
-    with phases.shown("compiled", asked=True), phases.phase("passes"):
+    phases = Phases()
+    with phases.phase(PASSES):
         pass
     record = zgraph.pipeline.PassRecord("Tidy", 0.5, 0.25, 1, 1)
-    phases.seconds["passes"] = 1.0
-    phases.divide("passes", (record, record))
-    assert phases.seconds == {"passes": 0.5, "proofs": 0.5}
+    phases.seconds[PASSES] = 1.0
+    phases.divide((record, record))
+    assert phases.seconds == {PASSES: 0.5, "proofs": 0.5}
 
 
-def test_a_bar_that_is_shown_keeps_compiling_quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_bar_that_is_shown_keeps_compiling_quiet(monkeypatch: pytest.MonkeyPatch, terminal: TextIO) -> None:
     monkeypatch.setattr(shown, "_live", [object()])
-    with (tmp_path / "out").open("w") as file:
-        phases = Phases(Console(force_terminal=True, file=file))
-        with phases.shown("compiled", asked=True), phases.phase("capture"):
-            pass
-    assert not (tmp_path / "out").read_text()
+    compiling(terminal, [], [])
+    terminal.seek(0)
+    assert not terminal.read()
+    assert known(path()) == []

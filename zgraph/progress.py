@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -21,9 +21,13 @@ from typing import Any, TextIO
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
+from rich.text import Text
+from torch import nn
 
+from zgraph import compile_times
+from zgraph.compile_times import Compile, Estimate
 from zgraph.errors import OptionError, StateError
 from zgraph.pipeline import Pass, PassRecord, Watch
 from zgraph.plans import show_bytes, show_s
@@ -42,10 +46,15 @@ def is_first_rank() -> bool:
 
 # Compiling
 
+PASSES = "passes"
+"""The phase of passes and their proofs."""
+
 
 @dataclass
 class Phases:
     """What compiling is at, on a terminal while it lasts, and how long each part took in one line when it is done.
+
+    How long it will take is said by those before it on this machine: see ``zgraph.compile_times``.
 
     Attributes:
         console: where it is shown; nothing is where it is no terminal.
@@ -56,23 +65,33 @@ class Phases:
     seconds: dict[str, float] = field(default_factory=dict)
     _say: Callable[[str], None] = lambda _: None
     _num_passes: int = 0
+    _estimate: Estimate = field(default_factory=lambda: Estimate(Compile("", is_first=True, num_modules=0)))
+    _part_began: float = 0.0
 
     @contextmanager
-    def shown(self, done: str, *, asked: bool) -> Iterator[Phases]:
+    def shown(self, done: str, model: nn.Module, *, is_first: bool, asked: bool) -> Iterator[Phases]:
         """Show them inside, if it is asked for and this is the process that speaks.
 
         Args:
             done: what has been done at the end, in a word or two.
+            model: that it is done for.
+            is_first: whether it has not been done for that model before.
             asked: False shows nothing.
         """
         if not (asked and self.console.is_terminal and not _live and is_first_rank()):
             yield self
             return
-        columns = (TextColumn("zgraph: {task.description}"), TimeElapsedColumn())
+        file = compile_times.path()
+        before = compile_times.known(file)
+        num_modules = sum(1 for _ in model.modules())
+        self._estimate = Estimate(Compile(done, is_first, num_modules), before)
+        self._part_began = time.perf_counter()
+        columns = (TextColumn("zgraph: {task.description}"), TimeElapsedColumn(), _Left(self))
         with Bar(*columns, console=self.console, transient=True) as bar:
             task = bar.add_task("", total=None)
             self._say = lambda text: bar.update(task, description=text)
             yield self
+        compile_times.remember(file, self._estimate.now, before)
         total = sum(self.seconds.values())
         parts = ", ".join(f"{name} {show_s(seconds)}" for name, seconds in self.seconds.items())
         self.console.print(f"zgraph: {done} in {show_s(total)}: {parts}", highlight=False, soft_wrap=True)
@@ -81,9 +100,25 @@ class Phases:
     def phase(self, name: str) -> Iterator[None]:
         """A part of compiling lasts inside."""
         self._say(name)
-        start = time.perf_counter()
+        start = self._part_began = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        if name != PASSES:  # each of them is a part
+            self._part_ended(name)
+
+    def captured(self, num_nodes: int) -> None:
+        """The step is captured, and has so many nodes."""
+        self._estimate = replace(self._estimate, now=replace(self._estimate.now, num_nodes=num_nodes))
+
+    def left_s(self) -> float | None:
+        """Seconds that are left, as far as that can be told."""
+        return self._estimate.left_s(time.perf_counter() - self._part_began)
+
+    def _part_ended(self, name: str) -> None:
+        now, began = self._estimate.now, self._part_began
+        self._part_began = time.perf_counter()
+        parts = (*now.parts, (name, self._part_began - began))
+        self._estimate = replace(self._estimate, now=replace(now, parts=parts))
 
     @property
     def watch(self) -> Watch:
@@ -91,16 +126,35 @@ class Phases:
 
         def watch(p: Pass | None, program: Program) -> None:
             if p is not None:
+                self._part_ended(p.name)
                 self._num_passes += 1
                 self._say(f"passes: {self._num_passes} done, {p.name} the last; {program.num_nodes():,} nodes")
 
         return watch
 
-    def divide(self, name: str, records: tuple[PassRecord, ...]) -> None:
-        """Tell the proofs of a phase of passes apart from the passes."""
+    def divide(self, records: tuple[PassRecord, ...]) -> None:
+        """Tell proofs apart from passes."""
         proofs = sum(record.verify_s for record in records)
-        self.seconds[name] -= proofs
+        self.seconds[PASSES] -= proofs
         self.seconds["proofs"] = self.seconds.get("proofs", 0.0) + proofs
+
+
+class _Left(ProgressColumn):
+    """How much time is left, in words; nothing where that is not known."""
+
+    def __init__(self, phases: Phases) -> None:
+        super().__init__()
+        self._phases = phases
+
+    def render(self, task: Task) -> Text:
+        left_s = self._phases.left_s()
+        return Text("" if left_s is None else f"about {roughly(left_s)} left")
+
+
+def roughly(seconds: float) -> str:
+    """To one digit, in seconds or minutes: an estimate has no more."""
+    rounded = float(f"{seconds / 60 if seconds >= 95 else seconds:.1g}")
+    return f"{rounded:.0f} min" if seconds >= 95 else f"{max(rounded, 1.0):.0f} s"
 
 
 # Training

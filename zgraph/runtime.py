@@ -35,6 +35,7 @@ from zgraph.codegen.emit import emit
 from zgraph.codegen.kernel import Kernel
 from zgraph.collector import collect_garbage
 from zgraph.comm import Comm
+from zgraph.compile_times import CAPTURE
 from zgraph.config import Config, check_numbers
 from zgraph.decision import AUTO, decide
 from zgraph.disk import DEFAULT_PATH, DiskTensor, Moved, padded
@@ -57,7 +58,7 @@ from zgraph.placement import place
 from zgraph.plans import Plan, default_budget, describe, show_bytes
 from zgraph.predict import predict
 from zgraph.program import Guard, Input, Program, Role
-from zgraph.progress import Phases
+from zgraph.progress import PASSES, Phases
 from zgraph.report import Recorder, Report, make_report
 from zgraph.search import Search
 from zgraph.skipping import GRADIENT_NORM, NUM_SKIPPED, report
@@ -272,7 +273,8 @@ class Runtime:
         self._last = used[-1]
 
     def _compile(self, key: str, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout | None) -> Compiled:
-        with Phases().shown("compiled", asked=self.progress) as phases:
+        is_first = self._last is None
+        with Phases().shown("compiled", self.model, is_first=is_first, asked=self.progress) as phases:
             return self._compile_in(phases, key, args, kwargs, layout)
 
     def _compile_in(
@@ -283,9 +285,10 @@ class Runtime:
         error: Exception | None = None
         digest = b""
         try:
-            with phases.phase("capture"):
+            with phases.phase(CAPTURE):
                 program = self._capture(args, kwargs, self.config)
-            with phases.phase("passes"):
+            phases.captured(program.num_nodes())
+            with phases.phase(PASSES):
                 lowered = lower(
                     program,
                     self.config,
@@ -295,7 +298,7 @@ class Runtime:
                     hardware=self._hardware,
                     watch=phases.watch,
                 )
-            phases.divide("passes", lowered.records)
+            phases.divide(lowered.records)
             digest = lowered.digest()
             self._check_budget(lowered)
             del program
@@ -315,7 +318,7 @@ class Runtime:
         gc.collect()  # graphs are full of cycles; what capture left behind is gone before the first step
         release_free_memory()
         assert executable is not None
-        guards, records, capture_s = lowered.last.guards, lowered.records, phases.seconds["capture"]
+        guards, records, capture_s = lowered.last.guards, lowered.records, phases.seconds[CAPTURE]
         call = _with_tensors_on("meta", (args, kwargs))
         return Compiled({key}, self.config, executable, micro, guards, records, capture_s, self._last_decided, call)
 
@@ -481,7 +484,12 @@ class Runtime:
                 MicroBatches([largest] * len(calls)) if len(args) == 1 and isinstance(args[0], MicroBatches) else None
             )
             call: Call = ((split,), {}) if split is not None else largest
-            with Phases().shown("options chosen", asked=self.progress) as phases, phases.phase("search"):
+            is_first = self._last_decided is None
+            phases = Phases()
+            with (
+                phases.shown("options chosen", self.model, is_first=is_first, asked=self.progress),
+                phases.phase("search"),
+            ):
                 chosen = self.agreement.of_first(partial(self._choose, budget, call, self._hardware))
             plan = Plan.from_json(chosen)
             if not plan.fits:
