@@ -154,6 +154,32 @@ def test_weights_and_biases_and_tensorboard_get_the_same(monkeypatch: pytest.Mon
     assert sorted(told[-2:]) == ["closed", "finished"]
 
 
+@pytest.mark.slow
+def test_tensorboard_itself_reads_what_was_written(tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    model = compiled()
+    with Progress(model, every=2, tensorboard=tmp_path) as progress:
+        losses = train(model, progress, 4, odd=math.nan)
+    read = events.EventAccumulator(str(tmp_path))
+    read.Reload()
+    assert {"loss", "step_s", "tokens_per_s", "memory_bytes", "odd"} <= set(read.Tags()["scalars"])
+    assert [(each.step, each.value) for each in read.Scalars("loss")] == [(2, losses[1]), (4, losses[3])]
+
+
+@pytest.mark.slow
+def test_weights_and_biases_itself_keeps_what_was_told(tmp_path: Path) -> None:
+    wandb = pytest.importorskip("wandb")
+    model = compiled()
+    arguments = {"project": "p", "mode": "offline", "dir": str(tmp_path)}
+    with Progress(model, every=2, wandb=arguments) as progress:
+        losses = train(model, progress, 4, odd=math.nan)
+    assert wandb.run is None, "it is finished"
+    (kept,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    text = kept.read_bytes()  # protocol buffers, whose values are JSON
+    for told in ("loss", repr(losses[1]), repr(losses[3]), "tokens_per_s", "memory_bytes", "NaN"):
+        assert told.encode() in text
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
