@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 
+import zgraph
 from tests.programs import one_layer
 from zgraph import stopwatch
 from zgraph.codegen.emit import emit
@@ -57,6 +60,34 @@ def test_without_one_the_source_does_not_know_of_it(program: Program) -> None:
     with_it = emit(program, watch=Stopwatch()).source.splitlines()
     without = [line for line in with_it if not line.strip().startswith("watch.")]
     assert without == emit(program).source.splitlines()
+
+
+def test_steps_that_are_not_measured_run_the_very_function_that_they_ran_before() -> None:
+    model: Any = torch.nn.Linear(4, 1)
+    model = zgraph.compile(model, optimizer=torch.optim.SGD(model.parameters()), loss=lambda y, _: y.square().mean())
+    ran: list[Any] = []
+    model.train_step(torch.ones(2, 4))
+    runtime = model.__dict__["_zgraph"]
+    executable = runtime.last().executable
+    plain = executable.step.function
+
+    def look(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code.co_name == "step" and frame.f_code.co_filename.startswith("<zgraph step"):
+            ran.append(frame.f_code)
+
+    model.profile(steps=2)
+    sys.setprofile(look)
+    try:
+        for _ in range(4):
+            model.train_step(torch.ones(2, 4))
+    finally:
+        sys.setprofile(None)
+    measured, again, *behind = ran
+    assert measured is again is not plain.__code__
+    assert behind == [plain.__code__] * 2
+    assert executable.step.function is plain
+    assert not [value for value in plain.__globals__.values() if isinstance(value, Stopwatch)]
+    assert "watch" not in plain.__code__.co_names
 
 
 def test_of_several_runs_the_median_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
