@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +267,44 @@ def on_a_rank() -> tuple[int, int, list[str], str]:
     received = sum(each["bytes"] for each in model.stats()["collectives"].values())  # type: ignore[operator]
     last = document["programs"][-1]["passes"][-1]
     return received, last["communicated_bytes"], document["notes"], document["digest"]
+
+
+def measured_on_a_rank() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    model = Blocks(2)
+    model = zgraph.compile(model, optimizer=torch.optim.AdamW(model.parameters()), bucket_bytes="4KiB")  # type: ignore[assignment]
+    tokens = torch.zeros(4, 8, dtype=torch.int64)
+    model.train_step(tokens)  # type: ignore[operator]
+    model.train_step(tokens)  # type: ignore[operator]
+    model.profile(steps=1)  # type: ignore[operator]
+    model.train_step(tokens)  # type: ignore[operator]
+    report = model.report()  # type: ignore[operator]
+    return report.document, json.loads(report.to_trace())["traceEvents"]
+
+
+@pytest.mark.slow
+def test_measured_lanes_of_ranks_have_the_calls_of_the_predicted_ones_in_their_order(ranks: Any) -> None:
+    for document, trace in ranks.run(measured_on_a_rank, world=2):
+        (program,) = document["programs"]
+        rows, lanes = document["tables"]["rows"], document["tables"]["lanes"]
+        order = _rows(program["passes"][-1]["order"])
+        ran = [order[position] for position in program["measured"]["position"]]
+        predicted = program["events"]["row"]
+        assert [row for row in ran if row in set(predicted)] == predicted, "node order is equal"
+        shown = {pid: defaultdict(list) for pid in (1, 2)}  # type: ignore[var-annotated]
+        for event in trace:
+            if event["ph"] == "X":
+                shown[event["pid"]][lanes[event["tid"] - 1]].append(event)
+        assert set(shown[1]) == set(shown[2]) == {"compute", "data"}
+        assert [each["args"]["node"] for each in shown[1]["data"]] == [
+            each["args"]["node"] for each in shown[2]["data"]
+        ]
+        for lane, events in shown[2].items():
+            for one, other in pairwise(events):
+                assert other["ts"] >= (one["ts"] + one["dur"]) * (1 - 1e-12), lane
+        computed = [each["args"]["node"] for each in shown[2]["compute"]]
+        assert computed == [f"%{rows['node'][row]}" for row in ran if lanes[rows["lane"][row]] == "compute"]
+        whole = max(event["ts"] + event["dur"] for event in trace if event["ph"] == "X" and event["pid"] == 2)
+        assert whole == pytest.approx(program["measured"]["end_s"][-1] * 1e6)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from zgraph.report.runs import unrolled
+from zgraph.timeline import COMPUTE
 
 
 def chrome_trace(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,10 +27,7 @@ def chrome_trace(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _predicted(tables: Mapping[str, Any], program: Mapping[str, Any], process: int) -> Iterator[dict[str, Any]]:
-    yield _named("process_name", process, 0, f"{program['name']}, predicted")
-    for thread, lane in enumerate(tables["lanes"], 1):
-        yield _named("thread_name", process, thread, lane)
-        yield {"ph": "M", "name": "thread_sort_index", "pid": process, "tid": thread, "args": {"sort_index": thread}}
+    yield from _lanes(tables, process, f"{program['name']}, predicted")
     played = program["events"]
     for row, lane, start, end in zip(played["row"], played["lane"], played["start_s"], played["end_s"], strict=True):
         yield _call(tables, row, process, lane + 1, start, end)
@@ -39,14 +37,37 @@ def _predicted(tables: Mapping[str, Any], program: Mapping[str, Any], process: i
         yield {"ph": "C", "name": "memory", "pid": process, "tid": 0, "ts": second * 1e6, "args": held}
 
 
+def _lanes(tables: Mapping[str, Any], process: int, name: str) -> Iterator[dict[str, Any]]:
+    yield _named("process_name", process, 0, name)
+    for thread, lane in enumerate(tables["lanes"], 1):
+        yield _named("thread_name", process, thread, lane)
+        yield {"ph": "M", "name": "thread_sort_index", "pid": process, "tid": thread, "args": {"sort_index": thread}}
+
+
 def _measured(tables: Mapping[str, Any], program: Mapping[str, Any], process: int) -> Iterator[dict[str, Any]]:
-    """Calls as they ran one after another, the time that they waited included."""
-    yield _named("process_name", process, 0, f"{program['name']}, measured")
-    yield _named("thread_name", process, 1, "calls")
-    order = list(unrolled(program["passes"][-1]["order"]))
-    start = 0.0
+    """Calls as they ran one after another, the time that they waited included; on its lane what each has started.
+
+    What is started lasts until it has been waited for, or from then on where the lane still had an earlier one.
+    """
+    yield from _lanes(tables, process, f"{program['name']}, measured")
+    rows, order, compute = (
+        tables["rows"],
+        list(unrolled(program["passes"][-1]["order"])),
+        tables["lanes"].index(COMPUTE),
+    )
+    started: dict[int, tuple[int, float]] = {}
+    free, start = [0.0] * len(tables["lanes"]), 0.0
     for position, end in zip(program["measured"]["position"], program["measured"]["end_s"], strict=True):
-        yield _call(tables, order[position], process, 1, start, end)
+        row = order[position]
+        if rows["lane"][row] != compute:
+            started[rows["node"][row]] = row, start
+        else:
+            yield _call(tables, row, process, compute + 1, start, end)
+        if tables["operators"][rows["operator"][row]] == tables["wait"]:
+            source, began = started.pop(rows["inputs"][row][0])
+            lane = rows["lane"][source]
+            yield _call(tables, source, process, lane + 1, max(began, free[lane]), max(end, free[lane]))
+            free[lane] = max(end, free[lane])
         start = end
 
 
