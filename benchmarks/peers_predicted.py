@@ -21,11 +21,6 @@ class NotUsedError(Exception):
     """Why a row is not predicted."""
 
 
-FSDP1_LATE_FREES = 1 / 0.93
-"""FSDP2 has "7% lower peak memory than FSDP1", which marks tensors as used by other streams (``recordStream``) where
-FSDP2 waits for these: torchtitan, docs/fsdp.md. Said of the runs TT-040 to TT-043, among others."""
-
-
 @dataclass(frozen=True)
 class Software:
     """How a trainer runs a step, as far as it differs from zgraph.
@@ -43,7 +38,6 @@ class Software:
         broadcasts: each rank sends what it has updated to all others, one rank after the other.
         keeps_last: backward of the last block, and of what is behind it, reads what forward has gathered (torchtitan).
         reduces_last: gradients are averaged over the ranks with the last micro-batch only.
-        late_frees: how many times as much its allocator takes, as it gets memory of other streams back late.
     """
 
     name: str
@@ -58,7 +52,6 @@ class Software:
     flash_1: bool = False
     broadcasts: bool = False
     keeps_last: bool = False
-    late_frees: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -260,8 +253,7 @@ def _software(row: Row) -> Software:
         # Each block is compiled; embedding, head and loss are not.
         kind = "graph_trainer" if "graph_trainer" in name else "compile" if compiled else "eager"
         return Software(f"torchtitan {kind}", "blocks" if compiled else "", copies_out=copies,
-                        every_second=True, keeps_last=keeps_last,
-                        late_frees=FSDP1_LATE_FREES if "fsdp1" in text else 1.0)  # fmt: skip
+                        every_second=True, keeps_last=keeps_last)  # fmt: skip
     if "llm-foundry" in name:
         # Its optimizer is a loop over parameters in Python, an operator at a time; its attention, FlashAttention 1.
         return Software("llm-foundry", reduce="bfloat16" if "PURE" in row["precision"] else "float32",

@@ -82,7 +82,7 @@ def predicted(case: Case, step: Step, constants: Constants, *, memory: bool = Tr
         exposed_s,
         case.batch * case.seq * case.accumulate / step_s,
         live / GIB,
-        reserved * case.software.late_frees / GIB,
+        reserved / GIB,
     )
 
 
