@@ -28,7 +28,7 @@ from pathlib import Path
 
 from peers_predicted import Case, NotUsedError, case_of, complete, is_fitted
 from predicted import Constants, predicted
-from tables import ninth_decile, spearman, write_between_marks, write_expected
+from tables import FEWEST, ninth_decile, spearman, write_between_marks, write_expected
 from traces import Step, steps_of
 
 
@@ -109,7 +109,7 @@ def results_of(cases: Sequence[Case], steps: Sequence[Step], constants: Constant
     return found
 
 
-MEASURED_ON = "published steps of other trainers, by the same model of costs"
+MEASURED_ON = "published steps of other trainers on such machines"
 
 
 def errors(results: Iterable[Result], what: str) -> list[float]:
@@ -298,7 +298,9 @@ def main() -> int:
             kind: errors([r for r in unseen if r.peak_kind == name], "memory")
             for kind, name in (("live", "allocated"), ("reserved", "reserved"))
         }
-        write_expected("cuda", MEASURED_ON, time=errors(unseen, "time"), **by_kind)
+        rows = Counter(r.machine for r in unseen)
+        compared = sorted(machine for machine, count in rows.items() if count >= FEWEST)
+        write_expected("cuda", MEASURED_ON, compared, time=errors(unseen, "time"), **by_kind)
     if options.plot:
         options.plot.write_text(plot(results))
     return 0

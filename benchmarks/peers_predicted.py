@@ -167,10 +167,11 @@ def case_of(row: Row) -> Case:
     software = _software(row)
     zero, world = _sharding(row, ranks)
     nodes = _integer(row, "n_nodes") or -(-ranks // 8)
-    nic, is_stated = _nic(row["interconnect"])
+    devices = max(ranks // nodes, 1)
+    nic, is_stated = _nic(row["interconnect"], devices)
     return Case(
         row["id"], row["source"], row["trust"], _model(row, seq), batch, seq, accumulate, zero, world, ranks,
-        _recompute(row, software), software, machine, max(ranks // nodes, 1), nic, tokens_s, peak_gib, peak_kind,
+        _recompute(row, software), software, machine, devices, nic, tokens_s, peak_gib, peak_kind,
         is_complete=is_stated or nodes == 1,
         dtype="bfloat16" if "bf16" in row["precision"] and machine != "V100-32" else "float16",
         keeps_gathered=zero == 3 and ("SHARD_GRAD_OP" in row["parallelism"] or "reshard=never" in row["software"]),
@@ -286,13 +287,13 @@ def _recompute(row: Row, software: Software) -> str | None:
     raise NotUsedError("recomputation is not stated")
 
 
-def _nic(text: str) -> tuple[float | None, bool]:
+def _nic(text: str, devices: int) -> tuple[float | None, bool]:
     """Bytes per second of a device's share of the network, and whether it is stated."""
     found = re.search(r"(?:(\d+)x)?(\d+)\s*Gb/s[^;]*?per (node|GPU)", text)
     if found is None:
         return None, False
     rate = int(found[1] or 1) * int(found[2]) * 1e9 / 8
-    return (rate / 8 if found[3] == "node" else rate), True
+    return (rate / devices if found[3] == "node" else rate), True
 
 
 def _model(row: Row, seq: int) -> ModelConfig:

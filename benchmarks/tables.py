@@ -41,13 +41,21 @@ def write_between_marks(path: Path, text: str, name: str) -> None:
     path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
-def write_expected(device_type: str, measured_on: str, **errors: Sequence[float]) -> None:
-    """Let plans for a type of device quote these relative errors (``zgraph.expected_error``): none, where none is."""
+FEWEST = 10
+"""Measurements that an error is told of."""
+
+
+def write_expected(device_type: str, measured_on: str, machines: Sequence[str] = (), **errors: Sequence[float]) -> None:
+    """Let plans for a type of device quote these relative errors (``zgraph.expected_error``), of ``FEWEST`` or more.
+
+    Args:
+        machines: for which they are quoted; for all of the type if none are named.
+    """
     path = Path(str(resources.files("zgraph").joinpath("expected_error.json")))
     table = json.loads(path.read_text())
-    entry: dict[str, object] = {"measured_on": measured_on}
+    entry: dict[str, object] = {"measured_on": measured_on, **({"machines": list(machines)} if machines else {})}
     for name, values in errors.items():
-        if values:
+        if len(values) >= FEWEST:
             sizes = [abs(value) for value in values]
             median, most = statistics.median(sizes), ninth_decile(sizes)
             entry[name] = {"median": round(median, 4), "ninth_decile": round(most, 4), "num": len(sizes)}

@@ -95,16 +95,17 @@ def test_reasons(bench: dict[str, ModuleType], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "rate"),
+    ("text", "devices", "rate"),
     [
-        ("NVLink4 intra; 400Gb/s RDMA NIC per GPU inter", 50e9),
-        ("1600Gb/s RoCE per node", 25e9),
-        ("NVLink3 intra; 4x100Gb/s RoCE per node", 6.25e9),
-        ("NVLink4", None),
+        ("NVLink4 intra; 400Gb/s RDMA NIC per GPU inter", 8, 50e9),
+        ("1600Gb/s RoCE per node", 8, 25e9),
+        ("NVLink3 intra; 4x100Gb/s RoCE per node", 8, 6.25e9),
+        ("NVLink3 intra; 4x100Gb/s RoCE per node", 4, 12.5e9),
+        ("NVLink4", 8, None),
     ],
 )
-def test_network(bench: dict[str, ModuleType], text: str, rate: float | None) -> None:
-    assert bench["peers_predicted"]._nic(text) == (rate, rate is not None)
+def test_network(bench: dict[str, ModuleType], text: str, devices: int, rate: float | None) -> None:
+    assert bench["peers_predicted"]._nic(text, devices) == (rate, rate is not None)
 
 
 def test_shape_follows_the_number_of_parameters(bench: dict[str, ModuleType]) -> None:

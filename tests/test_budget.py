@@ -161,6 +161,9 @@ def test_a_plan_comes_back_from_its_json() -> None:
     assert plan.ways_out
     assert type(plan).from_json(plan.to_json()) == plan
     assert json.loads(plan.to_json())["owners"][0]["module"] == plan.owners[0].module
+    for text in ("{}", "plan", "[]", plan.to_json().replace('"version": 1', '"version": 2')):
+        with pytest.raises(zgraph.StateError, match="this is not a plan"):
+            type(plan).from_json(text)
 
 
 def train_within(memory: int, num_rows: int) -> tuple[dict[str, Any], int]:

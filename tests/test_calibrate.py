@@ -21,6 +21,7 @@ from zgraph import calibrate, calibration, cli, fitted, machines
 from zgraph.calibration import Calibration
 from zgraph.errors import OptionError, StateError
 from zgraph.fitting import fit
+from zgraph.machines import preset
 from zgraph.which_hardware import find_hardware
 
 F32 = torch.float32
@@ -69,6 +70,14 @@ def test_gpus_are_not_slower_for_being_several() -> None:
     assert machine.transfer_s("device", "host", 2**26) == pytest.approx(2**26 / 2e10, rel=0.01)
     assert machine.transfer_s("device", "host", 2**26, pinned=False) == pytest.approx(2**26 / 1e10, rel=0.01)
     assert machine.collective_s("all_gather", 2**26, 2) == pytest.approx(2**26 / 1e9)
+
+
+def test_links_that_are_not_measured_are_those_of_the_preset_of_a_gpu() -> None:
+    known = replace(made_up("cuda"), device="NVIDIA H100 80GB HBM3", memory_bytes=79 * 2**30)
+    alone = replace(known, runs={1: known.runs[1]})
+    assert known.hardware().network == alone.hardware().network == preset("H100").network
+    assert alone.hardware().collectives == preset("H100").collectives
+    assert made_up("cuda").hardware().network == preset("L40S").network, "unknown: without fast links"
 
 
 def damaged(change: Callable[[dict[str, Any]], object]) -> str:

@@ -17,7 +17,7 @@ from tests.reference import assert_equal, train_like_eager
 from tests.test_planner import Stack, rows
 from zgraph.codegen.kernel import SLICES, TRITON, Kernel
 from zgraph.codegen.region import Region
-from zgraph.which_hardware import preset_of
+from zgraph.machines import preset_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 

@@ -19,7 +19,8 @@ from zgraph import calibration, machines
 from zgraph.curves import Collective, Curve, ceiling_of, logarithm_of, maximum, minimum
 from zgraph.errors import OptionError, StateError
 from zgraph.hardware import KINDS, TIERS, Hardware
-from zgraph.which_hardware import find_hardware, hardware_of, preset_of, tell, told
+from zgraph.machines import preset_of
+from zgraph.which_hardware import find_hardware, hardware_of, tell, told
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 MIB, GIB = 2**20, 2**30
@@ -78,10 +79,15 @@ def test_a_collective_is_within_the_links(name: str) -> None:
     machine = find_hardware(name, devices_per_node=8)
     sheet = machines.SHEETS[name]
     wire = (sheet.nvlink or machines.PCIE[sheet.pcie]) * 7 / 8
+    nic = machine.network.bytes_per_s
     for kind in ("all_gather", "reduce_scatter", "all_to_all"):  # an all-reduce in the switch sends less
         assert GIB / machine.collective_s(kind, GIB, 8) < wire * 8 / 7
-        # A node receives what it has not, through all of its cards.
-        assert machine.collective_s(kind, GIB, 16) > GIB / 2 / (8 * machine.network.bytes_per_s)
+    for world in (16, 32, 128):
+        others = 1 - 8 / world
+        for kind in ("all_gather", "reduce_scatter"):  # a node receives what it has not, through all of its cards
+            assert machine.collective_s(kind, GIB, world) > others * GIB / (8 * nic)
+        # Of an all-to-all, each rank sends a buffer of its own, through its own card.
+        assert machine.collective_s("all_to_all", GIB, world) > others * GIB / nic
 
 
 def cases() -> st.SearchStrategy[tuple[Callable[..., Any], tuple[int, ...]]]:
@@ -392,6 +398,10 @@ def test_ranks_find_what_was_measured_with_as_many() -> None:
     assert machine.for_ranks(2) == replace(two, devices_per_node=2)
     assert machine.for_ranks(4).memory_s(GIB) == pytest.approx(2 * two.memory_s(GIB))
     assert machine.for_ranks(1).memory_s(GIB) == machine.memory_s(GIB)
+    cores = machine.devices_per_node
+    largest = machine.variants[max(machine.variants)]
+    assert machine.for_ranks(cores).launch_s == largest.launch_s, "each has a core to issue from"
+    assert machine.for_ranks(4 * cores).launch_s == pytest.approx(4 * largest.launch_s), "cores take turns"
 
 
 def test_a_curve_is_straight_between_its_points() -> None:
@@ -443,6 +453,7 @@ def test_helpers_keep_numbers_numbers_and_symbols_symbols() -> None:
         ("NVIDIA L40S", 44.5, "L40S"),
         ("NVIDIA GeForce RTX 4090", 23.6, "RTX-4090"),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", 15.6, None),
+        ("NVIDIA GeForce RTX 4090 D", 23.6, None),
         ("NVIDIA GeForce RTX 5090", 31.4, "RTX-5090"),
         ("AMD Instinct MI300X", 191.7, "MI300X"),
     ],

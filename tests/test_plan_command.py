@@ -80,6 +80,24 @@ def test_nodes_are_given_to_a_plan_by_their_ranks(
     assert {name: options[name] for name in expected} == expected
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--offload", "optimizer=disk", "--in-flight", "none"], {"offload": {"optimizer": "disk"}, "in_flight": None}),
+        (["--offload", "optimizer=disk,parameters=disk"], {"offload": {"optimizer": "disk", "parameters": "disk"}}),
+        (["--zero", "3", "--unshard", "0.5"], {"unshard": 0.5}),
+    ],
+)
+def test_what_a_plan_prints_of_options_can_be_asked_for(
+    given: list[str], expected: dict[str, object], config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", "--hf", config, "--world", "2", "--hardware", "h100", "--seq", "16", *FIXED, *given, "--json"]
+    assert cli.main(arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {name: found["chosen"]["options"][name] for name in expected} == expected
+    assert any("simulated" in note for note in found["notes"]) == ("offload" in expected)
+
+
 def test_a_plan_that_does_not_fit_has_a_status_of_its_own(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["plan", "--hf", config, "--world", "1", "--hardware", "h100", "--seq", "16", "--memory", "1MiB"]
     assert cli.main([*arguments, "--json", *FIXED]) == 1
@@ -115,6 +133,8 @@ def test_a_function_gives_a_model_and_its_batch(
         (["--preset", "gpt2", "--world", "0"], "world_size=0"),
         (["--preset", "gpt2", "--world", "1", "--hardware", "h9000"], "H100"),
         (["--preset", "gpt2", "--world", "1", "--memory", "much"], "memory='much'"),
+        (["--preset", "gpt2", "--world", "1", "--memory", "80"], "--memory 80GiB"),
+        (["--preset", "gpt2", "--world", "1", "--offload", "state"], "offload"),
         (["--preset", "gpt2", "--world", "1", "--batch", "0"], "--batch 0"),
         (["--preset", "gpt2", "--world", "1", "--seq", "4096"], "1024 positions"),
         (["--preset", "gpt2", "--world", "1", "--zero", "three"], "--zero three"),

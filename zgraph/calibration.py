@@ -123,7 +123,7 @@ class Calibration:
         return [(size, max(seconds - launch_s, seconds / 20)) for size, seconds in rows]
 
     def _of_run(self, run: Run, several: Run, disk: Mapping[str, Rows]) -> Hardware:
-        assumed = machines.this_cpu()
+        assumed = self._assumed()
         best = {name: max(2 * b * m * n * k / s for b, m, n, k, s in rows) for name, rows in run.matmul.items()}
         collectives: dict[str, Collective | MeasuredCollective] = dict(assumed.collectives)
         ranks = max(self.runs)
@@ -132,7 +132,8 @@ class Calibration:
             moved = [(rounds * size * (ranks - 1) / ranks, seconds) for size, seconds in rows]
             collectives[kind] = MeasuredCollective(Curve.through(moved), rounds)
         # Like an all-gather, a rank receives a part from each other one; zgraph has no all-to-all to measure.
-        collectives["all_to_all"] = collectives["all_gather"]
+        if several.collectives:
+            collectives["all_to_all"] = collectives["all_gather"]
         in_place = Curve.through(self._without_launch(run, run.memory_in_place))
         largest, longest = in_place.points[-1]
         launch_s = run.launch_s if self.device_type == "cpu" else 0.0
@@ -162,6 +163,12 @@ class Calibration:
             disk=Disk(_line(disk["read"])[0], _line(disk["write"])[0], _line(disk["read"])[1]),
             sources=f"zgraph calibrate on {self.device} with torch {self.torch}",
         )
+
+    def _assumed(self) -> Hardware:
+        """What is not measured, such as links between nodes: of a GPU as of its preset, or of one without fast links."""
+        if self.device_type == "cpu":
+            return machines.this_cpu()
+        return machines.preset(machines.preset_of(self.device, self.memory_bytes) or "L40S")
 
     def _matmul(self, name: str, rows: Rows, launch_s: float) -> Matmul:
         """The model of products fitted to the measured ones; on a GPU with its tiles, on a CPU with ramps."""

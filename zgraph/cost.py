@@ -14,6 +14,7 @@ from torch import fx
 
 from zgraph import ops
 from zgraph.codegen.kernel import SLICES, Kernel, slice_on
+from zgraph.codegen.region import Region
 from zgraph.curves import maximum, minimum
 from zgraph.hardware import Hardware
 from zgraph.into import into
@@ -92,7 +93,8 @@ class Costs:
 
     def _stored(self, node: fx.Node) -> dict[str, Any]:
         """Where results go: on a CPU, into an arena if a call can be told so (``zgraph.placement``)."""
-        return {"in_arena": True} if self._hardware.device_type == "cpu" and into(node) is not None else {}
+        is_told = self._hardware.device_type == "cpu" and (isinstance(node.target, Region) or into(node) is not None)
+        return {"in_arena": True} if is_told else {}
 
     def _ranks(self, node: fx.Node) -> tuple[Size, int | None]:
         """How many ranks a call is among, and how many of them a node of the machine has; None for as many as fit."""

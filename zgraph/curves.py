@@ -245,6 +245,9 @@ class Network:
     def seconds(self, kind: str, num_bytes: Number, world: Number, nodes: Number, local: Number) -> Number:
         """How long the links between nodes take, their latency not included; nothing if there is one node."""
         several = minimum(nodes - 1, 1)
+        if kind == "all_to_all":  # each rank sends what is its own to all others but those of its node
+            moved = several * num_bytes * (world - local) / world
+            return moved / (self.bytes_per_s * self.efficiency) + self.ramp_s * moved / (moved + self.ramp_bytes)
         part = (nodes - 1) / nodes if kind == "all_reduce" and self.reduces_in_node else several * (world - 1) / world
         moved = (2 if kind == "all_reduce" else 1) * num_bytes * part / local
         return moved / (self.bytes_per_s * self.efficiency) + self.ramp_s * moved / (moved + self.ramp_bytes)

@@ -79,7 +79,9 @@ def _why(tried: Tried, best: Tried, budget: int) -> str:
     if tried.estimate.reserved_bytes > budget:
         return f"{show_bytes(tried.estimate.reserved_bytes - budget)} too much"
     slower = tried.estimate.step_s / best.estimate.step_s - 1
-    return f"{slower:.1%} slower" if slower > 5e-4 else "no faster"
+    if slower > 5e-4:
+        return f"{slower:.1%} slower"
+    return "no faster" if tried.is_exact else "no faster that is certain: estimated from few of its blocks"
 
 
 class _WaysOut:

@@ -49,8 +49,15 @@ NOTHING_MEASURED = ExpectedError("steps")
 
 
 @cache
-def expected_error(device_type: str) -> ExpectedError:
-    """For a type of device, ``"cpu"`` or ``"cuda"``."""
+def expected_error(device_type: str, name: str) -> ExpectedError:
+    """For a machine.
+
+    Args:
+        device_type: ``"cpu"`` or ``"cuda"``.
+        name: of the machine; of GPUs, only those whose steps were compared have an error.
+    """
     entry = json.loads(resources.files("zgraph").joinpath("expected_error.json").read_text())[device_type]
+    if name not in entry.get("machines", [name]):
+        return NOTHING_MEASURED
     spreads = {name: Spread(**entry[name]) for name in ("live", "reserved", "time") if name in entry}
     return ExpectedError(entry["measured_on"], **spreads)

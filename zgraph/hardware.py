@@ -205,7 +205,9 @@ class Hardware:
             return self
         measured = max((n for n in self.variants if n <= ranks), default=None)
         nearest, before = (self, 1) if measured is None else (self.variants[measured], measured)
-        return replace(_slower(nearest, ranks / before), devices_per_node=ranks)
+        in_turns = max(ranks, self.devices_per_node) / max(before, self.devices_per_node)  # where cores are fewer
+        found = _slower(nearest, ranks / before)
+        return replace(found, devices_per_node=ranks, launch_s=nearest.launch_s * in_turns)
 
 
 def _of_dtype(table: Mapping[str, _Value], dtype: torch.dtype, what: str) -> _Value:

@@ -17,6 +17,7 @@ What was fitted is in zgraph.fitted. What was not measured is taken over from th
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -78,6 +79,8 @@ class Sheet:
         peaks: of matrix units, by name of dtype; float32 and float64 are what products of them run at.
         vector: of float32 outside matrix units, and ``vector_64`` of float64.
         units: streaming multiprocessors.
+        memory_gib: as the name says, or as the driver does: 23034 MiB of an L4, 46068 of an L40S, 143,150 of an H200;
+            of a B200 pytorch/ao#4002, of an MI300X ROCm/vllm#397.
         nvlink: one direction of all links of a device together; 0 without.
         pcie: generation.
         network: one direction, a device's share of its node's network cards; the usual for such nodes.
@@ -93,7 +96,7 @@ class Sheet:
     vector: float
     vector_64: float
     units: int
-    memory_gb: int
+    memory_gib: float
     memory: float
     nvlink: float
     pcie: int
@@ -128,7 +131,7 @@ _A100_80 = Sheet(
     vector=19.5e12,
     vector_64=9.7e12,
     units=108,
-    memory_gb=80,
+    memory_gib=80,
     memory=2.039e12,
     nvlink=300e9,
     pcie=4,
@@ -145,7 +148,7 @@ _H100 = Sheet(
     vector=66.9e12,
     vector_64=33.5e12,
     units=132,
-    memory_gb=80,
+    memory_gib=80,
     memory=3.35e12,
     nvlink=450e9,
     pcie=5,
@@ -165,7 +168,7 @@ SHEETS: Mapping[str, Sheet] = MappingProxyType(
             vector=15.7e12,
             vector_64=7.8e12,
             units=80,
-            memory_gb=32,
+            memory_gib=32,
             memory=0.9e12,
             nvlink=150e9,
             pcie=3,
@@ -176,13 +179,13 @@ SHEETS: Mapping[str, Sheet] = MappingProxyType(
             sources="SP-001",
             attention=0.4,
         ),
-        "A100-40": replace(_A100_80, memory_gb=40, memory=1.555e12, network=6.25e9, sources="SP-002, GM-001"),
+        "A100-40": replace(_A100_80, memory_gib=40, memory=1.555e12, network=6.25e9, sources="SP-002, GM-001"),
         "A100-80": replace(_A100_80, sources="SP-003, GM-001, BW-001 to BW-012"),
         "H100": _H100,
         # torchtitan's: 96 GB of HBM2e and a cap of 500 W instead of 700 W, to which sustained rates are in proportion.
         # Its products take 380 ms a step (TTK-002) for 1.84e14 operations: 0.69 of the fitted rate.
-        "H100-96": replace(_H100, memory_gb=96, memory=2.4e12, sustained=500 / 700, sources="TT-001 (gpu), TTK-002"),
-        "H200": replace(_H100, memory_gb=141, memory=4.8e12, sources="SP-005, BW-013 to BW-023"),
+        "H100-96": replace(_H100, memory_gib=96, memory=2.4e12, sustained=500 / 700, sources="TT-001 (gpu), TTK-002"),
+        "H200": replace(_H100, memory_gib=139.8, memory=4.8e12, sources="SP-005, BW-013 to BW-023"),
         "B200": Sheet(
             peaks=_tera(
                 bfloat16=2250, float16=2250, tf32=1125, float32=75, float64=37, float8_e4m3fn=4500, float8_e5m2=4500
@@ -190,7 +193,7 @@ SHEETS: Mapping[str, Sheet] = MappingProxyType(
             vector=75e12,
             vector_64=37e12,
             units=148,
-            memory_gb=180,
+            memory_gib=178.35,
             memory=8.0e12,
             nvlink=900e9,
             pcie=5,
@@ -209,7 +212,7 @@ SHEETS: Mapping[str, Sheet] = MappingProxyType(
             vector=30.3e12,
             vector_64=0.47e12,
             units=58,
-            memory_gb=24,
+            memory_gib=22.49,
             memory=0.3e12,
             nvlink=0,
             pcie=4,
@@ -227,7 +230,7 @@ SHEETS: Mapping[str, Sheet] = MappingProxyType(
             vector=91.6e12,
             vector_64=1.43e12,
             units=142,
-            memory_gb=48,
+            memory_gib=44.99,
             memory=0.864e12,
             nvlink=0,
             pcie=4,
@@ -243,7 +246,7 @@ SHEETS: Mapping[str, Sheet] = MappingProxyType(
             vector=35.6e12,
             vector_64=0.556e12,
             units=82,
-            memory_gb=24,
+            memory_gib=24,
             memory=0.936e12,
             nvlink=0,
             pcie=4,
@@ -267,7 +270,7 @@ SHEETS: Mapping[str, Sheet] = MappingProxyType(
             vector=82.6e12,
             vector_64=1.29e12,
             units=128,
-            memory_gb=24,
+            memory_gib=24,
             memory=1.008e12,
             nvlink=0,
             pcie=4,
@@ -291,7 +294,7 @@ SHEETS: Mapping[str, Sheet] = MappingProxyType(
             vector=104.8e12,
             vector_64=1.64e12,
             units=170,
-            memory_gb=32,
+            memory_gib=32,
             memory=1.792e12,
             nvlink=0,
             pcie=5,
@@ -307,7 +310,7 @@ SHEETS: Mapping[str, Sheet] = MappingProxyType(
             vector=163.4e12,
             vector_64=81.7e12,
             units=304,
-            memory_gb=192,
+            memory_gib=191.98,
             memory=5.3e12,
             nvlink=448e9,
             pcie=5,
@@ -397,7 +400,7 @@ def preset(name: str) -> Hardware:
     return Hardware(
         name=name,
         device_type="cuda",
-        memory_bytes=sheet.memory_gb * 10**9 if name in ("B200", "H200", "MI300X") else sheet.memory_gb * GIB,
+        memory_bytes=int(sheet.memory_gib * GIB),
         memory_bandwidth=sheet.memory,
         devices_per_node=sheet.devices,
         launch_s=LAUNCH_S,
@@ -429,6 +432,29 @@ def preset(name: str) -> Hardware:
         in_step={"matrix": SUSTAINED.get(name, 1.0), "link": BESIDE},
         sources=sheet.sources,
     )
+
+
+def preset_of(name: str, memory_bytes: int) -> str | None:
+    """The preset of a GPU as its driver names it; None if it is another.
+
+    Args:
+        name: such as ``"NVIDIA A100-SXM4-80GB"``.
+        memory_bytes: which tells variants of one name apart.
+    """
+    words = set(re.split(r"[^A-Z0-9]+", name.upper()))
+    if words & {"LAPTOP", "MOBILE", "PCIE", "NVL", "MIG", "MAX", "D"}:
+        return None  # slower than the preset of the same name
+    gibibytes = memory_bytes / 2**30
+    if "H100" in words:
+        return "H100-96" if gibibytes > 88 else "H100"
+    if "A100" in words:
+        return "A100-80" if gibibytes > 60 else "A100-40"
+    if "V100" in words:
+        return "V100-32" if gibibytes > 24 else None
+    exact = {"H200": "H200", "B200": "B200", "L4": "L4", "L40S": "L40S", "MI300X": "MI300X"}
+    exact |= {number: f"RTX-{number}" for number in ("3090", "4090", "5090")}
+    found = [preset for word, preset in exact.items() if word in words]
+    return found[0] if found and "TI" not in words else None
 
 
 def available_cores() -> int:

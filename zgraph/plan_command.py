@@ -75,6 +75,11 @@ def add_arguments(command: argparse.ArgumentParser, *, required: bool = True) ->
     command.add_argument(
         "--recompute", default=AUTO, metavar="HOW", help=f"none, {', '.join(RECOMPUTE)}, or 0 to 1; default: searched"
     )
+    command.add_argument(
+        "--offload", metavar="KIND=TIER,...", help="such as optimizer=disk,parameters=disk, or auto; default: nothing"
+    )
+    command.add_argument("--unshard", default=AUTO, metavar="0-1", help="part of parameters; default: searched")
+    command.add_argument("--in-flight", default=AUTO, metavar="N", help="buckets, or none for any; default: searched")
 
 
 def run(arguments: argparse.Namespace) -> bool:
@@ -100,6 +105,8 @@ def asked(arguments: argparse.Namespace) -> dict[str, Any]:
     for name in ("batch", "seq"):
         if getattr(arguments, name) < 1:
             raise OptionError(f"--{name} {getattr(arguments, name)} is not a positive number")
+    if arguments.memory is not None and arguments.memory.isdecimal() and int(arguments.memory) < 2**20:
+        raise OptionError(f"--memory {arguments.memory} is bytes", fix=f"--memory {arguments.memory}GiB, with a unit")
     nic = float(parse_bytes(arguments.nic, "nic")) if arguments.nic is not None else None
     hardware = find_hardware(arguments.hardware, devices_per_node=arguments.devices_per_node, nic_bytes_per_s=nic)
     if hardware.device_type == "cpu" and (nic is not None or arguments.devices_per_node is not None):
@@ -114,6 +121,12 @@ def asked(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     if arguments.secondary_size is not None:
         options["secondary_size"] = _integer(arguments.secondary_size, "secondary-size", is_searched=False)
+    if arguments.offload is not None:
+        options["offload"] = _offload(arguments.offload)
+    if arguments.unshard != AUTO:
+        options["unshard"] = _number(arguments.unshard)
+    if arguments.in_flight != AUTO:
+        options["in_flight"] = None if arguments.in_flight == "none" else _integer(arguments.in_flight, "in-flight")
     for name in ("precision", "state_precision", "clip_norm"):
         if getattr(arguments, name) is not None:
             options[name] = getattr(arguments, name)
@@ -127,6 +140,14 @@ def asked(arguments: argparse.Namespace) -> dict[str, Any]:
         "memory": arguments.memory,
         **options,
     }
+
+
+def _offload(text: str) -> str | dict[str, str]:
+    """Tiers by kind, of ``kind=tier,...``; a word alone as it is."""
+    if "=" not in text:
+        return text
+    pairs = [each.partition("=") for each in text.split(",")]
+    return {kind.strip(): tier.strip() for kind, _, tier in pairs}
 
 
 def _number(text: str) -> float | str:

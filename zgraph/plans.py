@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from io import StringIO
 from typing import Any
 
+import torch
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
@@ -15,7 +16,7 @@ from torch import nn
 
 from zgraph.batches import common_rows
 from zgraph.config import Config
-from zgraph.errors import BudgetError, quoted
+from zgraph.errors import BudgetError, StateError, first_line, quoted
 from zgraph.expected_error import NOTHING_MEASURED, ExpectedError, Spread, expected_error
 from zgraph.footprint import Holding, state_on_disk
 from zgraph.hardware import Hardware
@@ -185,9 +186,21 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """What ``to_json`` gave."""
-        data = json.loads(text)
-        del data["version"], data["fits"]
+        """What ``to_json`` gave.
+
+        Raises:
+            StateError: the text is nothing that this version of it gives.
+        """
+        try:
+            return cls._read(json.loads(text))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise StateError(f"this is not a plan: {first_line(error)}", fix="give what Plan.to_json gave") from error
+
+    @classmethod
+    def _read(cls, data: Any) -> Plan:
+        if data.pop("version") != VERSION:
+            raise ValueError("it is of another version")
+        del data["fits"]
         spreads = {
             name: Spread(**data["error"][name])
             for name in ("live", "reserved", "time")
@@ -310,7 +323,7 @@ def describe(
     """
     num_calls = sum(prediction.repeats)
     batch = [node.meta["val"] for node in lowered.last.inputs(Role.BATCH).values()]
-    tokens = [val.numel() for val in batch if val.dim() > 1 and not val.dtype.is_floating_point]
+    tokens = [val.numel() for val in batch if val.dim() > 1 and _counts_tokens(val.dtype)]
     return Plan(
         model=type(model).__name__,
         num_params=sum(p.numel() for p in model.parameters()),
@@ -330,13 +343,18 @@ def describe(
         owners=owners_of(prediction.peak.peak_holdings),
         rejected=rejected,
         ways_out=ways_out,
-        error=expected_error(hardware.device_type) if _was_compared(hardware) else NOTHING_MEASURED,
+        error=expected_error(hardware.device_type, hardware.name) if _was_compared(hardware) else NOTHING_MEASURED,
         unknown=dict(prediction.unknown),
-        notes=tuple(dict.fromkeys((*notes, *_disk_notes(lowered, prediction)))),
+        notes=tuple(dict.fromkeys((*notes, *_disk_notes(lowered, prediction, hardware)))),
     )
 
 
-def _disk_notes(lowered: Lowered, prediction: Prediction) -> Iterator[str]:
+def _counts_tokens(dtype: torch.dtype) -> bool:
+    """Whether elements of a batch may be tokens: not numbers that are measured, nor masks."""
+    return not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool)
+
+
+def _disk_notes(lowered: Lowered, prediction: Prediction, hardware: Hardware) -> Iterator[str]:
     """What lies on a disk, if anything does, and how much of it a step moves."""
     found = state_on_disk(lowered.last)
     stored = sum(found.values())
@@ -347,6 +365,8 @@ def _disk_notes(lowered: Lowered, prediction: Prediction) -> Iterator[str]:
         yield (
             f"{show_bytes(stored)} of each rank's {kinds} lie on a disk; a step reads {moved[0]} and writes {moved[1]}"
         )
+        if hardware.device_type != "cpu":
+            yield "what lies on a disk is simulated: zgraph does not run this on GPUs so far"
 
 
 def _was_compared(hardware: Hardware) -> bool:

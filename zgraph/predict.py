@@ -28,7 +28,6 @@ def compiled_bytes(num_nodes: int) -> int:
     return min(46_000 * max(num_nodes - 520, 0), 40 * 10**6)
 
 
-
 @dataclass(frozen=True)
 class Prediction:
     """A step of one rank.
@@ -83,6 +82,11 @@ class Prediction:
         """
         return self.peak.peak_bytes
 
+    @property
+    def num_nodes(self) -> int:
+        """Of the largest program."""
+        return max(footprint.num_positions for footprint in self.footprints)
+
     @cached_property
     def reserved_bytes(self) -> int:
         """What the allocator takes from the device: ``torch.cuda.max_memory_reserved``.
@@ -91,8 +95,7 @@ class Prediction:
         compiling leaves (``compiled_bytes``).
         """
         if self.device_type == "cpu":
-            num_nodes = max(footprint.num_positions for footprint in self.footprints)
-            return self.peak_bytes + compiled_bytes(num_nodes)
+            return self.peak_bytes + compiled_bytes(self.num_nodes)
         return reserved_bytes(*(f.holdings for f in self.footprints))
 
     @property

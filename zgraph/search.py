@@ -28,7 +28,7 @@ from zgraph.lower import Lowered, lower
 from zgraph.passes import Levels, default_passes
 from zgraph.pipeline import Pass, Watch, run
 from zgraph.plans import Estimate
-from zgraph.predict import Prediction, predict
+from zgraph.predict import Prediction, compiled_bytes, predict
 from zgraph.program import Mesh, Phase, Program, Role, Stage, phase_of
 
 
@@ -40,16 +40,18 @@ class Tried:
         choice: of the family.
         estimate: of the whole model, extended from few blocks where it repeats some.
         is_exact: whether it is of the whole model's program instead.
+        on_cpu: whether it is of a CPU, where reserved bytes are live ones and some for each node.
     """
 
     choice: Choice
     estimate: Estimate
     is_exact: bool
+    on_cpu: bool
 
     @property
     def num_bytes(self) -> int:
-        """What has to fit; of an estimate, what is live: bytes that are reserved do not grow in a line."""
-        return self.estimate.reserved_bytes if self.is_exact else self.estimate.peak_bytes
+        """What has to fit; of an estimate for a GPU, what is live: its allocator's bytes do not grow in a line."""
+        return self.estimate.reserved_bytes if self.is_exact or self.on_cpu else self.estimate.peak_bytes
 
 
 class Search:
@@ -75,6 +77,7 @@ class Search:
             fixed = {name: value for name, value in fixed.items() if name not in (OFFLOAD, "offload_path")}
             self._notes.append(f"nothing was offloaded: on {hardware.device_type}, so far nothing can be")
         self.captures, self.hardware, self.world, self.fixed, self._passes = captures, hardware, world, fixed, passes
+        self._on_cpu = hardware.device_type == "cpu"
         is_long = len(captures.sizes) > 1
         self.members = family(captures.num_rows, world, fixed, hardware.devices_per_node, is_long=is_long)
         self.tried: dict[Choice, Tried | None] = {}
@@ -142,7 +145,7 @@ class Search:
                 continue
             if self._may_fit(choice, budget) and (tried := self.estimated(choice)) is not None:
                 seconds = max(seconds, tried.estimate.step_s)
-                if tried.estimate.peak_bytes <= budget:
+                if tried.num_bytes <= budget:
                     put(tried.estimate.step_s, tried.estimate.peak_bytes, choice, tried)
             for later in self._more_milder[choice]:
                 known[later] = max(known[later], seconds)
@@ -188,7 +191,8 @@ class Search:
         """What is known of a choice; None if the model has nothing to recompute in the way it asks for."""
         if choice not in self.tried:
             try:
-                self.tried[choice] = Tried(choice, self._estimate(choice), is_exact=len(self.captures.sizes) == 1)
+                is_exact = len(self.captures.sizes) == 1
+                self.tried[choice] = Tried(choice, self._estimate(choice), is_exact, self._on_cpu)
             except OptionError as error:
                 self._skip(choice, error)
         return self.tried[choice]
@@ -198,7 +202,9 @@ class Search:
         tried = self.estimated(choice)
         if tried is None or not tried.is_exact:
             made = self.in_full(choice)[1]
-            tried = self.tried[choice] = Tried(choice, Estimate.of(choice.options, made), is_exact=True)
+            tried = self.tried[choice] = Tried(
+                choice, Estimate.of(choice.options, made), is_exact=True, on_cpu=self._on_cpu
+            )
         return tried
 
     def in_full(self, choice: Choice) -> tuple[Lowered, Prediction]:
@@ -221,23 +227,23 @@ class Search:
         return replace(self._estimates[alike], options=choice.options)
 
     def _estimate_anew(self, choice: Choice) -> Estimate:
-        made = [Estimate.of(choice.options, self._predict(choice.config, size)[1]) for size in self.captures.sizes]
+        made = [self._predict(choice.config, size)[1] for size in self.captures.sizes]
         if len(made) == 1:
-            return made[0]
+            return Estimate.of(choice.options, made[0])
         live = round(self._extended([each.peak_bytes for each in made]))
         return Estimate(
             choice.options,
             self._extended([each.step_s for each in made]),
             self._extended([each.exposed_s for each in made]),
             live,
-            self._reserved(live, made[-1]),
+            self._reserved(live, made),
         )
 
-    def _reserved(self, live: int, made: Estimate) -> int:
-        """Of the whole model: on a CPU what is live and the same besides, elsewhere in proportion."""
-        if self.hardware.device_type == "cpu":
-            return live + made.reserved_bytes - made.peak_bytes
-        return round(live * made.reserved_bytes / made.peak_bytes)
+    def _reserved(self, live: int, made: Sequence[Prediction]) -> int:
+        """Of the whole model: on a CPU what is live and what compiling its graph leaves, elsewhere in proportion."""
+        if self._on_cpu:
+            return live + compiled_bytes(round(self._extended([each.num_nodes for each in made])))
+        return round(live * made[-1].reserved_bytes / made[-1].peak_bytes)
 
     def _extended(self, found: Sequence[float]) -> float:
         """To the whole model, from what its few sizes give."""
@@ -282,7 +288,7 @@ class Search:
             return False
         further = self._further(choice)
         lowest = None if further is None else self.estimated(further)
-        return lowest is None or lowest.estimate.peak_bytes <= budget
+        return lowest is None or lowest.num_bytes <= budget
 
     def _further(self, choice: Choice) -> Choice | None:
         """The same with all the recomputation there is, which takes no more memory, if a choice has a part of it."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -88,7 +87,7 @@ def tell(device: torch.device) -> str:
     if device.type == "cpu":
         return json.dumps({"cores": machines.available_cores(), "memory_bytes": machines.available_memory()})
     properties = torch.cuda.get_device_properties(device)
-    name = preset_of(properties.name, properties.total_memory)
+    name = machines.preset_of(properties.name, properties.total_memory)
     if name is None:
         raise OptionError(f"{properties.name} is not a GPU that is known", fix="run `zgraph calibrate` to measure it")
     return json.dumps({"preset": name})
@@ -108,26 +107,3 @@ def told(text: str, world: int) -> Hardware:
 def _calibrated(text: str) -> Hardware:
     """The machine of a calibration that was told. Curves are fitted to it, and every captured step asks for them."""
     return calibration.from_dict(json.loads(text)["calibration"], "what rank 0 has sent").hardware()
-
-
-def preset_of(name: str, memory_bytes: int) -> str | None:
-    """The preset of a GPU as its driver names it; None if it is another.
-
-    Args:
-        name: such as ``"NVIDIA A100-SXM4-80GB"``.
-        memory_bytes: which tells variants of one name apart.
-    """
-    words = set(re.split(r"[^A-Z0-9]+", name.upper()))
-    if words & {"LAPTOP", "MOBILE", "PCIE", "NVL", "MIG", "MAX"}:
-        return None  # slower than the preset of the same name
-    gibibytes = memory_bytes / 2**30
-    if "H100" in words:
-        return "H100-96" if gibibytes > 88 else "H100"
-    if "A100" in words:
-        return "A100-80" if gibibytes > 60 else "A100-40"
-    if "V100" in words:
-        return "V100-32" if gibibytes > 24 else None
-    exact = {"H200": "H200", "B200": "B200", "L4": "L4", "L40S": "L40S", "MI300X": "MI300X"}
-    exact |= {number: f"RTX-{number}" for number in ("3090", "4090", "5090")}
-    found = [preset for word, preset in exact.items() if word in words]
-    return found[0] if found and "TI" not in words else None
