@@ -61,12 +61,12 @@ class Groups:
     def before(self, node: fx.Node) -> list[str]:
         """Lines that stand before a call: none where it is of the same phase and module as the one before it."""
         origin = node.meta["origin"]
-        phase, self._phase = self._phase, origin.phase
-        module, self._module = self._module, origin.module
+        last_phase, self._phase = self._phase, origin.phase
+        last_module, self._module = self._module, origin.module
         where = f"{origin.phase.value} {plain(origin.module)}".rstrip()
-        if phase is not origin.phase:
+        if last_phase is not origin.phase:
             return ["", f"# ==== {where} ===="]
-        return [] if module == origin.module else [f"# {where}"]
+        return [] if last_module == origin.module else [f"# {where}"]
 
 
 def mark(node: fx.Node) -> str:
