@@ -273,6 +273,8 @@ def test_every_panel_draws_in_light_and_dark(chromium: Browser, blocks: tuple[Pa
             chromium.open(path, f"tab={tab}&theme={theme}&pass=2")
             visible = f"document.getElementById('panel-{tab}').getBoundingClientRect().height"
             assert chromium.evaluate(visible) > 200
+        rail = "(({scrollWidth, clientWidth}) => scrollWidth - clientWidth)(document.getElementById('rail'))"
+        assert chromium.evaluate(rail) <= 0, "nothing of it is cut off"
         for canvas in ("timeline", "memory"):
             colours = chromium.evaluate(
                 f"(() => {{ const c = document.getElementById('{canvas}');"

@@ -167,8 +167,7 @@ function drawMemory() {
     context.fillStyle = style("--bad");
     context.fillText("budget", 10, Math.max(y(budget), 8));
   } else if (!near) {
-    context.fillText(`budget ${bytes(budget)}`, 10, Math.max(y(peak), 10) + 30);
-    context.fillText("is above", 10, Math.max(y(peak), 10) + 43);
+    ["budget of", bytes(budget), "is above"].forEach((line, i) => context.fillText(line, 10, Math.max(y(peak), 10) + 30 + 13 * i));
   }
   $("whole").hidden = state.window === null;
   fill($("legend"), make("li", {}, swatch(style("--wait")), "hatched: waiting"), ...kinds.map((kind) => make("li", {}, swatch(kindColour(kind)), kind)));
