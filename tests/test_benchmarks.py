@@ -206,3 +206,18 @@ def test_state_on_a_disk_is_measured_beside_the_disk() -> None:
     assert "disk alone s" in done.stdout
     assert "state on disk: each rank reads about" in done.stdout
     assert "all on disk: each rank reads about" in done.stdout
+
+
+@pytest.mark.slow
+def test_measured_steps_take_turns_with_others_and_run_in_the_predicted_order(tmp_path: Path) -> None:
+    page = tmp_path / "lanes.html"
+    command = [sys.executable, str(BENCHMARKS / "profiling.py"), "--quick", "--json", "--report", str(page)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert found["same_order"]
+    assert found["num_calls"] > 100
+    assert len(found["ratios"]) == len(found["cpu_ratios"]) == 1
+    (program,) = json.loads(page.with_suffix(".json").read_text())["programs"]
+    assert program["measured"]["end_s"][-1] == found["measured_s"]
+    assert len(program["measured"]["steps_s"]) == 4
