@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ settings.register_profile("nightly", max_examples=25_000, deadline=None, print_b
 # What was measured of this machine must not decide what is tested.
 os.environ["ZGRAPH_HARDWARE"] = str(Path(tempfile.gettempdir()) / "zgraph-tests" / "no-hardware.json")
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+# pytest listens to loggers that do not propagate. Nothing reaches this one unless somebody listens; then torch takes
+# down the stack of each of its events, which made every capture half as slow again.
+logging.getLogger("torch.__trace").propagate = True
 
 
 def pytest_collection_finish() -> None:
