@@ -113,7 +113,8 @@ def measure(options: Options) -> Calibration:
     counts = sorted({1, options.ranks})
     share = options.budget_s / len(counts)
     start = time.perf_counter()
-    runs = {ranks: launch_ranks(_rank, ranks, ranks, share, options.directory)[0] for ranks in counts}
+    efforts = {ranks: _Effort(ranks, share, PASSES, COLD_BYTES) for ranks in counts}
+    runs = {ranks: launch_ranks(_rank, ranks, effort, options.directory)[0] for ranks, effort in efforts.items()}
     host_memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     device, devices, units, memory = platform.processor() or platform.machine(), available_cores(), 1, host_memory
     if torch.cuda.is_available():
@@ -168,13 +169,23 @@ def _per_second(rows: list[list[float]] | None) -> str:
     return f"{decimal(int(rows[-1][0] / rows[-1][1]))}/s" if rows else ""
 
 
-def _rank(ranks: int, budget_s: float, directory: Path) -> Run:
+@dataclass(frozen=True)
+class _Effort:
+    """What a rank is told: how many there are, and for how long and over how much memory each point is measured."""
+
+    ranks: int
+    budget_s: float
+    passes: int
+    cold_bytes: int
+
+
+def _rank(effort: _Effort, directory: Path) -> Run:
     """One rank: everything in the same order on all of them."""
-    bench = _Bench(ranks, budget_s)
+    bench, ranks = _Bench(effort), effort.ranks
     if ranks > 1:
         dist.init_process_group(default_backend() if bench.device.type == "cuda" else "gloo")
     try:
-        return middle([_pass(bench, directory) for _ in range(PASSES)])
+        return middle([_pass(bench, directory) for _ in range(effort.passes)])
     finally:
         if ranks > 1:
             dist.destroy_process_group()
@@ -220,14 +231,15 @@ class _Bench:
     POINTS = 150
     """About as many measurements as one pass has."""
 
-    def __init__(self, ranks: int, budget_s: float) -> None:
-        self.ranks, self.window_s = ranks, budget_s / self.POINTS / PASSES
+    def __init__(self, effort: _Effort) -> None:
+        self.ranks, self.cold_bytes = effort.ranks, effort.cold_bytes
+        self.window_s = effort.budget_s / self.POINTS / effort.passes
         if torch.cuda.is_available():
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.device)
         else:
             self.device = torch.device("cpu")
-            torch.set_num_threads(max(1, available_cores() // ranks))
+            torch.set_num_threads(max(1, available_cores() // effort.ranks))
 
     def tensor(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Ones, written to: pages of memory exist only then."""
@@ -261,7 +273,7 @@ class _Bench:
             repeated, per_sample = self._recorded(make())
             works = [repeated]
         else:
-            works, per_sample = [make() for _ in range(min(max(COLD_BYTES // num_bytes, 1), MOST_OPERANDS))], 1
+            works, per_sample = [make() for _ in range(min(max(self.cold_bytes // num_bytes, 1), MOST_OPERANDS))], 1
         results: deque[Any] = deque(maxlen=len(works))
         for work in works:
             results.append(work())
