@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.calibrations import made_up
+from tests.programs import fewer_examples
 from zgraph import calibration, machines
 from zgraph.curves import Collective, Curve, ceiling_of, logarithm_of, maximum, minimum
 from zgraph.errors import OptionError, StateError
@@ -127,6 +128,7 @@ def test_more_work_never_takes_less(case: tuple[Any, tuple[int, ...]], which: in
 
 
 @given(cases())
+@fewer_examples(0.25)  # sympy takes its time
 def test_symbols_give_what_numbers_give(case: tuple[Any, tuple[int, ...]]) -> None:
     method, arguments = case
     symbols = sympy.symbols(f"x:{len(arguments)}", integer=True, positive=True)
@@ -137,6 +139,7 @@ def test_symbols_give_what_numbers_give(case: tuple[Any, tuple[int, ...]]) -> No
 
 
 @given(names, dtypes, sizes, sizes)
+@fewer_examples(0.25)
 def test_some_symbols_and_some_numbers(name: str, dtype: torch.dtype, tokens: int, width: int) -> None:
     machine = hardware(name)
     batch = sympy.Symbol("batch", integer=True, positive=True)
