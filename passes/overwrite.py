@@ -6,7 +6,7 @@ At a loss over a vocabulary these are the largest tensors of a step, and its pea
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -43,14 +43,17 @@ class OverwriteOperands(Pass):
             node.kwargs = {**node.kwargs, name: source}
 
 
-def overwriting(program: Program, lives: Iterable[Lifetime]) -> dict[fx.Node, fx.Node]:
+def overwriting(
+    program: Program, lives: Iterable[Lifetime], owner: Mapping[fx.Node, fx.Node] | None = None
+) -> dict[fx.Node, fx.Node]:
     """The calls that store their results over an operand in a program as it stands, and the operand of each.
 
     Args:
         program: functional, in any order.
         lives: its temporaries.
+        owner: what ``owners`` gives, for those who ask about one order of the calls after another.
     """
-    owner = owners(program)
+    owner = owners(program) if owner is None else owner
     last = {life.node: life.last for life in lives if not life.is_received}
     found: dict[fx.Node, fx.Node] = {}
     stored: dict[fx.Node, fx.Node] = {}  # by result, the memory that it lies in

@@ -95,7 +95,9 @@ class _Descent:
 
     def _height(self) -> tuple[int, float]:
         """The peak, and a norm of all that is held that sees what lies a little below it, too."""
-        held: NDArray[np.float64] = np.array(held_in(self.program, staged=self.staged), dtype=np.float64)
+        held: NDArray[np.float64] = np.array(
+            held_in(self.program, staged=self.staged, owner=self.owner), dtype=np.float64
+        )
         peak = float(held.max())
         if not peak:
             return 0, 0.0
@@ -104,7 +106,7 @@ class _Descent:
     def _moves(self, order: list[fx.Node]) -> Iterator[dict[fx.Node, tuple[int, ...]]]:
         """Other places for some calls: for each of the largest values that are held at the peak."""
         nodes = list(self.program.graph.nodes)
-        held = held_in(self.program, staged=self.staged)
+        held = held_in(self.program, staged=self.staged, owner=self.owner)
         peak = held.index(max(held))
         self.at = {node: i for i, node in enumerate(order)}
         computed = (i for i, node in enumerate(order) if phase_of(node) is Phase.FORWARD and not _travels(node))

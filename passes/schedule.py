@@ -19,7 +19,7 @@ from zgraph import ops
 from zgraph.config import IN_FLIGHT
 from zgraph.cost import Cost, Costs
 from zgraph.hardware import Hardware
-from zgraph.liveness import held_bytes, lifetimes
+from zgraph.liveness import held_bytes, lifetimes, owners
 from zgraph.passes.gathers import prepares
 from zgraph.passes.inplace import fused_updates
 from zgraph.passes.order import arrange
@@ -72,18 +72,18 @@ class Schedule(Pass):
     def rewrite(self, program: Program) -> None:
         costs = _costs(program, self.hardware)
         staged = self.hardware.is_staged
-        given = list(_calls(program))
+        given, owner = list(_calls(program)), owners(program)
 
         def seconds() -> float:
             return play(program, self.hardware, cost_of=costs.__getitem__).step_s
 
         def peak() -> int:
-            return max(held_in(program, staged=staged))
+            return max(held_in(program, staged=staged, owner=owner))
 
         given_s, given_peak = seconds(), peak()
         step = _Step(program, self.hardware, costs)
         _put(program, step.order())
-        held = step.held_by_each(program, held_in(program, staged=staged))
+        held = step.held_by_each(program, held_in(program, staged=staged, owner=owner))
         best_s, best, least_peak = seconds(), list(_calls(program)), peak()
         if given_s < best_s and given_peak <= least_peak:
             best_s, best = given_s, given
@@ -119,13 +119,22 @@ def _put(program: Program, order: Iterable[fx.Node]) -> None:
     arrange(program, {node: i for i, node in enumerate(order)})
 
 
-def held_in(program: Program, *, staged: bool) -> list[int]:
-    """Bytes of temporaries alive at each node, as far as what is written in place does not do away with them."""
+def held_in(program: Program, *, staged: bool, owner: Mapping[fx.Node, fx.Node] | None = None) -> list[int]:
+    """Bytes of temporaries alive at each node, as far as what is written in place does not do away with them.
+
+    Args:
+        staged, owner: see ``zgraph.liveness.lifetimes``.
+    """
+    owner = owners(program) if owner is None else owner
     inside = {node for nodes in fused_updates(program).values() for node in nodes}
-    lives = lifetimes(program, staged=staged)
-    stored = overwriting(program, lives)
+    lives = lifetimes(program, staged=staged, owner=owner)
+    stored = overwriting(program, lives, owner)
     # What is stored over an operand that ends there begins behind it.
-    held = (replace(life, first=life.first + (life.node in stored)) for life in lives if life.node not in inside)
+    held = (
+        replace(life, first=life.first + 1) if life.node in stored else life
+        for life in lives
+        if life.node not in inside
+    )
     return held_bytes((life for life in held if life.first <= life.last), len(program.graph.nodes))
 
 

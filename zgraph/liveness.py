@@ -133,6 +133,7 @@ def lifetimes(
     *,
     staged: bool = True,
     also_reads: Mapping[fx.Node, Iterable[fx.Node]] = MappingProxyType({}),
+    owner: Mapping[fx.Node, fx.Node] | None = None,
 ) -> list[Lifetime]:
     """Every temporary of a program, in order of allocation.
 
@@ -144,8 +145,9 @@ def lifetimes(
         staged: collectives are messages between ranks (``zgraph.comm.PointToPointComm``), where a reduction first
             receives every other rank's part and adds them up. Ranks that read each other's memory, and backends that
             reduce on the way (NCCL), allocate the result alone.
+        owner: what ``owners`` gives, for those who ask about one order of the calls after another.
     """
-    owner = owners(program)
+    owner = owners(program) if owner is None else dict(owner)
     first: dict[fx.Node, int] = {}
     last: dict[fx.Node, int] = {}
     unpacked: dict[fx.Node, dict[Any, fx.Node]] = {}
