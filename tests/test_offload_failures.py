@@ -1,0 +1,156 @@
+"""What goes wrong with state on a disk: it is told, and no state is lost that need not be."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.offloading import EVERYTHING, ON_DISK, X, small
+from zgraph.disk import padded
+from zgraph.errors import DiskError, OptionError, StateError
+from zgraph.footprint import state_on_disk
+
+
+def test_a_model_that_was_interrupted_on_its_way_to_the_disk_is_not_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = small(offload=EVERYTHING)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("zgraph.disk.DiskTensor.write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.train_step(X)
+    for call in (lambda: model.train_step(X), model.state_dict):
+        with pytest.raises(StateError, match="left in parts when moving its state failed: KeyboardInterrupt"):
+            call()
+
+
+def test_optimizer_state_that_torch_cannot_load_leaves_the_parameters_as_they_are() -> None:
+    (model, optimizer), (plain, _) = small(offload=EVERYTHING), small()
+    for each in (model, plain):
+        each.train_step(X)
+    progress = optimizer.state_dict()
+    for entries in progress["state"].values():
+        entries.update({key: value.to("meta") for key, value in entries.items() if value.dim()})
+    with pytest.raises(NotImplementedError):
+        optimizer.load_state_dict(progress)
+    assert torch.equal(model.train_step(X), plain.train_step(X))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"offload": "disk"}, "offload='disk' does not say what lies where"),
+        ({"offload": {}}, "offload={} does not say"),
+        ({"offload": "auto"}, "offload='auto' is chosen by a budget, and none was given"),
+        ({"offload": {"gradients": "disk"}}, "'gradients' is none of what can be moved: 'optimizer'"),
+        ({"offload": {"optimizer": "host"}}, "'optimizer' can lie on 'disk', not on 'host'"),
+        ({"offload_path": "/tmp"}, "offload_path without offload"),
+        ({"offload": ON_DISK, "offload_path": 3}, "offload_path=3 is no path"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(OptionError, match=reason):
+        small(**options)
+
+
+def test_a_directory_that_is_not_there_is_refused_before_anything_changes(disk_path: Path) -> None:
+    model, _ = small(offload=ON_DISK, offload_path=str(disk_path / "missing"))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(DiskError, match=f"cannot make a file in {disk_path}/missing: No such file or directory"):
+        model.train_step(X)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    (disk_path / "missing").mkdir()
+    model.train_step(X)
+
+
+def test_a_disk_without_room_is_refused_before_anything_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = small(offload=ON_DISK)
+    asked = []
+
+    def full(*args: int) -> None:
+        asked.append(args[-1])
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(DiskError, match=r"cannot reserve .* bytes, .*: No space left on device\n.*make room there"):
+            model.train_step(X)
+    model.train_step(X)
+    assert asked == [sum(padded(size) for size in state_on_disk(model.program).values())]
+
+
+def test_a_block_that_has_changed_stops_the_step_that_reads_it() -> None:
+    model, _ = small(offload=ON_DISK)
+    model.train_step(X)
+    disk = model._zgraph.state.disk
+    with open(f"/proc/self/fd/{disk._fd}", "r+b") as file:
+        file.write(b"\xff" * 8)
+    with pytest.raises(DiskError, match="gave back other bytes than were written"):
+        model.train_step(X)
+
+
+def test_what_cannot_be_written_stops_the_step_and_is_never_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = small(offload=ON_DISK)
+    model.train_step(X)
+
+    def refuse(*_: Any) -> int:
+        raise OSError(errno.EIO, "refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", refuse)
+        with pytest.raises(DiskError, match=r"cannot write .*: Input/output error"):
+            model.train_step(X)
+    for use in (lambda: model.train_step(X), optimizer.state_dict):
+        with pytest.raises(DiskError, match="never been written completely"):
+            use()
+
+
+KILLED = """
+import os, random, signal, sys, time
+import torch, zgraph
+from torch import nn
+
+path, num = sys.argv[1], int(sys.argv[2])
+
+def losses(num_steps, **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(400, 400) for _ in range(4)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    zgraph.compile(model, optimizer, loss=lambda y, _: y.square().mean(), bucket_bytes=1, **options)
+    return (model.train_step(torch.ones(2, 400)) for _ in range(num_steps))
+
+everything = {"offload": {"optimizer": "disk", "parameters": "disk"}, "offload_path": path}
+start = time.monotonic()
+expected = list(losses(4))
+longest = 1.5 * (time.monotonic() - start)
+moment = random.Random(0)
+for _ in range(num):
+    child = os.fork()
+    if not child:
+        for _ in losses(10**9, **everything):
+            pass
+    time.sleep(moment.uniform(0, longest))
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL, status
+    assert not os.listdir(path), os.listdir(path)
+assert all(map(torch.equal, losses(4, **everything), expected))
+"""
+
+
+@pytest.mark.parametrize("num", [2, pytest.param(50, marks=pytest.mark.nightly)])
+@pytest.mark.slow
+def test_runs_that_are_killed_leave_nothing_behind_and_the_next_is_as_ever(disk_path: Path, num: int) -> None:
+    """Each is killed at a moment of its own: while it is compiled, while state goes to the disk, or in a step."""
+    command = [sys.executable, "-c", KILLED, str(disk_path), str(num)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
