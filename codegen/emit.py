@@ -2,7 +2,8 @@
 
 Each value is dropped right after its last use, and the argument list is emptied on entry, so that a buffer is free as
 soon as the program is done with it. What has a place in an arena is stored there. Collectives go through a ``comm``
-object, transfers through what lies on a disk (``zgraph.disk.DiskTensor``); everything else is a plain call.
+object, transfers through what lies on a disk (``zgraph.disk.DiskTensor``), which for what is spilled there comes with
+the call; everything else is a plain call.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from zgraph.codegen import comments
 from zgraph.codegen.owned import OwnedUpdate
 from zgraph.codegen.region import Region
 from zgraph.codegen.source import SourceWriter
+from zgraph.disk import padded
 from zgraph.into import into
 from zgraph.liveness import last_uses
-from zgraph.placement import Place, Placement, copied_bytes, is_of_region
+from zgraph.placement import Place, Placement, copied_bytes, is_of_region, spilled_places
 from zgraph.program import Mesh, Program, describe, operand
 
 aten = torch.ops.aten
@@ -64,15 +66,23 @@ class Step:
 
     Attributes:
         source: what is run.
-        function: ``step(inputs, comm) -> results``; where there are places, ``step(inputs, comm, arena) -> results``.
+        function: ``step(inputs, comm) -> results``; where there are places, ``step(inputs, comm, arena) -> results``,
+            and where something is spilled, ``disk`` comes behind these.
         places: what ``arena`` has a tensor for each.
         copied_bytes: see ``zgraph.placement.Placement``.
+        spilled: what ``disk`` has a ``DiskTensor`` for each.
     """
 
     source: str
     function: Callable[..., list[Any]]
     places: tuple[Place, ...]
     copied_bytes: int
+    spilled: tuple[Place, ...] = ()
+
+    @property
+    def spilled_bytes(self) -> int:
+        """Of the room on a disk."""
+        return sum(padded(place.num_bytes) for place in self.spilled)
 
 
 def emit(
@@ -89,7 +99,9 @@ def emit(
     names: dict[fx.Node, str] = {node: f"v{i}" for i, node in enumerate(program.graph.nodes)}
     dying = last_uses(program.graph)
     arena = _Arena(placement)
-    lines = [f"def step(inputs, comm{', arena' if arena.names else ''}):"]
+    spilled = spilled_places(program)
+    slots = {node: f"d{i}" for i, node in enumerate(spilled)}
+    lines = [f"def step(inputs, comm{', arena' if arena.names else ''}{', disk' if slots else ''}):"]
     lines += [f"    {line}" for line in comments.header(program, names)]
     lines += _unpack([names[node] for node, _ in program.placeholders()], "inputs")
     watched = writer.bind(watch, "watch") if watch is not None else None
@@ -97,6 +109,7 @@ def emit(
         lines.append(f"    {watched}.begin(inputs)")
     lines.append("    inputs.clear()")
     lines += _unpack(list(arena.names.values()), "arena") if arena.names else []
+    lines += _unpack(list(slots.values()), "disk") if slots else []
     groups = comments.Groups()
     for number, node in enumerate(program.graph.nodes):
         if node.op == "output":
@@ -108,9 +121,11 @@ def emit(
         for index, place in arena.copied(node).items():
             vectors: Any = node.args[0]
             lines.append(f"    {writer.expression(aten.copy_.default, [arena.names[place], names[vectors[index]]])}")
-        lines.append(
-            f"    {names[node]} = {_expression(writer, node, names, tag, arena, program.mesh)}{comments.mark(node)}"
-        )
+        if node in slots:
+            call = f"{slots[node]}.store({names[operand(node)]})"
+        else:
+            call = _expression(writer, node, names, tag, arena, program.mesh)
+        lines.append(f"    {names[node]} = {call}{comments.mark(node)}")
         if watched is not None:
             assert watch is not None
             lines.append(f"    {watched}.see({number}{', locals()' if watch.needs_values else ''})")
@@ -118,10 +133,14 @@ def emit(
         if dead:
             lines.append(f"    del {', '.join(dead)}")
     lines += arena.legend()
+    if slots:
+        lines.append("    # Places in a room on a disk:")
+    for node, name in slots.items():
+        lines.append(f"    #   {name}: {describe(spilled[node].like())} from byte {spilled[node].start} on")
     source = "\n".join(lines) + "\n"
     function = writer.compile(source, "step", f"<zgraph step {id(program):x}>")
     copied = copied_bytes(program, {}) if placement is None else placement.copied_bytes
-    return Step(source, function, tuple(arena.names), copied)
+    return Step(source, function, tuple(arena.names), copied, tuple(spilled.values()))
 
 
 def _unpack(names: Sequence[str], given: str) -> list[str]:

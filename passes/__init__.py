@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zgraph.config import BUCKET_BYTES, Config
+from zgraph.config import BUCKET_BYTES, WAITED_FOR, Config
 from zgraph.errors import OptionError
 from zgraph.hardware import Hardware
 from zgraph.layout import ALIGN, Layout
@@ -15,6 +15,7 @@ from zgraph.passes.fuse import FuseRegions
 from zgraph.passes.inplace import UpdateInPlace
 from zgraph.passes.keep import ReadGathered
 from zgraph.passes.offload import Offload
+from zgraph.passes.offload_activations import OffloadActivations
 from zgraph.passes.overlap import Overlap
 from zgraph.passes.overwrite import OverwriteOperands
 from zgraph.passes.precision import CastBeforeGather, GatherInLowPrecision, ReduceInLowPrecision
@@ -90,19 +91,30 @@ def default_passes(
     then = (*steps, *last_steps)
     # What stays gathered is decided last, where there is room beside all else; it is not in the way of what is dropped.
     unshard = (Unshard(config.unshard, hardware),) if config.zero == 3 and mesh.size > 1 else ()
-    offload = (Offload(_offloaded(config), hardware),) if config.offload is not None else ()
+    offload = _offload(config, hardware)
     recompute = _recompute(config, hardware, then, levels)
     passes = (Tidy(), *recompute, *steps, *fuse, *last_steps, *offload, *unshard)
     last = {p.gives: p for p in passes}
     return tuple(q for p in passes for q in (p, *(o for o in own if last.get(o.takes) is p)))
 
 
-def _offloaded(config: Config) -> tuple[str, ...]:
+def _offload(config: Config, hardware: Hardware | None) -> tuple[Pass, ...]:
+    if config.offload is None:
+        return ()
     if not isinstance(config.offload, dict):
         raise OptionError(
             f"offload={config.offload!r} is chosen by a budget, and none was given", fix="say what lies where, or None"
         )
-    return tuple(sorted(config.offload))
+    state = tuple(what for what in sorted(config.offload) if what != "activations")
+    passes: tuple[Pass, ...] = (Offload(state, hardware),) if state else ()
+    if "activations" not in config.offload:
+        return passes
+    if hardware is None:
+        raise OptionError(
+            f"offload={config.offload!r} weighs seconds, and this machine is not known",
+            fix="run `zgraph calibrate` to measure it, or leave activations out",
+        )
+    return (*passes, OffloadActivations(hardware, config.offload["activations"] == WAITED_FOR))
 
 
 def _granule(config: Config) -> int:
@@ -163,6 +175,7 @@ __all__ = [
     "KeepSecondaryShards",
     "Levels",
     "Offload",
+    "OffloadActivations",
     "OrderByMemory",
     "Overlap",
     "OverwriteOperands",

@@ -99,7 +99,10 @@ def check_numbers(numbers: Mapping[str, Any], config: Config) -> None:
             raise OptionError(f"{name}={value!r} is out of range", fix=f"give a number from 0 to {_NUMBERS[name]}")
 
 
-OFFLOADED = {"optimizer": ("disk",), "parameters": ("disk",)}
+WAITED_FOR = "disk, waited for"
+"""Where ``offload`` may keep activations even if computing waits for the disk then."""
+
+OFFLOADED = {"optimizer": ("disk",), "parameters": ("disk",), "activations": ("disk", WAITED_FOR)}
 """What may lie elsewhere than in memory, and where."""
 
 
@@ -114,7 +117,7 @@ def _check_offload(config: Config) -> None:
                 known = ", ".join(map(repr, OFFLOADED))
                 raise OptionError(f"offload={given!r}: {what!r} is none of what can be moved: {known}", fix=fix)
             if tier not in OFFLOADED[what]:
-                known = ", ".join(map(repr, OFFLOADED[what]))
+                known = " or ".join(map(repr, OFFLOADED[what]))
                 raise OptionError(f"offload={given!r}: {what!r} can lie on {known}, not on {tier!r}", fix=fix)
     path: Any = config.offload_path
     if path is not None and (not isinstance(path, str) or not path or "\0" in path):
@@ -224,8 +227,10 @@ class Config:
         offload: where what a step does not need all the time lies instead of in memory. ``{"optimizer": "disk"}``
             keeps vectors of optimizer state on a disk: each bucket's come from there for its update, and go back, while
             others are computed. ``"parameters": "disk"`` does so with what each rank stores of parameters, which come
-            for forward, for backward and for their update. On CPUs. With ``memory=``, ``"auto"`` keeps there what the
-            budget has no room for, optimizer state first, where that is faster than other ways to take less memory.
+            for forward, for backward and for their update. ``"activations": "disk"`` spills what forward leaves for
+            backward, as much as the disk is predicted to take and give back while other calls compute; ``"disk, waited
+            for"`` spills all that lowers the peak, and lets them wait. On CPUs. With ``memory=``, ``"auto"`` keeps
+            there what the budget has no room for, where that is faster than other ways to take less memory.
         offload_path: the directory, on a local disk, for files without names that are gone when the process ends; by
             default ``/var/tmp``.
         memory_first: compute in another order where that lowers the peak (``zgraph.passes.OrderByMemory``): values are

@@ -18,7 +18,7 @@ import threading
 import weakref
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,7 +124,9 @@ class Disk:
         index = next(i for i, (start, end) in enumerate(gaps) if end - start >= size)
         start, end = gaps[index]
         gaps[index : index + 1] = [(start + size, end)] if end - start > size else []
-        return DiskTensor(self, numel, dtype, start)
+        found = DiskTensor(self, start, (numel,), (1,), dtype)
+        weakref.finalize(found, self.give_back, start, start + size)
+        return found
 
     def check(self) -> None:
         """Tell what could not be written.
@@ -156,6 +158,7 @@ class Disk:
     def read(self, data: np.ndarray, start: int, crc: int | None) -> None:
         """Read a block, and check it."""
         if crc is None:
+            self.check()  # where it was this step that could not write it
             raise DiskError(
                 f"{len(data)} bytes on the disk ({self.path}) have never been written completely", fix=_RESTART
             )
@@ -250,18 +253,32 @@ _RESTART = "restart from what was saved last"
 
 
 class DiskTensor:
-    """A vector that lies in a file.
+    """A tensor without gaps between its elements that lies in a file.
 
     Attributes:
-        shape, dtype, nbytes: as of a tensor.
+        shape, strides, dtype, nbytes: as of a tensor in memory; strides in elements.
     """
 
-    def __init__(self, disk: Disk, numel: int, dtype: torch.dtype, start: int) -> None:
+    def __init__(
+        self, disk: Disk, start: int, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype
+    ) -> None:
         self._disk, self._start = disk, start
-        self.shape, self.dtype, self.nbytes = torch.Size([numel]), dtype, numel * dtype.itemsize
+        self._room: DiskTensor | None = None
+        self.shape, self.strides, self.dtype = torch.Size(shape), tuple(strides), dtype
+        self.nbytes = self.shape.numel() * dtype.itemsize
         self._crcs: list[int | None] = [None] * -(-self.nbytes // BLOCK_BYTES)
         self._writing: list[Future[None]] = []
-        weakref.finalize(self, disk.give_back, start, start + padded(self.nbytes))
+
+    def part(self, start: int, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> DiskTensor:
+        """A tensor in the room of this one, which keeps it; what parts share is what was written there last.
+
+        Args:
+            start: its first byte, counted from this one's: a multiple of ``PAGE``.
+            shape, strides, dtype: of a tensor without gaps between its elements.
+        """
+        found = DiskTensor(self._disk, self._start + start, shape, strides, dtype)
+        found._room = self
+        return found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DiskTensor:
         disk: Disk = copy.deepcopy(self._disk, memo)
@@ -276,7 +293,7 @@ class DiskTensor:
             out: where to; new memory if None. Memory that begins at a multiple of ``PAGE`` needs no copy on the way.
         """
         assert all(future.done() for future in self._writing), "it is still being written"
-        result = torch.empty(self.shape, dtype=self.dtype) if out is None else out
+        result = torch.empty_strided(self.shape, self.strides, dtype=self.dtype) if out is None else out
         self._disk.moved.read_bytes += self.nbytes
         disk = self._disk
         futures = [
@@ -317,7 +334,8 @@ class DiskTensor:
 
     def _blocks(self, tensor: torch.Tensor) -> Iterator[tuple[int, np.ndarray, int]]:
         """Number, memory and place in the file of each block."""
-        data = tensor.detach().contiguous().view(torch.uint8).numpy()
+        assert _layout(tensor.shape, tensor.stride()) == _layout(self.shape, self.strides), "another order of elements"
+        data = tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
         for index, at in enumerate(range(0, self.nbytes, BLOCK_BYTES)):
             yield index, data[at : at + BLOCK_BYTES], self._start + at
 
@@ -349,6 +367,11 @@ class Transfer:
                 raise error
         self.keep = None
         return self.result
+
+
+def _layout(shape: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
+    """Sizes and strides, but for dimensions of one element, whose strides say nothing."""
+    return [(size, stride) for size, stride in zip(shape, strides, strict=True) if size != 1]
 
 
 def _is_in_memory(fd: int) -> bool:

@@ -18,15 +18,18 @@ from zgraph.layout import Bucket
 from zgraph.packed import pack, unpacked_numel
 from zgraph.program import Input, Program, Role, StateInit
 from zgraph.skipping import NUM_SKIPPED
+from zgraph.spilled import SpillRoom
 from zgraph.state import TrainingState
 
 
 class Executable:
     """A lowered program bound to the state it updates and the ranks it runs on."""
 
-    def __init__(self, program: Program, step: Step, state: TrainingState, comm: Comm, arena: Arena) -> None:
+    def __init__(
+        self, program: Program, step: Step, state: TrainingState, comm: Comm, arena: Arena, spill_room: SpillRoom
+    ) -> None:
         self.program, self.step = program, step
-        self._state, self._comm, self._arena = state, comm, arena
+        self._state, self._comm, self._arena, self._spill_room = state, comm, arena, spill_room
         self._divided: Comm = comm.axes.get(program.mesh.shard_axis, comm)  # among the ranks that divide state
         self._values = {what: node.meta["val"] for node, what in program.placeholders()}
 
@@ -43,11 +46,12 @@ class Executable:
         with torch.no_grad():
             inputs = [self._fetch(what, batch, hypers) for what in self._values]
             arena = (self._arena.tensors(self.step),) if self.step.places else ()
+            disk = (self._spill_room.tensors(self.step),) if self.step.spilled else ()
             # In grad mode, as in eager: nn.LSTM's operator keeps what its backward needs only there. No input requires
             # a gradient, so autograd records nothing.
             try:
                 with torch.enable_grad():
-                    loss, *new = self.step.function(inputs, self._comm, *arena)
+                    loss, *new = self.step.function(inputs, self._comm, *arena, *disk)
             finally:
                 if self._state.disk is not None:
                     self._state.disk.finish()  # a step that failed must not have its memory written to by and by

@@ -28,9 +28,9 @@ from zgraph.program import FlatGradient, Input, Phase, Program, Role, operand, t
 class Kind(enum.Enum):
     """What bytes are for.
 
-    ACTIVATIONS are computed in forward and held beyond it. COMMUNICATION is what is sent and is none of the kinds
-    before, and what other ranks sent before it is added up. UNUSED is what an arena (``zgraph.placement``) has beyond
-    what lies in it.
+    ACTIVATIONS are computed in forward and held beyond it, or spilled and loaded again. COMMUNICATION is what is sent
+    and is none of the kinds before, and what other ranks sent before it is added up. UNUSED is what an arena
+    (``zgraph.placement``) has beyond what lies in it.
     """
 
     PARAMS = "parameter shards"
@@ -182,6 +182,12 @@ def state_on_disk(program: Program) -> dict[Input, int]:
     return {what: node.meta["val"].nbytes for what, node in found.items()}
 
 
+def spilled_bytes(program: Program) -> int:
+    """Bytes that a run of a program keeps on a disk for a while."""
+    spills = program.graph.find_nodes(op="call_function", target=ops.spill)
+    return sum(node.meta["val"].nbytes for node in spills)
+
+
 def with_scratch(found: Footprint, program: Program) -> Footprint:
     """And what libraries hold on a CPU, where it lies in the memory that tensors lie in.
 
@@ -209,7 +215,8 @@ def _kind(node: fx.Node, last: fx.Node) -> Kind:
     if node.target in (ops.all_gather, ops.all_gather_into):
         return Kind.GATHERED
     if node.target is ops.load:
-        return _OF_ROLE[operand(node).meta["input"].role]
+        what = operand(node).meta.get("input")
+        return Kind.ACTIVATIONS if what is None else _OF_ROLE[what.role]
     if node.target is ops.dequantize or _is_widened(node):
         return Kind.GATHERED
     if node.target is ops.all_to_all:
@@ -218,7 +225,8 @@ def _kind(node: fx.Node, last: fx.Node) -> Kind:
         return Kind.GRADIENTS
     phase: Phase = node.meta["origin"].phase
     last_phase = last.meta["origin"].phase if last.op == "call_function" else Phase.UPDATE
-    if phase is Phase.FORWARD and last_phase is not Phase.FORWARD:
+    is_spilled = any(user.target is ops.spill for user in node.users)
+    if is_spilled or (phase is Phase.FORWARD and last_phase is not Phase.FORWARD):
         return Kind.ACTIVATIONS
     if any(user.target in ops.STARTS for user in node.users):
         return Kind.COMMUNICATION

@@ -1,7 +1,8 @@
 """Bytes of temporary memory that are alive while a program runs, node by node.
 
 State, batch and constants belong to the caller and are not counted. Views share the memory of what they view; the
-result of a collective, or of a load from a disk, exists from its start; what is sent or stored stays until the wait.
+result of a collective, or of a load from a disk, exists from its start; what is sent or stored stays until the wait;
+what has been spilled to a disk takes no memory.
 Values die after their last reader, as in the emitted code.
 """
 
@@ -226,7 +227,7 @@ def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 
 def _allocated(node: fx.Node, unpacked: Collection[Any]) -> int:
     """Bytes that running ``node`` allocates for its results, those not counted that are unpacked from them."""
-    if node.target is ops.wait or node.target in ops.INTO:
+    if node.target in (ops.wait, ops.spill) or node.target in ops.INTO:
         return 0
     val = node.meta.get("val")  # a gradient that an operator does not give has none
     if not isinstance(val, (tuple, list)):

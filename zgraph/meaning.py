@@ -334,10 +334,11 @@ def _is_averaged(what: Input | None, result: fx.Node) -> bool:
 def _comes_before_update(node: fx.Node) -> bool:
     """Whether a value is computed by forward or backward, on this rank's part of the batch.
 
-    State that is loaded for them is none of their own.
+    State that is loaded for them is none of their own, unlike what they have spilled.
     """
-    is_loaded = node.target is ops.wait and operand(node).target is ops.load
-    return node.op == "call_function" and not is_loaded and phase_of(node) is not Phase.UPDATE
+    loads = node.target is ops.wait and operand(node).target is ops.load
+    is_state = loads and operand(operand(node)).op == "placeholder"
+    return node.op == "call_function" and not is_state and phase_of(node) is not Phase.UPDATE
 
 
 def _strides(node: fx.Node) -> tuple[int, ...]:

@@ -319,5 +319,6 @@ RULES: dict[Any, Rule] = {
     ops.pack_state: _pack_state,
     ops.load: _transfer,
     ops.store: _transfer,
+    ops.spill: _transfer,
     ops.wait: _wait,
 }  # fmt: skip

@@ -6,8 +6,8 @@ slice of a flat buffer that this rank has among those of an axis: the one operat
 that the program text is the same on all. ``zgraph::square_sum`` and ``zgraph::add_up`` make a norm of tensors that lie
 in parts; ``zgraph::pack_state`` and ``zgraph::unpack_state`` are for tensors that are kept in 8 bits an element, and
 ``zgraph::quantize`` and what reads its result for those that travel so; ``zgraph::elements`` says where a flat buffer
-has elements of parameters rather than padding. ``zgraph::load`` and ``zgraph::store`` start transfers from and to a
-disk, which are waited for as collectives are.
+has elements of parameters rather than padding. ``zgraph::load``, ``zgraph::store`` and ``zgraph::spill`` start
+transfers from and to a disk, which are waited for as collectives are.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ _library.define("dequantize(Tensor data, ScalarType dtype) -> Tensor")  # type: 
 _library.define("mean_of_quantized(Tensor data, int world) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("load(Tensor stored) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("store(Tensor x, *, Tensor(a!) out) -> Tensor(a!)")  # type: ignore[no-untyped-call]
+_library.define("spill(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
 
 
 def _shard_shape(x: torch.Tensor, world: int, axis: str) -> torch.Tensor:  # noqa: ARG001 -- the operator's schema
@@ -82,6 +83,7 @@ for _name in ("quantize", "dequantize", "mean_of_quantized"):
     _library.impl(_name, getattr(quantized, _name), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _library.impl("max_over_ranks", torch.clone, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _library.impl("load", torch.clone, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_library.impl("spill", torch.clone, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _library.impl("store", lambda x, out: out.copy_(x), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _library.impl("elements", _elements, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _library.impl("square_sum", _square_sum, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
@@ -129,8 +131,10 @@ load = torch.ops.zgraph.load.default
 """What lies on the disk, in new memory."""
 store = torch.ops.zgraph.store.default
 """A vector, over what lies on the disk as ``out``."""
+spill = torch.ops.zgraph.spill.default
+"""A tensor of this step, in a place of its own on the disk."""
 
-TRANSFERS = frozenset({load, store})
+TRANSFERS = frozenset({load, store, spill})
 """Operators that start a transfer between memory and disk, waited for as collectives are."""
 
 ASYNCHRONOUS = STARTS | TRANSFERS

@@ -18,7 +18,7 @@ from zgraph.batches import common_rows
 from zgraph.config import Config
 from zgraph.errors import BudgetError, StateError, first_line, quoted
 from zgraph.expected_error import NOTHING_MEASURED, ExpectedError, Spread, expected_error
-from zgraph.footprint import Holding, state_on_disk
+from zgraph.footprint import Holding, spilled_bytes, state_on_disk
 from zgraph.hardware import Hardware
 from zgraph.lower import Lowered
 from zgraph.machines import ASSUMED
@@ -357,10 +357,13 @@ def _counts_tokens(dtype: torch.dtype) -> bool:
 def _disk_notes(lowered: Lowered, prediction: Prediction, hardware: Hardware) -> Iterator[str]:
     """What lies on a disk, if anything does, and how much of it a step moves."""
     found = state_on_disk(lowered.last)
-    stored = sum(found.values())
+    spilled = max(map(spilled_bytes, lowered.programs))
+    stored = sum(found.values()) + spilled
     if stored:
         named = {Role.PARAM: "parameters", Role.OPT_STATE: "optimizer state"}
-        kinds = " and ".join(words for role, words in named.items() if any(what.role is role for what in found))
+        state = [words for role, words in named.items() if any(what.role is role for what in found)]
+        *first, last = [*state, *(["activations"] if spilled else [])]
+        kinds = f"{', '.join(first)} and {last}" if first else last
         moved = [show_bytes(num_bytes) for num_bytes in prediction.disk_moved_bytes.values()]
         yield (
             f"{show_bytes(stored)} of each rank's {kinds} lie on a disk; a step reads {moved[0]} and writes {moved[1]}"

@@ -13,7 +13,7 @@ from zgraph.hardware import Hardware
 from zgraph.lower import Lowered
 from zgraph.placement import place
 from zgraph.program import Program
-from zgraph.timeline import DISK_LANES, Timeline, play
+from zgraph.timeline import DISK_IN, DISK_OUT, Timeline, play
 
 
 def compiled_bytes(num_nodes: int) -> int:
@@ -57,7 +57,7 @@ class Prediction:
     @property
     def disk_moved_bytes(self) -> dict[str, int]:
         """Bytes of a step that this rank reads from a disk (``disk in``) and writes to it (``disk out``)."""
-        found = dict.fromkeys(DISK_LANES.values(), 0)
+        found = {DISK_IN: 0, DISK_OUT: 0}
         for timeline, times in zip(self.timelines, self.repeats, strict=True):
             for event in timeline.events:
                 if event.lane in found:

@@ -249,7 +249,9 @@ class Program:
         return written <= {what for _, what in self.placeholders()}
 
     def is_on_disk(self, node: fx.Node) -> bool:
-        """Whether a node is an input that lies on a disk: of some buckets, parameters or vectors of optimizer state."""
+        """Whether a value lies on a disk: what has been spilled, and of some buckets, parameters or optimizer state."""
+        if node.target is ops.wait:
+            return operand(node).target is ops.spill
         what: Input | None = node.meta.get("input")
         return what is not None and self.keeps_on_disk(what, node.meta["val"])
 

@@ -62,6 +62,7 @@ from zgraph.progress import PASSES, Phases
 from zgraph.report import Recorder, Report, make_report
 from zgraph.search import Search
 from zgraph.skipping import GRADIENT_NORM, NUM_SKIPPED, report
+from zgraph.spilled import SpillRoom
 from zgraph.state import TrainingState
 from zgraph.stopwatch import Stopwatch
 from zgraph.tracing import forget
@@ -121,6 +122,7 @@ class Runtime:
     progress: bool = True
     cache: list[Compiled] = field(default_factory=list)  # in order of last use
     arena: Arena = field(default_factory=Arena)
+    spill_room: SpillRoom = field(default_factory=SpillRoom)
     _comm: Comm | None = None
     _machine: str | None = None
     _budget_bytes: int | None = None
@@ -195,7 +197,8 @@ class Runtime:
             self._compiled(key, call, values, facts, made, layout)
             for key, call in zip(keys[:-1], calls[:-1], strict=True)
         ]
-        if layout.needs_disk and (made or layout != self.state.layout):
+        needs_disk = layout.needs_disk or self.spill_room.num_bytes > 0
+        if needs_disk and (made or layout != self.state.layout):
             with self.agreement.together():
                 self._reserve(last.executable.program)
         if replaced or layout != self.state.layout:
@@ -258,8 +261,10 @@ class Runtime:
         wanted = sum(map(padded, state_on_disk(program).values()))
         disk = self.state.disk
         if disk is not None and program.layout == self.state.layout:
-            wanted -= disk.used_bytes  # it stays where it is
-        self.state.reserve(self.config.offload_path or DEFAULT_PATH, wanted)
+            wanted -= disk.used_bytes - self.spill_room.taken_bytes  # it stays where it is
+        self.state.reserve(self.config.offload_path or DEFAULT_PATH, max(wanted, 0) + self.spill_room.missing_bytes)
+        assert self.state.disk is not None
+        self.spill_room.take(self.state.disk)
 
     def _keep(self, used: Sequence[Compiled]) -> None:
         """Count these as used last; of all steps those used last are kept. All ranks decide alike."""
@@ -352,12 +357,14 @@ class Runtime:
         tagged = isinstance(self._comm, CheckedComm)
         if self.config.check_memory:
             watch = MemoryCheck(program, staged=self._comm.is_staged)
-            return Executable(program, emit(program, tagged=tagged, watch=watch), self.state, self._comm, self.arena)
-        placement = place(program, staged=self._comm.is_staged)
-        check_overwrites(program, placement)
-        self.arena.reserve(placement.num_bytes)
-        step = emit(program, placement, tagged=tagged, watch=stopwatch)
-        return Executable(program, step, self.state, self._comm, self.arena)
+            step = emit(program, tagged=tagged, watch=watch)
+        else:
+            placement = place(program, staged=self._comm.is_staged)
+            check_overwrites(program, placement)
+            self.arena.reserve(placement.num_bytes)
+            step = emit(program, placement, tagged=tagged, watch=stopwatch)
+        self.spill_room.reserve(step.spilled_bytes)
+        return Executable(program, step, self.state, self._comm, self.arena, self.spill_room)
 
     def _agree_on_kernels(self, programs: Sequence[Program]) -> None:
         """Run updates in slices on all ranks where one of them cannot compile: replicas are to be rounded alike."""
@@ -702,6 +709,7 @@ class Runtime:
             "disk_bytes": sum(t.nbytes for t in on_disk),
             "disk_read_bytes": self._moved.read_bytes,
             "disk_written_bytes": self._moved.written_bytes,
+            "spilled_bytes": self.spill_room.num_bytes,
             "buffer_bytes": sum(b.nbytes for b in self.model.buffers()),
             "arena_bytes": self.arena.num_bytes,
             "copied_bytes": last.copied_bytes(self.config.accumulate),

@@ -315,7 +315,8 @@ class Search:
         held = self._held[before]
         if not held:
             return 0
-        activations, divided_over = 0 if chosen_late else 1, config.mesh(self.world).shard_size
+        may_go = chosen_late or "activations" in (config.offload or ())
+        activations, divided_over = 0 if may_go else 1, config.mesh(self.world).shard_size
         return int(self._extended([each.on_rank(config.zero, divided_over, activations) for each in held]))
 
 
@@ -329,7 +330,7 @@ def _size(tried: Tried) -> tuple[int, float]:
 
 def _recomputed(captured: Program, config: Config) -> Program:
     """The step after the passes that change what it computes, before those that divide it."""
-    passes = takewhile(lambda p: p.gives is Stage.CAPTURED, default_passes(config, Mesh(1)))
+    passes = takewhile(lambda p: p.gives is Stage.CAPTURED, default_passes(replace(config, offload=None), Mesh(1)))
     return run(tuple(passes), captured, prove=False).program
 
 

@@ -97,6 +97,9 @@ def _bound_to_others(program: Program) -> Iterator[fx.Node]:
     """Calls that may break a rule though nobody touched them: because of the mesh, their readers or what they read."""
     for target in (*ops.ASYNCHRONOUS, ops.wait, ops.shard, *ops.BY_PLACE):
         yield from program.graph.find_nodes(op="call_function", target=target, sort=False)
+    for spilled in program.graph.find_nodes(op="call_function", target=ops.spill, sort=False):
+        for wait in spilled.users:
+            yield from (user for user in wait.users if user.op == "call_function")
     if program.layout is not None and program.layout.needs_disk:
         for node in filter(program.is_on_disk, program.graph.find_nodes(op="placeholder")):
             yield from (user for user in node.users if user.op == "call_function")
@@ -475,6 +478,8 @@ class _Memory:
             memory = self.owner[result]
             if memory.op == "placeholder" and memory.meta["input"] == what:
                 replaced.add(memory)
+            if memory.target is ops.spill:
+                self.refuse(result, f"is returned as {what or 'the loss'} but was spilled for this step only")
             if self.writer.get(memory) is not self.seen[result]:
                 self.refuse(self.writer[memory], f"writes over what is returned as {what or 'the loss'}")
             if self.program.stage < Stage.INPLACE:

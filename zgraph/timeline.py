@@ -2,7 +2,7 @@
 
 Each lane does one thing after another: ``issue`` (the host, which starts operators), ``compute``, and one for each axis
 of the mesh, whose process groups have links of their own: those inside of nodes, and those between them; besides ``disk
-in`` and ``disk out``, by which state comes from a disk and goes there. Node order is issue order. A collective or a
+in`` and ``disk out``, by which tensors come from a disk and go there. Node order is issue order. A collective or a
 transfer starts when it has been issued, what was computed before it is there, and its lane is free; a wait holds up the
 computing that is issued after it.
 
@@ -34,7 +34,8 @@ from zgraph.work import ATTENTION, MATRIX
 
 COMPUTE = "compute"
 ISSUE = "issue"
-DISK_LANES: dict[Any, str] = {ops.load: "disk in", ops.store: "disk out"}
+DISK_IN, DISK_OUT = "disk in", "disk out"
+DISK_LANES: dict[Any, str] = {ops.load: DISK_IN, ops.store: DISK_OUT, ops.spill: DISK_OUT}
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def play_issued(calls: Sequence[Issued], hardware: Hardware) -> Timeline:
         cost = call.cost
         if call.waits_for is not None:
             started = calls[call.waits_for]
-            is_apart = started.lane in DISK_LANES.values()
+            is_apart = started.lane in (DISK_IN, DISK_OUT)
             start, end = lanes.wait(ends[call.waits_for], 0 if is_apart else started.cost.seconds)
             events.append(Event(call.node, COMPUTE, start, end, cost))
             ends.append(end)
@@ -222,7 +223,7 @@ def least_s(program: Program, hardware: Hardware, *, cost_of: Callable[[fx.Node]
         busy[call.lane] += call.cost.seconds
         busy[ISSUE] += hardware.launch_s * call.cost.num_calls
     if hardware.device_type == "cpu":
-        beside = [busy.pop(lane, 0.0) for lane in DISK_LANES.values()]
+        beside = [busy.pop(lane, 0.0) for lane in (DISK_IN, DISK_OUT)]
         return max(sum(busy.values()), *beside)
     place = {call.node: i for i, call in enumerate(calls)}
     before, behind = [0.0] * len(calls), [0.0] * len(calls)

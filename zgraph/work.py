@@ -106,7 +106,7 @@ def works(node: fx.Node, world: Size) -> tuple[Work, ...]:
     target = ops.allocating(target)
     if target is ops.load:
         return (Work("load", DISK, read_bytes=num_bytes_of(node.meta["val"])),)
-    if target is ops.store:
+    if target in (ops.store, ops.spill):
         return (Work("store", DISK, written_bytes=num_bytes_of(operand(node).meta["val"])),)
     family = _FAMILIES.get(target)
     if family is not None:

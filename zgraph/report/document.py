@@ -30,7 +30,7 @@ from zgraph.report.chrome_trace import chrome_trace
 from zgraph.report.page import page
 from zgraph.report.recorder import Recorder
 from zgraph.stopwatch import Measured
-from zgraph.timeline import COMPUTE, DISK_LANES, lane_of, play
+from zgraph.timeline import COMPUTE, DISK_IN, DISK_LANES, DISK_OUT, lane_of, play
 
 SCHEMA, VERSION = "zgraph-report", 1
 
@@ -201,11 +201,11 @@ def make_report(
 
 
 def if_faster(program: Program, hardware: Hardware) -> dict[str, float]:
-    """Seconds that a program would take if computing, links, the host, or a disk for state were twice as fast."""
+    """Seconds that a program would take if computing, links, the host, or the disk were twice as fast."""
     costs = Costs(program, hardware)
 
     def step_s(*, computing: float = 1.0, links: float = 1.0, host: float = 1.0, disk: float = 1.0) -> float:
-        factors = {COMPUTE: computing, **dict.fromkeys(DISK_LANES.values(), disk)}
+        factors = {COMPUTE: computing, DISK_IN: disk, DISK_OUT: disk}
 
         def cost_of(node: fx.Node) -> Cost:
             cost = costs.of(node)
@@ -214,8 +214,8 @@ def if_faster(program: Program, hardware: Hardware) -> dict[str, float]:
         return play(program, replace(hardware, launch_s=hardware.launch_s * host), cost_of=cost_of).step_s
 
     found = {"computing": step_s(computing=0.5), "links": step_s(links=0.5), "the host": step_s(host=0.5)}
-    is_streamed = program.layout is not None and program.layout.needs_disk
-    return {**found, "the disk": step_s(disk=0.5)} if is_streamed else found
+    moves = any(node.target in DISK_LANES for node in program.graph.nodes)
+    return {**found, "the disk": step_s(disk=0.5)} if moves else found
 
 
 def would_free(config: Config, world: int) -> dict[str, str]:

@@ -26,7 +26,7 @@ from zgraph.predict import held_by
 from zgraph.program import Input, Origin, Program, describe, show, target_name
 from zgraph.report.runs import runs
 from zgraph.report.sources import code_around
-from zgraph.timeline import COMPUTE, DISK_LANES, Timeline, lane_of, play
+from zgraph.timeline import COMPUTE, DISK_IN, DISK_OUT, Timeline, lane_of, play
 from zgraph.work import LINK
 
 CAPTURE = "capture"
@@ -139,7 +139,7 @@ class Recorder:
             "rows": self._rows,
             "operators": [name for name, _ in operators],
             "wait": target_name(ops.wait),
-            "disk_lanes": list(DISK_LANES.values()),
+            "disk_lanes": [DISK_IN, DISK_OUT],
             "bodies": [body for _, body in operators],
             "arguments": list(self._arguments),
             "sources": [{"at": source, "code": code_around(source)} for source in sources],

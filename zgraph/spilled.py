@@ -1,0 +1,65 @@
+"""The room on a disk that a compiled model's steps spill to: what an arena is for memory (``zgraph.arena``).
+
+One room for all programs of a model, as large as the largest of them needs, since nothing in it outlives the run of a
+program. It is taken before the first step and kept, so that no step finds the disk full.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from zgraph.codegen.emit import Step
+from zgraph.disk import Disk, DiskTensor
+
+
+class SpillRoom:
+    """Room in a file, and the tensors in it that emitted steps spill to.
+
+    Attributes:
+        num_bytes: what the largest step needs.
+    """
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self._room: DiskTensor | None = None
+        self._tensors: WeakKeyDictionary[Step, list[DiskTensor]] = WeakKeyDictionary()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SpillRoom:
+        """A copy of a model has a room of its own."""
+        return SpillRoom()
+
+    def reserve(self, num_bytes: int) -> None:
+        """Need room for so many bytes, which is taken before the step that needs it runs."""
+        self.num_bytes = max(self.num_bytes, num_bytes)
+
+    @property
+    def taken_bytes(self) -> int:
+        """Of the room that there is."""
+        return 0 if self._room is None else self._room.nbytes
+
+    @property
+    def missing_bytes(self) -> int:
+        """Of the room that has to be taken; 0 where there is one that is large enough."""
+        return 0 if self.taken_bytes >= self.num_bytes else self.num_bytes
+
+    def take(self, disk: Disk) -> None:
+        """Take the room that is needed, instead of one that is too small.
+
+        Raises:
+            DiskError: there is none, and all stays as it was.
+        """
+        if self.missing_bytes:
+            self._room = disk.allocate(self.num_bytes, torch.uint8)
+            self._tensors.clear()
+
+    def tensors(self, step: Step) -> list[DiskTensor]:
+        """What a step whose bytes have been found is given: a tensor for each that it spills."""
+        assert self._room is not None, "no room was taken"
+        if step not in self._tensors:
+            self._tensors[step] = [
+                self._room.part(place.start, place.shape, place.strides, place.dtype) for place in step.spilled
+            ]
+        return self._tensors[step]
