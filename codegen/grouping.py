@@ -6,7 +6,8 @@
 
 Calls join one after another, each with what it reads, as long as loops have words for all of them together, nothing but
 they lies between what they read and what reads them, and no collective starts later than it did. Each region stands
-where the last of its calls stood, or before the first call that reads a result of it.
+where the last of its calls stood, or before the first call that reads a result of it; but none of backward's
+stands in the middle of forward.
 """
 
 from __future__ import annotations
@@ -104,6 +105,9 @@ class _Grouping:
         last_read = max((self._place(source) for source in self._outside(nodes, inside)), default=-1.0)
         if last_read >= place or any(place < start < last for start in self.starts):
             return None
+        of_backward = [self.position[node] for node in nodes if phase_of(node) is Phase.BACKWARD]
+        if 0 < len(of_backward) < len(nodes) and place < of_backward[0]:
+            return None  # what only backward needs would be kept from forward on
         if is_written and not self._can_write(body_of(nodes, results)[0]):
             return None
         return Group(nodes, results, place)

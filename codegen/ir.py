@@ -261,6 +261,23 @@ class Sweep:
         return [node for node in self.loops.body.nodes if node in self.needed and level_of(node) is level]
 
 
+def may_overwrite(loops: Loops, place: int, index: int) -> bool:
+    """Whether a result may lie where an input does: each element is read for the last time before it is stored."""
+    (stored,) = (store for store in loops.stores if store.place == place)
+    loads = {load for load, read in loops.inputs.items() if read == index}
+    if stored.over_rows or level_of(stored.value) is not Level.ELEMENT:
+        return False
+    row_major = tuple(math.prod(loops.sizes[i + 1 :]) for i in range(len(loops.sizes)))
+    if any(level_of(load) is not Level.ELEMENT or loops.strides[load] != row_major for load in loads):
+        return False
+    last = Sweep(loops, loops.num_sweeps - 1)
+    # Of a row, one element is picked out by itself, which may be after others were stored.
+    later = [argument(node) for node in last.needed if node.target is pick]
+    for depth in range(loops.depth[stored.value] + 1, last.num_loops):
+        later += [*map(argument, last.reductions(depth)), *(store.value for store in last.element_stores(depth))]
+    return loads.isdisjoint(last.elements(later))
+
+
 def argument(node: fx.Node) -> fx.Node:
     """What a sum or a maximum is of."""
     arg = node.args[0]

@@ -243,6 +243,11 @@ def expressions(body: fx.Graph) -> str:
     return "; ".join([*lines, f"return {show(body.output_node().args[0], number)}"])
 
 
+def calls_of(body: fx.Graph) -> tuple[str, ...]:
+    """The calls of a body, in order."""
+    return tuple(expressions(body).split("; ")[:-1])
+
+
 def region(nodes: Sequence[fx.Node], results: Sequence[fx.Node]) -> tuple[fx.Graph, list[fx.Node]]:
     """Copy ``nodes`` into a graph of their own.
 

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from zgraph.codegen import region_cpp, region_triton
+from zgraph.codegen import ir, region_cpp, region_triton
 from zgraph.codegen.elementwise import Writer, results_of
 from zgraph.codegen.ir import CannotWriteError
 from zgraph.codegen.kernel import CPP, SLICES, TRITON, Kernel, expressions
@@ -28,13 +28,14 @@ from zgraph.program import copy_graph, describe
 
 @dataclass(frozen=True, eq=False)
 class Region(Kernel):
-    """Calls of ATen on tensors of any shapes, which write over none of their inputs.
+    """Calls of ATen on tensors of any shapes.
 
     Equal regions, such as those of layers that are alike, are one object: it is compiled once.
     """
 
     def __str__(self) -> str:
-        return f"{self.name}{{{expressions(self.body)}}}"
+        over = f" over {list(self.writes)}" if any(write is not None for write in self.writes) else ""
+        return f"{self.name}{{{expressions(self.body)}{over}}}"
 
     def copy(self) -> Region:
         return Region(self.name, copy_graph(self.body), self.num_inputs, self.writes, self.is_compiled)
@@ -44,16 +45,42 @@ class Region(Kernel):
 
         Args:
             inputs: as the body takes them.
-            outs: where results go, of their shapes, strides and dtypes; None for a new tensor. Without, all are new.
+            outs: where results go, of their shapes, strides and dtypes; None for a new tensor, or for the input that
+                the result is written over. Without, so are all.
         """
         fakes = any(isinstance(x, FakeTensor) for x in inputs)
         language = SLICES if fakes else self.runs_in(self.device_type)
         return self._function(language)(*inputs, outs=outs)
 
+    def writing_over(self, writes: tuple[int | None, ...]) -> Region:
+        """The same, which writes its results over inputs: see ``Kernel.writes``."""
+        return Region(self.name, self.body, self.num_inputs, writes, self.is_compiled)
+
+    def may_overwrite(self, place: int, index: int) -> bool:
+        """Whether the result of one index may be written over the input of another."""
+        writer = _WRITERS[self.device_type]
+        return ir.may_overwrite(lower(self.body, writer), place, index)
+
     @property
     def device_type(self) -> str:
         """Where its results lie."""
         return str(self._results[0].device.type)
+
+    @cached_property
+    def operations(self) -> tuple[int, int] | None:
+        """Arithmetic operations, and exponentials and the like, of its loops in C++; None if it is in no such loops."""
+        if self.language(self.device_type) != CPP:
+            return None
+        return region_cpp.operations(lower(self.body, RegionCppWriter))
+
+    @cached_property
+    def workspace_bytes(self) -> int:
+        """Memory that it takes while it runs, beside its results."""
+        language = self.language(self.device_type)
+        if language == SLICES:
+            return 0
+        count = region_cpp.workspace_bytes if language == CPP else region_triton.workspace_bytes
+        return count(lower(self.body, _WRITERS[self.device_type]))
 
     @cached_property
     def _results(self) -> list[torch.Tensor]:
@@ -88,9 +115,11 @@ class Region(Kernel):
 
         def call(*inputs: Any, outs: Sequence[torch.Tensor | None] = ()) -> list[torch.Tensor]:
             given = [x if strides is None else _laid_out(x, strides) for x, strides in zip(inputs, forms, strict=True)]
+            told = outs or (None,) * len(results)
+            told = [out if write is None else given[write] for out, write in zip(told, self.writes, strict=True)]
             places = [
                 torch.empty(shape, dtype=dtype, device=device) if out is None else out
-                for (shape, dtype, device), out in zip(results, outs or (None,) * len(results), strict=True)
+                for (shape, dtype, device), out in zip(results, told, strict=True)
             ]
             run(given, places)
             return places
@@ -105,18 +134,21 @@ class Region(Kernel):
             lines.append(f"    v{index} = {writer.call(node, names)}")
             names[node] = f"v{index}"
         lines.append(f"    found = [{', '.join(names[node] for node in results_of(self))}]")
-        lines.append("    given = outs or [None] * len(found)")
+        over = ", ".join("None" if write is None else f"i{write}" for write in self.writes)
+        lines.append(f"    given = [a if b is None else b for a, b in zip(outs or [None] * len(found), [{over}])]")
         lines.append("    return [x if out is None else out.copy_(x) for x, out in zip(found, given)]")
         return "\n".join(lines) + "\n"
 
 
+_WRITERS: dict[str, type[Writer]] = {"cpu": RegionCppWriter, "cuda": RegionTritonWriter}
+
+
 def can_write(body: fx.Graph, device_type: str) -> bool:
     """Whether the language for a kind of device has all of a region's body."""
-    writers: dict[str, type[Writer]] = {"cpu": RegionCppWriter, "cuda": RegionTritonWriter}
-    if device_type not in writers:
+    if device_type not in _WRITERS:
         return False
     try:
-        loops = lower(body, writers[device_type])
+        loops = lower(body, _WRITERS[device_type])
         if device_type == "cuda":
             region_triton.check(loops)
     except CannotWriteError:

@@ -22,7 +22,6 @@ from torch import fx
 
 from zgraph.codegen import ir, vector_math
 from zgraph.codegen.cpp import CppWriter
-from zgraph.codegen.elementwise import MOVES
 from zgraph.codegen.ir import Level, Loops, Store, Sweep, level_of
 from zgraph.codegen.library import load
 
@@ -58,6 +57,7 @@ class RegionCppWriter(CppWriter):
         self.partials: dict[Any, int] = {}  # what is summed over all rows, and where sums of some rows lie
         self.num_chunks = -(-loops.num_rows // ROWS_TOGETHER)
         self.workspace = 0  # numbers in float32
+        self._reserve()
         self.index = "int" if loops.num_columns < 2**31 else "long"  # ints are as wide as float32
 
     @classmethod
@@ -73,7 +73,6 @@ class RegionCppWriter(CppWriter):
 
     def source(self) -> str:
         """``name(threads, inputs, outputs, workspace)``; it gives the number of rows whose column is none."""
-        self._reserve()
         body = "\n".join(self._lines())
         name = f"region_{hashlib.sha256(body.encode()).hexdigest()[:16]}"
         head = f'extern "C" long {name}(int threads, void **inputs, void **outputs, float *workspace)'
@@ -90,20 +89,20 @@ class RegionCppWriter(CppWriter):
         """Find room for what the sums of some rows come to."""
         for node in self.loops.body.nodes:
             if node.target is ir.total:
-                self.partials[node] = self._room(1)
+                self.partials[node] = self._room(1, node)
         for store in self.loops.stores:
             if store.over_rows:
-                self.partials[store] = self._room(self.loops.num_columns)
+                self.partials[store] = self._room(self.loops.num_columns, store.value)
 
-    def _room(self, width: int) -> int:
-        start = self.workspace
-        self.workspace += -(-self.num_chunks * width * 2 // 16) * 16  # float64 may lie there
+    def _room(self, width: int, value: fx.Node) -> int:
+        start, num = self.workspace, self.num_chunks * width * (2 if value.meta["val"].dtype is torch.float64 else 1)
+        self.workspace += -(-num // 16) * 16
         return start
 
     def _lines(self) -> Iterator[str]:
         for node, index in self.loops.inputs.items():
-            kind = self._type(node)
             if level_of(node):
+                kind = self._type(node)
                 yield f"    const {kind} *i{self.names[node]} = (const {kind} *)inputs[{index}];"
             else:
                 yield f"    const double {self.names[node]} = *(const double *)inputs[{index}];"
@@ -233,14 +232,33 @@ class RegionCppWriter(CppWriter):
                 kind = self.dtypes[store.dtype]
                 yield f"{indent}{kind} *y{store.place} = o{store.place} + r * {self.loops.num_columns};"
 
+    def operations(self) -> tuple[int, int]:
+        """Arithmetic operations, and exponentials and the like, of all loops over columns together."""
+        found = [
+            node
+            for number in range(self.loops.num_sweeps)
+            for this in [Sweep(self.loops, number)]
+            for kept in [self._kept(this)]
+            for depth in range(this.num_loops)
+            for node in this.elements(self._sinks(this, depth, kept), _known(kept, depth))
+        ]
+        functions = sum(_is_function(node) for node in found)
+        others = sum(_operations(node) for node in found if not _is_function(node))
+        numel = self.loops.num_rows * self.loops.num_columns
+        return others * numel, functions * numel
+
+    def _sinks(self, this: Sweep, depth: int, kept: dict[fx.Node, int]) -> list[fx.Node]:
+        """What a loop over columns is for: what it adds up, stores and keeps."""
+        stored = [store.value for store in this.element_stores(depth)]
+        kept_now = [node for node, first in kept.items() if first == depth]
+        return [*map(ir.argument, this.reductions(depth)), *stored, *kept_now]
+
     def _columns(self, this: Sweep, depth: int, kept: dict[fx.Node, int], indent: str) -> Iterator[str]:
         yield f"{indent}for ({self.index} c = 0; c < {self.loops.num_columns}; c++) {{"
         inner = indent + "    "
         stores = this.element_stores(depth)
-        kept_now = [node for node, first in kept.items() if first == depth]
-        sinks = [*map(ir.argument, this.reductions(depth)), *(store.value for store in stores), *kept_now]
-        yield from self._elements(this, sinks, depth, kept, inner)
-        for node in kept_now:
+        yield from self._elements(this, self._sinks(this, depth, kept), depth, kept, inner)
+        for node in (node for node, first in kept.items() if first == depth):
             yield f"{inner}k{self.names[node]}[c] = {self.names[node]};"
         for node in this.reductions(depth):
             name, value = self.names[node], self.names[ir.argument(node)]
@@ -259,7 +277,7 @@ class RegionCppWriter(CppWriter):
         self, this: Sweep, sinks: Sequence[fx.Node], depth: int, kept: dict[fx.Node, int], indent: str
     ) -> Iterator[str]:
         """Statements for what some elements of a column are computed of, and for themselves."""
-        there = [node for node, first in kept.items() if first < depth]
+        there = _known(kept, depth)
         read = {n for node in this.elements(sinks, there) for n in node.all_input_nodes} | set(sinks)
         for node in there:
             if node in read:
@@ -325,13 +343,30 @@ class RegionCppWriter(CppWriter):
         return f"{vector_math.NAMES[packet]}({x})"
 
 
+def workspace_bytes(loops: Loops) -> int:
+    """What sums of some rows take while a region runs."""
+    return 4 * RegionCppWriter(loops).workspace
+
+
+def operations(loops: Loops) -> tuple[int, int]:
+    """Arithmetic operations, and exponentials and the like, of a region's loops."""
+    return RegionCppWriter(loops).operations()
+
+
+def _known(kept: dict[fx.Node, int], depth: int) -> list[fx.Node]:
+    """What earlier loops have kept."""
+    return [node for node, first in kept.items() if first < depth]
+
+
+def _is_function(node: fx.Node) -> bool:
+    return node.target is ir.normal_below or getattr(node.target, "overloadpacket", None) in vector_math.NAMES
+
+
 def _operations(node: fx.Node) -> int:
     packet = getattr(node.target, "overloadpacket", None)
-    if node.op == "placeholder" or packet in MOVES:
-        return 1
-    if node.target is ir.normal_below:
+    if _is_function(node):
         return 20
-    return 20 if packet in vector_math.NAMES else 4 if packet in (aten.div, aten.sqrt, aten.rsqrt) else 1
+    return 4 if packet in (aten.div, aten.reciprocal, aten.sqrt, aten.rsqrt) else 1
 
 
 def compile_region(loops: Loops) -> Callable[[Sequence[Any], Sequence[torch.Tensor]], None]:

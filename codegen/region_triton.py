@@ -197,6 +197,12 @@ class RegionTritonWriter(TritonWriter):
             yield f"    tl.store(o{store.place} + c, s{store.place}, mask=inside)"
 
 
+def workspace_bytes(loops: Loops) -> int:
+    """What sums of some rows take while a region runs."""
+    writer = RegionTritonWriter(loops, "region")
+    return 4 * writer.num_instances * loops.num_columns * len(writer.sums)
+
+
 def check(loops: Loops) -> None:
     """Refuse what an instance cannot hold.
 
@@ -272,7 +278,7 @@ def compile_region(loops: Loops, name: str) -> Callable[[Sequence[Any], Sequence
     except Exception as error:
         raise OptionError(
             f"Triton cannot compile {name}: {first_line(error) or type(error).__name__}",
-            fix="mend what it names (it needs a C compiler), or give kernels='auto'",
+            fix="mend what it names (it needs a C compiler), or give kernels='update'",
         ) from error
     return lambda inputs, outputs: launch(jitted, inputs, outputs)
 

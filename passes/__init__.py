@@ -87,7 +87,7 @@ def default_passes(
     )
     last_steps: tuple[Pass, ...] = (UpdateInPlace(compiled=config.kernels != "eager"), OverwriteOperands())
     # What is recomputed is chosen by what calls cost one by one.
-    fuse = (FuseRegions(last_steps),) if config.kernels == "fused" else ()
+    fuse = (_fuse(config, hardware, last_steps),) if config.kernels in ("auto", "zgraph") else ()
     then = (*steps, *last_steps)
     # What stays gathered is decided last, where there is room beside all else; it is not in the way of what is dropped.
     unshard = (Unshard(config.unshard, hardware),) if config.zero == 3 and mesh.size > 1 else ()
@@ -145,6 +145,17 @@ def _order(config: Config, hardware: Hardware | None) -> Pass:
         limit = config.bucket_bytes if isinstance(config.bucket_bytes, int) else FAR
         return Overlap(1 if config.prefetch is None else config.prefetch, limit)
     return Schedule(hardware, config.in_flight)
+
+
+def _fuse(config: Config, hardware: Hardware | None, then: tuple[Pass, ...]) -> Pass:
+    if config.kernels == "zgraph":
+        return FuseRegions(then)
+    if hardware is None:
+        raise OptionError(
+            "kernels='auto' weighs seconds, and this machine is not known",
+            fix="run `zgraph calibrate` to measure it, or give kernels='zgraph'",
+        )
+    return FuseRegions(then, hardware)
 
 
 def _recompute(

@@ -3,7 +3,7 @@
 What one call of forward or backward writes, and the next one reads, need not lie in memory: ``zgraph.codegen.grouping``
 says which calls can be one, ``zgraph.codegen.lowering`` what they are as loops. The schedule is made before: no
 collective starts later, and no step holds more tensors at its peak. A call that joins a later one may move behind a
-wait.
+wait. Whether a kernel is faster than its calls is for the machine to say, where it is known.
 """
 
 from __future__ import annotations
@@ -19,11 +19,19 @@ from torch import fx
 
 from zgraph import ops
 from zgraph.codegen.grouping import Group, body_of, groups
+from zgraph.codegen.kernel import calls_of
 from zgraph.codegen.region import Region, can_write, key_of
+from zgraph.cost import Costs
+from zgraph.hardware import Hardware
 from zgraph.liveness import held_bytes, lifetimes, owners
 from zgraph.passes.order import arrange
 from zgraph.pipeline import Pass
-from zgraph.program import Program, Stage
+from zgraph.program import Program, Stage, Weighed
+from zgraph.timeline import COMPUTE, Lanes
+
+MORE = 1 / 256
+"""Part of the peak by which kernels may raise it: the small results of one, such as gradients of biases, are there all
+at once."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +42,16 @@ class FuseRegions(Pass):
     n, mean, rstd = native_layer_norm(h, ...)    ->    h, n, mean, rstd = fused_add_native_layer_norm(x, y, ...)
 
     What is computed is the same, but for how it is rounded. Regions that compute alike are one kernel. Where a region
-    would raise the peak, its calls stay as they are.
+    would raise the peak, or is predicted to take as long as its calls or longer, these stay as they are:
+    ``program.weighed`` says which and why.
 
     Attributes:
-        then: the passes that lower the program further; the peak is that of what they give.
+        then: the passes that lower the program further; the peak is that of what they give, and so are the costs.
+        hardware: the machine that says what is faster; None takes every region to be.
     """
 
     then: tuple[Pass, ...] = ()
+    hardware: Hardware | None = None
     takes = gives = Stage.SCHEDULED
 
     def rewrite(self, program: Program) -> None:
@@ -49,44 +60,87 @@ class FuseRegions(Pass):
         if len(device_types) != 1:
             return
         may_write = partial(can_write, device_type=device_types.pop())
-        lowered, _ = self._lowered(program)
-        bound = max(held_bytes(lifetimes(lowered), len(lowered.graph.nodes)))
+        plain = self._lowered(program)
+        bound = int(max(plain.held) * (1 + MORE))
+        position = {node: index for index, node in enumerate(program.graph.nodes)}
+        weighed: dict[int, Weighed] = {}  # by where the last of its calls is
         kept: set[fx.Node] = set()
         while found := groups(program, may_write, kept):
             trial = program.clone()
             twins = dict(zip(program.graph.nodes, trial.graph.nodes, strict=True))
             calls = _fuse(trial, [_twin(group, twins) for group in found])
-            guilty = self._guilty(trial, calls, bound)
-            if guilty is None:
+            fused = self._lowered(trial)
+            guilty = _guilty(fused, calls, bound)
+            verdicts = [self._verdict(group, plain, call, fused) for group, call in zip(found, calls, strict=True)]
+            if guilty is not None and all(verdict.is_kernel for verdict in verdicts):
+                verdicts[guilty] = replace(verdicts[guilty], raises_peak_by=max(fused.held) - max(plain.held))
+            refused = [(g, v) for g, v in zip(found, verdicts, strict=True) if not v.is_kernel]
+            for group, verdict in refused:
+                weighed[position[group.nodes[-1]]] = replace(verdict, name=verdict.name.rpartition("_")[0])
+            kept.update(node for group, _ in refused for node in group.nodes)
+            if not refused:
+                weighed |= {position[g.nodes[-1]]: v for g, v in zip(found, verdicts, strict=True)}
                 break
-            kept.update(found[guilty].nodes)
         _fuse(program, found)
+        program.weighed = tuple(weighed[at] for at in sorted(weighed))
 
-    def _guilty(self, trial: Program, calls: list[fx.Node], bound: int) -> int | None:
-        """Of the regions, by index, the one that holds most where more is held than the bound; None if nowhere is."""
-        lowered, twins = self._lowered(trial)
-        lives = lifetimes(lowered)
-        held = held_bytes(lives, len(lowered.graph.nodes))
-        if max(held) <= bound:
-            return None
-        at, owner = held.index(max(held)), owners(lowered)
-        alive = {life.node: life.num_bytes for life in lives if life.first <= at <= life.last}
+    def _verdict(self, group: Group, plain: _Lowered, call: fx.Node, fused: _Lowered) -> Weighed:
+        """Whether a region is faster than its calls."""
+        region: Any = call.target
+        last = group.nodes[-1].meta["origin"]
+        about = Weighed(region.name, last.module, calls_of(region.body))
+        if self.hardware is None:
+            return about
+        kernel_s = _seconds([fused.twins[call]], fused.program, self.hardware)
+        calls_s = _seconds([plain.twins[node] for node in group.nodes], plain.program, self.hardware)
+        return replace(about, kernel_s=kernel_s, calls_s=calls_s)
 
-        def bytes_of(index: int) -> int:
-            call = twins[calls[index]]
-            touched = {owner[source] for source in (*call.all_input_nodes, *call.users)}
-            return sum(alive.get(memory, 0) for memory in touched)
-
-        return max(range(len(calls)), key=bytes_of)
-
-    def _lowered(self, program: Program) -> tuple[Program, dict[fx.Node, fx.Node]]:
-        """The program as it will run, and where its nodes are in it."""
+    def _lowered(self, program: Program) -> _Lowered:
         lowered = program.clone()
         twins = dict(zip(program.graph.nodes, lowered.graph.nodes, strict=True))
         for each in self.then:
             each.rewrite(lowered)
             lowered.stage = each.gives
-        return lowered, twins
+        return _Lowered(lowered, twins)
+
+
+class _Lowered:
+    """A program as it will run.
+
+    Attributes:
+        program: that.
+        twins: where the nodes of the program that it is made of are in it.
+        lives: its temporaries.
+        held: their bytes, at each node.
+    """
+
+    def __init__(self, program: Program, twins: Mapping[fx.Node, fx.Node]) -> None:
+        self.program, self.twins = program, twins
+        self.lives = lifetimes(program)
+        self.held = held_bytes(self.lives, len(program.graph.nodes))
+
+
+def _guilty(lowered: _Lowered, calls: list[fx.Node], bound: int) -> int | None:
+    """Of the regions, by index, the one that holds most where more is held than the bound; None if nowhere is."""
+    if max(lowered.held) <= bound:
+        return None
+    at, owner = lowered.held.index(max(lowered.held)), owners(lowered.program)
+    alive = {life.node: life.num_bytes for life in lowered.lives if life.first <= at <= life.last}
+
+    def bytes_of(index: int) -> int:
+        call = lowered.twins[calls[index]]
+        touched = {owner[source] for source in (call, *call.all_input_nodes, *call.users)}
+        return sum(alive.get(memory, 0) for memory in touched)
+
+    return max(range(len(calls)), key=bytes_of)
+
+
+def _seconds(nodes: Iterable[fx.Node], program: Program, hardware: Hardware) -> float:
+    """How long calls take one after the other, from the first being started."""
+    costs, lanes = Costs(program, hardware), Lanes(hardware)
+    for node in nodes:
+        lanes.run(costs.of(node), COMPUTE)
+    return lanes.end
 
 
 def _twin(group: Group, twins: Mapping[fx.Node, fx.Node]) -> Group:
@@ -106,7 +160,7 @@ def _fuse(program: Program, found: Iterable[Group]) -> list[fx.Node]:
         body, outside = body_of(group.nodes, group.results)
         key = key_of(body)
         if key not in regions:
-            name = f"{_name(body)}_{len(regions)}"
+            name = f"{_stem(body)}_{len(regions)}"
             regions[key] = Region(name, body, len(outside), (None,) * len(group.results), is_compiled=True)
         call = _replace(program, group, regions[key], outside)
         position.update(dict.fromkeys((call, *call.users), group.place))
@@ -141,7 +195,7 @@ def _views(node: fx.Node) -> Iterator[fx.Node]:
             yield from _views(user)
 
 
-def _name(body: fx.Graph) -> str:
+def _stem(body: fx.Graph) -> str:
     """What a region is called: its operators, as far as they fit into a line."""
     targets = [node.target for node in body.nodes if isinstance(node.target, torch._ops.OpOverload)]
     names = list(dict.fromkeys(t.overloadpacket.__name__.strip("_") for t in targets if not ops.is_view(t)))

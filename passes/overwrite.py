@@ -6,18 +6,21 @@ At a loss over a vocabulary these are the largest tensors of a step, and its pea
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
 from zgraph import ops
+from zgraph.codegen.region import Region
 from zgraph.into import can_be_told, out_overload
 from zgraph.liveness import Lifetime, lifetimes, own_bytes, owners
 from zgraph.pipeline import Pass
-from zgraph.placement import SMALLEST_BYTES
-from zgraph.program import Phase, Program, Stage, phase_of
+from zgraph.placement import SMALLEST_BYTES, is_of_region
+from zgraph.program import Phase, Program, Stage, operand, phase_of
 
 
 @dataclass(frozen=True)
@@ -27,20 +30,32 @@ class OverwriteOperands(Pass):
         gy = nll_loss_backward(...)                  gy = nll_loss_backward(...)
         gx = log_softmax_backward(gy, y, 1)    ->    gx = log_softmax_backward(gy, y, 1, out=gy)
 
-    Only elementwise calls do, and those that work row by row (``zgraph.ops.may_overwrite``), over what backward has
-    made: all of some memory, in the shape, strides and dtype of the result. What forward has made stays, since which of
-    it is kept or made again is decided by looking at it as it is. So does what only the C library has a place for: on a
-    CPU, what can lie in the arena (``zgraph.placement``) stays there. Small values stay as they are.
+    Only elementwise calls do, those that work row by row (``zgraph.ops.may_overwrite``), and regions whose loops have
+    read an element before they store one there (``zgraph.codegen.region``), over what backward has made: all of some
+    memory, in the shape, strides and dtype of the result. What forward has made stays, since which of it is kept or
+    made again is decided by looking at it as it is. So does what only the C library has a place for: on a CPU, what can
+    lie in the arena (``zgraph.placement``) stays there. Small values stay as they are.
     """
 
     takes = gives = Stage.INPLACE
 
     def rewrite(self, program: Program) -> None:
+        writes: dict[fx.Node, dict[int, int]] = {}
         for node, source in overwriting(program, lifetimes(program)).items():
+            if is_of_region(node):
+                call, index = operand(node), node.args[1]
+                assert isinstance(index, int)
+                writes.setdefault(call, {})[index] = call.args.index(source)
+                continue
             told = out_overload(node.target)
             assert told is not None
             node.target, name = told
             node.kwargs = {**node.kwargs, name: source}
+        alike: dict[tuple[Region, tuple[int | None, ...]], Region] = {}  # one kernel, as before
+        for call, over in writes.items():
+            region: Any = call.target
+            places = tuple(over.get(index) for index in range(len(region.writes)))
+            call.target = alike.setdefault((region, places), region.writing_over(places))
 
 
 def overwriting(
@@ -63,16 +78,32 @@ def overwriting(
         return stored.get(memory, memory)
 
     for position, node in enumerate(program.graph.nodes):
-        if not _may_store(node):
-            continue
         memories = list(map(memory_of, node.all_input_nodes))
-        for source, memory in zip(node.all_input_nodes, memories, strict=True):
-            is_free = last.get(memory) == position and memories.count(memory) == 1
-            if is_free and _fits(node, source, memory):
-                found[node], stored[node] = source, memory
-                last[memory] = last[node]
-                break
+        for result in _stored(node):
+            for source, memory in zip(node.all_input_nodes, memories, strict=True):
+                is_free = last.get(memory) == position and memories.count(memory) == 1
+                if is_free and _fits(result, source, memory) and _may_lie_over(node, result, source):
+                    found[result], stored[result] = source, memory
+                    last[memory] = last[result]
+                    break
     return found
+
+
+def _stored(node: fx.Node) -> Iterator[fx.Node]:
+    """The large results of a call of backward that can be told where to store them; of a region, what unpacks them."""
+    if isinstance(node.target, Region) and phase_of(node) is Phase.BACKWARD:
+        first = {user.args[1]: user for user in reversed(list(node.users)) if user.target is operator.getitem}
+        yield from (each for each in first.values() if own_bytes(each.meta["val"]) >= SMALLEST_BYTES)
+    elif _may_store(node):
+        yield node
+
+
+def _may_lie_over(node: fx.Node, result: fx.Node, source: fx.Node) -> bool:
+    """Whether what a region stores may lie where an operand does; of other calls that is known."""
+    if result is node:
+        return True
+    region: Any = node.target
+    return bool(region.may_overwrite(result.args[1], node.args.index(source)))
 
 
 def _may_store(node: fx.Node) -> bool:
@@ -100,4 +131,4 @@ def _fits(node: fx.Node, source: fx.Node, memory: fx.Node) -> bool:
         return False
     alike = (val.shape, val.stride(), val.dtype) == (there.shape, there.stride(), there.dtype)
     is_whole = val.numel() * val.itemsize == own_bytes(memory.meta["val"])
-    return alike and is_whole and can_be_told(memory.target)
+    return alike and is_whole and (can_be_told(memory.target) or is_of_region(memory))

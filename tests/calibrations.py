@@ -48,6 +48,7 @@ def _run(cpu: bool, ranks: int, slower: float) -> Run:
         gather=line(3e9, 2**15, 2**25),
         attention={dtype: line(5e10, 2**21, 2**29) for dtype in ("float32", "bfloat16")},
         collectives={kind: line(1e9, 2**12, 2**26) for kind in collectives},
+        loops={"operations": line(2e10, 2**12, 2**20), "functions": line(1e9, 2**12, 2**20)} if cpu else {},
         host_link={} if cpu else {"pinned": line(2e10, 2**12, 2**26), "pageable": line(1e10, 2**12, 2**26)},
         disk={"read": line(2e9, 2**12, 2**26), "write": line(1e9, 2**12, 2**26)} if ranks == 1 else {},
     )

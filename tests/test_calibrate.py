@@ -38,6 +38,14 @@ def test_what_is_saved_is_read(device_type: str, tmp_path: Path) -> None:
     assert calibration.read(path) == saved
 
 
+def test_a_calibration_of_before_says_nothing_of_loops(tmp_path: Path) -> None:
+    data = made_up().as_dict()
+    for run in data["runs"].values():
+        del run["loops"]
+    (tmp_path / "hardware.json").write_text(json.dumps(data))
+    assert calibration.load(tmp_path / "hardware.json").loops is None
+
+
 def test_hardware_takes_as_long_as_was_measured() -> None:
     machine = made_up().hardware()
     assert machine.device_type == "cpu"
@@ -46,6 +54,10 @@ def test_hardware_takes_as_long_as_was_measured() -> None:
     assert machine.memory_s(2**20, in_place=True) == pytest.approx(2**20 / 1e10)
     assert machine.vector_s(F32, 1e9) == pytest.approx(0.1)
     assert machine.transcendental_s(2**20) == pytest.approx(2**20 / 1e9)
+    assert machine.loops is not None
+    assert machine.loops.operations == pytest.approx(2e10)
+    assert machine.loops.functions == pytest.approx(1e9)
+    assert machine.loops.launch_s == LAUNCH_S + 2**12 / 2e10
     assert machine.gather_s(2**25) == pytest.approx(2**25 / 3e9)
     assert machine.attention_s(F32, 2**29, 1) == pytest.approx(2**29 / 5e10)
     assert machine.transfer_s("host", "disk", 2**26) == pytest.approx(4 * 2**26 / 1e9, rel=0.01)

@@ -55,7 +55,7 @@ def test_options_are_equal_to_eager(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("options", [{}, {"clip_norm": 0.1, "ema": 0.9}], ids=str)
 def test_an_update_in_triton_computes_what_its_operators_do(options: dict[str, Any]) -> None:
     states = []
-    for kernels in ("auto", "eager"):
+    for kernels in ("update", "eager"):
         case = CASES["gpt"]
         model = case.model().to(GPU)
         zgraph.compile(model, optimizer=OPTIMIZERS["adamw_fused"](model), kernels=kernels, **options)
@@ -63,14 +63,14 @@ def test_an_update_in_triton_computes_what_its_operators_do(options: dict[str, A
             model.train_step(*batch.to("cuda").args)
         states.append(model.state_dict())
         found = [node.target for node in model.program.graph.nodes if isinstance(node.target, Kernel)]
-        assert {key for kernel in found for key in kernel._functions} == {TRITON if kernels == "auto" else SLICES}
+        assert {key for kernel in found for key in kernel._functions} == {TRITON if kernels == "update" else SLICES}
     for name, value in states[0].items():
         torch.testing.assert_close(value, states[1][name], rtol=1e-5, atol=1e-7, msg=name)
 
 
 def test_a_step_with_regions_is_one_without_but_for_rounding() -> None:
     states = []
-    for kernels in ("fused", "auto"):
+    for kernels in ("zgraph", "update"):
         case = CASES["gpt"]
         model = case.model().to(GPU)
         zgraph.compile(model, optimizer=OPTIMIZERS["sgd_foreach"](model), kernels=kernels)
@@ -78,7 +78,7 @@ def test_a_step_with_regions_is_one_without_but_for_rounding() -> None:
             model.train_step(*batch.to("cuda").args)
         states.append(model.state_dict())
         found = [node.target for node in model.program.graph.nodes if isinstance(node.target, Region)]
-        assert {key for region in found for key in region._functions} == ({TRITON} if kernels == "fused" else set())
+        assert {key for region in found for key in region._functions} == ({TRITON} if kernels == "zgraph" else set())
     for name, value in states[0].items():
         torch.testing.assert_close(value, states[1][name], rtol=1e-4, atol=1e-6, msg=name)
 
@@ -106,7 +106,7 @@ def no_waiting() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("options", [{}, {"recompute": "blocks"}, {"accumulate": 2}, {"kernels": "fused"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"recompute": "blocks"}, {"accumulate": 2}, {"kernels": "zgraph"}], ids=str)
 @pytest.mark.usefixtures("no_waiting")
 def test_a_step_never_waits_for_the_device(options: dict[str, Any]) -> None:
     case = CASES["gpt"]

@@ -48,7 +48,7 @@ def test_the_data_is_of_version_1(report: Report) -> None:
     assert {name: type(value) for name, value in document.items()} == _DOCUMENT
     assert document["tables"].keys() == _TABLES
     for program in document["programs"]:
-        assert program.keys() == {"name", "repeats", "passes", "events", "if_faster"}
+        assert program.keys() == {"name", "repeats", "passes", "events", "if_faster", "kernels"}
         for each in program["passes"]:
             assert {name: type(value) for name, value in each.items()} == _PASS
     num_rows = {len(column) for column in document["tables"]["rows"].values()}

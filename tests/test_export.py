@@ -244,10 +244,10 @@ def test_another_export_does_not_run_on_the_batch_of_the_one_before(tmp_path: Pa
 def test_a_step_with_regions_is_refused(tmp_path: Path) -> None:
     model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU())
     zgraph.compile(
-        model, torch.optim.SGD(model.parameters(), lr=0.1), loss=lambda y, _: y.square().mean(), kernels="fused"
+        model, torch.optim.SGD(model.parameters(), lr=0.1), loss=lambda y, _: y.square().mean(), kernels="zgraph"
     )
     model.train_step(torch.ones(2, 8))
-    with pytest.raises(zgraph.OptionError, match="kernels='fused' cannot be exported yet"):
+    with pytest.raises(zgraph.OptionError, match="kernels='zgraph' cannot be exported yet"):
         model.export(tmp_path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -15,16 +16,19 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import zgraph
+from tests.calibrations import made_up
 from tests.programs import Builder, assert_same_step, few_examples, network, param
 from tests.test_placement import assert_same_in_an_arena
 from zgraph import ops, placement
 from zgraph.codegen import library
 from zgraph.codegen.kernel import CPP, SLICES
+from zgraph.codegen.listing import ATEN
 from zgraph.codegen.region import Region
 from zgraph.config import Config
 from zgraph.errors import OptionError
+from zgraph.hardware import Hardware, LoopRates
 from zgraph.liveness import held_bytes, lifetimes
-from zgraph.passes import FuseRegions, default_passes
+from zgraph.passes import default_passes, fuse
 from zgraph.pipeline import run
 from zgraph.program import Mesh, Phase, Program, Role
 
@@ -33,9 +37,11 @@ aten = torch.ops.aten
 pytestmark = pytest.mark.skipif(library.find_compiler() is None, reason="there is no C++ compiler")
 
 
-def lowered(captured: Program, kernels: str = "fused", zero: int = 0, world: int = 1) -> Program:
+def lowered(
+    captured: Program, kernels: str = "zgraph", zero: int = 0, world: int = 1, hardware: Hardware | None = None
+) -> Program:
     config = Config(zero, bucket_bytes=200, kernels=kernels)
-    return run(default_passes(config, Mesh(world)), captured).program
+    return run(default_passes(config, Mesh(world), hardware=hardware), captured).program
 
 
 def regions(program: Program) -> list[str]:
@@ -64,7 +70,7 @@ def normalised() -> Program:
 
 def test_what_feeds_each_other_is_one_kernel_until_a_matrix_product() -> None:
     # In a step this small every tensor is a part of the peak.
-    with mock.patch.object(FuseRegions, "_guilty", return_value=None):
+    with mock.patch.object(fuse, "_guilty", return_value=None):
         found = regions(lowered(normalised()))
     assert_expected_inline(
         "\n".join(found).replace("; ", "\n    "),
@@ -86,8 +92,8 @@ fused_ones_like_gelu_backward_native_layer_norm_backward_1{%5 = aten.ones_like.d
 
 
 def test_by_default_only_updates_are_kernels() -> None:
-    assert regions(lowered(normalised(), "auto")) == regions(lowered(normalised(), "eager")) == []
-    with pytest.raises(OptionError, match=r"kernels='fast' is not known\n.*'auto', 'fused', 'eager'"):
+    assert regions(lowered(normalised(), "update")) == regions(lowered(normalised(), "eager")) == []
+    with pytest.raises(OptionError, match=r"kernels='fast' is not known\n.*'update', 'auto', 'zgraph', 'eager'"):
         Config.from_options({"kernels": "fast"})
 
 
@@ -107,7 +113,7 @@ def _small_values_count() -> Iterator[None]:
 def test_steps_compute_what_they_did(layers: Any, ranks: tuple[int, int]) -> None:
     """Bit for bit, where operators are elementwise and in float64."""
     captured = network([("wide", 0), *layers])
-    assert_same_step(lowered(captured, "fused", *ranks), captured)
+    assert_same_step(lowered(captured, "zgraph", *ranks), captured)
 
 
 @pytest.mark.slow
@@ -125,9 +131,51 @@ def test_no_fusion_raises_the_peak(layers: Any, ranks: tuple[int, int]) -> None:
     captured = network([("wide", 0), *layers])
     plain, fused = (
         max(held_bytes(lifetimes(program), len(program.graph.nodes)))
-        for program in (lowered(captured, kernels, *ranks) for kernels in ("auto", "fused"))
+        for program in (lowered(captured, kernels, *ranks) for kernels in ("update", "zgraph"))
     )
-    assert fused <= plain
+    assert fused <= plain * (1 + fuse.MORE)
+
+
+MACHINE = made_up().hardware()
+
+
+def test_a_kernel_that_would_be_slower_than_its_calls_is_none() -> None:
+    """Whichever takes as long is predicted, and both times are told."""
+    captured = network([("wide", 0), ("tanh", 0), ("tanh", 0)], rows=64, dtype=torch.float32)
+    fast, slow = (
+        lowered(captured, "auto", hardware=replace(MACHINE, loops=LoopRates(rate, rate, launch_s=MACHINE.launch_s)))
+        for rate in (1e12, 1e3)
+    )
+    assert regions(fast) == regions(lowered(captured)) != []
+    assert regions(slow) == []
+    assert [each.is_kernel for each in fast.weighed] == [True] * len(regions(fast))
+    assert [each.is_kernel for each in slow.weighed] == [False] * len(regions(fast))
+    for each in (*fast.weighed, *slow.weighed):
+        assert each.kernel_s is not None
+        assert each.calls_s is not None
+        assert (each.kernel_s < each.calls_s) is each.is_kernel
+    assert {each.calls_s for each in fast.weighed} == {each.calls_s for each in slow.weighed}
+
+
+def test_what_is_faster_is_for_a_known_machine_to_say() -> None:
+    with pytest.raises(OptionError, match=r"kernels='auto' weighs seconds, and this machine is not known\n.*calibrate"):
+        lowered(normalised(), "auto")
+
+
+def test_what_only_backward_needs_is_not_computed_in_forward() -> None:
+    """``x * 2`` reads what forward has, and would have to be kept until backward if it were made with ``exp(x)``."""
+    b = Builder()
+    w, lr = b.input(Role.PARAM, "w", shape=[8, 8], dtype=torch.float32), b.input(Role.HYPER, "lr")
+    x = b.forward(aten.mm.default, b.input(Role.BATCH, "0", shape=[8, 8], dtype=torch.float32), w)
+    y = b.forward(aten.exp.default, b.forward(aten.neg.default, x))
+    loss = b.forward(aten.sum.default, b.forward(aten.mm.default, y, w))
+    gradient = b.backward(aten.mm.default, b.backward(aten.mul.Tensor, x, 2.0), y)
+    size = b.call(Phase.UPDATE, aten.mul.Tensor, gradient, lr, module="w")
+    captured = b.finish({None: loss, param("w"): b.call(Phase.UPDATE, aten.sub.Tensor, w, size, module="w")})
+    with mock.patch.object(fuse, "_guilty", return_value=None):
+        (found,) = regions(lowered(captured))
+    assert "neg" in found
+    assert "mul" not in found
 
 
 def test_a_fusion_that_would_hold_more_is_undone() -> None:
@@ -144,7 +192,9 @@ def test_a_fusion_that_would_hold_more_is_undone() -> None:
     size = b.call(Phase.UPDATE, aten.mul.Tensor, b.backward(aten.mul.Tensor, x, loss), lr, module="w")
     captured = b.finish({None: loss, param("w"): b.call(Phase.UPDATE, aten.sub.Tensor, w, size, module="w")})
     assert not any("mul" in text and "sum" in text and text.count("mul") > 1 for text in regions(lowered(captured)))
-    with mock.patch.object(FuseRegions, "_guilty", return_value=None):
+    refused = [each for each in lowered(captured).weighed if not each.is_kernel]
+    assert [each.raises_peak_by > 0 for each in refused] == [True] * len(refused) != []
+    with mock.patch.object(fuse, "_guilty", return_value=None):
         assert any(text.count("aten.mul") > 1 for text in regions(lowered(captured)))
 
 
@@ -162,8 +212,8 @@ def test_no_collective_starts_after_more_calls_than_it_did() -> None:
                 total += sum(n.op == "call_function" and ops.view_of(n) is None for n in inner)
         return found
 
-    plain, fused = (before_starts(lowered(captured, kernels, 2, 2)) for kernels in ("auto", "fused"))
-    assert regions(lowered(captured, "fused", 2, 2))
+    plain, fused = (before_starts(lowered(captured, kernels, 2, 2)) for kernels in ("update", "zgraph"))
+    assert regions(lowered(captured, "zgraph", 2, 2))
     assert all(one <= other for one, other in zip(fused, plain, strict=True))
 
 
@@ -203,7 +253,7 @@ def trained(**options: Any) -> tuple[Any, list[float]]:
     ids=str,
 )
 def test_a_step_with_regions_is_one_without_but_for_rounding(options: dict[str, Any]) -> None:
-    (fused, losses), (plain, expected) = trained(kernels="fused", **options), trained(**options)
+    (fused, losses), (plain, expected) = trained(kernels="zgraph", **options), trained(**options)
     unit = 1e-3 if "precision" in options else 1e-6
     assert losses == pytest.approx(expected, rel=10 * unit)
     for name, value in plain.state_dict().items():
@@ -211,12 +261,12 @@ def test_a_step_with_regions_is_one_without_but_for_rounding(options: dict[str, 
 
 
 def test_layers_that_are_alike_are_one_kernel() -> None:
-    model, _ = trained(kernels="fused")
+    model, _ = trained(kernels="zgraph")
     targets = [node.target for node in model.program.graph.nodes if isinstance(node.target, Region)]
     assert len(set(targets)) < len(targets)
     assert sum("aten.gelu_backward" in str(target) for target in targets) > 1
     assert sum("aten.gelu_backward" in str(target) for target in set(targets)) == 1
-    listed = [each for each in model.kernels() if each.name.startswith("fused")]
+    listed = [each for each in model.kernels() if each.name.startswith("fused") and each.language != ATEN]
     assert [each.name for each in listed] == [target.name for target in targets]
     assert {each.language for each in listed} == {CPP}
     assert {each.num_calls for each in listed} == {1}
@@ -224,12 +274,25 @@ def test_layers_that_are_alike_are_one_kernel() -> None:
     assert loss.read_bytes == 40 * 11 * 4 + 40 * 8
     assert loss.written_bytes == 40 * 11 * 4 + 4 + 11 * 4  # the gradient of scores, the loss, the gradient of the bias
     assert any(each.module == "1.norm" for each in listed)
+    assert {each.why for each in listed} == {"asked for"}
+
+
+def test_a_model_says_which_kernels_were_chosen_and_why() -> None:
+    model, _ = trained(kernels="auto")
+    found = [each for each in model.kernels() if each.name.startswith("fused")]
+    assert {each.language for each in found} <= {CPP, ATEN}
+    assert all("call by call" in each.why or "would raise the peak by" in each.why for each in found)
+    told = model.explain().as_dict()["Why these kernels?"]
+    assert all("is one kernel: predicted" in each or "ATen's calls" in each or "others" in each for each in told)
+    (program,) = model.report().document["programs"]
+    assert sum(each["count"] for each in program["kernels"]) == len(found)
+    assert {each["why"] for each in program["kernels"]} == {each.why for each in found}
 
 
 def test_without_a_compiler_regions_run_call_by_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "problem", lambda: "there is no C++ compiler")
-    model, losses = trained(kernels="fused")
-    assert {each.language for each in model.kernels()} == {SLICES}
+    model, losses = trained(kernels="zgraph")
+    assert {each.language for each in model.kernels()} - {ATEN} == {SLICES}
     assert losses == trained()[1]
 
 
@@ -247,7 +310,7 @@ def test_without_a_compiler_regions_run_call_by_call(monkeypatch: pytest.MonkeyP
 def test_losses_of_any_form_train_as_without_regions(loss: Any) -> None:
     x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
     found = []
-    for kernels in ("fused", "auto"):
+    for kernels in ("zgraph", "update"):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
         zgraph.compile(model, torch.optim.SGD(model.parameters(), lr=0.3), loss=loss, kernels=kernels)

@@ -14,13 +14,15 @@ from hypothesis import strategies as st
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tests.programs import few_examples
+from tests.programs import Builder, few_examples
 from zgraph.codegen import library
-from zgraph.codegen.ir import CannotWriteError
+from zgraph.codegen.ir import CannotWriteError, may_overwrite
 from zgraph.codegen.kernel import CPP, SLICES
 from zgraph.codegen.lowering import lower
 from zgraph.codegen.region import Region
 from zgraph.codegen.region_cpp import ROWS_TOGETHER, RegionCppWriter
+from zgraph.liveness import alive_bytes
+from zgraph.program import Role
 
 aten = torch.ops.aten
 
@@ -286,6 +288,62 @@ def test_results_go_where_they_are_told_to() -> None:
         found = region._function(language)(x, y, *others, outs=[None, out, None, None])
         assert found[1] is out
         torch.testing.assert_close(out, add_and_norm(x, y, *others)[1])
+
+
+def test_a_result_lies_where_nothing_is_read_later() -> None:
+    """A sum is stored before its row is read once more; what is normalised, in the last loop."""
+    x, y, weight, bias = normal(70, 33), normal(70, 33), normal(33), normal(33)
+    loops = lower(region_of(add_and_norm, x, y, weight, bias).body, RegionCppWriter)
+    assert [[may_overwrite(loops, place, index) for index in range(4)] for place in range(4)] == [
+        [False, False, False, False],
+        [True, True, False, False],
+        [False, False, False, False],
+        [False, False, False, False],
+    ]
+    expanded = lower(region_of(lambda x, y: (x + y) * 2, x, normal(70, 1)).body, RegionCppWriter)
+    assert may_overwrite(expanded, 0, 0)
+    assert not may_overwrite(expanded, 0, 1)
+
+
+def test_results_over_inputs_are_those_beside_them() -> None:
+    x, y, weight, bias = normal(70, 33), normal(70, 33), normal(33), normal(33)
+    _, mean, scale = aten.native_layer_norm(x, [33], weight, bias, 1e-5)
+    args = [normal(70, 33, scale=3), x, mean, scale, weight, bias, y]
+    region = region_of(norm_backward, *args)
+    expected = region(*args)
+    over = next(index for index in (0, 6) if region.may_overwrite(0, index))
+    for language in (CPP, SLICES):
+        writing = region.writing_over((over, None, None, None))
+        given = [each.clone() for each in args]
+        found = writing._function(language)(*given)
+        assert found[0] is given[over]
+        if language == CPP:
+            assert all(map(torch.equal, found, expected))
+        torch.testing.assert_close(found[0], expected[0])
+
+
+def test_loops_count_what_they_compute() -> None:
+    """A sum and a square for the moments, then the rest: what is cheap is computed in every loop that needs it."""
+    x, y, weight, bias = normal(6, 8), normal(6, 8), normal(8), normal(8)
+    first, second, third = 3, 5, 9  # loads are operations, too
+    assert region_of(add_and_norm, x, y, weight, bias).operations == ((first + second + third) * 48, 0)
+    _, functions = region_of(lambda x: aten._softmax(x, -1, False), x).operations or (0, 0)
+    assert functions == 48  # exponentials are kept
+
+
+def test_what_sums_of_rows_add_up_in_is_held_while_a_region_runs() -> None:
+    """One row of float32 for each 32 rows."""
+    region = region_of(gelu_backward_and_sum, normal(70, 48), normal(70, 48))
+    assert region.workspace_bytes == 3 * 48 * 4
+    b = Builder()
+    x = b.input(Role.BATCH, "0", shape=[70, 48], dtype=torch.float32)
+    both = b.backward(region, x, x)
+    b.backward(operator.getitem, both, 0)
+    total = b.backward(operator.getitem, both, 1)
+    b.program.set_results([total], [None])
+    results = 70 * 48 * 4 + 48 * 4
+    assert dict(alive_bytes(b.program))[both] == results + region.workspace_bytes
+    assert dict(alive_bytes(b.program))[b.program.output_node] == 48 * 4
 
 
 @pytest.fixture

@@ -32,8 +32,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from rich.filesize import decimal
 from rich.table import Table
+from torch import fx
 
 from zgraph.calibration import Calibration, Run
+from zgraph.codegen import library
+from zgraph.codegen.region import Region
 from zgraph.comm import Comm
 from zgraph.direct import DirectComm
 from zgraph.errors import OptionError
@@ -205,6 +208,7 @@ def _pass(bench: _Bench, directory: Path) -> Run:
         attention=_attention(bench),
         collectives=_collectives(bench, comm),
         reads_peers=isinstance(comm, DirectComm),
+        loops=_loops(bench),
         host_link=_host_link(bench),
         disk=_disk(directory) if bench.ranks == 1 else {},
     )
@@ -414,6 +418,34 @@ def _exponentials(bench: _Bench) -> list[list[float]]:
         work = partial(aten.exp.out, x, out=out)
         rows.append([numel, bench.seconds(_same(work), COLD_BYTES)])
     return rows
+
+
+def _loops(bench: _Bench, width: int = KIB) -> dict[str, list[list[float]]]:
+    """Operations, or exponentials, and seconds of chains of them that zgraph makes loops of, in cache."""
+    if bench.device.type != "cpu" or library.problem() is not None:
+        return {}
+    found: dict[str, list[list[float]]] = {}
+    for name, target, length in (("operations", aten.mul.Tensor, 32), ("functions", aten.exp.default, 8)):
+        found[name] = []
+        for rows in (2, 64):
+            x = bench.tensor(rows, width)
+            chain = _chain(target, length, x)
+            assert chain.operations is not None
+            num = chain.operations[name == "functions"]
+            found[name].append([num, bench.seconds(_same(partial(chain, x)), COLD_BYTES)])
+    return found
+
+
+def _chain(target: Any, length: int, x: torch.Tensor) -> Region:
+    """A region of one operator after another, each on what the one before gives, and on ``x`` if it takes two."""
+    graph = fx.Graph()
+    value = first = graph.placeholder("x")
+    first.meta["val"] = x
+    for _ in range(length):
+        value = graph.call_function(target, (value, first)[: len(target._schema.arguments)])
+        value.meta["val"] = x
+    graph.output([value])
+    return Region("chain", graph, 1, (None,), is_compiled=True)
 
 
 def _lookups(bench: _Bench, width: int = 256, vocabulary: int = 32 * KIB) -> list[list[float]]:

@@ -20,7 +20,7 @@ from zgraph.curves import Collective, Curve, Matmul, MeasuredCollective
 from zgraph.errors import StateError, first_line
 from zgraph.files import beside, user_cache
 from zgraph.fitting import fit
-from zgraph.hardware import Disk, Hardware, HostLink
+from zgraph.hardware import Disk, Hardware, HostLink, LoopRates
 
 SCHEMA = 2
 
@@ -44,6 +44,8 @@ class Run:
         gather: bytes read and written.
         attention: operations, by dtype.
         collectives: bytes of the full tensor, by kind.
+        loops: operations, or exponentials, of zgraph's own loops in C++, by ``"operations"`` and ``"functions"``;
+            nothing on a GPU, and where there is no compiler.
         reads_peers: whether ranks read each other's memory for them.
         host_link: bytes, by ``"pinned"`` and ``"pageable"``; nothing on a CPU.
         disk: bytes, by ``"read"`` and ``"write"``; in the run of one rank only.
@@ -60,6 +62,7 @@ class Run:
     attention: dict[str, Rows]
     collectives: dict[str, Rows]
     reads_peers: bool = False
+    loops: dict[str, Rows] = field(default_factory=dict)
     host_link: dict[str, Rows] = field(default_factory=dict)
     disk: dict[str, Rows] = field(default_factory=dict)
 
@@ -156,6 +159,7 @@ class Calibration:
             transcendental=Curve.through(self._without_launch(run, run.transcendental)),
             collectives=collectives,
             reads_peers=several.reads_peers,
+            loops=_loop_rates(run.loops),
             network=assumed.network,
             host_link=HostLink(link["pinned"][0], link["pageable"][0], link["pinned"][1])
             if link
@@ -205,6 +209,12 @@ def _rate(rows: Rows) -> float:
     """By how much more is done in the largest measurement than in the smallest, and how much longer it takes."""
     (least, first_s), (most, last_s) = rows[0], rows[-1]
     return (most - least) / max(last_s - first_s, last_s / 20)
+
+
+def _loop_rates(tables: Mapping[str, Rows]) -> LoopRates | None:
+    if not tables:
+        return None
+    return LoopRates(_rate(tables["operations"]), _rate(tables["functions"]), tables["operations"][0][-1])
 
 
 def _line(rows: Rows) -> tuple[float, float]:
@@ -343,6 +353,7 @@ def _run(data: Any, where: str) -> Run:
         attention=tables("attention"),
         collectives=tables("collectives"),
         reads_peers=_boolean(run["reads_peers"], f"{where}.reads_peers"),
+        loops=tables("loops") if "loops" in run else {},  # not measured before
         host_link=tables("host_link"),
         disk=tables("disk"),
     )

@@ -64,7 +64,7 @@ BUCKET_BYTES = 16 * 2**20
 BY_COST = "auto"
 """What ``bucket_bytes`` may be besides a number of bytes, and ``offload`` besides what lies where."""
 
-KERNELS = ("auto", "fused", "eager")
+KERNELS = ("update", "auto", "zgraph", "eager")
 """What ``kernels`` may be."""
 
 IN_FLIGHT = (0, 1, 2, 4, 8, None)
@@ -248,11 +248,12 @@ class Config:
         ema: keep an average of the trained weights, of which a step keeps this much: between 0 and 1. It starts as the
             weights are; a step that is skipped leaves it. See ``CompiledModule.ema_state_dict``; ``recipe["ema"]`` of
             a compiled model may change from step to step.
-        kernels: ``"auto"`` runs the update of a bucket as one kernel, where its operators and dtypes allow it: in
+        kernels: ``"update"`` runs the update of a bucket as one kernel, where its operators and dtypes allow it: in
             Triton on a GPU, in C++ on a CPU with a compiler (``zgraph.codegen``); all else is ATen's, so a step rounds
-            as PyTorch does. ``"fused"`` makes kernels of forward and backward, too: of elementwise calls, norms,
-            softmax, losses and sums that feed each other (``zgraph.passes.FuseRegions``). They round otherwise than
-            ATen does, no worse. ``"eager"`` runs all of it operator by operator.
+            as PyTorch does. ``"auto"`` makes kernels of forward and backward, too, where that is predicted to be
+            faster on this machine: of elementwise calls, norms, softmax, losses and sums that feed each other
+            (``zgraph.passes.FuseRegions``). They round otherwise than ATen does, no worse. ``"zgraph"`` makes every
+            one that there can be. ``"eager"`` runs all of it operator by operator.
         check_collectives: before each collective of a step all ranks compare which one they are about to start, and
             stop with both names if they differ. For finding out why ranks part: it makes steps slower.
         check_memory: after each call of a step, count the bytes of the tensors that it holds, and stop at the first
@@ -285,7 +286,7 @@ class Config:
     clip_value: float | None = None
     gradient_noise: float | None = None
     ema: float | None = None
-    kernels: str = "auto"
+    kernels: str = "update"
     check_collectives: bool = False
     check_memory: bool = False
 

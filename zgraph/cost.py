@@ -146,6 +146,11 @@ def _alone(work: Work, hardware: Hardware) -> Size:
         return hardware.matmul_s(dtype, *work.shape)
     if work.unit == ATTENTION:
         return hardware.attention_s(dtype, work.flops, work.num_bytes)
+    if work.in_loops and hardware.loops is not None:
+        rates = hardware.loops
+        computing = work.flops / rates.operations + work.transcendentals / rates.functions
+        more_to_call = rates.launch_s - hardware.launch_s
+        return maximum(_moving_s(work, hardware), computing) + maximum(more_to_call, 0)
     computing = hardware.vector_s(dtype, work.flops)
     if work.transcendentals != 0:
         computing = computing + hardware.transcendental_s(work.transcendentals)

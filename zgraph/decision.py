@@ -16,6 +16,7 @@ from zgraph.plans import Plan, Rejected, WayOut, default_budget, describe, show_
 from zgraph.search import Search, Tried
 
 AUTO = "auto"
+KERNELS = "kernels"
 
 _NUM_REJECTED = 5
 _NUM_WAYS_OUT = 3
@@ -29,9 +30,9 @@ def fixed_options(options: Mapping[str, Any]) -> dict[str, Any]:
         OptionError: one does not exist or is out of range, or is left open though it is not searched.
     """
     for name, value in options.items():
-        if value == AUTO and name not in (*SEARCHED, "prefetch"):  # the cost model decides that
+        if value == AUTO and name not in (*SEARCHED, "prefetch", KERNELS):  # the cost model decides those
             raise OptionError(f"{name}='auto' is not searched", fix="give a value, or leave it out")
-    fixed = {name: value for name, value in options.items() if value != AUTO or name == OFFLOAD}
+    fixed = {name: value for name, value in options.items() if value != AUTO or name in (OFFLOAD, KERNELS)}
     config = Config.from_options(fixed)
     return {name: getattr(config, name) for name in fixed}
 

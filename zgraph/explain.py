@@ -63,6 +63,7 @@ def explain(report: Report, search: Search | None = None) -> Explanation:
         "What limits the step?": _step(plan, document),
         "What do ranks wait for?": _communication(document),
         "Why these options?": _options(plan),
+        "Why these kernels?": _kernels(document),
         "What would help?": _help(plan, document),
         "What would more of it buy?": _more(plan, search) if search is not None else (),
     }
@@ -201,6 +202,20 @@ def _options(plan: Plan) -> Iterator[str]:
         made = other.estimate
         took = f"{show_bytes(made.reserved_bytes)} and {show_s(made.step_s)}"
         yield f"{show_options(made.options)} would take {took}: {other.why}."
+
+
+def _kernels(document: Mapping[str, Any]) -> Iterator[str]:
+    """What was made a kernel of forward and backward, and what was not, most frequent first."""
+    counts: Counter[tuple[str, bool, str]] = Counter()
+    for program in document["programs"]:
+        for each in program.get("kernels", ()):  # reports of before have none
+            counts[each["name"], each["is_kernel"], each["why"]] += each["count"] * program["repeats"]
+    for is_kernel, what in ((True, "one kernel"), (False, "ATen's calls as they are")):
+        told = [(name, why, count) for (name, made, why), count in counts.most_common() if made is is_kernel]
+        for name, why, count in told[:_NUM_TOLD]:
+            yield f"{count:,} x {name} is {what}: {why}."
+        if others := sum(count for *_, count in told[_NUM_TOLD:]):
+            yield f"{others:,} others are {what}, too."
 
 
 def _help(plan: Plan, document: Mapping[str, Any]) -> Iterator[str]:

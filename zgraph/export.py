@@ -83,7 +83,7 @@ def check_exportable(programs: Sequence[Program], device: torch.device, options:
         "keep_gathered": options.keep_gathered,
         "a mesh of nodes": len(programs[-1].mesh.axes) > 1,
         "an update of whole parameters": any(isinstance(target, OwnedUpdate) for target in targets),
-        "kernels='fused'": any(isinstance(target, Region) for target in targets),
+        f"kernels={options.kernels!r}": any(isinstance(target, Region) for target in targets),
     }
     for what, is_so in reasons.items():
         if is_so:

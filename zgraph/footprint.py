@@ -13,11 +13,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import fx
 
 from zgraph import ops
+from zgraph.codegen.region import Region
 from zgraph.fusion import Fusion
 from zgraph.liveness import held_bytes, lifetimes
 from zgraph.ops import root_of
@@ -207,8 +209,10 @@ def with_scratch(found: Footprint, program: Program) -> Footprint:
 
 def _maker(node: fx.Node) -> str:
     """The operator that made a value, where it may be one of several results."""
-    target = operand(node).target if node.target is operator.getitem else node.target
-    return target_name(target) if isinstance(target, torch._ops.OpOverload) else "update"
+    target: Any = operand(node).target if node.target is operator.getitem else node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target_name(target)
+    return target.name if isinstance(target, Region) else "update"
 
 
 def _kind(node: fx.Node, last: fx.Node) -> Kind:

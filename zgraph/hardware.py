@@ -42,6 +42,25 @@ class Disk:
 
 
 @dataclass(frozen=True)
+class LoopRates:
+    """What the loops that zgraph writes for a CPU (``zgraph.codegen.region_cpp``) reach on what lies in its caches.
+
+    Attributes:
+        operations: per second, of float32.
+        functions: exponentials and the like per second.
+        launch_s: seconds to call one.
+    """
+
+    operations: float
+    functions: float
+    launch_s: float
+
+    def scaled(self, factor: float) -> LoopRates:
+        """The same where everything but calling takes ``factor`` times as long."""
+        return replace(self, operations=self.operations / factor, functions=self.functions / factor)
+
+
+@dataclass(frozen=True)
 class Hardware:
     """A cluster of one kind of device.
 
@@ -61,6 +80,7 @@ class Hardware:
         memory: over bytes read and written, into new memory; ``memory_in_place``, into memory in use.
         gather: over bytes read and written by embedding lookups.
         transcendental: over numbers of exponentials or the like.
+        loops: of a CPU that was measured with a compiler; otherwise loops are taken to be as fast as PyTorch's kernels.
         collectives: inside a node, by kind.
         reads_peers: on a CPU, whether ranks read each other's memory (``zgraph.direct``) instead of sending messages.
         network: between nodes.
@@ -92,6 +112,7 @@ class Hardware:
     disk: Disk
     in_step: Mapping[str, float] = field(default_factory=dict, hash=False)
     reads_peers: bool = False
+    loops: LoopRates | None = None
     sources: str = ""
     variants: Mapping[int, Hardware] = field(default_factory=dict, hash=False)
 
@@ -234,4 +255,5 @@ def _slower(one: Hardware, factor: float) -> Hardware:
         gather=one.gather.scaled(factor),
         transcendental=one.transcendental.scaled(factor),
         collectives={kind: inside.scaled(factor) for kind, inside in one.collectives.items()},
+        loops=one.loops.scaled(factor) if one.loops is not None else None,
     )

@@ -138,8 +138,9 @@ def lifetimes(
 ) -> list[Lifetime]:
     """Every temporary of a program, in order of allocation.
 
-    Several results of a call are there from the call on, and those that nothing unpacks, or not yet, for as long as
-    others are being unpacked. What is sent is held until the wait; but an all-reduce sends a copy.
+    What a kernel adds up in while it runs is part of its memory. Several results of a call are there from the call on,
+    and those that nothing unpacks, or not yet, for as long as others are being unpacked. What is sent is held until the
+    wait; but an all-reduce sends a copy.
 
     Args:
         also_reads: what calls read beside their arguments (``zgraph.fusion``).
@@ -235,7 +236,8 @@ def _allocated(node: fx.Node, unpacked: Collection[Any]) -> int:
     if ops.is_view(node.target):
         return 0
     writes = getattr(node.target, "writes", (None,) * len(val))
-    return sum(
+    workspace_bytes: int = getattr(node.target, "workspace_bytes", 0)
+    return workspace_bytes + sum(
         own_bytes(each)
         for index, (each, write) in enumerate(zip(val, writes, strict=True))
         if index not in unpacked and write is None

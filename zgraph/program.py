@@ -195,6 +195,33 @@ class FlatGradient:
     bucket: str
 
 
+@dataclass(frozen=True)
+class Weighed:
+    """Calls that could be one kernel, and what was decided about them.
+
+    Attributes:
+        name: of the kernel.
+        module: of the model, that the last of the calls comes from.
+        operators: the calls, in order.
+        kernel_s, calls_s: seconds that the kernel, and the calls as they are, are predicted to take, launches included;
+            None where every kernel was asked for.
+        raises_peak_by: bytes by which the kernel would raise the peak of the step.
+    """
+
+    name: str
+    module: str
+    operators: tuple[str, ...]
+    kernel_s: float | None = None
+    calls_s: float | None = None
+    raises_peak_by: int = 0
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether they are one now."""
+        is_slower = self.kernel_s is not None and self.calls_s is not None and self.kernel_s >= self.calls_s
+        return not is_slower and not self.raises_peak_by
+
+
 @dataclass
 class Program:
     """A training step.
@@ -214,6 +241,7 @@ class Program:
         given_shapes: shapes of that state's tensors, by parameter and key, where they are not the parameter's.
         guards: expressions over HYPER and numeric OPT_STATE inputs that held at capture and must hold to run.
         layout: buckets; None before bucketing.
+        weighed: what could be kernels, in order.
     """
 
     graph: fx.Graph
@@ -227,6 +255,7 @@ class Program:
     given_shapes: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
     guards: tuple[Guard, ...] = ()
     layout: Layout | None = None
+    weighed: tuple[Weighed, ...] = ()
     _made_by: str = "capture"
     _inferred: dict[Hashable, Any] = field(default_factory=dict, repr=False)
     _keys: dict[int, tuple[torch.Tensor, int]] = field(default_factory=dict, repr=False)

@@ -37,7 +37,7 @@ from zgraph.collector import collect_garbage
 from zgraph.comm import Comm
 from zgraph.compile_times import CAPTURE
 from zgraph.config import Config, check_numbers
-from zgraph.decision import AUTO, decide
+from zgraph.decision import AUTO, KERNELS, decide
 from zgraph.disk import DEFAULT_PATH, DiskTensor, Moved, padded
 from zgraph.eager import GatherOnUse
 from zgraph.errors import OptimizerError, OptionError, ZgraphError
@@ -521,7 +521,7 @@ class Runtime:
         kept: list[dict[str, Any]] = []
         if self._last_decided is not None:
             before = self._last_decided.config
-            fixed = {name: value for name, value in fixed.items() if value != AUTO}
+            fixed = {name: value for name, value in fixed.items() if value != AUTO or name == KERNELS}
             kept = [{**searched(before), **fixed}]
             fixed = {**{name: getattr(before, name) for name in STORED}, **fixed}
         with self._plain() as model:

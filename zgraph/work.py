@@ -56,6 +56,7 @@ class Work:
         num_operators: that are started; of a kernel, those of its body, for each slice of it.
         sliced_numel: elements that a kernel goes over slice by slice; 0 of all else.
         slice_numel: elements of a slice.
+        in_loops: whether zgraph's own loops on a CPU do it, of which ``flops`` and ``transcendentals`` are counted.
     """
 
     family: str
@@ -75,6 +76,7 @@ class Work:
     num_operators: int = 1
     sliced_numel: Size = 0
     slice_numel: int = SLICE
+    in_loops: bool = False
 
     @property
     def num_calls(self) -> Size:
@@ -271,7 +273,7 @@ def _kernel(node: fx.Node, target: Kernel) -> Work:
     length = max((numel(val) for val in _sources(node)), default=0, key=_rank_of_size)
     work = replace(_moving("kernel", node), in_place=None not in target.writes)
     if isinstance(target, Region):
-        return _region(work, target)
+        return _region(work, node, target)
     inner = [node for node in target.body.nodes if node.op == "call_function" and _is_vector(node.meta["val"])]
     for one in inner:
         flops, transcendentals = _operations(one.target)
@@ -280,18 +282,28 @@ def _kernel(node: fx.Node, target: Kernel) -> Work:
     return replace(work, num_operators=len(inner), sliced_numel=length)
 
 
-def _region(work: Work, target: Region) -> Work:
-    """What its calls compute, without what they move."""
+def _region(work: Work, node: fx.Node, target: Region) -> Work:
+    """What its calls compute, without what they move; on a CPU, what its loops do.
+
+    It is in place where all but small results are.
+    """
+    new = [val for val, write in zip(node.meta["val"], target.writes, strict=True) if write is None]
+    work = replace(work, in_place=num_bytes_of(new) * _MANY < work.written_bytes)
     inner = [each for n in target.body.nodes if n.op == "call_function" for each in works(n, 1)]
     inner = [each for each in inner if each.unit != NOTHING]
+    work = replace(work, is_known=all(each.is_known for each in inner), num_operators=len(inner))
+    if target.operations is not None:
+        operations, functions = target.operations
+        return replace(work, flops=operations, transcendentals=functions, in_loops=True)
     return replace(
         work,
         flops=sum(each.flops for each in inner),
         transcendentals=sum(each.transcendentals for each in inner),
-        is_known=all(each.is_known for each in inner),
-        num_operators=len(inner),
     )
 
+
+_MANY = 16
+"""Times as much as what is small."""
 
 _LEAST_IN_CACHE = 2
 """Additions that take a CPU as long as it takes to go over a slice that lies in its cache."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from zgraph.codegen.listing import weighed_as_data
 from zgraph.config import Config
 from zgraph.cost import Cost, Costs
 from zgraph.errors import StateError, first_line
@@ -168,7 +169,13 @@ def make_report(
     names = ("step",) if not micro else ("every micro-batch but the last", "last micro-batch")
     repeats = (config.accumulate - 1, 1)[-len(names) :]
     programs = [
-        {"name": name, "repeats": times, **program, "if_faster": if_faster(made, hardware)}
+        {
+            "name": name,
+            "repeats": times,
+            **program,
+            "if_faster": if_faster(made, hardware),
+            "kernels": weighed_as_data(made),
+        }
         for name, times, program, made in zip(names, repeats, (*micro, last), lowered.programs, strict=True)
     ]
     for program, ran in zip(programs if measured else [], measured, strict=True):

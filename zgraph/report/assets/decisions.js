@@ -63,6 +63,11 @@ function drawDecisions() {
       ...plan.rejected.map((other) => row(other.estimate, other.why))], [4]),
   ];
   if (!plan.rejected.length) parts.push(make("p", { class: "note" }, "Nothing else was looked at: these options were given, are the defaults, or are the first that fit."));
+  const weighed = report.programs.flatMap((each) => (each.kernels || []).map((kernel) => ({ ...kernel, count: kernel.count * each.repeats })));
+  if (weighed.length) {
+    parts.push(make("h3", {}, "Kernels of forward and backward"), table(["Calls", "Times", "As", "Why"], weighed.map((kernel) => make("tr", {},
+      make("td", { class: "mono" }, kernel.name), make("td", {}, count(kernel.count)), make("td", { class: "left" }, kernel.is_kernel ? "one kernel" : "ATen's calls"), make("td", { class: "left" }, kernel.why))), [2, 3]));
+  }
   if (!plan.fits) {
     parts.push(make("h3", {}, "Ways out"), plan.ways_out.length
       ? table(["Change", "Memory", "Step", "Cost of an example"], plan.ways_out.map((way) => make("tr", {}, make("td", {}, way.change), make("td", {}, bytes(way.reserved_bytes)), make("td", {}, seconds(way.step_s)), make("td", {}, "× " + way.cost.toFixed(2)))))
