@@ -7,6 +7,8 @@
 Rows that a later loop needs again are kept by the thread, unless they are computed faster than they are fetched. Sums
 over all rows are made of the sums of each ``ROWS_TOGETHER`` rows, which are added up in float64: results depend on no
 number of threads, and round less the more rows there are.
+
+A value of bfloat16 is a float32 that is rounded where an operator gives it, as ATen's does; memory has its upper half.
 """
 
 from __future__ import annotations
@@ -36,13 +38,38 @@ _MOST_KEPT = 2**18
 _CHEAP = 4
 """Operations that take about as long as it takes to keep a number and fetch it again."""
 
+BFLOAT16 = """\
+static inline float bits_of(unsigned bits) { float x; __builtin_memcpy(&x, &bits, 4); return x; }
+
+static inline float widen(unsigned short half) { return bits_of((unsigned)half << 16); }
+
+// To the nearest, and of two to the even one; NaN stays NaN.
+static inline unsigned upper_half(float x) {
+    unsigned bits;
+    __builtin_memcpy(&bits, &x, 4);
+    const unsigned nearest = bits + 0x7fffu + ((bits >> 16) & 1u);
+    return x == x ? nearest : 0x7fc00000u;
+}
+
+static inline unsigned short narrow(float x) { return upper_half(x) >> 16; }
+
+static inline unsigned short half_of(float rounded) {
+    unsigned bits;
+    __builtin_memcpy(&bits, &rounded, 4);
+    return bits >> 16;
+}
+
+static inline float rounded(float x) { return bits_of(upper_half(x) & 0xffff0000u); }
+"""
+
 _ADDRESS = ctypes.c_void_p
 
 
 class RegionCppWriter(CppWriter):
     """Writes a region's loops."""
 
-    dtypes: ClassVar = {**CppWriter.dtypes, torch.int64: "long"}
+    dtypes: ClassVar = {**CppWriter.dtypes, torch.int64: "long", torch.bfloat16: "float"}
+    in_memory: ClassVar = {**dtypes, torch.bfloat16: "unsigned short"}
     functions: ClassVar[tuple[Any, ...]] = tuple(vector_math.NAMES)
 
     def __init__(self, loops: Loops) -> None:
@@ -62,9 +89,9 @@ class RegionCppWriter(CppWriter):
 
     @classmethod
     def can_call(cls, node: fx.Node) -> bool:
-        """Whether there is an operator; exponentials and the like are in float32 alone."""
+        """Whether there is an operator; exponentials and the like are computed in float32 alone."""
         packet = node.target.overloadpacket  # type: ignore[union-attr]
-        if packet in cls.functions and node.meta["val"].dtype is not torch.float32:
+        if packet in cls.functions and node.meta["val"].dtype not in (torch.float32, torch.bfloat16):
             return False
         # Whole numbers are compared by functions of loops; ATen's operators would compute in float32 with them.
         if any(source.meta["val"].dtype is torch.int64 for source in node.all_input_nodes):
@@ -77,7 +104,9 @@ class RegionCppWriter(CppWriter):
         name = f"region_{hashlib.sha256(body.encode()).hexdigest()[:16]}"
         head = f'extern "C" long {name}(int threads, void **inputs, void **outputs, float *workspace)'
         functions = f"{vector_math.SOURCE}\n" if self._has_functions() else ""
-        return f"{functions}{head} {{\n{body}\n    return wrong;\n}}\n"
+        has_halves = any(f"{function}(" in body for function in ("widen", "narrow", "half_of", "rounded"))
+        halves = f"{BFLOAT16}\n" if has_halves else ""
+        return f"{halves}{functions}{head} {{\n{body}\n    return wrong;\n}}\n"
 
     # -- the whole ------------------------------------------------------------------------------------------
 
@@ -102,12 +131,12 @@ class RegionCppWriter(CppWriter):
     def _lines(self) -> Iterator[str]:
         for node, index in self.loops.inputs.items():
             if level_of(node):
-                kind = self._type(node)
+                kind = self.in_memory[node.meta["val"].dtype]
                 yield f"    const {kind} *i{self.names[node]} = (const {kind} *)inputs[{index}];"
             else:
                 yield f"    const double {self.names[node]} = *(const double *)inputs[{index}];"
         for store in self.loops.stores:
-            kind = self.dtypes[store.dtype]
+            kind = self.in_memory[store.dtype]
             yield f"    {kind} *o{store.place} = ({kind} *)outputs[{store.place}];"
         for key, start in self.partials.items():
             kind = self._type(key) if isinstance(key, fx.Node) else self._type(key.value)
@@ -129,7 +158,7 @@ class RegionCppWriter(CppWriter):
                     yield from self._added(store)
         numbers = [store for store in self.loops.stores if not level_of(store.value)]
         yield from self._numbers({store.value for store in numbers}, done)
-        yield from (f"    o{store.place}[0] = {self.names[store.value]};" for store in numbers)
+        yield from (f"    o{store.place}[0] = {_stored(self.names[store.value], store)};" for store in numbers)
 
     def _numbers(self, needed: set[fx.Node], done: set[fx.Node]) -> Iterator[str]:
         """What is computed of numbers alone, and needed now."""
@@ -147,7 +176,7 @@ class RegionCppWriter(CppWriter):
         yield f"    for ({self.index} c = 0; c < {width}; c++) {{"
         yield "        double sum = 0;"
         yield f"        for (long k = 0; k < {self.num_chunks}; k++) sum += p{start}[k * {width} + c];"
-        yield f"        o{store.place}[c] = sum;"
+        yield f"        o{store.place}[c] = {_stored('sum', store)};"
         yield "    }"
 
     # -- a sweep --------------------------------------------------------------------------------------------
@@ -194,7 +223,8 @@ class RegionCppWriter(CppWriter):
         for depth in range(max(this.num_loops, 1 + max(map(self.loops.depth.__getitem__, this.needed), default=0))):
             for node in this.rows(depth):
                 if node.op == "placeholder":
-                    yield f"{indent}const {self._type(node)} {self.names[node]} = *x{self.names[node]};"
+                    read = _read(f"*x{self.names[node]}", node)
+                    yield f"{indent}const {self._type(node)} {self.names[node]} = {read};"
                 elif node.target is ir.pick:
                     yield from self._picked(this, node, indent)
                 else:
@@ -209,7 +239,7 @@ class RegionCppWriter(CppWriter):
                 yield from self._columns(this, depth, kept, indent)
         for store in this.stores:
             if level_of(store.value) is Level.ROW:
-                yield f"{indent}o{store.place}[r] = {self.names[store.value]};"
+                yield f"{indent}o{store.place}[r] = {_stored(self.names[store.value], store)};"
         for node in this.totals:
             yield f"{indent}part{self.names[node]} += {self.names[ir.argument(node)]};"
 
@@ -226,10 +256,10 @@ class RegionCppWriter(CppWriter):
             if node in this.needed and level_of(node):
                 terms = [f"{i} * {s}" for i, s in zip(indices, self.loops.strides[node], strict=False) if s]
                 place = " + ".join([f"i{self.names[node]}", *terms])
-                yield f"{indent}const {self._type(node)} *x{self.names[node]} = {place};"
+                yield f"{indent}const {self.in_memory[node.meta['val'].dtype]} *x{self.names[node]} = {place};"
         for store in this.stores:
             if level_of(store.value) is Level.ELEMENT and not store.over_rows:
-                kind = self.dtypes[store.dtype]
+                kind = self.in_memory[store.dtype]
                 yield f"{indent}{kind} *y{store.place} = o{store.place} + r * {self.loops.num_columns};"
 
     def operations(self) -> tuple[int, int]:
@@ -270,7 +300,7 @@ class RegionCppWriter(CppWriter):
                 yield f"{inner}q{self.partials[store]}[c] += {name};"
             else:
                 place = f"y{store.place}" if self.loops.num_rows > 1 else f"o{store.place}"
-                yield f"{inner}{place}[c] = {name};"
+                yield f"{inner}{place}[c] = {_stored(name, store)};"
         yield f"{indent}}}"
 
     def _elements(
@@ -286,7 +316,8 @@ class RegionCppWriter(CppWriter):
             if node.op == "placeholder":
                 place = f"x{self.names[node]}" if self.loops.num_rows > 1 else f"i{self.names[node]}"
                 column = "c" if self.loops.strides[node][-1] else "0"
-                yield f"{indent}const {self._type(node)} {self.names[node]} = {place}[{column}];"
+                value = _read(f"{place}[{column}]", node)
+                yield f"{indent}const {self._type(node)} {self.names[node]} = {value};"
             else:
                 yield f"{indent}{self._statement(node)}"
 
@@ -339,8 +370,36 @@ class RegionCppWriter(CppWriter):
             expression, kind = self.expression(node), target.overloadpacket.__name__
         return f"const {self._type(node)} {self.names[node]} = {expression};  // {kind}"
 
+    def read(self, arg: Any) -> str:
+        # A number is compared as one of the dtype that it is compared with.
+        if self.ordering is not torch.bfloat16:
+            return super().read(arg)
+        if isinstance(arg, fx.Node):
+            text = super().read(arg)
+            return text if level_of(arg) else f"rounded({text})"
+        return self.literal(torch.tensor(arg, dtype=torch.bfloat16).item())
+
+    def cast(self, text: str, computed: torch.dtype, dtype: torch.dtype) -> str:
+        return f"rounded({text})" if dtype is torch.bfloat16 else super().cast(text, computed, dtype)
+
+    def fill(self, value: str, dtype: torch.dtype) -> str:
+        return self.cast(value, dtype, dtype)
+
     def function(self, packet: Any, x: Any) -> str:
         return f"{vector_math.NAMES[packet]}({x})"
+
+
+def _read(place: str, node: fx.Node) -> str:
+    """What lies in memory, as a value."""
+    return f"widen({place})" if node.meta["val"].dtype is torch.bfloat16 else place
+
+
+def _stored(value: str, store: Store) -> str:
+    """A value, as it lies in memory."""
+    if store.dtype is not torch.bfloat16:
+        return value
+    is_rounded = not store.over_rows and store.value.meta["val"].dtype is torch.bfloat16
+    return f"half_of({value})" if is_rounded else f"narrow({value})"
 
 
 def workspace_bytes(loops: Loops) -> int:
@@ -364,9 +423,10 @@ def _is_function(node: fx.Node) -> bool:
 
 def _operations(node: fx.Node) -> int:
     packet = getattr(node.target, "overloadpacket", None)
+    rounding = 6 if node.op == "call_function" and node.meta["val"].dtype is torch.bfloat16 else 0
     if _is_function(node):
-        return 20
-    return 4 if packet in (aten.div, aten.reciprocal, aten.sqrt, aten.rsqrt) else 1
+        return 20 + rounding
+    return rounding + 4 if packet in (aten.div, aten.reciprocal, aten.sqrt, aten.rsqrt) else rounding + 1
 
 
 def compile_region(loops: Loops) -> Callable[[Sequence[Any], Sequence[torch.Tensor]], None]:

@@ -255,6 +255,55 @@ def test_gradients(function: Any) -> None:
     check(function, normal(70, 37, scale=2), normal(37, 70).t().contiguous(), least=5e-7)
 
 
+def halves(*shape: int, scale: float = 2.0) -> torch.Tensor:
+    return normal(*shape, scale=scale).bfloat16()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        *ACTIVATIONS_AND_SUMS[1:6],
+        lambda x: (x * x.neg() + x) * 0.1 - torch.full_like(x, 0.3),
+        lambda x: torch.where(x > 0.1, x, -x) * (x.float() * 1.1).bfloat16(),
+        lambda x: x.exp() + torch.tanh(x),
+        lambda x: aten.gelu_backward(x * 0.5, x),
+        lambda x: aten.threshold_backward(x, x - 1, 0) * 2,
+        lambda x: aten._softmax_backward_data(x, x * 0.1, -1, torch.bfloat16) * 0.3,
+    ],
+)
+def test_in_bfloat16_every_operator_rounds_once_as_atens_does(function: Any) -> None:
+    """Rounded bit for bit alike, but where float32 before it is off by a unit near the middle of two numbers."""
+    x = halves(9, 5, 37)
+    region = region_of(function, x)
+    assert region.runs_in("cpu") == CPP
+    (found,), expected = region(x), function(x)
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    apart = (found.float() - expected.float()).abs()
+    assert (apart == 0).float().mean() > 0.9
+    assert bool((apart <= 2**-7 * expected.float().abs() + 2**-15 * expected.float().abs().max()).all())
+
+
+def test_norms_in_bfloat16_are_within_one_rounding() -> None:
+    x, y, weight, bias = halves(70, 33), halves(70, 33), halves(33), halves(33)
+    _, mean, scale = aten.native_layer_norm(x, [33], weight, bias, 1e-5)
+    for function, args in (
+        (add_and_norm, (x, y, weight, bias)),
+        (norm_backward, (halves(70, 33, scale=3), x, mean, scale, weight, bias, y)),
+        (gelu_backward_and_sum, (y, x)),
+        (lambda x: aten._log_softmax(x * 3, -1, False), (x,)),
+        (lambda x: (x * 2).sum([0]), (x,)),
+    ):
+        check(function, *args, least=2**-8)
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf"), -float("inf"), 3.3895e38, 1e-40, -0.0])
+def test_bfloat16_keeps_what_is_no_ordinary_number(value: float) -> None:
+    """Among them the largest float32 that rounds to infinity, and a subnormal one."""
+    x = torch.full((4, 6), value)
+    (found,) = region_of(lambda x: (x + 0.0).bfloat16(), x)(x)
+    assert found.isnan().all() if value != value else torch.equal(found, (x + 0.0).bfloat16())
+
+
 def test_what_lies_otherwise_is_read_where_it_lies() -> None:
     turned = normal(4, 3, 2, 16).transpose(1, 2)
     check(lambda x, y, z: (x * y + z).contiguous(), turned, normal(2, 1, 16), normal(4, 2, 3, 16))
