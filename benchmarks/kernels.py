@@ -3,10 +3,12 @@
     python benchmarks/kernels.py                      the update of 20M parameters by AdamW, one thread and all cores
     python benchmarks/kernels.py --numel 5000000 --rounds 20
     python benchmarks/kernels.py --step small         a whole step of a GPT, one thread and all cores
+    python benchmarks/kernels.py --regions small      each region of forward and backward beside ATen's calls
     python benchmarks/kernels.py --count              bytes and launches of a step of one block; nothing runs
 
 Beside the update runs a loop that reads four vectors and writes three, as the update does: an update in one pass can be
-as fast, and no faster than noise makes it. ``--count`` leaves out matrix products, attention and what lies in place.
+as fast, and no faster than noise makes it. ``--regions`` has the ratio that ``kernels="auto"`` goes by, too.
+``--count`` leaves out matrix products, attention and what lies in place.
 """
 
 from __future__ import annotations
@@ -16,15 +18,19 @@ import ctypes
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from models import GPT, SHAPES, Shape, build_batch, build_model
 
 import zgraph
 from zgraph.capture import capture
-from zgraph.codegen.kernel import SLICES, Kernel
+from zgraph.codegen.kernel import CPP, SLICES, Kernel
 from zgraph.codegen.library import load
+from zgraph.codegen.region import Region
 from zgraph.config import Config
 from zgraph.lower import lower
 from zgraph.machines import available_cores
@@ -134,6 +140,50 @@ def compare_steps(shape: Shape, rounds: int) -> None:
             print(f"| {name} | {threads} | {median * 1e3:.0f} ms | {median / first:.3f} |", flush=True)
 
 
+def compare_regions(shape: Shape, rounds: int) -> None:
+    """Print the median time of each kind of region, and of the calls that it replaces, on inputs of their own."""
+    print("| region | threads | times | ATen's calls | zgraph | ratio | predicted |\n" + "| --- " * 7 + "|")
+    for threads in sorted({1, available_cores()}):
+        torch.set_num_threads(threads)
+        model = build_model(shape)
+        zgraph.compile(model, torch.optim.AdamW(model.parameters()), zero=0, kernels="zgraph")
+        model.train_step(*build_batch(shape, 1, range(1)))
+        counts = Counter(node.target for node in model.program.graph.nodes if isinstance(node.target, Region))
+        predicted = ratios(shape)
+        for region, num in counts.items():
+            values = [value_for(node.meta["val"]) for node in region.body.find_nodes(op="placeholder")]
+            ours, calls = (partial(region._function(language), *values) for language in (CPP, SLICES))
+            took = take_turns({"calls": calls, "ours": ours}, rounds)
+            figures = f"{took['calls'] * 1e6:.0f} us | {took['ours'] * 1e6:.0f} us | {took['ours'] / took['calls']:.2f}"
+            print(f"| {region.name} | {threads} | {num} | {figures} | {predicted[stem(region.name)]:.2f} |", flush=True)
+
+
+def ratios(shape: Shape) -> dict[str, float]:
+    """By name of a region, what it is predicted to take, of what its calls are."""
+    model = build_model(shape)
+    zgraph.compile(model, torch.optim.AdamW(model.parameters()), zero=0, kernels="auto")
+    model.train_step(*build_batch(shape, 1, range(1)))
+    weighed = model.program.weighed
+    return {stem(each.name): each.kernel_s / each.calls_s for each in weighed if each.kernel_s and each.calls_s}
+
+
+def stem(name: str) -> str:
+    """The name of a region without its number."""
+    return name.rstrip("0123456789").rstrip("_")
+
+
+def value_for(val: Any) -> Any:
+    """Something to compute with, in the form of a value."""
+    if not isinstance(val, torch.Tensor):
+        return 1.0
+    if not val.dtype.is_floating_point:
+        return torch.zeros(val.shape, dtype=val.dtype)
+    like = torch.empty_strided(val.shape, val.stride(), dtype=val.dtype)
+    return (
+        torch.rand(like.untyped_storage().nbytes() // like.itemsize).to(val.dtype).as_strided(val.shape, val.stride())
+    )
+
+
 def count() -> None:
     """Print what a step of one block moves and starts."""
     shape = Shape(width=1024, layers=1, heads=16, tokens=1024, vocabulary=32000, sequences=4)
@@ -177,10 +227,14 @@ def main() -> int:
     parser.add_argument("--numel", type=int, default=20_000_000, help="parameters (default: 20,000,000)")
     parser.add_argument("--rounds", type=int, default=9, help="(default: 9)")
     parser.add_argument("--step", type=Shape.parse, help=f"time steps of a GPT: {', '.join(SHAPES)}, or six integers")
+    parser.add_argument("--regions", type=Shape.parse, help="time regions of a GPT: names or integers as of --step")
     parser.add_argument("--count", action="store_true", help="count what a step of one block moves and starts")
     options = parser.parse_args()
     if options.count:
         count()
+        return 0
+    if options.regions is not None:
+        compare_regions(options.regions, options.rounds)
         return 0
     if options.step is not None:
         compare_steps(options.step, options.rounds)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import torch
@@ -444,20 +444,28 @@ def compile_region(loops: Loops) -> Callable[[Sequence[Any], Sequence[torch.Tens
     return partial(_run, function, writer.workspace, loops.num_columns)
 
 
+@cache
+def _addresses(num: int) -> type[ctypes.Array[Any]]:
+    return _ADDRESS * num
+
+
 def _run(
     function: Any, num_numbers: int, num_columns: int, inputs: Sequence[Any], outputs: Sequence[torch.Tensor]
 ) -> None:
-    workspace = torch.empty(num_numbers, dtype=torch.float32, device="cpu")
-    numbers = [ctypes.c_double(float(x)) if not isinstance(x, torch.Tensor) or not x.dim() else None for x in inputs]
-    given = [
-        x.data_ptr() if number is None else ctypes.addressof(number) for x, number in zip(inputs, numbers, strict=True)
-    ]
-    places = [output.data_ptr() for output in outputs]
+    numbers: list[ctypes.c_double] = []  # which must live as long as their addresses
+    given: list[int] = []
+    for x in inputs:
+        if isinstance(x, torch.Tensor) and x.dim():
+            given.append(x.data_ptr())
+        else:
+            numbers.append(ctypes.c_double(float(x)))
+            given.append(ctypes.addressof(numbers[-1]))
+    workspace = torch.empty(num_numbers, dtype=torch.float32, device="cpu") if num_numbers else None
     wrong = function(
         torch.get_num_threads(),
-        (_ADDRESS * len(given))(*given),
-        (_ADDRESS * len(places))(*places),
-        workspace.data_ptr(),
+        _addresses(len(given))(*given),
+        _addresses(len(outputs))(*[output.data_ptr() for output in outputs]),
+        workspace.data_ptr() if workspace is not None else None,
     )
     if wrong:
         raise IndexError(f"{wrong} targets are out of bounds: there are {num_columns} classes")

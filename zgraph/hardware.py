@@ -80,7 +80,7 @@ class Hardware:
         memory: over bytes read and written, into new memory; ``memory_in_place``, into memory in use.
         gather: over bytes read and written by embedding lookups.
         transcendental: over numbers of exponentials or the like.
-        loops: of a CPU that was measured with a compiler; otherwise loops are taken to be as fast as PyTorch's kernels.
+        loops: of a CPU; None where they were not measured, and are taken to be as fast as PyTorch's kernels.
         collectives: inside a node, by kind.
         reads_peers: on a CPU, whether ranks read each other's memory (``zgraph.direct``) instead of sending messages.
         network: between nodes.

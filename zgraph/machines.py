@@ -24,7 +24,7 @@ from types import MappingProxyType
 
 from zgraph import fitted
 from zgraph.curves import Collective, Curve, Matmul, MeasuredCollective, Network
-from zgraph.hardware import KINDS, TF32, Disk, Hardware, HostLink
+from zgraph.hardware import KINDS, TF32, Disk, Hardware, HostLink, LoopRates
 from zgraph.peer_memory import may_read_peers
 
 GIB = 2**30
@@ -499,6 +499,8 @@ def assumed_cpu(cores: int, total: int) -> Hardware:
         transcendental=Curve.line(2e8 * cores, 1e-6),
         collectives={kind: MeasuredCollective(between_ranks, 2 if kind == "all_reduce" else 1) for kind in KINDS},
         reads_peers=reads_peers,
+        # Of loops' own: what is in cache is as fast as a product is, but a call from Python takes several of ATen's.
+        loops=LoopRates(operations=rate, functions=2e8 * cores, launch_s=4e-5),
         network=Network(1.25e9, 0.8, 1e-4),
         host_link=HostLink(stream, stream, 1e-6),
         disk=Disk(5e8, 2e8, 1e-3),
