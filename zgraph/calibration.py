@@ -169,7 +169,7 @@ class Calibration:
         )
 
     def _assumed(self) -> Hardware:
-        """What is not measured, such as links between nodes: of a GPU as of its preset, or of one without fast links."""
+        """What is not measured, such as links between nodes: of a GPU as of its preset, or of one without fast ones."""
         if self.device_type == "cpu":
             return machines.this_cpu()
         return machines.preset(machines.preset_of(self.device, self.memory_bytes) or "L40S")
