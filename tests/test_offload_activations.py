@@ -37,7 +37,7 @@ from zgraph.timeline import DISK_IN, DISK_OUT, play
 
 aten = torch.ops.aten
 ACTIVATIONS = {"activations": "disk"}
-NO_TIME, SOME_TIME, VERY_LONG = 1e30, 1e9, 1.0
+NO_TIME, SOME_TIME, VERY_LONG = 1e30, 2e9, 1.0
 """Bytes that a disk moves in a second, beside calls that take microseconds."""
 ONE = 64 * 12 * 8
 """Bytes of an activation of ``deep``."""
@@ -281,7 +281,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "accumulated": {"accumulate": 2, "clip_norm": 0.1},
     "in low precision": {"precision": "bf16"},
     "recomputed": {"recompute": "operators"},
-    "fused": {"kernels": "fused"},
+    "fused": {"kernels": "zgraph"},
     "in another order": {"memory_first": True},
 }
 
@@ -322,7 +322,7 @@ def test_a_plan_and_the_source_say_what_goes() -> None:
     (note,) = model.plan.notes
     moved = show_bytes(spilled_bytes(model.program))
     assert note == f"{moved} of each rank's activations lie on a disk; a step reads {moved} and writes {moved}"
-    assert "# d0: f32[1024, 256] from byte 0 on of a room on a disk" in model.source
+    assert "#   d0: f32[1024, 256] from byte 0 on" in model.source
     assert "= d0.store(" in model.source
     events = [event for program in model.report().document["programs"] for event in program["events"]]
     assert events
