@@ -43,13 +43,17 @@ def test_one_rank_has_nothing_to_shard_or_to_send() -> None:
 def test_more_goes_to_a_disk_one_after_the_other_if_that_is_open() -> None:
     given = {"recompute": None, "offload_path": "/var/tmp"}
     members = family(1, 1, {**given, "offload": "auto"})
-    state = {"optimizer": "disk"}
+    hidden, state = {"activations": "disk"}, {"optimizer": "disk"}
+    everything = {**state, "parameters": "disk"}
+    offloads = (hidden, state, {**state, **hidden}, everything, {**everything, **hidden})
     assert [choice.options for choice in members] == [
         {"zero": 0, "recompute": None},
-        {"zero": 0, **given, "offload": state},
-        {"zero": 0, **given, "offload": {**state, "parameters": "disk"}},
+        *({"zero": 0, **given, "offload": offload} for offload in offloads),
+        {"zero": 0, **given, "offload": {**everything, "activations": "disk, waited for"}},
     ]
-    assert [choice.milder for choice in members] == [[], members[:1], members[1:2]]
+    milder = [[members.index(each) for each in choice.milder] for choice in members]
+    assert milder == [[], [0], [0], [2], [2], [4], [5]]
+    assert [choice.depth for choice in members] == [0, 1, 1, 2, 2, 3, 4]
 
 
 def test_what_is_fixed_is_in_every_member() -> None:

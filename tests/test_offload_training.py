@@ -243,9 +243,9 @@ def stack() -> nn.Module:
     return nn.Sequential(*(nn.Linear(512, 512) for _ in range(8)))
 
 
-def planned(memory: int, disk: float = 1e8, **options: Any) -> zgraph.Plan:
+def planned(memory: int, disk: float = 1e8, rows: int = 4, **options: Any) -> zgraph.Plan:
     given = {"accumulate": 1, "recompute": None, "bucket_bytes": 1, "hardware": Speed(disk).hardware(), **options}
-    batch = (torch.empty(4, 512),)
+    batch = (torch.empty(rows, 512),)
     return zgraph.plan(stack, torch.optim.AdamW, batch=batch, world_size=1, loss=mean_square, memory=memory, **given)
 
 
@@ -258,7 +258,24 @@ def test_what_a_budget_has_no_room_for_goes_to_the_disk_state_first() -> None:
     assert sorted(plan.chosen.step_s for plan in found) == [plan.chosen.step_s for plan in found]
     assert plan.options["offload"] == EVERYTHING
     assert "6 x zgraph.load.default (optimizer state)" in str(plan.refusal())
-    assert [other.estimate.options.get("offload") for other in found[2].rejected] == [ON_DISK], "all in memory cannot fit"
+    rejected = [other.estimate.options.get("offload") for other in found[2].rejected]
+    assert [offload for offload in rejected if "activations" not in (offload or {})] == [ON_DISK], "all in memory cannot fit"
+
+
+@pytest.mark.slow
+def test_activations_go_before_state_where_they_are_what_is_large() -> None:
+    budget, found = 2**40, []
+    while (plan := planned(budget, disk=2e9, rows=2048, offload="auto")).fits:
+        found.append(plan)
+        budget = plan.chosen.reserved_bytes - 1
+    assert [plan.options.get("offload") for plan in found] == [
+        None,
+        {"activations": "disk"},
+        {**ON_DISK, "activations": "disk"},
+        {**EVERYTHING, "activations": "disk"},
+    ]
+    assert sorted(plan.chosen.step_s for plan in found) == [plan.chosen.step_s for plan in found]
+    assert found[1].chosen.step_s < 1.01 * found[0].chosen.step_s
 
 
 def test_where_it_would_help_a_refusal_says_so() -> None:

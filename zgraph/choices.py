@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from zgraph.config import BY_COST, Config
+from zgraph.config import BY_COST, WAITED_FOR, Config
 from zgraph.errors import OptionError
 
 ACCUMULATE = "accumulate"
@@ -22,10 +22,26 @@ CHAINED: dict[str, tuple[Any, ...]] = {"recompute": (None, "operators", "blocks"
 micro-batches."""
 
 OFFLOAD = "offload"
-"""Searched, where that is asked for, in ``OFFLOADS``: of these, too, none is faster than the one before."""
+"""Searched, where that is asked for, in ``OFFLOADS``."""
 
-OFFLOADS: tuple[Any, ...] = (None, {"optimizer": "disk"}, {"optimizer": "disk", "parameters": "disk"})
-"""What lies on a disk: state, which is needed once in a step, before parameters, which are needed twice or more."""
+_STATE = {"optimizer": "disk"}
+_ALL_STATE = {**_STATE, "parameters": "disk"}
+_HIDDEN, _WAITED_FOR = {"activations": "disk"}, {"activations": WAITED_FOR}
+
+OFFLOADS: tuple[Any, ...] = (
+    None,
+    _HIDDEN,
+    _STATE,
+    {**_STATE, **_HIDDEN},
+    _ALL_STATE,
+    {**_ALL_STATE, **_HIDDEN},
+    {**_ALL_STATE, **_WAITED_FOR},
+)
+"""What lies on a disk: activations as far as nothing waits for them, and state, which is needed once in a step, before
+parameters, which are needed twice or more; last of all, activations for which computing waits."""
+
+_LESS = (None, 0, 0, 2, 2, 4, 5)
+"""For each of ``OFFLOADS`` the one, by index, of which all lies there, too, and which is never slower."""
 
 LEVELS = (None, 0.25, 0.5, 0.75, 1.0)
 """Of recomputation, instead, where a model is not long: to weigh single activations takes seconds for each choice."""
@@ -135,17 +151,28 @@ def family(
                 continue
             if any(not VARIED[name].matters(config) for name in varied) or _copies_in_vain(config, fixed):
                 continue
-            indices = {name: crossed[name].index(options[name]) for name in chains}
+            before = {name: _before(name, crossed[name], options[name]) for name in chains}
             milder = []
-            for name in (name for name, index in indices.items() if index):
-                back = {name: crossed[name][indices[name] - 1]}
+            for name in (name for name, values in before.items() if values):
+                back = {name: before[name][-1]}
                 instead = [{**options, **VARIED[each].instead, **back} for each in varied if VARIED[each].instead]
                 known = [found[key] for key in map(_key, ({**both, **back}, *instead)) if key in found]
                 milder += known[:1]
             told = {name: value for name, value in both.items() if name == "zero" or value != getattr(Config, name)}
             told |= {name: both[name] for name in fixed if name in crossed and name != OFFLOAD}
-            found[_key(both)] = Choice({**told, **given}, config, milder, sum(indices.values()))
+            found[_key(both)] = Choice({**told, **given}, config, milder, sum(map(len, before.values())))
     return list(found.values())
+
+
+def _before(name: str, values: Sequence[Any], value: Any) -> Sequence[Any]:
+    """The values of a chained option that are milder than one, each than the next."""
+    if name != OFFLOAD or len(values) == 1:
+        return values[: values.index(value)]
+    found, index = list[Any](), _LESS[values.index(value)]
+    while index is not None:
+        found.append(values[index])
+        index = _LESS[index]
+    return found[::-1]
 
 
 def _copies_in_vain(config: Config, fixed: Mapping[str, Any]) -> bool:

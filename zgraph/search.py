@@ -303,6 +303,9 @@ class Search:
         before = replace(config, zero=0, **{name: getattr(Config, name) for name in sharding})
         chosen_late = isinstance(config.recompute, float)  # by all passes together
         before = replace(before, recompute=None) if chosen_late else before
+        if isinstance(before.offload, dict):
+            state = {what: tier for what, tier in before.offload.items() if what != "activations"}
+            before = replace(before, offload=state or None)
         if before not in self._held:
             try:
                 self._held[before] = tuple(
@@ -324,8 +327,9 @@ def _without_level(config: Config) -> Config:
     return replace(config, recompute=None)
 
 
-def _size(tried: Tried) -> tuple[int, float]:
-    return tried.estimate.peak_bytes, tried.estimate.step_s
+def _size(tried: Tried) -> tuple[int, float, int]:
+    """What is less: bytes, then seconds, then what is asked for on top of the mildest choice."""
+    return tried.estimate.peak_bytes, tried.estimate.step_s, tried.choice.depth
 
 
 def _recomputed(captured: Program, config: Config) -> Program:
