@@ -20,7 +20,7 @@ from cgroups import MemoryCap
 from memory import Held
 from models import Shape
 from network import loopback_bytes
-from peers import Collectives, Peer
+from peers import Collectives, OnDisk, Peer
 from ranks import RankError, Ranks
 from trainer import Job, StepSample, Trainer
 
@@ -73,6 +73,7 @@ class Result:
         baseline_resident_bytes: resident for imports and process group.
         wire_bytes: received per rank and step, headers included, or None without a private network.
         collectives: what one rank gave its communication library to move in one step.
+        disk: what one rank moved from and to a disk in one step, and was predicted to take.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Result:
     baseline_resident_bytes: int = 0
     wire_bytes: float | None = None
     collectives: Collectives = field(default_factory=dict)
+    disk: OnDisk = field(default_factory=OnDisk)
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,7 @@ class Runner:
         if self._settings.private_network:
             self.result.wire_bytes = statistics.median(self._wire_bytes)
         self.result.collectives = self._ask("count_collectives")[0]
+        self.result.disk = self._ask("disk")[0]
 
     def end(self) -> None:
         """Give everything back."""

@@ -1,4 +1,4 @@
-"""State on a disk: what it costs in time, and saves in memory, beside the disk's own pace in the same run.
+"""State and activations on a disk: what they cost in time and save in memory, beside the disk's own pace in this run.
 
     python benchmarks/offload.py                    the small GPT on two ranks
     python benchmarks/offload.py --model medium     the 135.6M GPT
@@ -6,8 +6,9 @@
     python benchmarks/offload.py --cap 1GiB         the largest GPT that trains under a cap on each rank, beside peers'
 
 Peers take turns step by step, as in ``step.py``. Then the disk is measured: all ranks at once move as many bytes as a
-step does, with nothing to compute meanwhile. A step with state on the disk can be no faster than the slower one of the
-two; ``/ bound`` is how near it comes.
+step does, with nothing to compute meanwhile. A step with something on the disk can be no faster than the slower one of
+the two; ``/ bound`` is how near it comes, and ``bound by`` which one that is. ``predicted s`` is by the machine's
+calibration, and compares with ``step s`` only where nothing else runs.
 """
 
 from __future__ import annotations
@@ -30,6 +31,12 @@ if TYPE_CHECKING:
 
 BLOCK = 2**24
 ROUNDS = 3
+
+WAYS = {
+    "activations on disk": ("activations",),
+    "state on disk": ("optimizer",),
+    "all state on disk": ("optimizer", "parameters"),
+}
 
 CAP_SHAPE = "1024,1,16,16,512,1"
 """Deepened under a cap: wide, so that it is parameters that take memory and not the graph of very many calls."""
@@ -77,7 +84,7 @@ def run(arguments: Sequence[str]) -> int:
         return run_capped(options.cap, options.path, replace(settings, rounds=1, timeout_s=1800))
     in_memory = PEERS["zgraph-3"]
     entries = [Entry("in memory", in_memory)]
-    for name, what in (("state on disk", ("optimizer",)), ("all on disk", ("optimizer", "parameters"))):
+    for name, what in WAYS.items():
         build = partial(in_memory.build, offload=dict.fromkeys(what, "disk"), offload_path=options.path)
         entries.append(Entry(name, replace(in_memory, build=build)))
     import_for_ranks(entries)
@@ -89,24 +96,25 @@ def run(arguments: Sequence[str]) -> int:
         print(*problems, sep="\n", file=sys.stderr)
         return 1
 
-    own = 4 * shape.num_parameters // options.ranks  # bytes of a rank's parameters, of which there are two moments
-    moved = {before.name: (0, 0), others[0].name: (2 * own, 2 * own), others[1].name: (4 * own, 3 * own)}
-    table = Table("", "step s", "/ memory", "disk alone s", "/ bound", "live peak MB", "resident peak MB")
+    headings = ("step s", "/ memory", "disk alone s", "/ bound", "bound by", "predicted s", "off by")
+    table = Table("", *headings, "live peak MB", "resident peak MB")
     table.box = box.SIMPLE_HEAD
     for result in results:
         ratio = Spread.of_pairs(result.step_s, before.step_s)
-        cells = ["", ""]
+        cells, disk, median_s = ["", "", ""], result.disk, statistics.median(result.step_s)
         if result is not before:
-            disk_s = statistics.median(
-                time_disk(options.path, options.ranks, *moved[result.name]) for _ in range(ROUNDS)
-            )
+            moved = (disk.read_bytes, disk.written_bytes)
+            disk_s = statistics.median(time_disk(options.path, options.ranks, *moved) for _ in range(ROUNDS))
             bound = Spread.of_pairs(result.step_s, [max(step_s, disk_s) for step_s in before.step_s])
-            cells = [f"{disk_s:.3f}", f"{bound.median:.2f} ({bound.low:.2f}..{bound.high:.2f})"]
+            bound_by = "the disk" if disk_s > statistics.median(before.step_s) else "computing"
+            cells = [f"{disk_s:.3f}", f"{bound.median:.2f} ({bound.low:.2f}..{bound.high:.2f})", bound_by]
+        predicted = [f"{disk.predicted_s:.3f}", f"{disk.predicted_s / median_s - 1:+.0%}"]
         table.add_row(
             result.name,
-            f"{statistics.median(result.step_s):.3f}",
+            f"{median_s:.3f}",
             f"{ratio.median:.2f} ({ratio.low:.2f}..{ratio.high:.2f})",
             *cells,
+            *predicted,
             f"{result.live_peak_bytes / 1e6:.1f}",
             f"{result.resident_peak_bytes / 1e6:.1f}",
         )
@@ -114,11 +122,9 @@ def run(arguments: Sequence[str]) -> int:
     console.print(
         f"GPT {shape} ({shape.num_parameters / 1e6:.1f}M parameters), {options.ranks} gloo ranks, AdamW", table
     )
-    for name, (read, written) in moved.items():
-        if written:
-            console.print(
-                f"{name}: each rank reads about {read / 1e6:.1f} MB in a step, and writes {written / 1e6:.1f} MB"
-            )
+    for result in others:
+        read, written = result.disk.read_bytes / 1e6, result.disk.written_bytes / 1e6
+        console.print(f"{result.name}: each rank reads {read:.1f} MB in a step, and writes {written:.1f} MB")
     for slope in slopes:
         figures = ("live_peak_bytes", "resident_peak_bytes", "live_bytes")
         live, resident, kept = (slope.per_parameter(figure) for figure in figures)

@@ -38,10 +38,21 @@ class Training:
     Attributes:
         step: forward, backward, communication and update; the loss, of this rank or of all.
         collectives: what the last step moved, where the peer keeps count itself.
+        disk: what the last step moved from and to a disk, and what it was predicted to take, where the peer tells.
     """
 
     step: Callable[[], Tensor]
     collectives: Callable[[], Collectives] | None = None
+    disk: Callable[[], OnDisk] | None = None
+
+
+@dataclass(frozen=True)
+class OnDisk:
+    """Bytes of one rank's last step, and seconds that it was predicted to take."""
+
+    read_bytes: int = 0
+    written_bytes: int = 0
+    predicted_s: float = 0.0
 
 
 Batch = tuple[Tensor, Tensor]
@@ -143,7 +154,12 @@ def _zgraph(model: GPT, batch: Batch, **options: Any) -> Training:
     fused = not any(parameter.is_meta for parameter in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), **{**ADAMW, "fused": fused})
     compiled: Any = zgraph.compile(model, optimizer=optimizer, **options)
-    return Training(lambda: compiled.train_step(*batch), lambda: compiled.stats()["collectives"])
+
+    def disk() -> OnDisk:
+        stats = compiled.stats()
+        return OnDisk(stats["disk_read_bytes"], stats["disk_written_bytes"], compiled.plan.chosen.step_s)
+
+    return Training(lambda: compiled.train_step(*batch), lambda: compiled.stats()["collectives"], disk)
 
 
 def _deepspeed(model: GPT, batch: Batch, stage: int) -> Training:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from cgroups import MemoryCap
 from memory import Held, Meter
 from models import SHAPES, Shape, build_batch, build_model
-from peers import ADAMW, Collectives, Peer, Training, count_collectives
+from peers import ADAMW, Collectives, OnDisk, Peer, Training, count_collectives
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,11 @@ class Trainer:
             step()
             return self._training.collectives()
         return count_collectives(step)
+
+    def disk(self) -> OnDisk:
+        """What the last step moved from and to a disk, and was predicted to take."""
+        told = self._training.disk if self._training is not None else None
+        return OnDisk() if told is None else told()
 
     @property
     def _step(self) -> Callable[[], torch.Tensor]:

@@ -259,7 +259,9 @@ def test_what_a_budget_has_no_room_for_goes_to_the_disk_state_first() -> None:
     assert plan.options["offload"] == EVERYTHING
     assert "6 x zgraph.load.default (optimizer state)" in str(plan.refusal())
     rejected = [other.estimate.options.get("offload") for other in found[2].rejected]
-    assert [offload for offload in rejected if "activations" not in (offload or {})] == [ON_DISK], "all in memory cannot fit"
+    assert [offload for offload in rejected if "activations" not in (offload or {})] == [ON_DISK], (
+        "all in memory cannot fit"
+    )
 
 
 @pytest.mark.slow
