@@ -146,7 +146,7 @@ class Whole(torch.optim.Optimizer):
     ("optimizer", "options", "says"),
     [
         (ADAMW, {"check_memory": True}, "check_memory cannot be exported yet"),
-        (ADAMW, {"offload": {"optimizer": "disk"}}, "state on a disk cannot be exported yet"),
+        (ADAMW, {"offload": {"optimizer": "disk"}}, "offload cannot be exported yet"),
         (Whole, {}, "an update of whole parameters cannot be exported yet"),
     ],
     ids=str,

@@ -77,7 +77,7 @@ def check_exportable(programs: Sequence[Program], device: torch.device, options:
     targets = [node.target for program in programs for node in program.graph.nodes]
     reasons = {
         f"a step on {device.type}": device.type != "cpu",
-        "state on a disk": options.offload is not None,
+        "offload": options.offload is not None,
         "check_memory": options.check_memory,
         "check_collectives": options.check_collectives,
         "keep_gathered": options.keep_gathered,

@@ -91,6 +91,28 @@ def test_ranks_train_bit_for_bit_as_in_memory(
     ranks.run(train_both_ways, zero, optimizer, offload, **options)
 
 
+def train_with_activations_on_disk() -> None:
+    rank, num_ranks = world()
+    batch = torch.linspace(-1, 1, 2048 * 128).view(2048, 128).chunk(num_ranks)[rank]
+    found = []
+    for offload in (None, {**EVERYTHING, "activations": "disk, waited for"}):
+        torch.manual_seed(0)
+        blocks = (nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 128)) for _ in range(3))
+        model: Any = nn.Sequential(*blocks)
+        optimizer = torch.optim.AdamW(model.parameters())
+        zgraph.compile(model, optimizer, loss=lambda y, _: y.square().mean(), offload=offload)
+        losses = [model.train_step(batch) for _ in range(3)]
+        found.append((losses, model.state_dict()))
+    assert all(map(torch.equal, found[0][0], found[1][0]))
+    assert all(torch.equal(value, found[1][1][name]) for name, value in found[0][1].items())
+    assert model.stats()["spilled_bytes"] > 0
+
+
+@pytest.mark.slow
+def test_each_rank_spills_its_own_activations(ranks: Ranks) -> None:
+    ranks.run(train_with_activations_on_disk)
+
+
 X = torch.linspace(-1, 1, 48).view(8, 6)
 
 
