@@ -13,6 +13,7 @@ from zgraph import ops
 from zgraph.cost import Costs
 from zgraph.errors import OptionError
 from zgraph.hardware import Hardware
+from zgraph.layout import Layout
 from zgraph.passes.copies import Copies, erase_unread, readers_of
 from zgraph.pipeline import Pass
 from zgraph.program import Origin, Phase, Program, Role, Stage, operand
@@ -59,11 +60,7 @@ class Offload(Pass):
     takes = gives = Stage.INPLACE
 
     def rewrite(self, program: Program) -> None:
-        layout = program.layout
-        assert layout is not None
-        devices = {bucket.device.type for bucket in layout.buckets} - {"cpu"}
-        if devices:
-            raise OptionError(f"offload on {devices.pop()}: so far state moves on CPUs only", fix="leave offload out")
+        layout = layout_on_cpus(program)
         trained = tuple(bucket.name for bucket in layout.buckets if bucket.trainable)
         program.layout = replace(
             layout,
@@ -107,6 +104,20 @@ class Offload(Pass):
             at -= 1
             left -= costs.of(calls[at]).seconds
         return calls[at]
+
+
+def layout_on_cpus(program: Program) -> Layout:
+    """How state lies that may go to a disk.
+
+    Raises:
+        OptionError: it is not on CPUs.
+    """
+    layout = program.layout
+    assert layout is not None
+    devices = {bucket.device.type for bucket in layout.buckets} - {"cpu"}
+    if devices:
+        raise OptionError(f"offload on {devices.pop()}: so far tensors move on CPUs only", fix="leave offload out")
+    return layout
 
 
 class _Stay:

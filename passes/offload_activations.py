@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,10 +12,9 @@ import torch
 from torch import fx
 
 from zgraph import ops
-from zgraph.errors import OptionError
 from zgraph.hardware import Hardware
 from zgraph.liveness import Lifetime, lifetimes, owners, written
-from zgraph.passes.offload import MARGIN
+from zgraph.passes.offload import MARGIN, layout_on_cpus
 from zgraph.pipeline import Pass
 from zgraph.placement import SMALLEST_BYTES
 from zgraph.program import Phase, Program, Stage, Target, operand, phase_of
@@ -62,13 +61,7 @@ class OffloadActivations(Pass):
     takes = gives = Stage.INPLACE
 
     def rewrite(self, program: Program) -> None:
-        layout = program.layout
-        assert layout is not None
-        devices = {bucket.device.type for bucket in layout.buckets} - {"cpu"}
-        if devices:
-            raise OptionError(
-                f"offload of activations on {devices.pop()}: so far they move on CPUs only", fix="leave them out of it"
-            )
+        layout_on_cpus(program)
         choice = _Choice(self, program)
         ways = [[], choice.hidden(), *([choice.all()] if self.waits else [])]
         _spill(program, min(ways, key=choice.peak_bytes))
@@ -120,8 +113,12 @@ class _Choice:
         self._nodes = list(program.graph.nodes)
         self._place = {node: i for i, node in enumerate(self._nodes)}
         self._step_s = self._play()
-        self._change = np.zeros(len(self._nodes) + 1, dtype=np.int64)
-        self.held = sorted(self._find(), key=lambda each: (-each.gap_s, -each.num_bytes, each.first))
+        lives = lifetimes(program, staged=self._hardware.is_staged)
+        self._change = np.zeros(len(self._nodes) + 1, dtype=np.int64)  # of the bytes that are held, from call to call
+        for life in lives:
+            self._change[life.first] += life.num_bytes
+            self._change[life.last + 1] -= life.num_bytes
+        self.held = sorted(self._find(lives), key=lambda each: (-each.gap_s, -each.num_bytes, each.first))
 
     def _play(self) -> float:
         """See when each call starts and ends; how long a step takes."""
@@ -140,14 +137,12 @@ class _Choice:
         self._others = [(self._starts[self._place[next(iter(load.users))]], taken) for load, taken in loading_s.items()]
         return timeline.step_s
 
-    def _find(self) -> Iterator[_Held]:
+    def _find(self, lives: Iterable[Lifetime]) -> Iterator[_Held]:
         families: dict[fx.Node, list[fx.Node]] = {}
         for node, owner in owners(self._program).items():
             families.setdefault(owner, []).append(node)
         changed = {memory for node in self._nodes if node.op == "call_function" for memory in written(node)}
-        for life in lifetimes(self._program, staged=self._hardware.is_staged):
-            self._change[life.first] += life.num_bytes
-            self._change[life.last + 1] -= life.num_bytes
+        for life in lives:
             family = families[life.node]
             if life.is_received or not self._can_go(life) or not changed.isdisjoint(family):
                 continue

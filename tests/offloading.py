@@ -15,7 +15,7 @@ from zgraph.hardware import Disk, Hardware
 from zgraph.machines import assumed_cpu
 from zgraph.passes import default_passes
 from zgraph.pipeline import Pass, run
-from zgraph.program import Mesh, Program
+from zgraph.program import Mesh, Program, Stage
 
 ON_DISK = {"optimizer": "disk"}
 PARAMETERS = {"parameters": "disk"}
@@ -37,6 +37,23 @@ class Speed:
 
     def hardware(self) -> Hardware:
         return replace(assumed_cpu(2, 2**34), disk=Disk(self.read, self.read, 0.0))
+
+
+@dataclass(frozen=True)
+class Mistake(Pass):
+    """Do one thing wrong behind the other passes."""
+
+    edit: Callable[[Program], None]
+
+    takes = gives = Stage.INPLACE
+
+    def rewrite(self, program: Program) -> None:
+        self.edit(program)
+
+
+def nth(program: Program, target: Any, index: int = 0) -> Any:
+    """A call of an operator."""
+    return program.graph.find_nodes(op="call_function", target=target)[index]
 
 
 def mean_square(output: Tensor, *_: Any) -> Tensor:

@@ -16,7 +16,7 @@ from torch import nn
 import zgraph
 from tests.models import CASES
 from tests.mutants.steps import in_single_precision
-from tests.offloading import EVERYTHING, ON_DISK, PARAMETERS, Speed, lowered, mean_square
+from tests.offloading import EVERYTHING, ON_DISK, PARAMETERS, Mistake, Speed, lowered, mean_square, nth
 from tests.programs import accumulated, assert_same_step, blocks, clipped, few_examples, two_layers
 from tests.recipes import Recipe, build, recipes
 from zgraph import ops
@@ -269,10 +269,6 @@ def loaded(program: Program) -> list[Any]:
 # What the verifier refuses
 
 
-def nth(program: Program, target: Any, index: int = 0) -> Any:
-    return program.graph.find_nodes(op="call_function", target=target)[index]
-
-
 def at(node: Any) -> dict[str, Any]:
     return {"origin": node.meta["origin"], "before": node}
 
@@ -366,18 +362,6 @@ REFUSED: dict[Callable[[Program], None], str] = {
     load_one_for_the_other: "changed what the step computes",
     forget_to_store: "changed what the step computes",
 }
-
-
-@dataclass(frozen=True)
-class Mistake(Pass):
-    """Do one thing wrong after ``Offload``."""
-
-    edit: Callable[[Program], None]
-
-    takes = gives = Stage.INPLACE
-
-    def rewrite(self, program: Program) -> None:
-        self.edit(program)
 
 
 @pytest.mark.parametrize("edit", REFUSED, ids=lambda edit: edit.__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import zgraph
-from tests.offloading import EVERYTHING, Speed, mean_square
+from tests.offloading import EVERYTHING, Mistake, Speed, mean_square, nth
 from tests.programs import accumulated, assert_same_step, few_examples, network
 from tests.recipes import Recipe, build, recipes
 from tests.reference import slow
@@ -32,7 +32,7 @@ from zgraph.passes import OffloadActivations, default_passes
 from zgraph.passes.offload_activations import SLACK
 from zgraph.pipeline import Pass, run
 from zgraph.plans import show_bytes
-from zgraph.program import Mesh, Program, Stage, operand, target_name
+from zgraph.program import Mesh, Program, operand, target_name
 from zgraph.timeline import DISK_IN, DISK_OUT, play
 
 aten = torch.ops.aten
@@ -194,10 +194,6 @@ def test_micro_batches_spill_alike() -> None:
 # What the verifier refuses
 
 
-def nth(program: Program, target: Any, index: int = 0) -> Any:
-    return program.graph.find_nodes(op="call_function", target=target)[index]
-
-
 def read_what_lies_on_the_disk(program: Program) -> None:
     load = nth(program, ops.load)
     (arrived,) = load.users
@@ -234,18 +230,6 @@ REFUSED: dict[Callable[[Program], None], str] = {
     load_what_is_in_memory: r"is given \w+, which is in memory",
     return_what_was_spilled: "is returned as the loss but was spilled for this step only",
 }
-
-
-@dataclass(frozen=True)
-class Mistake(Pass):
-    """Do one thing wrong behind all other passes."""
-
-    edit: Callable[[Program], None]
-
-    takes = gives = Stage.INPLACE
-
-    def rewrite(self, program: Program) -> None:
-        self.edit(program)
 
 
 @pytest.mark.parametrize("edit", REFUSED, ids=lambda edit: edit.__name__)
@@ -373,7 +357,7 @@ def test_on_a_gpu_it_is_refused() -> None:
     assert program.layout is not None
     there = [replace(bucket, device=torch.device("cuda")) for bucket in program.layout.buckets]
     program.layout = replace(program.layout, buckets=tuple(there))
-    with pytest.raises(OptionError, match="on cuda: so far they move on CPUs only"):
+    with pytest.raises(OptionError, match="on cuda: so far tensors move on CPUs only"):
         OffloadActivations(machine(NO_TIME)).rewrite(program)
 
 
