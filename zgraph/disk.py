@@ -329,7 +329,7 @@ class DiskTensor:
         Raises:
             DiskError: it cannot be written.
         """
-        self.store(value).wait()
+        self.store(value.contiguous() if value.dim() == 1 else value).wait()
         self._disk.check()
 
     def _blocks(self, tensor: torch.Tensor) -> Iterator[tuple[int, np.ndarray, int]]:
