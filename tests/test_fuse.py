@@ -162,6 +162,21 @@ def test_what_is_faster_is_for_a_known_machine_to_say() -> None:
         lowered(normalised(), "auto")
 
 
+@pytest.mark.slow
+def test_a_plan_weighs_regions_as_the_step_does() -> None:
+    model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64))
+    plan = zgraph.plan(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        batch=(torch.empty(512, 64),),
+        loss=lambda y, x: (y - x).square().mean(),
+        world_size=1,
+        hardware=MACHINE,
+        kernels="auto",
+    )
+    assert plan.options["kernels"] == "auto"
+
+
 def test_what_only_backward_needs_is_not_computed_in_forward() -> None:
     """``x * 2`` reads what forward has, and would have to be kept until backward if it were made with ``exp(x)``."""
     b = Builder()

@@ -309,7 +309,7 @@ class Search:
         if before not in self._held:
             try:
                 self._held[before] = tuple(
-                    _Held.of(_recomputed(self.captures.captured(before, size), before), before)
+                    _Held.of(_recomputed(self.captures.captured(before, size), before, self.hardware), before)
                     for size in self.captures.sizes
                 )
             except OptionError as error:
@@ -332,9 +332,11 @@ def _size(tried: Tried) -> tuple[int, float, int]:
     return tried.estimate.peak_bytes, tried.estimate.step_s, tried.choice.depth
 
 
-def _recomputed(captured: Program, config: Config) -> Program:
+def _recomputed(captured: Program, config: Config, hardware: Hardware) -> Program:
     """The step after the passes that change what it computes, before those that divide it."""
-    passes = takewhile(lambda p: p.gives is Stage.CAPTURED, default_passes(replace(config, offload=None), Mesh(1)))
+    passes = takewhile(
+        lambda p: p.gives is Stage.CAPTURED, default_passes(replace(config, offload=None), Mesh(1), hardware=hardware)
+    )
     return run(tuple(passes), captured, prove=False).program
 
 
