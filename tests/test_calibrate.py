@@ -38,12 +38,14 @@ def test_what_is_saved_is_read(device_type: str, tmp_path: Path) -> None:
     assert calibration.read(path) == saved
 
 
-def test_a_calibration_of_before_says_nothing_of_loops(tmp_path: Path) -> None:
+def test_of_a_calibration_of_before_loops_are_assumed(tmp_path: Path) -> None:
     data = made_up().as_dict()
     for run in data["runs"].values():
         del run["loops"]
     (tmp_path / "hardware.json").write_text(json.dumps(data))
-    assert calibration.load(tmp_path / "hardware.json").loops is None
+    loops = calibration.load(tmp_path / "hardware.json").loops
+    assert loops is not None
+    assert loops.launch_s == 4 * LAUNCH_S
 
 
 def test_hardware_takes_as_long_as_was_measured() -> None:

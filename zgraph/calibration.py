@@ -159,7 +159,7 @@ class Calibration:
             transcendental=Curve.through(self._without_launch(run, run.transcendental)),
             collectives=collectives,
             reads_peers=several.reads_peers,
-            loops=_loop_rates(run.loops),
+            loops=_loop_rates(run, assumed.loops) if self.device_type == "cpu" else None,
             network=assumed.network,
             host_link=HostLink(link["pinned"][0], link["pageable"][0], link["pinned"][1])
             if link
@@ -211,10 +211,11 @@ def _rate(rows: Rows) -> float:
     return (most - least) / max(last_s - first_s, last_s / 20)
 
 
-def _loop_rates(tables: Mapping[str, Rows]) -> LoopRates | None:
-    if not tables:
-        return None
-    return LoopRates(_rate(tables["operations"]), _rate(tables["functions"]), tables["operations"][0][-1])
+def _loop_rates(run: Run, assumed: LoopRates | None) -> LoopRates | None:
+    """As measured; otherwise what is assumed, where a call takes as many of PyTorch's as it does there."""
+    if not run.loops:
+        return replace(assumed, launch_s=4 * run.launch_s) if assumed is not None else None
+    return LoopRates(_rate(run.loops["operations"]), _rate(run.loops["functions"]), run.loops["operations"][0][-1])
 
 
 def _line(rows: Rows) -> tuple[float, float]:
