@@ -12,7 +12,7 @@ from torch import nn
 import zgraph
 from tests.ranks import Ranks
 from tests.reference import world
-from tests.test_planner import ROWS, Stack, planned, rows
+from tests.test_planner import ROWS, Stack, least_bytes, planned, rows
 from zgraph.budget import Budget, free_bytes
 from zgraph.errors import BudgetError, OptionError
 
@@ -28,9 +28,10 @@ def compiled(memory: int | str, **options: Any) -> Any:
 def need(num_rows: int = ROWS, **options: Any) -> int:
     """Bytes that a step takes, with these options fixed."""
     fixed = {"zero": 0, "accumulate": 1, "recompute": None, **options}
-    return planned(batch=rows(num_rows), world_size=1, hardware="cpu", memory=1, **fixed).chosen.reserved_bytes
+    return least_bytes(batch=rows(num_rows), world_size=1, hardware="cpu", **fixed)
 
 
+@pytest.mark.slow
 def test_ample_memory_chooses_as_a_plan_does_and_the_plan_says_so() -> None:
     model = compiled("1GiB")
     loss = model.train_step(*rows())
@@ -67,6 +68,7 @@ def test_micro_batches_are_chosen_only_on_request() -> None:
     assert model.plan.config.accumulate > 1
 
 
+@pytest.mark.slow
 def test_a_refusal_says_what_is_in_the_way_and_changes_nothing() -> None:
     model = compiled("64KiB")
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -156,6 +158,7 @@ def test_only_accumulate_is_fixed_unasked() -> None:
     assert Budget.of("auto", {"accumulate": "auto", "zero": 1, "recompute": "auto"}) == Budget(None, {"zero": 1})
 
 
+@pytest.mark.slow
 def test_a_plan_comes_back_from_its_json() -> None:
     plan = planned(memory="64KiB", world_size=1, zero=0, accumulate=1)
     assert plan.ways_out

@@ -54,7 +54,7 @@ def by_hand(program: Program, world: int, **fixed: Any) -> list[tuple[float, int
     for choice in search(program, world, **fixed).members:
         mesh = choice.config.mesh(world)
         try:
-            made = predict(lower(program, choice.config, mesh, None, (), hardware=H100), H100)
+            made = predict(lower(program, choice.config, mesh, None, (), hardware=H100, prove=False), H100)
         except OptionError:
             continue  # nothing to recompute
         found.append((made.step_s, made.reserved_bytes))
@@ -172,6 +172,7 @@ def test_more_memory_is_never_slower_and_less_never_takes_more(of_stack: Search)
     assert of_stack.least().estimate.peak_bytes <= along[-1].estimate.peak_bytes
 
 
+@pytest.mark.slow
 def test_an_answer_does_not_depend_on_what_was_asked_before(of_stack: Search) -> None:
     budget = list(of_stack.frontier())[1].estimate.reserved_bytes
     found, anew = of_stack.within(budget), of_two_rows().within(budget)
