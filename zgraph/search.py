@@ -108,13 +108,16 @@ class Search:
         fixed: dict[str, Any] | None = None,
     ) -> Search:
         """A search in which something else is given."""
-        return Search(
+        search = Search(
             captures or self.captures,
             hardware or self.hardware,
             world or self.world,
             self.fixed if fixed is None else fixed,
             self._passes,
         )
+        if captures is None:
+            search._held = self._held  # which depends on neither machine nor ranks, and grows
+        return search
 
     # -- choosing ---------------------------------------------------------------------------------------------
 
@@ -299,7 +302,7 @@ class Search:
     def least_bytes(self, choice: Choice) -> int:
         """Bytes that a rank holds at least where forward ends, without passes that shard."""
         config = choice.config
-        sharding = ("bucket_bytes", "keep_gathered", MEMORY_FIRST, "shard_size", "unshard")
+        sharding = ("bucket_bytes", "in_flight", "keep_gathered", MEMORY_FIRST, "shard_size", "unshard")
         before = replace(config, zero=0, **{name: getattr(Config, name) for name in sharding})
         chosen_late = isinstance(config.recompute, float)  # by all passes together
         before = replace(before, recompute=None) if chosen_late else before
