@@ -60,7 +60,7 @@ def pipelines() -> st.SearchStrategy[Pipeline]:
     )
 
 
-@fewer_examples(0.2)
+@fewer_examples(0.5)
 @given(recipes(), pipelines(), st.booleans())
 def test_every_pipeline_is_proved_and_its_ranks_compute_the_step(recipe: Recipe, how: Pipeline, late: bool) -> None:
     """The verifier accepts what is right (it has no false alarms), and numbers agree with it."""
