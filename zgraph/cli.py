@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing import SignalException
 
-from zgraph import bisect_command, calibrate, calibration, demo, doctor, plan_command, report_command
+from zgraph import bisect_command, calibrate, calibration, ckpt_command, demo, doctor, plan_command, report_command
 from zgraph.disk import DEFAULT_PATH
 from zgraph.errors import OptionError, ZgraphError
 
@@ -67,6 +67,10 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 def _bisect(arguments: argparse.Namespace) -> int:
     return OK if bisect_command.run(arguments) else CHECK_FAILED
+
+
+def _ckpt(arguments: argparse.Namespace) -> int:
+    return OK if ckpt_command.run(arguments) else CHECK_FAILED
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -175,6 +179,17 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     bisect_command.add_arguments(command)
     command.add_argument("--json", action="store_true", help="print what was found as one JSON object")
+
+    command = _add_command(
+        commands,
+        "ckpt",
+        _ckpt,
+        help="what is in a checkpoint, and is it sound?",
+        description="List the tensors of a file that torch.save or safetensors wrote, verify them, or write them in "
+        f"another form.\nExits with status {CHECK_FAILED} if something is wrong with them.",
+        epilog=ckpt_command.EXAMPLES,
+    )
+    ckpt_command.add_arguments(command)
 
     command = _add_command(
         commands,

@@ -1,0 +1,134 @@
+"""``zgraph ckpt``: what is in files of training state, what is wrong with them, and the same in another form."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import zgraph
+from zgraph import checkpoints, cli
+
+
+def state() -> dict[str, Any]:
+    """Of a model that has been trained for a step by zgraph, and of its optimizer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model = zgraph.compile(model, optimizer, loss=lambda y, _: y.square().mean(), progress=False)
+    model.train_step(torch.randn(8, 4))
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": 1}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    torch.save(state(), tmp_path / "all.pt")
+    return tmp_path / "all.pt"
+
+
+def test_ls_names_every_tensor(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["ckpt", "ls", str(saved)]) == 0
+    shown = capsys.readouterr().out
+    assert "model.0.weight" in shown
+    assert "float32[3, 4]" in shown
+    assert cli.main(["ckpt", "ls", str(saved), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["tensors"]
+    assert found["model.1.bias"] == {"dtype": "torch.float32", "shape": [2], "bytes": 8}
+    assert len(found) == 4 + 3 * 4
+
+
+def test_verify_passes_what_zgraph_has_trained(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["ckpt", "verify", str(saved), "--against", str(saved)]) == 0
+    assert "no problems" in capsys.readouterr().out
+
+
+def test_verify_tells_what_is_wrong(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held = torch.load(saved)
+    held["model"]["0.weight"][1, 2] = float("nan")
+    held["optimizer"]["state"][7] = {"step": torch.tensor(1.0)}
+    broken = saved.with_name("broken.pt")
+    torch.save(held, broken)
+    assert cli.main(["ckpt", "verify", str(broken), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["problems"] == [
+        "model.0.weight: 1 of 12 elements are not finite",
+        "optimizer: state of parameter 7, which is in no group",
+    ]
+    assert cli.main(["ckpt", "verify", str(saved), "--against", str(broken), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["problems"] == [
+        "model.0.weight: 1 of 12 elements differ",
+        "optimizer.state.7.step: only in the second",
+    ]
+
+
+def test_what_differs_is_found_in_every_dtype() -> None:
+    for dtype in (torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool, torch.complex64):
+        one = torch.zeros(3, 2, dtype=dtype)
+        two = one.clone()
+        two[1, 1] = 1
+        assert list(checkpoints.differences({"x": one}, {"x": one.clone()})) == []
+        assert list(checkpoints.differences({"x": one}, {"x": two})) == ["x: 1 of 6 elements differ"]
+    one = torch.tensor([0.0, float("nan")])
+    assert list(checkpoints.differences([one], [one.clone()])) == []
+    assert list(checkpoints.differences([one], [-one])) == ["0: 2 of 2 elements differ"], "signs of zeros, too"
+    assert list(checkpoints.differences([one], [one.double()])) == [
+        "0: float32[2] in the first, float64[2] in the second"
+    ]
+
+
+def test_a_part_goes_to_safetensors_and_back(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("safetensors")
+    there, back = saved.with_name("model.safetensors"), saved.with_name("model.pt")
+    assert cli.main(["ckpt", "convert", str(saved), str(there), "--only", "model"]) == 0
+    assert cli.main(["ckpt", "convert", str(there), str(back)]) == 0
+    assert list(checkpoints.differences(torch.load(back), torch.load(saved)["model"])) == []
+    assert cli.main(["ckpt", "convert", str(there), str(back), "--dtype", "bf16", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["num_tensors"] == 4
+    assert {tensor.dtype for tensor in torch.load(back).values()} == {torch.bfloat16}
+
+
+def test_weights_that_are_tied_stay_so_with_torch_save_and_are_two_in_safetensors(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    weight = torch.randn(2, 3)
+    torch.save({"in": weight, "out": weight}, tmp_path / "tied.pt")
+    checkpoints.convert(tmp_path / "tied.pt", tmp_path / "again.pt")
+    again = torch.load(tmp_path / "again.pt")
+    assert again["in"].data_ptr() == again["out"].data_ptr()
+    assert checkpoints.convert(tmp_path / "tied.pt", tmp_path / "tied.safetensors") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says", "status"),
+    [
+        (["ls", "absent.pt"], "absent.pt cannot be read", 3),
+        (["ls", "text.pt"], "text.pt is not a checkpoint", 3),
+        (["ls", "text.safetensors"], "text.safetensors is not a checkpoint", 3),
+        (["verify", "."], "cannot be read", 3),
+        (["convert", "all.pt", "x.pt", "--only", "weights"], "has no part 'weights'", 2),
+        (["convert", "all.pt", "x.safetensors"], "such as optimizer.param_groups.0.lr", 2),
+        (["convert", "all.pt", "absent/x.pt"], "absent/x.pt cannot be written", 3),
+        (["convert", "all.pt", "x.pt", "--dtype", "int8"], "invalid choice", 2),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused_and_nothing_is_written(
+    arguments: list[str],
+    says: str,
+    status: int,
+    saved: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(saved.parent)
+    for name in ("text.pt", "text.safetensors"):
+        Path(name).write_text("text")
+    before = sorted(saved.parent.iterdir())
+    try:
+        found = cli.main(["ckpt", *arguments])
+    except SystemExit as stopped:
+        found = int(str(stopped.code))
+    assert (found, says in capsys.readouterr().err) == (status, True)
+    assert sorted(saved.parent.iterdir()) == before

@@ -1,0 +1,171 @@
+"""Files of training state that ``torch.save`` or safetensors wrote: what is in them, is it sound, in another form.
+
+A checkpoint is what a user has put together: a ``state_dict``, or a dictionary of several and of numbers. Tensors are
+named by the keys that lead to them, with dots between. Files are mapped into memory, so that one tensor after the other
+is read.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from zgraph.errors import OptionError, StateError, first_line
+from zgraph.files import beside
+
+SAFETENSORS = ".safetensors"
+"""How a file ends that is none of ``torch.save``."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What floating-point tensors may be converted to."""
+
+
+def read(path: Path) -> Any:
+    """What a file holds, its tensors mapped into memory on the CPU.
+
+    Raises:
+        StateError: there is no such file, or it is none of a checkpoint.
+        OptionError: it is of safetensors, which is not installed.
+    """
+    try:
+        if path.suffix == SAFETENSORS:
+            return _safetensors().load_file(path)
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except OSError as error:
+        raise StateError(f"{path} cannot be read: {first_line(error)}") from error
+    except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise StateError(
+            f"{path} is not a checkpoint: {first_line(error)}",
+            fix="give a file that torch.save wrote of tensors, numbers, texts, lists and dictionaries, or safetensors",
+        ) from error
+    except Exception as error:  # safetensors has an error of its own
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise StateError(f"{path} is not a checkpoint: {first_line(error)}") from error
+
+
+def leaves(held: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Everything that dictionaries and lists lead to, tensors and others, with their names."""
+    if isinstance(held, Mapping) or (isinstance(held, (list, tuple)) and held):
+        items = held.items() if isinstance(held, Mapping) else enumerate(held)
+        for key, value in items:
+            yield from leaves(value, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, held
+
+
+def tensors(held: Any) -> dict[str, torch.Tensor]:
+    """Its tensors by name."""
+    return {name: leaf for name, leaf in leaves(held) if isinstance(leaf, torch.Tensor)}
+
+
+def problems(held: Any) -> Iterator[str]:
+    """What is wrong with a checkpoint by itself: numbers that are not finite, and state of no parameter."""
+    for name, tensor in tensors(held).items():
+        if tensor.is_floating_point() or tensor.is_complex():
+            bad = tensor.numel() - int(tensor.isfinite().sum())
+            if bad:
+                yield f"{name}: {bad:,} of {tensor.numel():,} elements are not finite"
+    for name, optimizer in _optimizers(held):
+        known = {param for group in optimizer["param_groups"] for param in group.get("params", ())}
+        for param in optimizer["state"]:
+            if param not in known:
+                yield f"{name}: state of parameter {param}, which is in no group".removeprefix(": ")
+
+
+def differences(held: Any, other: Any) -> Iterator[str]:
+    """Where tensors of two checkpoints are not the same, bit for bit; two NaNs are the same."""
+    mine, others = tensors(held), tensors(other)
+    for name in sorted(mine.keys() | others.keys()):
+        if name not in others or name not in mine:
+            yield f"{name}: only in the {'first' if name in mine else 'second'}"
+            continue
+        one, two = mine[name], others[name]
+        if (one.shape, one.dtype) != (two.shape, two.dtype):
+            yield f"{name}: {describe(one)} in the first, {describe(two)} in the second"
+        elif differing := int((_bits(one) != _bits(two)).any(1).sum()):
+            yield f"{name}: {differing:,} of {one.numel():,} elements differ"
+
+
+def convert(path: Path, target: Path, only: str = "", dtype: str | None = None) -> int:
+    """Write a checkpoint in the form that the name of a new file asks for, all or nothing.
+
+    Args:
+        path: of the checkpoint.
+        target: of the new file; one that ends in ``.safetensors`` holds tensors alone, by name.
+        only: the part with this name, such as ``model``.
+        dtype: of floating-point tensors, one of ``DTYPES``; as they are if None.
+
+    Returns:
+        How many tensors were written.
+
+    Raises:
+        OptionError: there is no such part, or it holds what the new form cannot.
+        StateError: a file cannot be read or written.
+    """
+    held = _part(read(path), only, path)
+    found = tensors(held)
+    others = [name for name, leaf in leaves(held) if not isinstance(leaf, torch.Tensor)]
+    if target.suffix == SAFETENSORS and others:
+        raise OptionError(
+            f"{path} holds {len(others)} values that are no tensors, such as {others[0]}",
+            fix="choose a part of it with --only, such as --only model, or write a file of torch.save",
+        )
+    wanted = None if dtype is None else DTYPES[dtype]
+
+    def cast(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(wanted) if wanted is not None and tensor.is_floating_point() else tensor
+
+    try:
+        with beside(target) as partial:
+            if target.suffix == SAFETENSORS:  # which has no tensors that share memory
+                _safetensors().save_file({n: cast(t).clone().contiguous() for n, t in found.items()}, partial)
+            else:
+                torch.save(pytree.tree_map_only(torch.Tensor, cast, held), partial)
+            partial.replace(target)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter where there is no room, or no directory
+        raise StateError(f"{target} cannot be written: {first_line(error)}") from error
+    return len(found)
+
+
+def describe(tensor: torch.Tensor) -> str:
+    """Dtype and shape: ``float32[4, 8]``."""
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def _part(held: Any, name: str, path: Path) -> Any:
+    for key in name.split(".") if name else ():
+        if not isinstance(held, Mapping) or key not in held:
+            there = ", ".join(map(str, held)) if isinstance(held, Mapping) else "no parts"
+            raise OptionError(f"{path} has no part {name!r}", fix=f"at {key!r} there are {there}"[:500])
+        held = held[key]
+    return held
+
+
+def _optimizers(held: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """What looks like ``optimizer.state_dict()``."""
+    if isinstance(held, Mapping):
+        if isinstance(held.get("state"), Mapping) and isinstance(held.get("param_groups"), list):
+            yield name, held
+            return
+        for key, value in held.items():
+            yield from _optimizers(value, f"{name}.{key}" if name else str(key))
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of each element, of shape (elements, bytes)."""
+    flat = tensor.contiguous().reshape(-1, 1)
+    return (torch.view_as_real(flat) if flat.is_complex() else flat).view(torch.uint8).reshape(flat.shape[0], -1)
+
+
+def _safetensors() -> Any:
+    try:
+        from safetensors import torch as found
+    except ImportError as error:
+        raise OptionError("safetensors is not installed", fix="pip install safetensors") from error
+    return found

@@ -1,0 +1,84 @@
+"""``zgraph ckpt``: what is in a checkpoint, whether it is sound, and the same in another form."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from zgraph import checkpoints
+from zgraph.plans import show_bytes
+
+EXAMPLES = """examples:
+  zgraph ckpt ls model.pt
+  zgraph ckpt verify model.pt
+  zgraph ckpt verify model.pt --against before.pt
+  zgraph ckpt convert all.pt model.safetensors --only model --dtype bf16"""
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parts = command.add_subparsers(metavar="ls|verify|convert", required=True, dest="part")
+    for name, words in (
+        ("ls", "the tensors of a file, with dtype, shape and bytes"),
+        ("verify", "read every tensor: are all numbers finite, and is all state of a parameter?"),
+        ("convert", "write another file, of torch.save or safetensors as its name says"),
+    ):
+        part = parts.add_parser(name, help=words, description=words.capitalize(), allow_abbrev=False)
+        part.add_argument("file", type=Path, help="that torch.save or safetensors wrote")
+        if name == "verify":
+            part.add_argument(
+                "--against", type=Path, metavar="FILE", help="another that has to be the same, bit for bit"
+            )
+        if name == "convert":
+            part.add_argument("output", type=Path, help="the new file; .safetensors holds tensors alone")
+            part.add_argument("--only", default="", metavar="NAME", help="a part of it, such as model")
+            part.add_argument("--dtype", choices=checkpoints.DTYPES, help="of floating-point tensors")
+        part.add_argument("--json", action="store_true", help="print what was found as one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> bool:
+    """Do it and print; whether nothing is wrong.
+
+    Raises:
+        ZgraphError: see ``zgraph.checkpoints``.
+    """
+    if arguments.part == "convert":
+        count = checkpoints.convert(arguments.file, arguments.output, arguments.only, arguments.dtype)
+        told = {"file": str(arguments.output), "num_tensors": count, "bytes": arguments.output.stat().st_size}
+        _say(json.dumps(told) if arguments.json else f"{arguments.output}: {count} tensors")
+        return True
+    held = checkpoints.read(arguments.file)
+    if arguments.part == "verify":
+        return _verify(arguments, held)
+    found = checkpoints.tensors(held)
+    if arguments.json:
+        rows = {n: {"dtype": str(t.dtype), "shape": list(t.shape), "bytes": t.nbytes} for n, t in found.items()}
+        _say(json.dumps({"file": str(arguments.file), "tensors": rows}))
+        return True
+    table = Table("tensor", "form", "bytes", box=None, pad_edge=False)
+    for name, tensor in found.items():
+        table.add_row(name, checkpoints.describe(tensor), show_bytes(tensor.nbytes))
+    table.add_row(f"{len(found)} tensors", "", show_bytes(sum(tensor.nbytes for tensor in found.values())))
+    Console(soft_wrap=True).print(table, markup=False)
+    return True
+
+
+def _verify(arguments: argparse.Namespace, held: object) -> bool:
+    wrong = list(checkpoints.problems(held))
+    if arguments.against is not None:
+        wrong += checkpoints.differences(held, checkpoints.read(arguments.against))
+    count = len(checkpoints.tensors(held))
+    if arguments.json:
+        _say(json.dumps({"file": str(arguments.file), "num_tensors": count, "problems": wrong}))
+    else:
+        _say("\n".join([*wrong, f"{arguments.file}: {count} tensors, {len(wrong) or 'no'} problems"]))
+    return not wrong
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
