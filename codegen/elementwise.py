@@ -29,12 +29,15 @@ class Writer(ABC):
     Attributes:
         dtypes: what vectors may be of, and what that is called.
         functions: those of exp and log that the language has fast code for.
+        rounds_added: whether numbers that are added are rounded to the dtype of the vectors beside them first, as ATen
+            does on a CPU.
         computing: the dtype of the expression that is being written.
-        ordering: the dtype of vectors that numbers are compared with, which ATen rounds them to first.
+        ordering: the dtype of the vectors beside numbers that are rounded to it first.
     """
 
     dtypes: ClassVar[Mapping[torch.dtype, str]]
     functions: ClassVar[tuple[Any, ...]] = ()
+    rounds_added: ClassVar[bool] = False
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
@@ -86,7 +89,7 @@ class Writer(ABC):
         read = [moved] if isinstance(moved, fx.Node) else node.all_input_nodes if compared else [node]
         given = reduce(torch.promote_types, [n.meta["val"].dtype for n in read if is_vector(n)] or [dtype])
         self.computing = OPMATH.get(given, given)
-        self.ordering = given if packet in COMPARISONS[:4] else None
+        self.ordering = given if packet in (*COMPARISONS[:4], *(ADDITIONS if self.rounds_added else ())) else None
         if packet in FILLS:
             self.computing = OPMATH.get(dtype, dtype)
             values = [self.read(arg) for arg in node.args[FILLS[packet][0] :][:1]] or [self.literal(FILLS[packet][1])]
@@ -217,6 +220,7 @@ def _power(w: Writer, x: str, exponent: str) -> str:
 MOVES = {aten.clone: 0, aten._to_copy: 0, aten.copy: 1}
 """Operators that give one of their arguments, perhaps in another dtype."""
 
+ADDITIONS = (aten.add, aten.sub, aten.rsub)
 COMPARISONS = (aten.gt, aten.ge, aten.lt, aten.le, aten.eq, aten.ne)
 
 FILLS: dict[Any, tuple[int, float]] = {

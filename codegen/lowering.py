@@ -579,7 +579,7 @@ def _relu(lo: _Lowering, node: fx.Node) -> fx.Node:
 
 def _threshold_backward(lo: _Lowering, node: fx.Node) -> fx.Node:
     gradient, x = lo.elements(node), lo.elements(node, 1)
-    is_below = lo.call(aten.le.Scalar, x, node.args[2], dtype=torch.bool)
+    is_below = lo.call(aten.le.Scalar, lo.wide(x), node.args[2], dtype=torch.bool)  # not rounded, as ATen has it
     return lo.call(aten.where.ScalarSelf, is_below, 0.0, gradient, dtype=node.meta["val"].dtype)
 
 

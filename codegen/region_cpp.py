@@ -71,6 +71,7 @@ class RegionCppWriter(CppWriter):
     dtypes: ClassVar = {**CppWriter.dtypes, torch.int64: "long", torch.bfloat16: "float"}
     in_memory: ClassVar = {**dtypes, torch.bfloat16: "unsigned short"}
     functions: ClassVar[tuple[Any, ...]] = tuple(vector_math.NAMES)
+    rounds_added: ClassVar[bool] = True
 
     def __init__(self, loops: Loops) -> None:
         self.loops = loops
@@ -371,7 +372,7 @@ class RegionCppWriter(CppWriter):
         return f"const {self._type(node)} {self.names[node]} = {expression};  // {kind}"
 
     def read(self, arg: Any) -> str:
-        # A number is compared as one of the dtype that it is compared with.
+        # A number that is compared or added is one of the dtype that it is compared with or added to.
         if self.ordering is not torch.bfloat16:
             return super().read(arg)
         if isinstance(arg, fx.Node):

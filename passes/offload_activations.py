@@ -151,7 +151,7 @@ class _Choice:
             readers = _readers(family)
             early = [self._done(node) for node in readers if phase_of(node) is Phase.FORWARD]
             late = [self._place[node] for node in readers if phase_of(node) is not Phase.FORWARD]
-            read, again = max(early, default=life.first), min(late, default=0)
+            read, again = max(early, default=self._place[life.node]), min(late, default=0)
             if read + 1 < again and self._program.output_node not in readers:
                 gap_s = self._starts[again] - self._ends[read]
                 yield _Held(self._place[life.node], life.last, read, again, life.num_bytes, gap_s)
@@ -176,7 +176,7 @@ class _Choice:
         """What can go and come while others are computed, if it lowers the peak."""
         trips = self._trips(None)
         while trips and self._seconds(trips) > self._step_s * (1 + SLACK):
-            trips = trips[: len(trips) * 3 // 4]
+            trips = self._pruned(trips[: len(trips) * 3 // 4], None)
         return trips
 
     def all(self) -> list[_Trip]:
@@ -194,9 +194,12 @@ class _Choice:
         for each in self.held:
             if self._fitted([*chosen, each], window) is not None:
                 chosen.append(each)
-        trips = self._fitted(chosen, window) or []
+        return self._pruned(self._fitted(chosen, window) or [], window)
+
+    def _pruned(self, trips: list[_Trip], window: int | None) -> list[_Trip]:
+        """Without those that do not lower the peak."""
         peak_bytes = self.peak_bytes(trips)
-        for each in reversed(chosen):
+        for each in [trip.held for trip in reversed(trips)]:
             fewer = self._fitted([trip.held for trip in trips if trip.held is not each], window)
             if fewer is not None and (found := self.peak_bytes(fewer)) <= peak_bytes:
                 trips, peak_bytes = fewer, found

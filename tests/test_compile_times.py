@@ -86,10 +86,23 @@ def test_the_last_ones_are_remembered(tmp_path: Path) -> None:
     assert os.listdir(file.parent) == ["times.json"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '[{"what": 1}]', '"x"', "null", '{"a": [1]}'])
+def written(num_modules: str, seconds: str) -> str:
+    sizes = f'"num_modules": {num_modules}, "num_nodes": 1'
+    return f'[{{"what": "x", "is_first": true, {sizes}, "parts": [["a", {seconds}]]}}]'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[1]", '[{"what": 1}]', '"x"', "null", '{"a": [1]}'),
+        *(written("Infinity", "1.0"), written("1", "NaN"), written("1", "-1.0"), written("0", "1.0")),
+    ],
+)
 def test_a_file_that_says_something_else_is_as_good_as_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "times.json").write_text(text)
     assert known(tmp_path / "times.json") == []
+    (tmp_path / "times.json").write_text(written("1", "1.0"))
+    assert len(known(tmp_path / "times.json")) == 1
 
 
 def test_a_place_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:

@@ -328,8 +328,8 @@ def test_steps_share_the_room_that_is_found_before_they_run() -> None:
 
 
 def test_trouble_with_the_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No room: before anything changes. No writing: by the step, with the reason. Then all goes on."""
-    model = compiled(stack(2), offload=ACTIVATIONS)
+    """No room: before anything changes. No writing: when the step has ended, as in memory, with the reason."""
+    model, plain = compiled(stack(2), offload=ACTIVATIONS), compiled(stack(2))
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
     def refuse(number: int) -> Callable[..., int]:
@@ -349,7 +349,48 @@ def test_trouble_with_the_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(os, "pwritev", refuse(errno.EIO))
         with pytest.raises(DiskError, match=r"cannot write .*: Input/output error"):
             model.train_step(X)
-    model.train_step(X)
+    losses(plain, X, X)
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+    assert losses(model, X) == losses(plain, X)
+
+
+def test_a_room_that_is_refused_is_not_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = compiled(stack(2), offload={"activations": "disk, waited for"})
+    model.train_step(X[:512])
+    before = model.stats()["spilled_bytes"]
+    assert before > 0
+
+    def refused(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", refused)
+        with pytest.raises(DiskError, match="cannot reserve"):
+            model.train_step(torch.cat([X, X]))
+        assert model.stats()["spilled_bytes"] == before
+        losses(model, X[:512], X[:500])
+
+
+class Pooled(nn.Module):
+    """Indices of max pooling are read by backward alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.convolutions = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+        self.pool = nn.MaxPool2d(3, stride=1, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for convolution in self.convolutions:
+            x = self.pool(convolution(x))
+        return x
+
+
+def test_what_only_backward_reads_goes_as_soon_as_it_is_there() -> None:
+    images = torch.linspace(-1, 1, 8 * 3 * 32 * 32).view(8, 3, 32, 32)
+    model, plain = compiled(Pooled(), offload={"activations": "disk, waited for"}), compiled(Pooled())
+    assert losses(model, images, images) == losses(plain, images, images)
+    assert spilled_bytes(model.program) > 0
 
 
 def test_on_a_gpu_it_is_refused() -> None:

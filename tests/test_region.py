@@ -283,6 +283,23 @@ def test_in_bfloat16_every_operator_rounds_once_as_atens_does(function: Any) -> 
     assert bool((apart <= 2**-7 * expected.float().abs() + 2**-15 * expected.float().abs().max()).all())
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: (x + 0.3) * x,
+        lambda x: aten.add(x, x * x, alpha=0.3) * x,
+        lambda x: aten.sub(x, x * x, alpha=0.3) * x,
+        lambda x: aten.rsub(x, 0.7) * x,
+        lambda x: aten.threshold_backward(x * x, x, 0.1) * 2,
+        lambda x: torch.where(x <= 0.1, x * 0.3, -x),
+    ],
+)
+def test_in_bfloat16_numbers_are_rounded_where_aten_rounds_them(function: Any) -> None:
+    x = torch.cat([halves(64, 509), torch.full((64, 3), 0.1, dtype=torch.bfloat16)], 1)
+    (found,) = region_of(function, x)(x)
+    assert torch.equal(found, function(x))
+
+
 def test_norms_in_bfloat16_are_within_one_rounding() -> None:
     x, y, weight, bias = halves(70, 33), halves(70, 33), halves(33), halves(33)
     _, mean, scale = aten.native_layer_norm(x, [33], weight, bias, 1e-5)

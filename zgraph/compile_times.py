@@ -115,9 +115,13 @@ def known(file: Path | None) -> list[Compile]:
             )
             for each in given
         ]
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError):
         return []
-    return [each for each in found if each.num_modules > 0 and each.num_nodes >= 0]
+    return [each for each in found if each.num_modules > 0 and each.num_nodes >= 0 and _are_times(each.parts)]
+
+
+def _are_times(parts: Iterable[tuple[str, float]]) -> bool:
+    return all(math.isfinite(seconds) and seconds >= 0 for _, seconds in parts)
 
 
 def remember(file: Path | None, done: Compile, before: Iterable[Compile]) -> None:

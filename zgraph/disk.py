@@ -158,7 +158,8 @@ class Disk:
     def read(self, data: np.ndarray, start: int, crc: int | None) -> None:
         """Read a block, and check it."""
         if crc is None:
-            self.check()  # where it was this step that could not write it
+            if self._failure is not None:  # it was this step that could not write it
+                raise self._failure
             raise DiskError(
                 f"{len(data)} bytes on the disk ({self.path}) have never been written completely", fix=_RESTART
             )
@@ -268,6 +269,7 @@ class DiskTensor:
         self.nbytes = self.shape.numel() * dtype.itemsize
         self._crcs: list[int | None] = [None] * -(-self.nbytes // BLOCK_BYTES)
         self._writing: list[Future[None]] = []
+        self._unwritten: torch.Tensor | None = None
 
     def part(self, start: int, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> DiskTensor:
         """A tensor in the room of this one, which keeps it; what parts share is what was written there last.
@@ -293,6 +295,8 @@ class DiskTensor:
             out: where to; new memory if None. Memory that begins at a multiple of ``PAGE`` needs no copy on the way.
         """
         assert all(future.done() for future in self._writing), "it is still being written"
+        if self._unwritten is not None:
+            return Transfer([], self._unwritten if out is None else out.copy_(self._unwritten))
         result = torch.empty_strided(self.shape, self.strides, dtype=self.dtype) if out is None else out
         self._disk.moved.read_bytes += self.nbytes
         disk = self._disk
@@ -304,10 +308,14 @@ class DiskTensor:
     def store(self, value: torch.Tensor) -> Transfer:
         """Start to write ``value``, which must stay as it is until that has been waited for.
 
-        What fails is told by ``Disk.check``, so that a step can go on to its end, together with other ranks.
+        What fails is told by ``Disk.check``, so that a step can go on to its end, together with other ranks. What a
+        room was to hold is then held in memory, so that it can be loaded as if it had been written.
         """
         assert value.shape == self.shape, "another shape"
         assert value.dtype == self.dtype, "another dtype"
+        if _layout(value.shape, value.stride()) != _layout(self.shape, self.strides):
+            value = torch.empty_strided(self.shape, self.strides, dtype=self.dtype).copy_(value)
+        self._unwritten = None
         self._disk.moved.written_bytes += self.nbytes
         self._crcs = [None] * len(self._crcs)
         self._writing = [
@@ -329,15 +337,19 @@ class DiskTensor:
         Raises:
             DiskError: it cannot be written.
         """
-        self.store(value.contiguous() if value.dim() == 1 else value).wait()
+        self.store(value).wait()
         self._disk.check()
 
     def _blocks(self, tensor: torch.Tensor) -> Iterator[tuple[int, np.ndarray, int]]:
         """Number, memory and place in the file of each block."""
-        assert _layout(tensor.shape, tensor.stride()) == _layout(self.shape, self.strides), "another order of elements"
         data = tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
         for index, at in enumerate(range(0, self.nbytes, BLOCK_BYTES)):
             yield index, data[at : at + BLOCK_BYTES], self._start + at
+
+    def keep_unwritten(self, value: torch.Tensor) -> None:
+        """Hold what could not be written, if this is part of a room: nothing but this step needs it."""
+        if self._room is not None:
+            self._unwritten = value.clone()
 
     def _write_block(self, index: int, data: np.ndarray, start: int) -> None:
         self._crcs[index] = self._disk.write(data, start)
@@ -363,6 +375,8 @@ class Transfer:
             error = future.exception()
             if error is not None and self.disk is not None and isinstance(error, DiskError):
                 self.disk.put_off(error)
+                assert self.keep is not None
+                self.result.keep_unwritten(self.keep)
             elif error is not None:
                 raise error
         self.keep = None

@@ -40,7 +40,7 @@ from zgraph.config import Config, check_numbers
 from zgraph.decision import AUTO, KERNELS, decide
 from zgraph.disk import DEFAULT_PATH, DiskTensor, Moved, padded
 from zgraph.eager import GatherOnUse
-from zgraph.errors import OptimizerError, OptionError, ZgraphError
+from zgraph.errors import DiskError, OptimizerError, OptionError, ZgraphError
 from zgraph.execute import Executable
 from zgraph.export import check_batch, check_exportable, rank_of, write
 from zgraph.facts import ARGUMENTS, ATTRIBUTES, STEP_COUNTS, Facts, fact_of, hold, state_spec
@@ -262,9 +262,13 @@ class Runtime:
         disk = self.state.disk
         if disk is not None and program.layout == self.state.layout:
             wanted -= disk.used_bytes - self.spill_room.taken_bytes  # it stays where it is
-        self.state.reserve(self.config.offload_path or DEFAULT_PATH, max(wanted, 0) + self.spill_room.missing_bytes)
-        assert self.state.disk is not None
-        self.spill_room.take(self.state.disk)
+        try:
+            self.state.reserve(self.config.offload_path or DEFAULT_PATH, max(wanted, 0) + self.spill_room.missing_bytes)
+            assert self.state.disk is not None
+            self.spill_room.take(self.state.disk)
+        except DiskError:
+            self.spill_room.give_up()
+            raise
 
     def _keep(self, used: Sequence[Compiled]) -> None:
         """Count these as used last; of all steps those used last are kept. All ranks decide alike."""

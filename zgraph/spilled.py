@@ -45,6 +45,10 @@ class SpillRoom:
         """Of the room that has to be taken; 0 where there is one that is large enough."""
         return 0 if self.taken_bytes >= self.num_bytes else self.num_bytes
 
+    def give_up(self) -> None:
+        """Need no more than there is: what was asked for was refused."""
+        self.num_bytes = self.taken_bytes
+
     def take(self, disk: Disk) -> None:
         """Take the room that is needed, instead of one that is too small.
 
