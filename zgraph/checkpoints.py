@@ -34,7 +34,7 @@ def read(path: Path) -> Any:
     """
     try:
         if path.suffix == SAFETENSORS:
-            return _safetensors().load_file(path)
+            return _read_safetensors(path)
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except OSError as error:
         raise StateError(f"{path} cannot be read: {first_line(error)}") from error
@@ -43,10 +43,6 @@ def read(path: Path) -> Any:
             f"{path} is not a checkpoint: {first_line(error)}",
             fix="give a file that torch.save wrote of tensors, numbers, texts, lists and dictionaries, or safetensors",
         ) from error
-    except Exception as error:  # safetensors has an error of its own
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise StateError(f"{path} is not a checkpoint: {first_line(error)}") from error
 
 
 def leaves(held: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -161,6 +157,18 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of each element, of shape (elements, bytes)."""
     flat = tensor.contiguous().reshape(-1, 1)
     return (torch.view_as_real(flat) if flat.is_complex() else flat).view(torch.uint8).reshape(flat.shape[0], -1)
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """Its tensors by name; raises ValueError where it is no such file."""
+    load_file = _safetensors().load_file
+    from safetensors import SafetensorError
+
+    try:
+        found: dict[str, torch.Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+    return found
 
 
 def _safetensors() -> Any:

@@ -20,7 +20,7 @@ def compiled_bytes(num_nodes: int) -> int:
     """What is resident on a CPU beside tensors once a step is compiled: modules imported for it and holes in the heap.
 
     46 KB for each node beyond 520, and 40 MB at most: fitted to 17 pairs of GPTs and options, each measured twice
-    (``benchmarks/here.py``). Graphs had 720 to 2,380 nodes; what they left varied by 20 MB for no known reason.
+    (``benchmarks/here.py``). Graphs had 720 to 2,380 nodes, and left from 3 to 56 MB for no known reason.
 
     Args:
         num_nodes: of the step's largest graph.
