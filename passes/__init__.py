@@ -109,12 +109,21 @@ def _offload(config: Config, hardware: Hardware | None) -> tuple[Pass, ...]:
     passes: tuple[Pass, ...] = (Offload(state, hardware),) if state else ()
     if "activations" not in config.offload:
         return passes
+    known = _known(hardware, f"offload={config.offload!r} weighs seconds", "leave activations out")
+    return (*passes, OffloadActivations(known, config.offload["activations"] == WAITED_FOR))
+
+
+def _known(hardware: Hardware | None, what: str, instead: str) -> Hardware:
+    """The machine, for an option that goes by its seconds.
+
+    Raises:
+        OptionError: it is not known; ``what`` needs it, and the user may do something ``instead``.
+    """
     if hardware is None:
         raise OptionError(
-            f"offload={config.offload!r} weighs seconds, and this machine is not known",
-            fix="run `zgraph calibrate` to measure it, or leave activations out",
+            f"{what}, and this machine is not known", fix=f"run `zgraph calibrate` to measure it, or {instead}"
         )
-    return (*passes, OffloadActivations(hardware, config.offload["activations"] == WAITED_FOR))
+    return hardware
 
 
 def _granule(config: Config) -> int:
@@ -131,12 +140,8 @@ def _bucket_bytes(config: Config) -> int:
 def _bounds(config: Config, mesh: Mesh, hardware: Hardware | None) -> Bounds | None:
     if isinstance(config.bucket_bytes, int) or mesh.size == 1:
         return None
-    if hardware is None:
-        raise OptionError(
-            f"bucket_bytes={config.bucket_bytes!r} weighs seconds, and this machine is not known",
-            fix="run `zgraph calibrate` to measure it, or give a number of bytes",
-        )
-    return Bounds(hardware, mesh, config.zero)
+    known = _known(hardware, f"bucket_bytes={config.bucket_bytes!r} weighs seconds", "give a number of bytes")
+    return Bounds(known, mesh, config.zero)
 
 
 def _order(config: Config, hardware: Hardware | None) -> Pass:
@@ -150,12 +155,7 @@ def _order(config: Config, hardware: Hardware | None) -> Pass:
 def _fuse(config: Config, hardware: Hardware | None, then: tuple[Pass, ...]) -> Pass:
     if config.kernels == "zgraph":
         return FuseRegions(then)
-    if hardware is None:
-        raise OptionError(
-            "kernels='auto' weighs seconds, and this machine is not known",
-            fix="run `zgraph calibrate` to measure it, or give kernels='zgraph'",
-        )
-    return FuseRegions(then, hardware)
+    return FuseRegions(then, _known(hardware, "kernels='auto' weighs seconds", "give kernels='zgraph'"))
 
 
 def _recompute(
@@ -168,12 +168,8 @@ def _recompute(
         return (RecomputeModules(what),)
     if isinstance(what, str):
         return (RecomputeModules(keep=EXPENSIVE if what == "operators" else ()),)
-    if hardware is None:
-        raise OptionError(
-            f"recompute={what!r} weighs bytes against seconds, and this machine is not known",
-            fix="run `zgraph calibrate` to measure it, or give recompute='blocks'",
-        )
-    return (RecomputeActivations(what, hardware, then, config.recompute_solver, levels),)
+    known = _known(hardware, f"recompute={what!r} weighs bytes against seconds", "give recompute='blocks'")
+    return (RecomputeActivations(what, known, then, config.recompute_solver, levels),)
 
 
 __all__ = [
