@@ -80,7 +80,6 @@ def test_what_differs_is_found_in_every_dtype() -> None:
 
 
 def test_a_part_goes_to_safetensors_and_back(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("safetensors")
     there, back = saved.with_name("model.safetensors"), saved.with_name("model.pt")
     assert cli.main(["ckpt", "convert", str(saved), str(there), "--only", "model"]) == 0
     assert cli.main(["ckpt", "convert", str(there), str(back)]) == 0
@@ -91,7 +90,6 @@ def test_a_part_goes_to_safetensors_and_back(saved: Path, capsys: pytest.Capture
 
 
 def test_weights_that_are_tied_stay_so_with_torch_save_and_are_two_in_safetensors(tmp_path: Path) -> None:
-    pytest.importorskip("safetensors")
     weight = torch.randn(2, 3)
     torch.save({"in": weight, "out": weight}, tmp_path / "tied.pt")
     checkpoints.convert(tmp_path / "tied.pt", tmp_path / "again.pt")

@@ -19,8 +19,8 @@ import weakref
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from zgraph.errors import DiskError
+from zgraph.workers import Job, Workers
 
 PAGE = 4096
 """Bytes: direct transfers begin and end at multiples of it, in memory and in the file; no disk of today needs more."""
@@ -77,13 +78,12 @@ class Disk:
         self.moved = Moved()
         self._free: list[tuple[int, int]] = []  # start and end of what is free, in order
         self._returned: deque[tuple[int, int]] = deque()  # what has become free since, in whichever thread
-        self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="zgraph-disk")
-        self._pending: set[Future[None]] = set()
         self._scratch = threading.local()
         self._failure: DiskError | None = None
         with self._explained("make a file"):
             self._fd = _open_without_name(self.path)
-        weakref.finalize(self, os.close, self._fd)
+        self._workers = Workers(NUM_THREADS, "zgraph-disk")
+        weakref.finalize(self, _close, self._fd, self._workers)
         if _is_in_memory(self._fd):
             raise DiskError(f"{self.path} lies in memory, not on a disk", fix="use another offload_path")
         self.is_direct = True
@@ -140,16 +140,13 @@ class Disk:
 
     def finish(self) -> None:
         """Wait for all that is in flight, so that memory it reads or writes may be used for something else."""
-        wait(list(self._pending))
+        self._workers.finish()
 
     # -- what tensors ask for ---------------------------------------------------------------------------------
 
-    def submit(self, work: Callable[..., None], *args: Any) -> Future[None]:
+    def submit(self, work: Callable[..., None], *args: Any) -> Job:
         """Run something in one of the threads."""
-        future = self._pool.submit(work, *args)
-        self._pending.add(future)
-        future.add_done_callback(self._pending.discard)
-        return future
+        return self._workers.start(partial(work, *args))
 
     def put_off(self, failure: DiskError) -> None:
         """Have ``check`` tell it."""
@@ -268,7 +265,7 @@ class DiskTensor:
         self.shape, self.strides, self.dtype = torch.Size(shape), tuple(strides), dtype
         self.nbytes = self.shape.numel() * dtype.itemsize
         self._crcs: list[int | None] = [None] * -(-self.nbytes // BLOCK_BYTES)
-        self._writing: list[Future[None]] = []
+        self._writing: list[Job] = []
         self._unwritten: torch.Tensor | None = None
 
     def part(self, start: int, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> DiskTensor:
@@ -294,16 +291,14 @@ class DiskTensor:
         Args:
             out: where to; new memory if None. Memory that begins at a multiple of ``PAGE`` needs no copy on the way.
         """
-        assert all(future.done() for future in self._writing), "it is still being written"
+        assert all(job.is_done for job in self._writing), "it is still being written"
         if self._unwritten is not None:
             return Transfer([], self._unwritten if out is None else out.copy_(self._unwritten))
         result = torch.empty_strided(self.shape, self.strides, dtype=self.dtype) if out is None else out
         self._disk.moved.read_bytes += self.nbytes
         disk = self._disk
-        futures = [
-            disk.submit(disk.read, block, start, self._crcs[index]) for index, block, start in self._blocks(result)
-        ]
-        return Transfer(futures, result)
+        jobs = [disk.submit(disk.read, block, start, self._crcs[index]) for index, block, start in self._blocks(result)]
+        return Transfer(jobs, result)
 
     def store(self, value: torch.Tensor) -> Transfer:
         """Start to write ``value``, which must stay as it is until that has been waited for.
@@ -359,7 +354,7 @@ class DiskTensor:
 class Transfer:
     """A read or a write that has been started."""
 
-    futures: list[Future[None]]
+    jobs: list[Job]
     result: Any
     keep: torch.Tensor | None = None
     disk: Disk | None = field(default=None, repr=False)
@@ -370,9 +365,10 @@ class Transfer:
         Raises:
             DiskError: it could not be read; of a write, see ``DiskTensor.store``.
         """
-        wait(self.futures)
-        for future in self.futures:
-            error = future.exception()
+        for job in self.jobs:
+            job.wait()
+        for job in self.jobs:
+            error = job.error
             if error is not None and self.disk is not None and isinstance(error, DiskError):
                 self.disk.put_off(error)
                 assert self.keep is not None
@@ -381,6 +377,11 @@ class Transfer:
                 raise error
         self.keep = None
         return self.result
+
+
+def _close(fd: int, workers: Workers) -> None:
+    workers.end()
+    os.close(fd)
 
 
 def _layout(shape: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
