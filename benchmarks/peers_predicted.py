@@ -36,7 +36,11 @@ class Software:
         gathers_half: what ZeRO-1 gathers after the update is bfloat16.
         flash_1: attention is FlashAttention's first version.
         broadcasts: each rank sends what it has updated to all others, one rank after the other.
-        keeps_last: backward of the last block, and of what is behind it, reads what forward has gathered (torchtitan).
+        keeps_last: backward of the last block reads what forward has gathered (torchtitan).
+        keeps_root: what belongs to no block stays gathered until backward ends, as in FSDP1's and FSDP2's root module.
+        ahead: gathers that the host issues before memory that another stream has used, and that was freed, may be used
+            again: FSDP1 frees by ``record_stream``, limits itself to two (``limit_all_gathers``), and gathers the next
+            block in advance. FSDP2 waits for events instead.
         reduces_last: gradients are averaged over the ranks with the last micro-batch only.
     """
 
@@ -52,6 +56,8 @@ class Software:
     flash_1: bool = False
     broadcasts: bool = False
     keeps_last: bool = False
+    keeps_root: bool = False
+    ahead: int = 0
 
 
 @dataclass(frozen=True)
@@ -249,12 +255,13 @@ def _software(row: Row) -> Software:
     compiled = "compile" in name or "inductor" in name
     if "torchtitan" in name:
         # Of graph_trainer, only rows that say so ran inductor. FSDP1 keeps parameters as views of the flat buffer.
-        copies = "fsdp1" not in text and "single" not in text
+        is_fsdp1 = "fsdp1" in text
+        copies = not is_fsdp1 and "single" not in text
         keeps_last = "fsdp2" in text and "reshard=always" not in name
         # Each block is compiled; embedding, head and loss are not.
         kind = "graph_trainer" if "graph_trainer" in name else "compile" if compiled else "eager"
         return Software(f"torchtitan {kind}", "blocks" if compiled else "", copies_out=copies,
-                        every_second=True, keeps_last=keeps_last)  # fmt: skip
+                        every_second=True, keeps_last=keeps_last, keeps_root=True, ahead=3 * is_fsdp1)  # fmt: skip
     if "llm-foundry" in name:
         # Its optimizer is a loop over parameters in Python, an operator at a time; its attention, FlashAttention 1.
         return Software("llm-foundry", reduce="bfloat16" if "PURE" in row["precision"] else "float32",

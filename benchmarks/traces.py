@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -45,6 +46,8 @@ from zgraph.work import NOTHING, Work, num_bytes_of, works
 DEPTH = 4
 """Blocks that a step is captured with. The first and the last differ from those in between, of which ``repeated`` needs
 two: one to repeat, and one to see that it is like its neighbour."""
+
+ATTENTION_BACKWARD = tuple(name.replace(".default", "_backward.default") for name in EXPENSIVE if "attention" in name)
 
 GATHER, REDUCE = "gather", "reduce"
 """Streams of communication, whose memory is of pools of their own; named as the module of what is held."""
@@ -124,12 +127,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Trace:
-    """A program as calls, bytes and runs, in order of position; ``blocks`` says which block a bucket is of."""
+    """A program as calls, bytes and runs, in order of position.
+
+    ``blocks`` says which block a bucket is of; ``ahead`` is that of ``peers_predicted.Software``.
+    """
 
     calls: tuple[Call, ...]
     holdings: tuple[Holding, ...]
     runs: tuple[Run, ...]
     blocks: Mapping[str, int]
+    ahead: int = 0
 
     @property
     def footprint(self) -> Footprint:
@@ -141,8 +148,14 @@ class Trace:
         last = self.runs[-1].stop - 1
         ends = Holding("end", Kind.BUFFERS, 0, last, last)
         pools: dict[str, list[Holding]] = {}
+        gathers = [held.first for held in self.holdings if held.module == GATHER] if self.ahead else []
         for held in self.holdings:
-            pools.setdefault(held.module if held.module in (GATHER, REDUCE) else "", []).append(held)
+            if held.module in (GATHER, REDUCE):
+                later = gathers[bisect_right(gathers, held.last) :][: self.ahead]
+                usable = replace(held, last=later[-1] - 1) if later else held
+                pools.setdefault(held.module, []).append(usable)
+            else:
+                pools.setdefault("", []).append(held)
         return sum(reserved_bytes([*pool, ends]) for pool in pools.values())
 
     def play(self, cost_of: Callable[[tuple[Work, ...], bool], Cost], hardware: Hardware) -> Timeline:
@@ -349,11 +362,16 @@ def _lowered(captured: Program, case: Case) -> Iterator[Program]:
         # autograd write over what its operators read.
         own = (Unshard, OverwriteOperands)
         first, *passes = (p for p in default_passes(config, mesh, layout) if not isinstance(p, own))
-        if case.keeps_gathered or case.software.keeps_last:
-            parts = {bucket.name: _part_of(bucket.segments[0].name) for bucket in layout.buckets}
-            last = [str(max(int(part) for part in parts.values() if part.isdecimal())), "head"]
-            kept = [name for name, part in parts.items() if case.keeps_gathered or part in last]
-            passes.insert([one.name for one in passes].index("Overlap"), GatherOnce(tuple(kept)))
+        parts = {bucket.name: _part_of(bucket.segments[0].name) for bucket in layout.buckets}
+        last_block = str(max(int(part) for part in parts.values() if part.isdecimal()))
+        kept = [
+            name
+            for name, part in parts.items()
+            if case.keeps_gathered
+            or (case.software.keeps_last and part == last_block)
+            or (case.software.keeps_root and not part.isdecimal())
+        ]
+        passes.insert([one.name for one in passes].index("Overlap"), GatherOnce(tuple(kept)))
         if case.zero == 3 and not case.keeps_gathered:
             passes.insert([one.name for one in passes].index("Overlap") + 1, GatherInBackward())
         for one in (first, *_recomputation(case), *passes):
@@ -411,7 +429,9 @@ def _recomputation(case: Case) -> Iterator[RecomputeModules]:
         yield RecomputeModules()
     elif case.recompute is not None:
         second = ("aten.mm.default",) if case.recompute == "operators" and case.software.every_second else ()
-        yield RecomputeModules(keep=EXPENSIVE, every_second=second)
+        # torch's partitioner makes nothing again that products and attention of backward read.
+        read_in_backward = (*EXPENSIVE, *ATTENTION_BACKWARD) if case.recompute == "compiler" else ()
+        yield RecomputeModules(keep=EXPENSIVE, every_second=second, operands_of=read_in_backward)
 
 
 def layout_by_block(program: Program, world: int) -> Layout:
@@ -437,6 +457,8 @@ def _trace(program: Program, case: Case, *, is_last: bool) -> Trace:
     until = (
         _cached(nodes, runs) if software.every_second and not software.fused and case.recompute == "operators" else {}
     )
+    blocks = _blocks(program)
+    end_of_backward = max((i for i, node in enumerate(nodes) if phase_of(node) is Phase.BACKWARD), default=0)
     for held in footprint(program, staged=False, fusion=fusion).holdings:
         node = nodes[held.first]
         if held.first == 0 and node.op == "placeholder":
@@ -445,14 +467,18 @@ def _trace(program: Program, case: Case, *, is_last: bool) -> Trace:
         elif node.target is ops.all_gather and phase_of(node) is not Phase.UPDATE:
             # What is gathered is memory of the stream that gathers; FSDP2 copies it from there to each parameter.
             arrived = next(i for i in range(held.first, held.last + 1) if nodes[i] in node.users)
-            holdings.append(replace(held, module=GATHER, last=arrived if software.copies_out else held.last))
+            last = held.last
+            if software.keeps_root and blocks[held.module] < 0:
+                last = max(last, end_of_backward)
             if software.copies_out:
-                holdings.append(replace(held, first=arrived))
+                holdings += [replace(held, module=GATHER, last=arrived), replace(held, first=arrived, last=last)]
+            else:
+                holdings.append(replace(held, module=GATHER, last=last))
         elif isinstance(node.meta.get("holds"), FlatGradient) or node.target is ops.reduce_scatter:
             holdings.append(replace(held, module=REDUCE))
         else:
             holdings.append(replace(held, last=max(held.last, until.get(held.first, 0))))
-    position = {node: i for i, node in enumerate(program.graph.nodes)}
+    position = {node: i for i, node in enumerate(nodes)}
     for node, place in position.items():
         if node.op != "call_function":
             continue
@@ -467,13 +493,15 @@ def _trace(program: Program, case: Case, *, is_last: bool) -> Trace:
                 calls.append(Call(place, (Work("copy", read_bytes=size, written_bytes=size),)))
             continue
         done = fusion.works.get(node) or works(node, case.world)
+        if isinstance(node.target, Kernel):  # of the optimizer, which these trainers run in few calls
+            done = tuple(replace(work, num_operators=1, sliced_numel=0) for work in done)
         if node.target in ops.STARTS:
             if is_last or not software.reduces_last or node.target is ops.all_gather:
                 calls.append(Call(place, tuple(_as_sent(work, node, case) for work in done), is_start=True))
         elif any(work.unit != NOTHING for work in done):
             calls.append(Call(place, done, is_update=is_update))
     holdings.sort(key=lambda holding: holding.first)
-    return Trace(tuple(calls), tuple(holdings), tuple(runs), _blocks(program))
+    return Trace(tuple(calls), tuple(holdings), tuple(runs), blocks, software.ahead)
 
 
 def _cached(nodes: Sequence[fx.Node], runs: Sequence[Run]) -> dict[int, int]:

@@ -64,18 +64,22 @@ class RecomputeModules(Pass):
         keep: operators whose results are kept, too, by name: ``aten.mm.default``.
         every_second: of these operators in ``keep``, the second, fourth and so on of each block are made again all
             the same.
+        operands_of: operators of backward, whose operands are kept, too: to make them again costs passes over memory
+            that no fusion saves, as torch's min-cut partitioner supposes, which keeps what backward "materializes".
+            What is made of parameters alone is not counted among them.
     """
 
     modules: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
     every_second: tuple[str, ...] = ()
+    operands_of: tuple[str, ...] = ()
 
     takes, gives = Stage.CAPTURED, Stage.CAPTURED
 
     def rewrite(self, program: Program) -> None:
         patterns = self.modules or _lists_of_like_modules(program)
         _check_patterns(program, patterns)
-        _Recomputation(program, patterns, frozenset(self.keep), frozenset(self.every_second)).run()
+        _Recomputation(program, patterns, self).run()
 
 
 class _Recomputation:
@@ -84,15 +88,13 @@ class _Recomputation:
     A value is kept if memory that it lies in is, so a view of what is kept costs nothing.
     """
 
-    def __init__(
-        self, program: Program, patterns: tuple[str, ...], keep: frozenset[str], every_second: frozenset[str]
-    ) -> None:
+    def __init__(self, program: Program, patterns: tuple[str, ...], asked: RecomputeModules) -> None:
         self.program, self.patterns = program, patterns
         self.owner = owners(program)
         self.paths: dict[str, str | None] = {}
         self.blocks = list(self._find_blocks())
         self.block_of = {node: block for block in self.blocks for node in block.members}
-        self.keep = set(self._find_kept(keep, every_second))
+        self.keep = {*self._find_kept(asked), *self._find_operands(asked.operands_of)}
         self.kept: set[fx.Node] = set()  # calls whose memory lasts until backward, whatever is made again
         self.again: set[fx.Node] = set()  # calls that are made again
 
@@ -125,15 +127,24 @@ class _Recomputation:
         if last is not None:
             yield last
 
-    def _find_kept(self, keep: frozenset[str], every_second: frozenset[str]) -> Iterator[fx.Node]:
+    def _find_kept(self, asked: RecomputeModules) -> Iterator[fx.Node]:
         """The calls of blocks whose results are kept because of their operator."""
         for block in self.blocks:
             counts: Counter[str] = Counter()
             for node in block.members:
                 name = target_name(node.target)
                 counts[name] += 1
-                if name in keep and not (name in every_second and counts[name] % 2 == 0):
+                if name in asked.keep and not (name in asked.every_second and counts[name] % 2 == 0):
                     yield node
+
+    def _find_operands(self, operators: tuple[str, ...]) -> Iterator[fx.Node]:
+        """The calls of blocks that make what these operators of backward read, but for what parameters alone make."""
+        for node in self.program.graph.nodes:
+            if phase_of(node) is Phase.BACKWARD and target_name(node.target) in operators:
+                for source in node.all_input_nodes:
+                    memory = self.owner[source]
+                    if memory in self.block_of and any(n.op == "call_function" for n in memory.all_input_nodes):
+                        yield memory
 
     def _path_of(self, node: fx.Node) -> str | None:
         """The outermost module that a call belongs to and that is asked for."""

@@ -170,7 +170,7 @@ def test_blocks_are_repeated_exactly(
 
 
 @pytest.mark.slow
-def test_torchtitan_gathers_the_last_block_and_the_head_once(bench: dict[str, ModuleType]) -> None:
+def test_torchtitan_gathers_the_last_block_once(bench: dict[str, ModuleType]) -> None:
     peers, traces = bench["peers_predicted"], bench["traces"]
 
     def num_gathers(software: str) -> int:
@@ -178,4 +178,40 @@ def test_torchtitan_gathers_the_last_block_and_the_head_once(bench: dict[str, Mo
         (program,) = traces._steps_of_group([case])[0].whole
         return sum(work.collective == "all_gather" for call in program.calls for work in call.works)
 
-    assert num_gathers("torchtitan eager") == num_gathers("torchtitan eager reshard=always") - 2
+    assert num_gathers("torchtitan eager") == num_gathers("torchtitan eager reshard=always") - 1
+
+
+@pytest.mark.slow
+def test_a_compiler_keeps_what_products_and_attention_of_backward_read(bench: dict[str, ModuleType]) -> None:
+    """As torch's partitioner does, whose ``is_materialized_backwards`` is why (torch/_functorch/partitioners.py)."""
+    peers, traces = bench["peers_predicted"], bench["traces"]
+    row = {**ROW, "software": "torchtitan compile", "activation_ckpt": "none"}
+    (program,) = traces._steps_of_group([peers.case_of(peers.complete(row))])[0].programs
+    begins = next(run.start for run in program.runs if run.kind == "backward")
+    kept = [h for h in program.holdings if h.first < begins <= h.last and h.module.startswith("layers.1")]
+    tokens, width, ffn, keys = 2 * 32, 64, 128, 32
+    inputs = 4 * width  # of the block, of its two norms' readers and of its second half
+    attention = 2 * width + 2 * keys  # queries, keys, values and the result
+    large = sum(h.num_bytes for h in kept if h.num_bytes >= 2 * tokens * keys)
+    assert large == 2 * tokens * (inputs + attention + 3 * ffn)
+
+
+def test_what_another_stream_used_waits_for_gathers_of_fsdp1(bench: dict[str, ModuleType]) -> None:
+    traces = bench["traces"]
+    mib = 2**20
+    held = traces.Holding("w", traces.Kind.GATHERED, 20 * mib, 1, 9, traces.GATHER)
+    gathered = tuple(replace(held, first=start + 1, last=start + 9) for start in range(0, 50, 10))
+    trace = traces.Trace((), gathered, (traces.Run("forward", 0, 0, 60),), {})
+    assert [replace(trace, ahead=ahead).reserved_bytes() // mib for ahead in range(4)] == [20, 20, 40, 60]
+
+
+@pytest.mark.slow
+def test_the_root_stays_gathered_and_optimizers_make_few_calls(bench: dict[str, ModuleType]) -> None:
+    peers, traces = bench["peers_predicted"], bench["traces"]
+    for software, parallelism in [("torchtitan eager", "FSDP1 8"), ("torchtitan eager reshard=always", "FSDP2 8")]:
+        case = peers.case_of(peers.complete({**ROW, "software": software, "parallelism": parallelism}))
+        (program,) = traces._steps_of_group([case])[0].programs
+        ends = max(run.start for run in program.runs if run.kind == "backward")
+        kept = [h for h in program.holdings if h.kind is traces.Kind.GATHERED and h.last >= ends]
+        assert any(h.num_bytes == 2 * 256 * 64 for h in kept), "the embedding"
+        assert {work.num_calls for call in program.calls if call.is_update for work in call.works} == {1}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -492,6 +493,15 @@ def test_bad_models_are_refused_with_their_line(model: Callable[[], nn.Module], 
         captured(model(), torch.randn(4, 3))
     assert line in (refusal.value.where or "")
     assert refusal.value.fix
+
+
+def test_a_refusal_is_all_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would log its own traceback of a product whose shapes do not fit."""
+    told: list[logging.LogRecord] = []
+    monkeypatch.setattr(logging.getLogger("torch._subclasses.fake_tensor"), "handle", told.append)
+    with pytest.raises(CaptureError, match="must have same reduction dim"):
+        captured(Fails(), torch.randn(4, 3))
+    assert told == []
 
 
 class KeepsReference(Line):

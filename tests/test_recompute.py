@@ -151,6 +151,33 @@ def test_what_is_to_be_kept_is_kept_and_nothing_is_made_again_for_no_gain(keep: 
     assert [n.target for n in made_again(RecomputeModules(("blocks.*",), keep)(blocks(1)))] == expected
 
 
+def test_operands_of_what_backward_runs_are_kept_but_not_copies_of_parameters() -> None:
+    """Of x, tanh(x @ w) and its negative, the product of backward reads the last, and tanh_backward the one before."""
+    b = Builder()
+    x, w, v = (
+        b.input(role, name, shape=shape)
+        for role, name, shape in ((Role.BATCH, "0", [64, 4]), (Role.PARAM, "w", [4, 4]), (Role.PARAM, "v", [4, 4]))
+    )
+    copy = b.forward(aten.clone.default, v, module="blocks.0")
+    a = b.forward(aten.tanh.default, b.forward(aten.mm.default, x, w, module="blocks.0"), module="blocks.0")
+    y = b.forward(aten.neg.default, a, module="blocks.0")
+    z = b.forward(aten.mm.default, y, copy, module="blocks.0")
+    loss = b.forward(aten.sum.default, z)
+    gz = b.backward(aten.expand.default, b.backward(aten.ones_like.default, loss), [64, 4])
+    transposed = b.backward(aten.t.default, copy, module="blocks.0")
+    gy = b.backward(aten.mm.default, gz, transposed, module="blocks.0")
+    ga = b.backward(aten.tanh_backward.default, gy, a, module="blocks.0")
+    gv = b.backward(aten.mm.default, b.backward(aten.t.default, y, module="blocks.0"), gz, module="blocks.0")
+    gw = b.backward(aten.mm.default, b.backward(aten.t.default, x, module="blocks.0"), ga, module="blocks.0")
+    new = [b.call(Phase.UPDATE, aten.sub.Tensor, p, g, module=n) for p, g, n in ((w, gw, "w"), (v, gv, "v"))]
+    program = b.finish({None: loss, param("w"): new[0], param("v"): new[1]})
+
+    again = [n.target for n in made_again(RecomputeModules(("blocks.*",))(program))]
+    assert again == [aten.clone.default, aten.mm.default, aten.tanh.default, aten.neg.default]
+    again = [n.target for n in made_again(RecomputeModules(("blocks.*",), operands_of=("aten.mm.default",))(program))]
+    assert again == [aten.clone.default, aten.mm.default, aten.tanh.default]
+
+
 def test_blocks_are_found_without_names() -> None:
     assert RecomputeModules()(blocks(3)).text() == RecomputeModules(("blocks.[0-9]",))(blocks(3)).text()
 
@@ -365,14 +392,20 @@ def random_steps(draw: Callable[..., Any]) -> Program:
     return b.finish({None: loss, param("w"): new})
 
 
-@given(random_steps(), st.sampled_from([(), EXPENSIVE, ("aten.tanh.default", "aten.split.Tensor")]))
+@given(
+    random_steps(),
+    st.sampled_from([(), EXPENSIVE, ("aten.tanh.default", "aten.split.Tensor")]),
+    st.sampled_from([(), EXPENSIVE]),
+)
 @few_examples(150)
-def test_any_step_is_the_same_and_keeps_no_more(captured: Program, keep: tuple[str, ...]) -> None:
+def test_any_step_is_the_same_and_keeps_no_more(
+    captured: Program, keep: tuple[str, ...], operands_of: tuple[str, ...]
+) -> None:
     paths = {n.meta["origin"].module.split(".")[0] for n in captured.graph.nodes if phase_of(n) is Phase.FORWARD}
     patterns = tuple(sorted(p for p in ("blocks.*", "head") if p.split(".")[0] in paths))
     if not patterns:
         return
-    program = RecomputeModules(patterns, keep)(captured)
+    program = RecomputeModules(patterns, keep, operands_of=operands_of)(captured)
     draws = [sum(ops.is_random(n.target) for n in p.graph.nodes) for p in (captured, program)]
     assert draws[0] == draws[1]
     assert kept_bytes(program) <= kept_bytes(captured)

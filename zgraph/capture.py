@@ -31,7 +31,7 @@ from zgraph.gradients import Gradients
 from zgraph.metrics import Metric, evaluate
 from zgraph.operands import check_operands
 from zgraph.precision import low_precision
-from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage, describe
+from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage, describe, without_log
 from zgraph.recipe import complete
 from zgraph.scaling import LOSS_SCALE
 from zgraph.tracing import Recorder, fake_mode, python_generators_kept, source_of_error, trace, user_source
@@ -172,6 +172,7 @@ def capture(
     with (
         _untouched(model) as attributes,
         python_generators_kept() as drawn,
+        without_log(),
         torch.random.fork_rng(devices=[]),
         torch.enable_grad(),
     ):

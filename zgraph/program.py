@@ -387,7 +387,7 @@ class Program:
                 kwargs = {name: value for name, value in kwargs.items() if name != ops.out_of(node.target)}
             assert callable(target), target
             try:
-                with self.fake_mode, torch.no_grad(), _without_log():
+                with self.fake_mode, torch.no_grad(), without_log():
                     self._inferred[key] = getattr(target, "infer", target)(*args, **kwargs)
             except Exception as error:
                 reason = first_line(error) or type(error).__name__
@@ -534,7 +534,7 @@ def source_of(node: Any) -> str | None:
 
 
 @contextmanager
-def _without_log() -> Iterator[None]:
+def without_log() -> Iterator[None]:
     """torch logs a traceback of its own for arguments that an operator refuses; the error says it all."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     before, log.disabled = log.disabled, True
