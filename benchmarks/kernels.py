@@ -4,11 +4,12 @@
     python benchmarks/kernels.py --numel 5000000 --rounds 20
     python benchmarks/kernels.py --step small         a whole step of a GPT, one thread and all cores
     python benchmarks/kernels.py --regions small      each region of forward and backward beside ATen's calls
-    python benchmarks/kernels.py --count              bytes and launches of a step of one block; nothing runs
+    python benchmarks/kernels.py --count              bytes and launches of steps of one block; nothing runs
 
 Beside the update runs a loop that reads four vectors and writes three, as the update does: an update in one pass can be
 as fast, and no faster than noise makes it. ``--regions`` has the ratio that ``kernels="auto"`` goes by, too.
-``--count`` leaves out matrix products, attention and what lies in place.
+``--count`` leaves out matrix products, convolutions, attention and what lies in place, and has what Inductor makes of
+the same captured step beside zgraph's.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import inductor
 import torch
-from models import GPT, SHAPES, Shape, build_batch, build_model
+from models import GPT, SHAPES, Shape, VisionTransformer, build_batch, build_model
 
 import zgraph
 from zgraph.capture import capture
@@ -35,7 +37,8 @@ from zgraph.config import Config
 from zgraph.lower import lower
 from zgraph.machines import available_cores
 from zgraph.placement import place
-from zgraph.program import Mesh
+from zgraph.presets import Decoder, ModelConfig
+from zgraph.program import Mesh, Program
 from zgraph.work import LOOKUP, VECTOR, works
 
 STREAM = """extern "C" void stream(long n, int threads, float *p, float *g, float *m, float *v) {
@@ -184,29 +187,46 @@ def value_for(val: Any) -> Any:
     )
 
 
+def blocks() -> dict[str, tuple[torch.nn.Module, tuple[torch.Tensor, ...]]]:
+    """Models of one block of width 1024 with a batch each, on meta: a GPT, a Llama, and a vision transformer."""
+    shape = Shape(width=1024, layers=1, heads=16, tokens=1024, vocabulary=32000, sequences=4)
+    llama = ModelConfig("llama", 1, 1024, 16, 4, 2816, shape.vocabulary, shape.tokens)
+    with torch.device("meta"):
+        tokens = torch.zeros(shape.sequences, shape.tokens, dtype=torch.int64)
+        images, classes = torch.zeros(16, 3, 224, 224), torch.zeros(16, dtype=torch.int64)
+        return {
+            "GPT": (GPT(shape), (tokens, tokens)),
+            "Llama": (Decoder(llama), (tokens, tokens)),
+            "ViT": (VisionTransformer(width=1024, layers=1, heads=16), (images, classes)),
+        }
+
+
 def count() -> None:
     """Print what a step of one block moves and starts."""
-    shape = Shape(width=1024, layers=1, heads=16, tokens=1024, vocabulary=32000, sequences=4)
-    with torch.device("meta"):
-        model = GPT(shape)
-        tokens = torch.zeros(shape.sequences, shape.tokens, dtype=torch.int64)
-    optimizer = torch.optim.AdamW(model.parameters())
-    print("| step of one block in float32 | kernels | launches | MB |\n| --- | --- | --- | --- |")
-    for clip_norm in (None, 1.0):
-        for kernels in ("update", "zgraph"):
-            config = Config.from_options({"zero": 0, "kernels": kernels, "clip_norm": clip_norm})
-            captured = capture(model, optimizer, (tokens, tokens), {}, config=config)
-            program = lower(captured, config, Mesh(1), None, (), prove=False).last
-            made = [
-                work
-                for node in program.graph.nodes
-                if node.op == "call_function" and node.target is not torch.ops.aten.cat.default
-                for work in works(node, 1)
-                if work.unit in (VECTOR, LOOKUP)
-            ]
-            moved = sum(work.num_bytes for work in made) + 2 * place(program).copied_bytes
-            name = "clip_norm=1.0" if clip_norm else "no clipping"
-            print(f"| {name} | {kernels} | {len(made)} | {moved / 1e6:.0f} |")
+    print("| a step of one block, in float32 | kernels | launches | MB |\n| --- | --- | --- | --- |")
+    for name, (model, batch) in blocks().items():
+        optimizer = torch.optim.AdamW(model.parameters())
+        for clip_norm in (None, 1.0):
+            title = f"{name}, clip_norm=1.0" if clip_norm else name
+            for kernels in ("update", "zgraph"):
+                config = Config.from_options({"zero": 0, "kernels": kernels, "clip_norm": clip_norm})
+                captured = capture(model, optimizer, batch, {}, config=config)
+                launches, moved = counted(lower(captured, config, Mesh(1), None, (), prove=False).last)
+                print(f"| {title} | {kernels} | {launches} | {moved / 1e6:,.0f} |")
+            launches, moved = inductor.count(captured)
+            print(f"| {title} | Inductor's | {launches} | {moved / 1e6:,.0f} |")
+
+
+def counted(program: Program) -> tuple[int, int]:
+    """Launches of a step and the bytes that they move."""
+    made = [
+        work
+        for node in program.graph.nodes
+        if node.op == "call_function" and node.target is not torch.ops.aten.cat.default
+        for work in works(node, 1)
+        if work.unit in (VECTOR, LOOKUP)
+    ]
+    return len(made), sum(work.num_bytes for work in made) + 2 * place(program).copied_bytes
 
 
 def take_turns(turns: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:

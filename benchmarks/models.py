@@ -64,9 +64,9 @@ SHAPES = {
 class Block(nn.Module):
     """Attention and a feed-forward layer, each normalised first and added to its input."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, *, is_causal: bool = True) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.is_causal = heads, is_causal
         self.attention_norm = nn.LayerNorm(width)
         self.query_key_value = nn.Linear(width, 3 * width)
         self.projection = nn.Linear(width, width)
@@ -79,7 +79,7 @@ class Block(nn.Module):
         batch, tokens, width = hidden.shape
         packed = self.query_key_value(self.attention_norm(hidden))
         query, key, value = packed.view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=self.is_causal)
         hidden = hidden + self.projection(attended.transpose(1, 2).reshape(batch, tokens, width))
         fed: Tensor = self.down(F.gelu(self.up(self.feed_forward_norm(hidden))))
         return hidden + fed
@@ -104,6 +104,25 @@ class GPT(nn.Module):
             hidden = block(hidden)
         logits = self.head(self.norm(hidden))
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+class VisionTransformer(nn.Module):
+    """Patches of 16 x 16 pixels of 224 x 224, blocks, and scores of 1,000 classes from the mean over patches."""
+
+    def __init__(self, width: int, layers: int, heads: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, kernel_size=16, stride=16)
+        self.places = nn.Parameter(torch.zeros(14 * 14, width))
+        self.blocks = nn.ModuleList(Block(width, heads, is_causal=False) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 1000)
+
+    def forward(self, images: Tensor, classes: Tensor) -> Tensor:
+        """The mean cross-entropy of ``classes`` (batch) for ``images`` (batch, 3, 224, 224)."""
+        hidden = self.patches(images).flatten(2).transpose(1, 2) + self.places
+        for block in self.blocks:
+            hidden = block(hidden)
+        return F.cross_entropy(self.head(self.norm(hidden).mean(1)), classes)
 
 
 def build_model(shape: Shape, device: str = "cpu") -> GPT:
