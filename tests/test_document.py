@@ -15,9 +15,11 @@ from torch import nn
 
 import zgraph
 from tests.reporting import CPU, H100, HOSTILE, Blocks, hostile_program, report_of_blocks, report_of_program
+from zgraph import placement
 from zgraph.config import Config
 from zgraph.errors import StateError
 from zgraph.footprint import Kind
+from zgraph.hardware import Hardware
 from zgraph.report import Report
 from zgraph.report.document import SCHEMA, VERSION, would_free
 
@@ -42,9 +44,9 @@ def report() -> Report:
     return report_of_blocks(num=1)
 
 
-def test_the_data_is_of_version_1(report: Report) -> None:
+def test_the_data_is_of_version_2(report: Report) -> None:
     document = json.loads(report.to_json())
-    assert (document["schema"], document["version"]) == (SCHEMA, VERSION) == ("zgraph-report", 1)
+    assert (document["schema"], document["version"]) == (SCHEMA, VERSION) == ("zgraph-report", 2)
     assert {name: type(value) for name, value in document.items()} == _DOCUMENT
     assert document["tables"].keys() == _TABLES
     for program in document["programs"]:
@@ -55,6 +57,17 @@ def test_the_data_is_of_version_1(report: Report) -> None:
     assert len(num_rows) == 1
     for column, table in {"operator": "operators", "form": "forms", "module": "modules", "source": "sources"}.items():
         assert max(document["tables"]["rows"][column]) == len(document["tables"][table]) - 1
+
+
+@pytest.mark.parametrize("hardware", [H100, CPU], ids=["gpu", "cpu"])
+def test_the_peak_is_told_alike_wherever_it_is_told(hardware: Hardware, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU the arena is held throughout: where more of it is in use, no more is held."""
+    monkeypatch.setattr(placement, "SMALLEST_BYTES", 2**8)
+    report = report_of_blocks(hardware=hardware, num=2, world=1)
+    assert ("arena, not in use" in report.document["plan"]["by_kind"]) == (hardware is CPU)
+    memory = report.document["programs"][-1]["passes"][-1]["memory"]
+    at_peak = {kind: held[memory["peak"]] for kind, held in memory["bytes"].items() if held[memory["peak"]]}
+    assert at_peak == {kind: held for kind, held in report.document["plan"]["by_kind"].items() if held}
 
 
 def test_what_was_written_is_read_again(report: Report, tmp_path: Path) -> None:
@@ -73,8 +86,8 @@ def test_what_was_written_is_read_again(report: Report, tmp_path: Path) -> None:
         ("{", "is not JSON"),
         ("[]", "is not a report"),
         ('{"schema": "other"}', "has no schema"),
-        (f'{{"schema": "{SCHEMA}", "version": 99}}', "is of version 99; this zgraph reads 1"),
-        (f'{{"schema": "{SCHEMA}", "version": 1}}', "is damaged: it has no 'plan'"),
+        (f'{{"schema": "{SCHEMA}", "version": 99}}', "is of version 99; this zgraph reads 2"),
+        (f'{{"schema": "{SCHEMA}", "version": 2}}', "is damaged: it has no 'plan'"),
     ],
 )
 def test_what_is_no_report_is_refused(text: str | None, says: str, tmp_path: Path) -> None:

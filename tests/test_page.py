@@ -6,6 +6,7 @@ What a browser does with it is tried in a headless Chromium; without one these t
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import hashlib
 import html
@@ -313,9 +314,44 @@ def test_what_was_measured_is_below_what_was_predicted(chromium: Browser, folder
     assert [num for *_, num, _ in tracks][1::2] == [len(calls) - num_started, num_started]
     assert tracks[1][-1] == ends[-1]
     assert "measured" in chromium.text("[data-testid=verdict]")
+    assert chromium.evaluate("__zgraph.tracks().map(({events}) => events.every((e) => e.isMeasured === true))") == [
+        False, True, False, True,
+    ]  # fmt: skip
+    row = next(r for r in order if document["tables"]["costs"]["seconds"][rows["cost"][r]])
+    told = chromium.evaluate(f"describeNode({row}, 0.5)")
+    assert "measured 500 ms (predicted " in told
+    assert "measured" not in chromium.evaluate(f"describeNode({row})")
     chromium.press("ArrowLeft")  # only the last program ran
     assert {name for name, *_ in chromium.evaluate(shown)} == {"compute", "data"}
     check_quiet(chromium, path)
+
+
+@needs_chromium
+def test_an_address_leads_back_to_what_is_on_the_screen(chromium: Browser, blocks: tuple[Path, dict[str, Any]]) -> None:
+    path, _ = blocks
+    shown = "(({k, tab, node, colour, query}) => [k, tab, node, colour, query])(__zgraph.state)"
+    for fragment in ("pass=3&tab=diff&node=12&search=mm", "tab=peak&node=20", "node=20&colour=lane", "theme=dark"):
+        chromium.open(path, fragment)
+        chromium.press("ArrowLeft")
+        chromium.evaluate("new Promise((done) => setTimeout(done, 300))")
+        state, theme = chromium.evaluate(shown), chromium.evaluate("document.documentElement.dataset.theme")
+        address = chromium.evaluate("location.hash.slice(1)")
+        assert all(each in address.split("&") for each in fragment.split("&") if not each.startswith("pass="))
+        chromium.open(path, "")
+        chromium.open(path, address)
+        assert chromium.evaluate(shown) == state
+        assert chromium.evaluate("document.documentElement.dataset.theme") == theme
+    check_quiet(chromium, path)
+
+
+@needs_chromium
+def test_all_of_the_page_can_be_reached_in_a_small_window(blocks: tuple[Path, dict[str, Any]]) -> None:
+    path, _ = blocks
+    with contextlib.closing(Browser(600, 500)) as small:
+        small.open(path)
+        small.evaluate("void document.scrollingElement.scrollTo(0, 1e6)")
+        bottom = small.evaluate("document.getElementById('memory').getBoundingClientRect().bottom")
+        assert 0 < bottom < small.evaluate("window.innerHeight") + 1
 
 
 @pytest.mark.slow

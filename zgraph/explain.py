@@ -85,7 +85,7 @@ def _memory(document: Mapping[str, Any]) -> Iterator[str]:
     last, tables = program["passes"][-1], document["tables"]
     memory = last["memory"]
     totals = [sum(at) for at in zip(*memory["bytes"].values(), strict=True)]
-    peak = totals.index(max(totals))
+    peak = memory["peak"]
     row = list(unrolled(last["order"]))[memory["positions"][peak]]
     where = tables["phases"][tables["rows"]["phase"][row]]
     module = tables["modules"][tables["rows"]["module"][row]]

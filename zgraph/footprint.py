@@ -110,15 +110,19 @@ class Footprint:
         return {kind: held_bytes((h for h in self.holdings if h.kind is kind), self.num_positions) for kind in Kind}
 
     @cached_property
+    def _outside_bytes(self) -> Sequence[int]:
+        return held_bytes((h for h in self.holdings if not h.in_arena), self.num_positions)
+
+    @cached_property
     def peak_bytes(self) -> int:
         """The most that is held at once, the whole arena included."""
-        outside = (h for h in self.holdings if not h.in_arena)
-        return max(held_bytes(outside, self.num_positions)) + self.arena_bytes
+        return max(self._outside_bytes) + self.arena_bytes
 
     @cached_property
     def peak_position(self) -> int:
-        """Where in the graph the most is held; the first such place."""
-        return self.alive_bytes.index(max(self.alive_bytes))
+        """Where in the graph the most is held, and of such places the first where most of the arena is in use."""
+        held = list(zip(self._outside_bytes, self.alive_bytes, strict=True))
+        return held.index(max(held))
 
     def held_at(self, position: int) -> list[Holding]:
         """What is held while a node runs, largest first."""

@@ -33,7 +33,7 @@ from zgraph.report.recorder import Recorder
 from zgraph.stopwatch import Measured
 from zgraph.timeline import COMPUTE, DISK_IN, DISK_LANES, DISK_OUT, lane_of, play
 
-SCHEMA, VERSION = "zgraph-report", 1
+SCHEMA, VERSION = "zgraph-report", 2
 
 _REQUIRED = ("plan", "machine", "mesh", "tables", "programs", "digest", "notes")
 

@@ -285,7 +285,10 @@ def _moved(before: Sequence[int], after: Sequence[int]) -> set[int]:
 
 
 def moments(program: Program, timeline: Timeline, held: Footprint) -> dict[str, Any]:
-    """Bytes held by kind over time, at up to ``NUM_MOMENTS`` points: of each part of the step, where most is held."""
+    """Bytes held by kind over time, at up to ``NUM_MOMENTS`` points: of each part of the step, where most is held.
+
+    ``peak`` is the index of the point that is the footprint's ``peak_position``.
+    """
     nodes = list(program.graph.nodes)
     starts = {event.node: event.start_s for event in timeline.events if event.lane == COMPUTE}
     at, seconds = 0.0, []
@@ -301,10 +304,11 @@ def moments(program: Program, timeline: Timeline, held: Footprint) -> dict[str, 
     most: dict[int, int] = {}
     for i, second in enumerate(seconds):
         moment = min(int(second / end * NUM_MOMENTS), NUM_MOMENTS - 1)
-        if moment not in most or total[i] > total[most[moment]]:
+        if moment not in most or (total[i], i == held.peak_position) > (total[most[moment]], False):
             most[moment] = i
     positions = [most[moment] for moment in sorted(most)]
     return {
+        "peak": positions.index(held.peak_position),
         "positions": positions,
         "seconds": [seconds[i] for i in positions],
         "bytes": {kind.value: [each[i] for i in positions] for kind, each in by_kind.items()},

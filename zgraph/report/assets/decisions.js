@@ -3,7 +3,7 @@
 function drawPeak() {
   const { program, k } = state, pass = program.passes[k], memory = pass.memory, kinds = Object.keys(memory.bytes);
   const total = memory.seconds.map((_, i) => kinds.reduce((sum, kind) => sum + memory.bytes[kind][i], 0));
-  const peak = total.indexOf(Math.max(...total));
+  const { peak } = memory;
   const byKind = kinds.map((kind) => [kind, memory.bytes[kind][peak]]).filter(([, held]) => held).sort((a, b) => b[1] - a[1]);
   const whole = byKind.reduce((sum, [, held]) => sum + held, 0);
   const kindRows = byKind.map(([kind, held]) => make("tr", {},
@@ -44,8 +44,8 @@ const kindColour = (kind) => style("--kind" + Math.max(KINDS.indexOf(kind), 0));
 // -- what was decided ----------------------------------------------------------------------------------------
 
 function drawDecisions() {
-  const { plan } = report, shown = (options) => Object.entries(options).map(([name, value]) => `${name}=${typeof value === "number" && name.endsWith("bytes") ? bytes(value) : value}`).join(", ") || "the defaults";
-  const row = (estimate, why, mark = "") => make("tr", { class: mark }, make("td", {}, shown(estimate.options)), make("td", {}, bytes(estimate.reserved_bytes)),
+  const { plan } = report;
+  const row = (estimate, why, mark = "") => make("tr", { class: mark }, make("td", {}, optionsText(estimate.options) || "the defaults"), make("td", {}, bytes(estimate.reserved_bytes)),
     make("td", {}, seconds(estimate.step_s)), make("td", {}, percent(estimate.exposed_s / estimate.step_s)), make("td", { class: "left" }, why));
   const over = plan.chosen.reserved_bytes - plan.budget_bytes;
   const verdict = over > 0 ? `does not fit: ${bytes(over)} too much` : `fits, with ${bytes(-over)} to spare`;

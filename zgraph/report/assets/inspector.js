@@ -44,7 +44,7 @@ function inspectNode(node) {
     ["moves", moved && took ? `${bytes(moved)}, ${rate(moved / took, "B/s")}` : moved ? bytes(moved) : ""],
     ["computes", flops && took ? `${rate(flops, "FLOP")}, ${rate(flops / took, "FLOP/s")}` : ""],
     ["receives", received ? bytes(received) : ""],
-    ["made by", program.maker(row)], ["passes", history(node)]));
+    ["made by", program.maker(row)], ["passes", touchedBy(node)]));
   const source = tables.sources[rows.source[row]];
   if (source.at) {
     parts.push(make("h3", {}, "Source"), make("p", { class: "mono" }, source.at));
@@ -71,7 +71,7 @@ function lastRow(node) {
 }
 
 /** Which passes touched a node, each with what it did. */
-function history(node) {
+function touchedBy(node) {
   const { program } = state, found = [];
   program.passes.forEach((pass, k) => {
     const change = program.difference(k).of[node];

@@ -7,7 +7,7 @@ function drawTop() {
   $("model").textContent = plan.model;
   const nodes = Math.ceil(plan.world_size / plan.devices_per_node);
   const where = nodes > 1 ? ` in ${count(nodes)} nodes of ${plan.devices_per_node}` : "";
-  const options = Object.entries(plan.chosen.options).map(([name, value]) => `${name}=${value}`).join(", ");
+  const options = optionsText(plan.chosen.options);
   $("about").textContent = `${count(plan.num_params)} parameters · ${count(plan.world_size)} × ${machine.name}${where}` +
     (Object.keys(mesh.axes).length > 1 ? ` · axes ${Object.entries(mesh.axes).map(([a, n]) => `${a} ${n}`).join(", ")}` : "") +
     ` · ${options || "default options"}`;

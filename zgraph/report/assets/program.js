@@ -169,12 +169,12 @@ function measuredTracks(program) {
     if (program.operator(row) === program.tables.wait) {
       const source = program.rows.inputs[row][0], event = started.get(source);
       event.end = end;
-      byLane.get("compute").push({ row, lane: "compute", start, end, waitsFor: source });
+      byLane.get("compute").push({ row, lane: "compute", start, end, waitsFor: source, isMeasured: true });
     } else if (lane === "compute") {
-      byLane.get("compute").push({ row, lane, start, end });
+      byLane.get("compute").push({ row, lane, start, end, isMeasured: true });
     } else {
       if (!byLane.has(lane)) byLane.set(lane, []);
-      started.set(program.rows.node[row], { row, lane, start, end });
+      started.set(program.rows.node[row], { row, lane, start, end, isMeasured: true });
       byLane.get(lane).push(started.get(program.rows.node[row]));
     }
   });

@@ -63,7 +63,8 @@ function hover(canvas, event) {
     const found = eventAt(event);
     if (!found) return tip(null);
     const waits = found.waitsFor !== undefined ? `\nwaits for %${found.waitsFor} ${short(program.operator(program.stage(k).rowOf[found.waitsFor]))}: ${seconds(found.end - found.start)}` : "";
-    return tip(event, describeNode(found.row) + `\nfrom ${seconds(found.start)} to ${seconds(found.end)}` + waits);
+    const text = describeNode(found.row, found.isMeasured && found.waitsFor === undefined ? found.end - found.start : null);
+    return tip(event, text + `\nfrom ${seconds(found.start)} to ${seconds(found.end)}` + waits);
   }
   const second = timeAt(event.clientX), { memory } = program.passes[k];
   if (second === null) return tip(null);
@@ -75,7 +76,26 @@ function hover(canvas, event) {
 
 function theme(name) {
   document.documentElement.dataset.theme = name;
+  state.themed = true;
   if (state.program) draw();
+}
+
+let writing = null;
+
+/** Write what is on the screen into the address, as `fromAddress` reads it; soon, since browsers allow few in a second. */
+function toAddress() {
+  clearTimeout(writing);
+  writing = setTimeout(() => {
+    const { programs, program } = state, now = new URLSearchParams();
+    if (program !== programs[programs.length - 1]) now.set("program", programs.indexOf(program));
+    if (state.k < program.passes.length - 1) now.set("pass", state.k);
+    if (state.tab !== "graph") now.set("tab", state.tab);
+    if (state.colour !== "change") now.set("colour", state.colour);
+    if (state.node !== null) now.set("node", state.node);
+    if (state.query) now.set("search", $("search").value.trim());
+    if (state.themed) now.set("theme", document.documentElement.dataset.theme);
+    history.replaceState(null, "", "#" + now);
+  }, 150);
 }
 
 /** `#pass=3&tab=diff&theme=dark&node=12&search=mm`: a link to what is on the screen. */

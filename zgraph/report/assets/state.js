@@ -2,7 +2,7 @@
 
 const state = {
   programs: [], program: null, k: 0, node: null, box: null, tab: "graph", colour: "change",
-  query: "", matches: new Set(), layout: null, window: null, pointer: null,
+  query: "", matches: new Set(), layout: null, window: null, themed: false,
 };
 let report = null;
 
@@ -34,8 +34,9 @@ function select(node, { reveal = false } = {}) {
 }
 
 function scrollTo(node) {
+  if (state.tab !== "graph") return;
   const place = state.layout.placeOf.get(state.program.tree.shown(node)), panel = $("panel-graph");
-  if (!place || panel.hidden) return;
+  if (!place) return;
   panel.scrollTo(place.x - panel.clientWidth / 2 + place.w / 2, place.y - panel.clientHeight / 2);
 }
 
@@ -55,4 +56,5 @@ function draw() {
   if (state.tab === "decisions") drawDecisions();
   drawInspector();
   drawTime();
+  toAddress();
 }

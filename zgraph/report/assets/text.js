@@ -36,7 +36,7 @@ function lines(program, k) {
 
 function drawDiff() {
   const { program, k } = state, pass = program.passes[k], all = lines(program, k), parts = [];
-  parts.push(make("div", { class: "text" }, make("h2", {}, pass.name), make("pre", { class: "about" }, pass.about)));
+  parts.push(make("div", { class: "text" }, make("h2", {}, pass.name), make("pre", { class: "about" }, pass.about.replace(/``/g, ""))));
   const keep = new Uint8Array(all.length);
   all.forEach(([kind], i) => {
     if (kind === SAME && k > 0) return;

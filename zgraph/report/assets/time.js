@@ -138,10 +138,9 @@ function drawMemory() {
     context.fill();
     held.forEach((each, i) => { base[i] += each; });
   }
-  const at = total.indexOf(peak);
-  if (at >= 0) {
+  if (total.length) {
     context.fillStyle = style("--text");
-    const px = x(memory.seconds[at]), py = y(peak);
+    const px = x(memory.seconds[memory.peak]), py = y(peak);
     context.beginPath();
     context.moveTo(px, py + 1);
     context.lineTo(px - 5, py - 7);
@@ -173,10 +172,15 @@ function drawMemory() {
   fill($("legend"), make("li", {}, swatch(style("--wait")), "hatched: waiting"), ...kinds.map((kind) => make("li", {}, swatch(kindColour(kind)), kind)));
 }
 
-function describeNode(row) {
-  const { program } = state, took = program.cost(row, "seconds"), moved = program.cost(row, "num_bytes"), received = program.cost(row, "received_bytes");
+/** What a node is and takes; with `measured`, seconds that were, beside those that were predicted. */
+function describeNode(row, measured = null) {
+  const { program } = state, predicted = program.cost(row, "seconds"), moved = program.cost(row, "num_bytes"), received = program.cost(row, "received_bytes");
+  const took = measured === null ? predicted : measured;
   return [program.text(row), [program.phase(row), program.module(row)].filter(Boolean).join(" "), program.source(row),
-    took ? [seconds(took), moved ? `${bytes(moved)} at ${rate(moved / took, "B/s")}` : "", received ? `receives ${bytes(received)}` : ""].filter(Boolean).join(", ") : "",
+    took ? [
+      measured === null ? seconds(took) : `measured ${seconds(took)}` + (predicted ? ` (predicted ${seconds(predicted)})` : ""),
+      moved ? `${bytes(moved)} at ${rate(moved / took, "B/s")}` : "", received ? `receives ${bytes(received)}` : "",
+    ].filter(Boolean).join(", ") : "",
   ].filter(Boolean).map((line) => clip(line, 220)).join("\n");
 }
 
