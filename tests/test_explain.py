@@ -63,6 +63,25 @@ def test_who_waits_for_nobody_is_told_so() -> None:
     assert "What do ranks wait for?" not in told
 
 
+def test_a_disk_that_the_last_micro_batch_alone_uses_is_what_limits_the_step() -> None:
+    report = report_of_blocks(world=2, hardware=CPU, num=2, accumulate=2, offload={"optimizer": "disk"})
+    earlier, last = report.document["programs"]
+    assert earlier["if_faster"].keys() == last["if_faster"].keys()
+    assert earlier["if_faster"]["the disk"] == earlier["passes"][-1]["step_s"]
+    faster = {what: earlier["if_faster"][what] + last["if_faster"][what] for what in last["if_faster"]}
+    assert min(faster, key=lambda what: faster[what]) == "the disk"
+    told = sentences(report)["What limits the step?"]
+    assert "The disk limits it most." in told
+    assert "waiting for links or the disk (" in told[0]
+
+
+def test_one_rank_is_told_what_it_waits_for_of_a_disk() -> None:
+    told = sentences(report_of_blocks(world=1, hardware=CPU, num=2, offload={"optimizer": "disk"}))
+    first, *_ = told["What do ranks wait for?"]
+    assert first.startswith("Computing waits ")
+    assert "x load in update" in first
+
+
 def test_what_limits_a_step_is_what_makes_it_fastest(report: Report) -> None:
     faster: Counter[str] = Counter()
     for program in report.document["programs"]:

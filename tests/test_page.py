@@ -156,6 +156,17 @@ def test_the_page_plays_programs_as_the_timeline_does(hardware: str, chromium: B
 
 
 @needs_chromium
+def test_waiting_for_a_disk_is_not_said_to_be_for_links(chromium: Browser, folder: Path) -> None:
+    for name, offload in {"links": None, "links or the disk": {"optimizer": "disk"}}.items():
+        report = report_of_blocks(hardware=CPU, num=1, accumulate=2, offload=offload)
+        path = report.write(folder / "waiting.html")[0]
+        chromium.open(path, "tab=decisions")
+        assert f"waiting for {name}\u2713" in chromium.text("[data-testid=verdict]")
+        assert ("the disk: " in chromium.text("#panel-decisions")) == (offload is not None)
+        check_quiet(chromium, path)
+
+
+@needs_chromium
 def test_the_slider_and_the_arrows_choose_a_pass(chromium: Browser, blocks: tuple[Path, dict[str, Any]]) -> None:
     path, document = blocks
     names = [each["name"] for each in document["programs"][-1]["passes"]]

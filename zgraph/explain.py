@@ -107,7 +107,7 @@ def _step(plan: Plan, document: Mapping[str, Any]) -> Iterator[str]:
     chosen = plan.chosen
     parts: Counter[str] = Counter()
     families: Counter[str] = Counter()
-    waiting = "waiting for links" + (" or the disk" if "the disk" in document["programs"][0]["if_faster"] else "")
+    waiting = "waiting for links" + (" or the disk" if _has_disk(document) else "")
     for program in document["programs"]:
         last, times = program["passes"][-1], program["repeats"]
         parts[waiting] += last["exposed_s"] * times
@@ -145,6 +145,11 @@ def _step(plan: Plan, document: Mapping[str, Any]) -> Iterator[str]:
         yield f"No order of the same calls takes less than {show_s(plan.least_s)}, which is {plan.gap:.1%} less."
 
 
+def _has_disk(document: Mapping[str, Any]) -> bool:
+    """Whether a step moves something to or from a disk."""
+    return any("the disk" in program["if_faster"] for program in document["programs"])
+
+
 def _families(document: Mapping[str, Any], order: Sequence[Sequence[int]]) -> Counter[str]:
     """Seconds on the compute lane by family of operators."""
     tables = document["tables"]
@@ -160,9 +165,10 @@ def _families(document: Mapping[str, Any], order: Sequence[Sequence[int]]) -> Co
 def _communication(document: Mapping[str, Any]) -> Iterator[str]:
     received = sum(each["passes"][-1]["communicated_bytes"] * each["repeats"] for each in document["programs"])
     num = sum(each["passes"][-1]["num_collectives"] * each["repeats"] for each in document["programs"])
-    if not num:
+    if not num and not _has_disk(document):
         return
-    yield f"A rank receives {show_bytes(received)} in the {num:,} collectives of a step."
+    if num:
+        yield f"A rank receives {show_bytes(received)} in the {num:,} collectives of a step."
     waits: Counter[tuple[str, str]] = Counter()
     counts: Counter[tuple[str, str]] = Counter()
     exposed = 0.0
@@ -173,7 +179,7 @@ def _communication(document: Mapping[str, Any]) -> Iterator[str]:
             exposed += seconds * program["repeats"]
     told = [(what, seconds) for what, seconds in waits.most_common(_NUM_TOLD) if seconds > _SMALL * exposed]
     if not told or not exposed:
-        yield "Computing never waits for them."
+        yield f"Computing never waits for {'them' if num else 'the disk'}."
     for (operator, where), seconds in told:
         times = counts[operator, where]
         yield f"Computing waits {show_s(seconds)} for {times:,} x {operator} in {where}."

@@ -168,12 +168,13 @@ def make_report(
     last, *micro = recorder.programs  # the last micro-batch's is made first, and runs last
     names = ("step",) if not micro else ("every micro-batch but the last", "last micro-batch")
     repeats = (config.accumulate - 1, 1)[-len(names) :]
+    has_disk = any(node.target in DISK_LANES for made in lowered.programs for node in made.graph.nodes)
     programs = [
         {
             "name": name,
             "repeats": times,
             **program,
-            "if_faster": if_faster(made, hardware),
+            "if_faster": if_faster(made, hardware, has_disk=has_disk),
             "kernels": weighed_as_data(made),
         }
         for name, times, program, made in zip(names, repeats, (*micro, last), lowered.programs, strict=True)
@@ -207,8 +208,14 @@ def make_report(
     return Report(document)
 
 
-def if_faster(program: Program, hardware: Hardware) -> dict[str, float]:
-    """Seconds that a program would take if computing, links, the host, or the disk were twice as fast."""
+def if_faster(program: Program, hardware: Hardware, *, has_disk: bool) -> dict[str, float]:
+    """Seconds that a program would take if computing, links, the host, or the disk were twice as fast.
+
+    Args:
+        program: one of a step.
+        hardware: the machine.
+        has_disk: whether any program of the step moves something to or from a disk.
+    """
     costs = Costs(program, hardware)
 
     def step_s(*, computing: float = 1.0, links: float = 1.0, host: float = 1.0, disk: float = 1.0) -> float:
@@ -221,8 +228,7 @@ def if_faster(program: Program, hardware: Hardware) -> dict[str, float]:
         return play(program, replace(hardware, launch_s=hardware.launch_s * host), cost_of=cost_of).step_s
 
     found = {"computing": step_s(computing=0.5), "links": step_s(links=0.5), "the host": step_s(host=0.5)}
-    moves = any(node.target in DISK_LANES for node in program.graph.nodes)
-    return {**found, "the disk": step_s(disk=0.5)} if moves else found
+    return {**found, "the disk": step_s(disk=0.5)} if has_disk else found
 
 
 def would_free(config: Config, world: int) -> dict[str, str]:
