@@ -103,6 +103,16 @@ class Browser:
         for kind in ("mousePressed", "mouseReleased"):
             self._call("Input.dispatchMouseEvent", type=kind, x=where[0], y=where[1], button="left", clickCount=1)
 
+    def drag(self, selector: str, by: int) -> None:
+        """Press the button in the middle of an element, and let go so many pixels to the right."""
+        x, y = self.evaluate(
+            f"(() => {{ const b = document.querySelector({json.dumps(selector)}).getBoundingClientRect();"
+            "return [b.x + b.width / 2, b.y + b.height / 2]; })()"
+        )
+        for kind, at in (("mousePressed", x), ("mouseMoved", x + by), ("mouseReleased", x + by)):
+            held = {"button": "left", "buttons": int(kind != "mouseReleased"), "clickCount": 1}
+            self._call("Input.dispatchMouseEvent", type=kind, x=at, y=y, **held)
+
     def press(self, key: str) -> None:
         """Press and let go of a key, such as ``"ArrowRight"``."""
         for kind in ("keyDown", "keyUp"):

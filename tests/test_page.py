@@ -256,6 +256,44 @@ def test_nodes_are_found_by_operator_module_and_line(chromium: Browser, blocks: 
 
 
 @needs_chromium
+def test_what_is_found_follows_the_slider(chromium: Browser, blocks: tuple[Path, dict[str, Any]]) -> None:
+    path, document = blocks
+    chromium.open(path, "search=all_gather&tab=diff")
+    tables, found = document["tables"], []
+    for k, each in enumerate(document["programs"][-1]["passes"]):
+        chromium.evaluate(f"__zgraph.go({k})")
+        rows = [row for first, num in each["order"] for row in range(first, first + num)]
+        names = [tables["operators"][tables["rows"]["operator"][row]] for row in rows]
+        found.append(sum("all_gather" in name for name in names))
+        assert chromium.evaluate("__zgraph.num_found") == found[-1]
+        assert chromium.text("[data-testid=found]") == f"{found[-1]} found"
+    assert found[0] == 0 < found[-1]
+    check_quiet(chromium, path)
+
+
+@needs_chromium
+def test_an_address_names_a_program(chromium: Browser, folder: Path) -> None:
+    path = report_of_blocks(num=1, accumulate=2).write(folder / "programs.html")[0]
+    for index in (0, 1):
+        chromium.open(path, f"program={index}")
+        assert chromium.evaluate("__zgraph.state.programs.indexOf(__zgraph.state.program)") == index
+        assert chromium.evaluate("document.getElementById('program').value") == str(index)
+    check_quiet(chromium, path)
+
+
+@needs_chromium
+def test_a_drag_is_no_click(chromium: Browser, blocks: tuple[Path, dict[str, Any]]) -> None:
+    path, _ = blocks
+    chromium.open(path)
+    for canvas in ("memory", "timeline"):
+        chromium.drag(f"[data-testid={canvas}]", by=40)
+        assert chromium.evaluate("[__zgraph.state.tab, __zgraph.state.node]") == ["graph", None]
+    chromium.drag("[data-testid=memory]", by=0)
+    assert chromium.evaluate("__zgraph.state.tab") == "peak"
+    check_quiet(chromium, path)
+
+
+@needs_chromium
 def test_the_difference_has_a_line_for_each_change(chromium: Browser, blocks: tuple[Path, dict[str, Any]]) -> None:
     path, document = blocks
     chromium.open(path, "tab=diff")

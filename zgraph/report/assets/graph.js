@@ -148,7 +148,7 @@ const style = (name) => getComputedStyle(document.documentElement).getPropertyVa
 
 // -- search --------------------------------------------------------------------------------------------------
 
-/** Nodes of the program, before or after this pass, whose operator, module, source line or input has all the words. */
+/** Nodes of the program after this pass whose operator, module, source line or input has all the words. */
 function search(query) {
   const { program } = state, { tables, rows } = program;
   state.query = query.trim().toLowerCase();

@@ -30,7 +30,7 @@ function listen() {
     requestAnimationFrame(() => { waiting = false; drawVisible(); });
   });
   for (const canvas of [$("timeline"), $("memory")]) {
-    let drag = null;
+    let drag = null, dragged = 0; // from where, and how far: letting go behind it is no click
     canvas.addEventListener("wheel", (event) => {
       const at = timeAt(event.clientX);
       if (at === null) return;
@@ -38,11 +38,12 @@ function listen() {
       if (Math.abs(event.deltaX) > Math.abs(event.deltaY)) pan((event.deltaX / canvas.clientWidth) * (shownTime()[1] - shownTime()[0]));
       else zoom(at, event.deltaY > 0 ? 1.25 : 0.8);
     }, { passive: false });
-    canvas.addEventListener("pointerdown", (event) => { drag = event.clientX; canvas.setPointerCapture(event.pointerId); });
+    canvas.addEventListener("pointerdown", (event) => { drag = event.clientX; dragged = 0; canvas.setPointerCapture(event.pointerId); });
     canvas.addEventListener("pointerup", () => { drag = null; });
     canvas.addEventListener("pointermove", (event) => {
       if (drag !== null && event.buttons) {
         pan(((drag - event.clientX) / canvas.clientWidth) * (shownTime()[1] - shownTime()[0]));
+        dragged += Math.abs(drag - event.clientX);
         drag = event.clientX;
       } else {
         hover(canvas, event);
@@ -50,9 +51,13 @@ function listen() {
     });
     canvas.addEventListener("pointerleave", () => tip(null));
     canvas.addEventListener("dblclick", () => { state.window = null; drawTime(); });
+    canvas.addEventListener("click", (event) => {
+      if (dragged > 3) return;
+      if (canvas === $("memory")) return show("peak");
+      const found = eventAt(event);
+      if (found) select(state.program.rows.node[found.row]);
+    });
   }
-  $("timeline").addEventListener("click", (event) => { const found = eventAt(event); if (found) select(state.program.rows.node[found.row]); });
-  $("memory").addEventListener("click", () => show("peak"));
   window.addEventListener("resize", () => draw());
   window.addEventListener("hashchange", fromAddress);
 }
@@ -123,7 +128,6 @@ async function start() {
   document.documentElement.dataset.theme = window.matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
   drawTop();
   listen();
-  $("program").value = report.programs.length - 1;
   choose(report.programs.length - 1);
   fromAddress();
   Object.assign(seen, {

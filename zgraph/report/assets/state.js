@@ -9,11 +9,13 @@ let report = null;
 function go(k) {
   const last = state.program.passes.length - 1;
   state.k = Math.min(Math.max(k, 0), last);
+  search(state.query);
   draw();
 }
 
 function choose(index) {
   state.program = state.programs[index];
+  $("program").value = index;
   state.layout = null;
   state.node = state.box = state.window = null;
   $("slider").max = state.program.passes.length - 1;
