@@ -79,6 +79,33 @@ def test_what_differs_is_found_in_every_dtype() -> None:
     ]
 
 
+def test_tensors_without_elements_of_8_bits_and_in_old_files_are_verified(tmp_path: Path) -> None:
+    held = {"none": torch.empty(0, 3), "some": torch.ones(2)}
+    torch.save(held, tmp_path / "new.pt")
+    torch.save(held, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    verify = ["ckpt", "verify", str(tmp_path / "new.pt"), "--against", str(tmp_path / "old.pt")]
+    assert cli.main(verify) == 0
+    small = torch.tensor([float("nan"), 1.0]).to(torch.float8_e4m3fn)
+    assert list(checkpoints.problems({"small": small})) == ["small: 1 of 2 elements are not finite"]
+
+
+@pytest.mark.parametrize(
+    ("held", "says"),
+    [
+        ({"a.b": torch.tensor(float("nan")), "a": {"b": torch.tensor(1.0)}}, "two tensors are called a.b"),
+        ({"a": torch.ones(2).to_sparse()}, "a is of torch.sparse_coo"),
+        ({"a": torch.ones(2, device="meta")}, "a is without values"),
+    ],
+)
+def test_what_cannot_be_verified_is_not_said_to_be_sound(
+    held: dict[str, Any], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(held, tmp_path / "odd.pt")
+    for part in ("ls", "verify"):
+        assert cli.main(["ckpt", part, str(tmp_path / "odd.pt")]) == 3
+        assert says in capsys.readouterr().err
+
+
 def test_a_part_goes_to_safetensors_and_back(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     there, back = saved.with_name("model.safetensors"), saved.with_name("model.pt")
     assert cli.main(["ckpt", "convert", str(saved), str(there), "--only", "model"]) == 0

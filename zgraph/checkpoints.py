@@ -7,7 +7,7 @@ is read.
 
 from __future__ import annotations
 
-import pickle
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from zgraph.errors import OptionError, StateError, first_line
+from zgraph.errors import OptionError, StateError, ZgraphError, first_line
 from zgraph.files import beside
 
 SAFETENSORS = ".safetensors"
@@ -35,10 +35,13 @@ def read(path: Path) -> Any:
     try:
         if path.suffix == SAFETENSORS:
             return _read_safetensors(path)
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        # What torch.save wrote before torch 1.6, or is asked to write so, is no archive that can be mapped.
+        return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except OSError as error:
         raise StateError(f"{path} cannot be read: {first_line(error)}") from error
-    except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except ZgraphError:
+        raise
+    except Exception as error:  # an unpickler meets anything in a file that is none
         raise StateError(
             f"{path} is not a checkpoint: {first_line(error)}",
             fix="give a file that torch.save wrote of tensors, numbers, texts, lists and dictionaries, or safetensors",
@@ -56,15 +59,30 @@ def leaves(held: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def tensors(held: Any) -> dict[str, torch.Tensor]:
-    """Its tensors by name."""
-    return {name: leaf for name, leaf in leaves(held) if isinstance(leaf, torch.Tensor)}
+    """Its tensors by name.
+
+    Raises:
+        StateError: two have the same name, or one is sparse, quantized or without values.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for name, leaf in leaves(held):
+        if not isinstance(leaf, torch.Tensor):
+            continue
+        if name in found:
+            raise StateError(f"two tensors are called {name}: one by keys with dots in them", fix="rename one of them")
+        if leaf.layout is not torch.strided or leaf.is_meta or leaf.is_quantized:
+            kind = "quantized" if leaf.is_quantized else "without values" if leaf.is_meta else f"of {leaf.layout}"
+            raise StateError(f"{name} is {kind}", fix="save it as a plain tensor with its values")
+        found[name] = leaf
+    return found
 
 
 def problems(held: Any) -> Iterator[str]:
     """What is wrong with a checkpoint by itself: numbers that are not finite, and state of no parameter."""
     for name, tensor in tensors(held).items():
         if tensor.is_floating_point() or tensor.is_complex():
-            bad = tensor.numel() - int(tensor.isfinite().sum())
+            wide = tensor.float() if tensor.itemsize == 1 else tensor  # of 8 bits, isfinite is not implemented
+            bad = tensor.numel() - int(wide.isfinite().sum())
             if bad:
                 yield f"{name}: {bad:,} of {tensor.numel():,} elements are not finite"
     for name, optimizer in _optimizers(held):
@@ -156,7 +174,7 @@ def _optimizers(held: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of each element, of shape (elements, bytes)."""
     flat = tensor.contiguous().reshape(-1, 1)
-    return (torch.view_as_real(flat) if flat.is_complex() else flat).view(torch.uint8).reshape(flat.shape[0], -1)
+    return (torch.view_as_real(flat) if flat.is_complex() else flat).view(torch.uint8).flatten(1)
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
