@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-from collections.abc import Callable
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points, version
+from pathlib import Path
 
 import pytest
 
@@ -64,6 +70,61 @@ def test_help_has_an_example(arguments: list[str], capsys: pytest.CaptureFixture
         cli.main(arguments)
     assert stop.value.code == 0
     assert "Example: zgraph demo" in capsys.readouterr().out
+
+
+def commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """A parser, and those of its commands and of their parts."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for each in action.choices.values():
+                yield from commands(each)
+
+
+def test_every_command_has_an_example_that_is_understood_and_prints_json() -> None:
+    parser = cli._make_parser()
+    found = list(commands(parser))
+    assert {"zgraph demo", "zgraph plan", "zgraph ckpt verify"} <= {each.prog for each in found}
+    for each in found:
+        examples = re.findall(rf"(?:Example: |^  )({each.prog}\b.*?)(?:\. |$)", each.epilog or "", re.MULTILINE)
+        assert examples, each.prog
+        for example in examples:
+            parser.parse_args(shlex.split(example)[1:])
+        has_parts = any(isinstance(action, argparse._SubParsersAction) for action in each._actions)
+        assert has_parts or "--json" in each.format_help(), each.prog
+
+
+def test_every_command_of_the_documents_is_understood() -> None:
+    root, parser, found = Path(__file__).parent.parent, cli._make_parser(), set()
+    for path in (root / "README.md", *(root / "docs").glob("*.md")):
+        for block in re.findall(r"^```\n(zgraph .*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL):
+            for line in re.findall(r"^zgraph [a-z].*", block, re.MULTILINE):
+                found.add(parser.parse_args(shlex.split(line, comments=True)[1:]).run)
+    assert len(found) > 6
+
+
+def test_a_mistake_of_zgraphs_is_no_check_that_failed(
+    launch: Callable[[object], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch(ZeroDivisionError("in zgraph"))
+    assert cli.main(["demo"]) == 3
+    assert "ZeroDivisionError: in zgraph" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_who_stops_reading_is_told_nothing_more() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", "from zgraph import cli; raise SystemExit(cli.main(['doctor', '--json']))"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        said = process.stderr.read()
+    assert process.returncode == 141
+    assert "BrokenPipe" not in said
 
 
 def test_the_version_is_the_distributions(capsys: pytest.CaptureFixture[str]) -> None:

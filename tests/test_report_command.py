@@ -75,6 +75,33 @@ def test_bad_arguments_are_refused(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("command", "lost"),
+    [
+        ("explain", ["would_free"]),
+        ("explain", ["tables", "rows"]),
+        ("report", ["tables", "rows"]),
+        ("report", ["plan"]),
+    ],
+)
+def test_a_saved_report_that_is_damaged_inside_is_refused(
+    command: str, lost: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = json.loads(report_of_blocks(num=1).to_json())
+    path, inside = tmp_path / "saved.json", document
+    for name in lost[:-1]:
+        inside = inside[name]
+    inside[lost[-1]] = None
+    path.write_text(json.dumps(document))
+    output = ["--output", str(tmp_path / "again.html")] if command == "report" else []
+    assert cli.main([command, str(path), *output]) == 3
+    printed = capsys.readouterr()
+    assert f"{path} is damaged: " in printed.err or "this is not a plan" in printed.err
+    assert "Traceback" not in printed.err
+    assert not printed.out
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["report", "--help"])

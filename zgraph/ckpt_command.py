@@ -23,12 +23,16 @@ EXAMPLES = """examples:
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parts = command.add_subparsers(metavar="ls|verify|convert", required=True, dest="part")
+    examples = [line.strip() for line in EXAMPLES.splitlines()]
     for name, words in (
         ("ls", "the tensors of a file, with dtype, shape and bytes"),
         ("verify", "read every tensor: are all numbers finite, and is all state of a parameter?"),
         ("convert", "write another file, of torch.save or safetensors as its name says"),
     ):
-        part = parts.add_parser(name, help=words, description=words.capitalize(), allow_abbrev=False)
+        (example, *_) = (line for line in examples if line.startswith(f"zgraph ckpt {name} "))
+        part = parts.add_parser(
+            name, help=words, description=words.capitalize(), epilog=f"Example: {example}", allow_abbrev=False
+        )
         part.add_argument("file", type=Path, help="that torch.save or safetensors wrote")
         if name == "verify":
             part.add_argument(

@@ -1,7 +1,8 @@
 """The ``zgraph`` command: one subcommand per question, each with an example in its help.
 
 What a command found goes to standard output, as a table or with ``--json`` as data; progress and errors go to standard
-error. Scripts can rely on the exit status: 0 all is well, 1 a check failed, 2 bad arguments, 3 it could not run.
+error. Scripts can rely on the exit status: 0 all is well, 1 a check failed, 2 bad arguments, 3 it could not run. As
+with other commands, it is 130 after an interrupt, and 141 where whoever read what is printed has gone.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import select
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +25,7 @@ from zgraph import bisect_command, calibrate, calibration, ckpt_command, demo, d
 from zgraph.disk import DEFAULT_PATH
 from zgraph.errors import OptionError, ZgraphError
 
-OK, CHECK_FAILED, BAD_ARGUMENTS, COULD_NOT_RUN, INTERRUPTED = 0, 1, 2, 3, 130
+OK, CHECK_FAILED, BAD_ARGUMENTS, COULD_NOT_RUN, INTERRUPTED, NOT_READ = 0, 1, 2, 3, 130, 141
 
 
 class _Parser(argparse.ArgumentParser):
@@ -242,6 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _make_parser().parse_args(argv)
     try:
         status: int = arguments.run(arguments)
+        sys.stdout.flush()
     except OptionError as error:
         print(f"zgraph: {error.what}" + (f" ({error.fix})" if error.fix else ""), file=sys.stderr)
         return BAD_ARGUMENTS
@@ -250,4 +254,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return COULD_NOT_RUN
     except (KeyboardInterrupt, SignalException):
         return INTERRUPTED
+    except Exception as error:  # noqa: BLE001 -- Python's own status for it is that of a check that failed
+        if isinstance(error, BrokenPipeError) and not _is_read():
+            return NOT_READ
+        traceback.print_exc()
+        return COULD_NOT_RUN
     return status
+
+
+def _is_read() -> bool:
+    """Whether somebody still reads what is printed; if not, what is left of it goes nowhere."""
+    end = select.poll()
+    end.register(sys.stdout, select.POLLOUT)
+    if not any(events & (select.POLLERR | select.POLLHUP) for _, events in end.poll(0)):
+        return True
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+    return False

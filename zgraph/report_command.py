@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from zgraph import plan_command
 from zgraph.decision import decide
-from zgraph.errors import OptionError
+from zgraph.errors import OptionError, StateError, first_line
 from zgraph.explain import explain
 from zgraph.planner import open_search, report_of
 from zgraph.report import Report, files_of
@@ -51,13 +53,14 @@ def run(arguments: argparse.Namespace) -> bool:
         ZgraphError: see ``zgraph.plan``.
     """
     files_of(arguments.output)
-    report, _ = _made("report", arguments)
-    written = report.write(arguments.output)
+    with _whole(arguments.saved):
+        report, _ = _made("report", arguments)
+        fits = report.plan.fits
+        written = report.write(arguments.output)
     if arguments.json:
         sys.stdout.write(report.to_json() + "\n")
     else:
         sys.stdout.write("".join(f"{path}\n" for path in written))
-    fits = report.plan.fits
     if not fits:
         sys.stderr.write("zgraph report: nothing fits; the page says what is in the way, and the ways out\n")
     return fits
@@ -65,10 +68,23 @@ def run(arguments: argparse.Namespace) -> bool:
 
 def run_explain(arguments: argparse.Namespace) -> bool:
     """Print why a step takes what it takes; whether it fits. Raises as ``run`` does."""
-    report, search = _made("explain", arguments)
-    told = explain(report, search)
+    with _whole(arguments.saved):
+        report, search = _made("explain", arguments)
+        told, fits = explain(report, search), report.plan.fits
     sys.stdout.write((json.dumps(told.as_dict()) if arguments.json else str(told)) + "\n")
-    return report.plan.fits
+    return fits
+
+
+@contextmanager
+def _whole(saved: Path | None) -> Iterator[None]:
+    """Say that a saved report is damaged where something inside of it is missing, or of another type."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        if saved is None:
+            raise
+        what = f"{saved} is damaged: {type(error).__name__}: {first_line(error)}"
+        raise StateError(what, fix="make it anew with model.report() or `zgraph report`") from error
 
 
 def _made(command: str, arguments: argparse.Namespace) -> tuple[Report, Search | None]:
