@@ -113,6 +113,10 @@ class Browser:
             held = {"button": "left", "buttons": int(kind != "mouseReleased"), "clickCount": 1}
             self._call("Input.dispatchMouseEvent", type=kind, x=at, y=y, **held)
 
+    def move(self, x: float, y: float) -> None:
+        """Move the pointer to a point of the window."""
+        self._call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
     def press(self, key: str) -> None:
         """Press and let go of a key, such as ``"ArrowRight"``."""
         for kind in ("keyDown", "keyUp"):

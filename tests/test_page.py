@@ -31,7 +31,10 @@ from tests.reporting import (
     report_of_program,
 )  # fmt: skip
 from zgraph.config import Config
+from zgraph.footprint import Kind
 from zgraph.report import Report
+
+ASSETS = Path(__file__).parent.parent / "zgraph" / "report" / "assets"
 
 FOLDED, TIMES = "0\N{EN DASH}4", "\N{MULTIPLICATION SIGN}"
 
@@ -70,6 +73,13 @@ def test_the_page_holds_the_data_but_for_what_it_works_out(small: Report) -> Non
 
 def test_the_page_is_made_the_same_each_time(small: Report) -> None:
     assert small.to_html() == small.to_html()
+
+
+def test_every_kind_of_bytes_is_drawn() -> None:
+    (kinds,) = re.findall(r"const KINDS = \[(.*?)\];", (ASSETS / "decisions.js").read_text(), re.DOTALL)
+    assert json.loads(f"[{kinds.strip().rstrip(',')}]") == [kind.value for kind in Kind]
+    style = (ASSETS / "page.css").read_text()
+    assert all(style.count(f"--kind{i}:") == 2 for i in range(len(Kind))), "a colour in the light and in the dark"
 
 
 def test_names_are_in_the_page_only_in_the_packed_data() -> None:
@@ -152,6 +162,35 @@ def test_the_page_plays_programs_as_the_timeline_does(hardware: str, chromium: B
             list(event)
             for event in zip(*(program["events"][name] for name in ("row", "start_s", "end_s")), strict=True)
         ]
+    check_quiet(chromium, path)
+
+
+@needs_chromium
+@pytest.mark.parametrize("hardware", ["gpu", "disk"])
+def test_what_is_on_the_critical_path_makes_the_step_longer(hardware: str, chromium: Browser, folder: Path) -> None:
+    options = {"offload": {"optimizer": "disk"}} if hardware == "disk" else {}
+    report = report_of_blocks(hardware=H100 if hardware == "gpu" else CPU, num=2, **options)
+    path = report.write(folder / "critical.html")[0]
+    chromium.open(path)
+    num, longer = chromium.evaluate(
+        "(() => { const { program, k } = __zgraph.state, played = program.play(k), cost = program.cost.bind(program);"
+        "const path = [...played.critical].filter(({ waitsFor }) => waitsFor === undefined);"
+        "return [played.events.length, path.map(({ row }) => { program.played = [];"
+        "program.cost = (each, what) => cost(each, what) + (each === row && what === 'seconds' ? 1e-3 : 0);"
+        "return program.play(k).step - played.step; })]; })()"
+    )
+    assert 0 < len(longer) < num
+    assert min(longer) > 0.999e-3
+    x, y = chromium.evaluate(
+        "(() => { const { program, k } = __zgraph.state, { critical, step } = program.play(k);"
+        "const all = __zgraph.tracks(), box = document.getElementById('timeline').getBoundingClientRect();"
+        "const long = (e) => e.end - e.start, runs = [...critical].filter((e) => e.waitsFor === undefined);"
+        "const event = runs.reduce((most, e) => (long(e) > long(most) ? e : most));"
+        "const at = (event.start + event.end) / 2 / step, i = all.findIndex(({ events }) => events.includes(event));"
+        "return [box.left + 92 + at * (box.width - 100), box.top + 18 + (i + 0.5) * 24]; })()"
+    )
+    chromium.move(x, y)
+    assert "on the critical path" in chromium.text("#tip")
     check_quiet(chromium, path)
 
 

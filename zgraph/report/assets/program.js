@@ -113,7 +113,8 @@ class Program {
     if (this.played[k]) return this.played[k];
     const { order, rowOf } = this.stage(k), { launch_s: launch, runs_ahead: isAhead } = this.machine;
     const events = [], ends = new Map(), links = new Map(), startOf = new Map();
-    let issued = 0, computed = 0, exposed = 0, starved = 0;
+    const eventOf = new Map(), lastOn = new Map(); // and what each event starts behind: `after`; nothing where the host is behind
+    let issued = 0, computed = 0, exposed = 0, starved = 0, last = null;
     for (const row of order) {
       if (!this.isCall(row)) continue;
       const node = this.rows.node[row], lane = this.lane(row);
@@ -124,27 +125,34 @@ class Program {
         starved += start - computed;
         const isOnDisk = (this.tables.disk_lanes || []).includes(this.lane(rowOf[source]));
         const isBusy = !isAhead && !isOnDisk; // cores move what travels between ranks
-        computed = Math.max(isBusy ? start + this.cost(rowOf[source], "seconds") : start, ends.get(source));
+        const before = start === computed ? last : null, alone = isBusy ? start + this.cost(rowOf[source], "seconds") : start;
+        computed = Math.max(alone, ends.get(source));
         exposed += computed - start;
         end = computed;
-        events.push({ row, lane, start, end, waitsFor: source });
+        events.push({ row, lane, start, end, waitsFor: source, after: ends.get(source) > alone ? eventOf.get(source) : before });
+        last = events[events.length - 1];
       } else {
         const calls = this.cost(row, "num_calls"), took = this.cost(row, "seconds");
         if (!calls && lane === "compute") { ends.set(node, computed); startOf.set(node, computed); continue; }
+        const done = computed; // where the host does not run ahead, its part comes behind what was computed
         issued = (isAhead ? issued : computed) + launch * calls;
         if (!isAhead || lane === "compute") {
           starved += Math.max(issued - computed, 0);
           computed = Math.max(issued, computed);
         }
         start = computed;
-        if (lane !== "compute") {
-          start = Math.max(issued, computed, links.get(lane) || 0);
-          links.set(lane, start + took);
-        } else {
-          computed += took;
-        }
+        if (lane !== "compute") start = Math.max(issued, computed, links.get(lane) || 0);
         end = start + took;
-        events.push({ row, lane, start, end });
+        const isBehind = !isAhead || start === done, isQueued = lane !== "compute" && start === links.get(lane);
+        events.push({ row, lane, start, end, after: isQueued ? lastOn.get(lane) : isBehind ? last : null });
+        eventOf.set(node, events[events.length - 1]);
+        if (lane !== "compute") {
+          links.set(lane, end);
+          lastOn.set(lane, eventOf.get(node));
+        } else {
+          computed = end;
+          last = eventOf.get(node);
+        }
       }
       ends.set(node, end);
       startOf.set(node, start);
@@ -155,7 +163,9 @@ class Program {
       if (!byLane.has(event.lane)) byLane.set(event.lane, []);
       byLane.get(event.lane).push(event);
     }
-    this.played[k] = { events, byLane, step, exposed, starved, startOf, ends };
+    const critical = new Set();
+    for (let event = events.findLast(({ end }) => end === step); event; event = event.after) critical.add(event);
+    this.played[k] = { events, byLane, step, exposed, starved, startOf, ends, critical };
     return this.played[k];
   }
 }

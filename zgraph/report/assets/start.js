@@ -69,7 +69,7 @@ function hover(canvas, event) {
     if (!found) return tip(null);
     const waits = found.waitsFor !== undefined ? `\nwaits for %${found.waitsFor} ${short(program.operator(program.stage(k).rowOf[found.waitsFor]))}: ${seconds(found.end - found.start)}` : "";
     const text = describeNode(found.row, found.isMeasured && found.waitsFor === undefined ? found.end - found.start : null);
-    return tip(event, text + `\nfrom ${seconds(found.start)} to ${seconds(found.end)}` + waits);
+    return tip(event, text + `\nfrom ${seconds(found.start)} to ${seconds(found.end)}` + waits + (program.play(k).critical.has(found) ? "\non the critical path" : ""));
   }
   const second = timeAt(event.clientX), { memory } = program.passes[k];
   if (second === null) return tip(null);

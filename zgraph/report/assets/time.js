@@ -68,6 +68,10 @@ function drawTimeline() {
       context.fillStyle = isWait ? wait : colour;
       context.fillRect(a, y + 3, b - a - (b - a > 3 ? 1 : 0), LANE - 7);
       context.globalAlpha = 1;
+      if (played.critical.has(event)) {
+        context.fillStyle = text;
+        context.fillRect(a, y + LANE - 4, b - a, 2);
+      }
       if (isWait && b - a > 4) hatch(context, a, y + 3, b - a, LANE - 7, text);
       if (node === state.node || state.matches.has(node)) {
         context.strokeStyle = node === state.node ? style("--text") : style("--removed");
@@ -169,7 +173,7 @@ function drawMemory() {
     ["budget of", bytes(budget), "is above"].forEach((line, i) => context.fillText(line, 10, Math.max(y(peak), 10) + 30 + 13 * i));
   }
   $("whole").hidden = state.window === null;
-  fill($("legend"), make("li", {}, swatch(style("--wait")), "hatched: waiting"), ...kinds.map((kind) => make("li", {}, swatch(kindColour(kind)), kind)));
+  fill($("legend"), make("li", {}, swatch(style("--wait")), "hatched: waiting"), make("li", {}, "underlined: critical path"), ...kinds.map((kind) => make("li", {}, swatch(kindColour(kind)), kind)));
 }
 
 /** What a node is and takes; with `measured`, seconds that were, beside those that were predicted. */
