@@ -48,8 +48,9 @@ def test_every_call_is_noted_in_order(program: Program) -> None:
     timed = emit(program, watch=watch)
     results = timed.function(inputs(program), NoComm())
     torch.testing.assert_close(results, emit(program).function(inputs(program), NoComm()), rtol=0, atol=0)
-    made = watch.measured()
     calls = [i for i, node in enumerate(program.graph.nodes) if node.op == "call_function"]
+    made = watch.measured(len(calls))
+    assert made is not None
     assert list(made.numbers) == calls
     assert list(made.ends) == sorted(made.ends)
     assert made.steps == (made.ends[-1],)
@@ -97,5 +98,23 @@ def test_of_several_runs_the_median_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     for _ in range(3):
         watch.begin([])
         watch.see(7)
-    made = watch.measured()
+    made = watch.measured(1)
+    assert made is not None
     assert (made.numbers, made.ends, made.steps) == ((7,), (3.0,), (5.0, 1.0, 3.0))
+    assert watch.measured(2) is None
+
+
+def test_a_step_that_fails_is_not_measured() -> None:
+    model: Any = torch.nn.Sequential(torch.nn.Embedding(4, 4), torch.nn.Linear(4, 1))
+    model = zgraph.compile(model, optimizer=torch.optim.SGD(model.parameters()), loss=lambda y, _: y.square().mean())
+    tokens, beyond = torch.zeros(2, dtype=torch.int64), torch.full((2,), 9)
+    model.train_step(tokens)
+    model.profile(steps=2)
+    with pytest.raises(IndexError):
+        model.train_step(beyond)
+    assert "measured" not in model.report().document["programs"][0]
+    model.train_step(tokens)
+    program = model.report().document["programs"][0]
+    assert len(program["measured"]["steps_s"]) == 1
+    calls = [node for node in model.program.graph.nodes if node.op == "call_function"]
+    assert len(program["measured"]["position"]) == len(calls)

@@ -64,7 +64,7 @@ from zgraph.search import Search
 from zgraph.skipping import GRADIENT_NORM, NUM_SKIPPED, report
 from zgraph.spilled import SpillRoom
 from zgraph.state import TrainingState
-from zgraph.stopwatch import Stopwatch
+from zgraph.stopwatch import Measured, Stopwatch
 from zgraph.tracing import forget
 from zgraph.update import check_step, hyperparameters
 from zgraph.which_comm import make_comm
@@ -471,6 +471,13 @@ class Runtime:
             self.timed[executable] = self._executable(executable.program, stopwatch), stopwatch
         return self.timed[executable][0]
 
+    def _measured(self, executable: Executable) -> Measured | None:
+        """What was measured of an executable, if anything was."""
+        if executable not in self.timed:
+            return None
+        num_calls = sum(node.op == "call_function" for node in executable.program.graph.nodes)
+        return self.timed[executable][1].measured(num_calls)
+
     # -- a budget -------------------------------------------------------------------------------------------
 
     def _choose_options(self, budget: Budget, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -659,8 +666,8 @@ class Runtime:
         if [program.text() for program in lowered.programs] != [program.text() for program in ran.programs]:
             notes.append("the step has changed since it last ran: this is the one that would be compiled now")
         executables = (last.executable,) if last.micro is None else (last.micro, last.executable)
-        was_timed = not notes and all(each in self.timed for each in executables)
-        measured = [self.timed[each][1].measured() for each in executables] if was_timed else []
+        found = [] if notes else [self._measured(each) for each in executables]
+        measured = [each for each in found if each is not None]
         return make_report(
             recorder,
             lowered,
@@ -670,7 +677,7 @@ class Runtime:
             proved=True,
             digest=ran.digest(),
             notes=notes,
-            measured=measured,
+            measured=measured if len(measured) == len(executables) else (),
         )
 
     def export(self, directory: Path, batch: Any) -> list[Path]:

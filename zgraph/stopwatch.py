@@ -46,9 +46,16 @@ class Stopwatch:
         self._times.append(perf_counter())
         self._numbers.append(number)
 
-    def measured(self) -> Measured:
-        """The run of median length, the shorter of two; there must be one."""
-        runs = sorted(self._runs, key=lambda run: run[1][-1] - run[1][0])
+    def measured(self, num_calls: int) -> Measured | None:
+        """The run of median length, the shorter of two; None if there is none.
+
+        Args:
+            num_calls: that a run makes; one with fewer has failed, and does not count.
+        """
+        whole = [run for run in self._runs if len(run[0]) == num_calls]
+        if not whole:
+            return None
+        runs = sorted(whole, key=lambda run: run[1][-1] - run[1][0])
         numbers, times = runs[(len(runs) - 1) // 2]
-        lengths = tuple(times[-1] - times[0] for _, times in self._runs)
+        lengths = tuple(times[-1] - times[0] for _, times in whole)
         return Measured(tuple(numbers), tuple(time - times[0] for time in times[1:]), lengths)
