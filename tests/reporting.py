@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from tests.programs import Builder, param
+from tests.scripts import scripts
 from zgraph.captures import Captures
 from zgraph.config import Config
 from zgraph.hardware import Hardware
@@ -87,6 +88,18 @@ def report_of_llama(num_layers: int, world: int = 1024) -> Report:
     return report_of_program(captured, model, config, world, prove=False)
 
 
+def report_of_gpt(world: int = 2) -> Report:
+    """The report of the GPT of 135.6 million parameters that benchmarks train, on ranks of one CPU."""
+    with scripts(["models"]) as found:
+        models = found["models"]
+        shape = models.SHAPES["medium"]
+        model = models.build_model(shape, "meta")
+    tokens = torch.empty(shape.sequences, shape.tokens, dtype=torch.int64, device="meta")
+    captures = Captures(model, torch.optim.AdamW(model.parameters()), ((tokens, tokens), {}))
+    config = Config(zero=3)
+    return report_of_program(captures.captured(config, captures.num_blocks), model, config, world, CPU, prove=False)
+
+
 def hostile_program() -> Program:
     """``loss = sum(x @ w)`` in a module, from a file and with a parameter of hostile names, trained by SGD."""
     b = Builder()
@@ -115,6 +128,7 @@ __all__ = [
     "Blocks",
     "hostile_program",
     "report_of_blocks",
+    "report_of_gpt",
     "report_of_llama",
     "report_of_program",
 ]

@@ -27,6 +27,7 @@ from tests.reporting import (
     Blocks,
     hostile_program,
     report_of_blocks,
+    report_of_gpt,
     report_of_llama,
     report_of_program,
 )  # fmt: skip
@@ -494,3 +495,50 @@ def test_thirty_thousand_nodes_can_be_used_within_three_seconds(
     assert chromium.evaluate("__zgraph.num_nodes") == passes[len(passes) // 2]["num_nodes"]
     assert TIMES in chromium.text("#graph")
     check_quiet(chromium, path)
+
+
+def check_large(chromium: Browser, path: Path, document: dict[str, Any]) -> None:
+    """All passes count as the data does, and what is searched and folded is what the data has."""
+    tables, (program,) = document["tables"], document["programs"]
+    chromium.open(path, "search=aten.mm.default")
+    products = [operator == "aten.mm.default" for operator in tables["operators"]]
+    for k, each in enumerate(program["passes"]):
+        chromium.evaluate(f"__zgraph.go({k})")
+        assert chromium.evaluate("__zgraph.num_nodes") == each["num_nodes"]
+        counts = {name: each[f"num_{name}"] for name in ("added", "removed", "moved", "altered")}
+        assert chromium.evaluate("__zgraph.counts") == counts
+        found = sum(
+            products[tables["rows"]["operator"][row]]
+            for first, num in each["order"]
+            for row in range(first, first + num)
+        )
+        assert chromium.evaluate("__zgraph.num_found") == found > 0
+    chromium.click("[data-testid=fold-all]")
+    folded = chromium.evaluate("__zgraph.num_shown")
+    assert folded < max(each["num_nodes"] for each in program["passes"]) / 10
+    chromium.press("/")
+    chromium.write("[data-testid=search]", " ")
+    chromium.press("Enter")  # which opens all boxes around the first that was found
+    assert chromium.evaluate("__zgraph.num_shown") > folded
+    assert chromium.evaluate("document.querySelectorAll('#graph .node.selected').length") == 1
+    check_quiet(chromium, path)
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_a_gpt_of_135_million_parameters_is_counted_searched_and_folded(chromium: Browser, folder: Path) -> None:
+    report = report_of_gpt()
+    assert 135e6 < report.plan.num_params < 136e6
+    path, document = report.write(folder / "gpt.html")[0], dict(report.document)
+    check_large(chromium, path, document)
+    assert chromium.evaluate("__zgraph.state.program.tree.boxes.some(({ group }) => group === 12)"), (
+        "its blocks are one"
+    )
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_a_large_llama_is_counted_searched_and_folded(
+    large: tuple[int, Path, dict[str, Any]], chromium: Browser
+) -> None:
+    check_large(chromium, *large[1:])
