@@ -34,8 +34,8 @@ _DOCUMENT = {
     "digest": str, "is_proved": bool, "notes": list, "would_free": dict, "tables": dict, "programs": list,
 }  # fmt: skip
 _TABLES = {
-    "rows", "operators", "wait", "disk_lanes", "bodies", "arguments", "sources", "costs", "forms", "modules", "phases",
-    "lanes", "makers",
+    "rows", "operators", "wait", "disk_lanes", "bodies", "texts", "text_of", "arguments", "sources", "costs", "forms",
+    "modules", "phases", "lanes", "makers",
 }  # fmt: skip
 
 
@@ -57,6 +57,17 @@ def test_the_data_is_of_version_2(report: Report) -> None:
     assert len(num_rows) == 1
     for column, table in {"operator": "operators", "form": "forms", "module": "modules", "source": "sources"}.items():
         assert max(document["tables"]["rows"][column]) == len(document["tables"][table]) - 1
+
+
+@pytest.mark.parametrize(
+    ("hardware", "text"), [(H100, "@triton.jit\ndef update_"), (CPU, "def kernel(")], ids=["gpu", "cpu"]
+)
+def test_a_kernel_comes_with_the_text_that_is_compiled(hardware: Hardware, text: str) -> None:
+    tables = report_of_blocks(hardware=hardware, num=1).document["tables"]
+    assert len(set(tables["texts"])) == len(tables["texts"])
+    for operator, number in zip(tables["operators"], tables["text_of"], strict=True):
+        assert (number is not None) == operator.startswith("update_")
+        assert number is None or tables["texts"][number].startswith(text)
 
 
 @pytest.mark.parametrize("hardware", [H100, CPU], ids=["gpu", "cpu"])

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 import zgraph
-from tests.reporting import CPU, Blocks, report_of_blocks
+from tests.reporting import CPU, H100, Blocks, report_of_blocks
 from tests.test_plan_command import FIXED, TINY
 from zgraph import cli
 from zgraph.explain import explain
+from zgraph.hardware import Hardware
 from zgraph.plans import show_bytes, show_s
 from zgraph.report import Report
 
@@ -53,9 +54,32 @@ def test_the_parts_of_a_step_add_up_to_it(report: Report) -> None:
 def test_what_is_waited_for_adds_up_to_what_is_exposed(report: Report) -> None:
     waits = Counter[str]()
     for line in sentences(report)["What do ranks wait for?"][1:]:
-        number, unit, what = re.findall(r"waits ([\d.]+) (m?s) for (.*)\.", line)[0]
-        waits[what] = float(number) * (1e-3 if unit == "ms" else 1)
+        for number, unit, what in re.findall(r"Computing waits ([\d.]+) (m?s) for (.*)\.", line):
+            waits[what] = float(number) * (1e-3 if unit == "ms" else 1)
     assert waits.total() == pytest.approx(report.plan.chosen.exposed_s, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "why"),
+    [
+        (H100, "It starts no earlier as {before} keeps the same link until then."),
+        (CPU, "It starts as soon as what it sends has been computed."),
+    ],
+    ids=["gpu", "cpu"],
+)
+def test_the_longest_wait_comes_with_why_it_begins_no_earlier(hardware: Hardware, why: str) -> None:
+    report = report_of_blocks(hardware=hardware, num=2, width=256)
+    tables, (program,) = report.document["tables"], report.document["programs"]
+    events = [dict(zip(program["events"], each, strict=True)) for each in zip(*program["events"].values(), strict=True)]
+    operator = [tables["operators"][row] for row in tables["rows"]["operator"]]
+    longest = max(e["end_s"] - e["start_s"] for e in events if operator[e["row"]] == tables["wait"])
+    *_, what, reason = sentences(report)["What do ranks wait for?"]
+    assert what.startswith(f"The longest wait is {show_s(longest)} for ")
+    begins = re.findall(r"runs from ([\d.]+ \S+) to", what)[0]
+    on_link = [e for e in events if tables["lanes"][e["lane"]] == "data"]
+    before = [operator[e["row"]].split(".")[-2] for e in on_link if show_s(e["end_s"]) == begins]
+    assert reason.startswith(why.partition("{before}")[0])
+    assert (hardware is CPU) or any(name in reason for name in before)
 
 
 def test_who_waits_for_nobody_is_told_so() -> None:

@@ -183,6 +183,54 @@ def _communication(document: Mapping[str, Any]) -> Iterator[str]:
     for (operator, where), seconds in told:
         times = counts[operator, where]
         yield f"Computing waits {show_s(seconds)} for {times:,} x {operator} in {where}."
+    if told:
+        yield from _longest_wait(document)
+
+
+def _longest_wait(document: Mapping[str, Any]) -> Iterator[str]:
+    """What computing waits longest for at once: when it starts, why then, and when it is needed."""
+    tables, (seconds, program, start_s, row) = document["tables"], _longest(document)
+    rows, events = tables["rows"], program["events"]
+    lane = [
+        (start, end, each)
+        for each, start, end in zip(events["row"], events["start_s"], events["end_s"], strict=True)
+        if rows["lane"][each] == rows["lane"][row]
+    ]
+    at = next(i for i, (*_, each) in enumerate(lane) if each == row)
+    begins, ends, _ = lane[at]
+
+    def named(each: int) -> str:
+        operator = tables["operators"][rows["operator"][each]].split(".")[-2]
+        module = tables["modules"][rows["module"][each]]
+        return f"{operator} of {module}" if module else operator
+
+    yield (
+        f"The longest wait is {show_s(seconds)} for {named(row)}, which runs from {show_s(begins)} to {show_s(ends)} "
+        f"and is needed at {show_s(start_s)}."
+    )
+    if at and lane[at - 1][1] == begins:
+        yield f"It starts no earlier as {named(lane[at - 1][2])} keeps the same link until then."
+    elif "reduce" in named(row):
+        yield "It starts as soon as what it sends has been computed."
+    else:
+        size = tables["costs"]["num_bytes"][rows["cost"][row]]
+        yield (
+            f"It starts where the schedule has it: earlier, the {show_bytes(size)} that it moves would be held for "
+            "longer, which prefetch and in_flight bound."
+        )
+
+
+def _longest(document: Mapping[str, Any]) -> tuple[float, Mapping[str, Any], float, int]:
+    """Seconds of the longest wait of all programs, its program, when it begins, and the row of what it waits for."""
+    tables = document["tables"]
+    rows, found = tables["rows"], []
+    for program in document["programs"]:
+        events = program["events"]
+        of_node = {rows["node"][row]: row for row in unrolled(program["passes"][-1]["order"])}
+        for row, start, end in zip(events["row"], events["start_s"], events["end_s"], strict=True):
+            if tables["operators"][rows["operator"][row]] == tables["wait"]:
+                found.append((end - start, program, start, of_node[rows["inputs"][row][0]]))
+    return max(found, key=lambda each: each[0])
 
 
 def _waits(document: Mapping[str, Any], program: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], float]]:

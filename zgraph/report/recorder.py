@@ -16,6 +16,7 @@ from typing import Any
 from torch import fx
 
 from zgraph import ops
+from zgraph.codegen.kernel import Kernel
 from zgraph.cost import Cost, Costs
 from zgraph.footprint import Footprint, Kind
 from zgraph.hardware import Hardware
@@ -64,7 +65,8 @@ class Recorder:
         self.footprints: list[Footprint] = []
         self._hardware = hardware
         self._tables = {name: Table() for name in ("operator", "form", "module", "source", "phase", "made_by", "lane")}
-        self._costs, self._arguments = Table(), Table()
+        self._costs, self._arguments, self._texts = Table(), Table(), Table()
+        self._text_of: dict[tuple[str, str], int] = {}  # of kernels, by operator and body
         self._rows: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
         self._number: dict[fx.Node, int] = {}
         self._known: dict[
@@ -141,6 +143,8 @@ class Recorder:
             "wait": target_name(ops.wait),
             "disk_lanes": [DISK_IN, DISK_OUT],
             "bodies": [body for _, body in operators],
+            "texts": list(self._texts),
+            "text_of": [self._text_of.get(operator) for operator in operators],
             "arguments": list(self._arguments),
             "sources": [{"at": source, "code": code_around(source)} for source in sources],
             "costs": {name: [cost[i] for cost in costs] for i, name in enumerate(names)},
@@ -175,6 +179,9 @@ class Recorder:
         origin: Origin | None = node.meta.get("origin")
         inputs: list[int] = []
         operator, body = _called(node)
+        if isinstance(node.target, Kernel) and (operator, body) not in self._text_of:
+            language = node.target.language(self._hardware.device_type)
+            self._text_of[operator, body] = self._texts[node.target.text(language)]
         if what is not None:
             arguments, module = str(what), what.name.rpartition(".")[0] if program.layout is None else what.name
         else:

@@ -56,6 +56,8 @@ function inspectNode(node) {
   if (program.isCall(row)) parts.push(make("h3", {}, "Call"), make("pre", { class: "code" }, program.text(row)));
   const body = tables.bodies[rows.operator[row]];
   if (body) parts.push(make("h3", {}, "Kernel"), make("pre", { class: "code" }, body.replace(/; /g, ";\n")));
+  const text = tables.texts[tables.text_of[rows.operator[row]]];
+  if (text) parts.push(make("h3", {}, "As it is compiled"), make("pre", { class: "code generated" }, text));
   const inputs = [...new Set(rows.inputs[row])], users = isHere ? stage.order.filter((each) => rows.inputs[each].includes(node)).map((each) => rows.node[each]) : [];
   if (inputs.length) parts.push(make("h3", {}, `Reads ${count(inputs.length)}`), list(inputs));
   if (users.length) parts.push(make("h3", {}, `Read by ${count(users.length)}`), list(users));
