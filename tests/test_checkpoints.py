@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,24 @@ def test_verify_tells_what_is_wrong(saved: Path, capsys: pytest.CaptureFixture[s
         "model.0.weight: 1 of 12 elements differ",
         "optimizer.state.7.step: only in the second",
     ]
+
+
+@pytest.mark.parametrize("entry", ["all/data/1", "all/data.pkl"])
+def test_verify_finds_a_byte_that_has_changed(entry: str, saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with zipfile.ZipFile(saved) as archive:
+        header = archive.getinfo(entry).header_offset
+    written = bytearray(saved.read_bytes())
+    names, extra = (int.from_bytes(written[header + at : header + at + 2], "little") for at in (26, 28))
+    written[header + 30 + names + extra] ^= 1  # the first of what the entry holds
+    saved.write_bytes(written)
+    assert cli.main(["ckpt", "verify", str(saved)]) == 1
+    assert f"{entry} in the file: its " in capsys.readouterr().out
+
+
+def test_verify_does_not_call_a_file_without_tensors_sound(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save([1, 2], tmp_path / "numbers.pt")
+    assert cli.main(["ckpt", "verify", str(tmp_path / "numbers.pt")]) == 1
+    assert "there is no tensor in it" in capsys.readouterr().out
 
 
 def test_what_differs_is_found_in_every_dtype() -> None:

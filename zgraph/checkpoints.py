@@ -8,6 +8,7 @@ is read.
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ SAFETENSORS = ".safetensors"
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What floating-point tensors may be converted to."""
+
+_PIECE_BYTES = 2**20
 
 
 def read(path: Path) -> Any:
@@ -77,8 +80,31 @@ def tensors(held: Any) -> dict[str, torch.Tensor]:
     return found
 
 
+def damage(path: Path) -> Iterator[str]:
+    """Entries of a file of ``torch.save`` whose bytes are not those that were written, by their checksums.
+
+    Files of safetensors have none. The file is read in pieces.
+
+    Raises:
+        StateError: it cannot be read.
+    """
+    try:
+        if path.suffix == SAFETENSORS or not zipfile.is_zipfile(path):  # what else it is, ``read`` tells
+            return
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                if not _is_whole(archive, entry):
+                    yield f"{entry.filename} in the file: its {entry.file_size:,} bytes are not those that were written"
+    except zipfile.BadZipFile as error:
+        yield f"the file is damaged: {first_line(error)}"
+    except OSError as error:
+        raise StateError(f"{path} cannot be read: {first_line(error)}") from error
+
+
 def problems(held: Any) -> Iterator[str]:
-    """What is wrong with a checkpoint by itself: numbers that are not finite, and state of no parameter."""
+    """What is wrong with a checkpoint by itself: no tensors, numbers that are not finite, and state of no parameter."""
+    if not tensors(held):
+        yield "there is no tensor in it"
     for name, tensor in tensors(held).items():
         if tensor.is_floating_point() or tensor.is_complex():
             wide = tensor.float() if tensor.itemsize == 1 else tensor  # of 8 bits, isfinite is not implemented
@@ -150,6 +176,17 @@ def convert(path: Path, target: Path, only: str = "", dtype: str | None = None) 
 def describe(tensor: torch.Tensor) -> str:
     """Dtype and shape: ``float32[4, 8]``."""
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def _is_whole(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bool:
+    """Whether an entry has the checksum that was written with it."""
+    try:
+        with archive.open(entry) as file:
+            while file.read(_PIECE_BYTES):
+                pass
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, zlib.error):
+        return False
+    return True
 
 
 def _part(held: Any, name: str, path: Path) -> Any:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from zgraph import checkpoints
+from zgraph.errors import StateError
 from zgraph.plans import show_bytes
 
 EXAMPLES = """examples:
@@ -26,7 +27,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     examples = [line.strip() for line in EXAMPLES.splitlines()]
     for name, words in (
         ("ls", "the tensors of a file, with dtype, shape and bytes"),
-        ("verify", "read every tensor: are all numbers finite, and is all state of a parameter?"),
+        ("verify", "read every tensor: is it as written, are all numbers finite, and is all state of a parameter?"),
         ("convert", "write another file, of torch.save or safetensors as its name says"),
     ):
         (example, *_) = (line for line in examples if line.startswith(f"zgraph ckpt {name} "))
@@ -56,9 +57,9 @@ def run(arguments: argparse.Namespace) -> bool:
         told = {"file": str(arguments.output), "num_tensors": count, "bytes": arguments.output.stat().st_size}
         _say(json.dumps(told) if arguments.json else f"{arguments.output}: {count} tensors")
         return True
-    held = checkpoints.read(arguments.file)
     if arguments.part == "verify":
-        return _verify(arguments, held)
+        return _verify(arguments)
+    held = checkpoints.read(arguments.file)
     found = checkpoints.tensors(held)
     if arguments.json:
         rows = {n: {"dtype": str(t.dtype), "shape": list(t.shape), "bytes": t.nbytes} for n, t in found.items()}
@@ -72,11 +73,19 @@ def run(arguments: argparse.Namespace) -> bool:
     return True
 
 
-def _verify(arguments: argparse.Namespace, held: object) -> bool:
-    wrong = list(checkpoints.problems(held))
-    if arguments.against is not None:
-        wrong += checkpoints.differences(held, checkpoints.read(arguments.against))
-    count = len(checkpoints.tensors(held))
+def _verify(arguments: argparse.Namespace) -> bool:
+    wrong, count = list(checkpoints.damage(arguments.file)), 0
+    try:
+        held = checkpoints.read(arguments.file)
+    except StateError as error:
+        if not wrong:
+            raise
+        wrong.append(error.what)
+    else:
+        wrong += checkpoints.problems(held)
+        if arguments.against is not None:
+            wrong += checkpoints.differences(held, checkpoints.read(arguments.against))
+        count = len(checkpoints.tensors(held))
     if arguments.json:
         _say(json.dumps({"file": str(arguments.file), "num_tensors": count, "problems": wrong}))
     else:
