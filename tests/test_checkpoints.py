@@ -130,7 +130,7 @@ def test_a_part_goes_to_safetensors_and_back(saved: Path, capsys: pytest.Capture
     assert cli.main(["ckpt", "convert", str(saved), str(there), "--only", "model"]) == 0
     assert cli.main(["ckpt", "convert", str(there), str(back)]) == 0
     assert list(checkpoints.differences(torch.load(back), torch.load(saved)["model"])) == []
-    assert cli.main(["ckpt", "convert", str(there), str(back), "--dtype", "bf16", "--json"]) == 0
+    assert cli.main(["ckpt", "convert", str(there), str(back), "--force", "--dtype", "bf16", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["num_tensors"] == 4
     assert {tensor.dtype for tensor in torch.load(back).values()} == {torch.bfloat16}
 
@@ -155,6 +155,13 @@ def test_weights_that_are_tied_stay_so_with_torch_save_and_are_two_in_safetensor
         (["convert", "all.pt", "x.safetensors"], "such as optimizer.param_groups.0.lr", 2),
         (["convert", "all.pt", "absent/x.pt"], "absent/x.pt cannot be written", 3),
         (["convert", "all.pt", "x.pt", "--dtype", "int8"], "invalid choice", 2),
+        (["convert", "all.pt", "all.pt", "--force"], "all.pt is the checkpoint itself", 2),
+        (
+            ["convert", "all.pt", "text.pt"],
+            "text.pt exists already (choose another name, or replace it with --force",
+            2,
+        ),
+        (["convert", "all.pt", "x.gguf"], "end it in .pt, .pth, .bin, .ckpt or .safetensors", 2),
     ],
     ids=str,
 )
@@ -169,10 +176,10 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(
     monkeypatch.chdir(saved.parent)
     for name in ("text.pt", "text.safetensors"):
         Path(name).write_text("text")
-    before = sorted(saved.parent.iterdir())
+    before = {path: path.read_bytes() for path in saved.parent.iterdir()}
     try:
         found = cli.main(["ckpt", *arguments])
     except SystemExit as stopped:
         found = int(str(stopped.code))
     assert (found, says in capsys.readouterr().err) == (status, True)
-    assert sorted(saved.parent.iterdir()) == before
+    assert {path: path.read_bytes() for path in saved.parent.iterdir()} == before

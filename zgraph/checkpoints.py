@@ -7,6 +7,7 @@ is read.
 
 from __future__ import annotations
 
+import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,9 @@ from zgraph.files import beside
 
 SAFETENSORS = ".safetensors"
 """How a file ends that is none of ``torch.save``."""
+
+TORCH = (".pt", ".pth", ".bin", ".ckpt")
+"""How a file may end that is to be written by ``torch.save``."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What floating-point tensors may be converted to."""
@@ -132,7 +136,7 @@ def differences(held: Any, other: Any) -> Iterator[str]:
             yield f"{name}: {differing:,} of {one.numel():,} elements differ"
 
 
-def convert(path: Path, target: Path, only: str = "", dtype: str | None = None) -> int:
+def convert(path: Path, target: Path, only: str = "", dtype: str | None = None, *, overwrites: bool = False) -> int:
     """Write a checkpoint in the form that the name of a new file asks for, all or nothing.
 
     Args:
@@ -140,14 +144,17 @@ def convert(path: Path, target: Path, only: str = "", dtype: str | None = None) 
         target: of the new file; one that ends in ``.safetensors`` holds tensors alone, by name.
         only: the part with this name, such as ``model``.
         dtype: of floating-point tensors, one of ``DTYPES``; as they are if None.
+        overwrites: whether the new file may replace another than the checkpoint itself.
 
     Returns:
         How many tensors were written.
 
     Raises:
-        OptionError: there is no such part, or it holds what the new form cannot.
+        OptionError: there is no such part, it holds what the new form cannot, or the new file's name is of no known
+            form or taken.
         StateError: a file cannot be read or written.
     """
+    _check_target(path, target, overwrites)
     held = _part(read(path), only, path)
     found = tensors(held)
     others = [name for name, leaf in leaves(held) if not isinstance(leaf, torch.Tensor)]
@@ -176,6 +183,20 @@ def convert(path: Path, target: Path, only: str = "", dtype: str | None = None) 
 def describe(tensor: torch.Tensor) -> str:
     """Dtype and shape: ``float32[4, 8]``."""
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def _check_target(path: Path, target: Path, overwrites: bool) -> None:
+    """Refuse a name that says no form, and one that is taken."""
+    if target.suffix not in (SAFETENSORS, *TORCH):
+        raise OptionError(
+            f"{target} does not say in which form to write", fix=f"end it in {', '.join(TORCH)} or {SAFETENSORS}"
+        )
+    if not os.path.exists(target):  # or it is out of reach, which writing tells
+        return
+    if os.path.exists(path) and target.samefile(path):
+        raise OptionError(f"{target} is the checkpoint itself", fix="write another file")
+    if not overwrites:
+        raise OptionError(f"{target} exists already", fix="choose another name, or replace it with --force")
 
 
 def _is_whole(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bool:

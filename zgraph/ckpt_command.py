@@ -40,7 +40,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
                 "--against", type=Path, metavar="FILE", help="another that has to be the same, bit for bit"
             )
         if name == "convert":
-            part.add_argument("output", type=Path, help="the new file; .safetensors holds tensors alone")
+            part.add_argument(
+                "output",
+                type=Path,
+                help=f"the new file, which ends in {', '.join(checkpoints.TORCH)} for torch.save, or in "
+                f"{checkpoints.SAFETENSORS}, which holds tensors alone",
+            )
+            part.add_argument("--force", action="store_true", help="replace the new file if there is one")
             part.add_argument("--only", default="", metavar="NAME", help="a part of it, such as model")
             part.add_argument("--dtype", choices=checkpoints.DTYPES, help="of floating-point tensors")
         part.add_argument("--json", action="store_true", help="print what was found as one JSON object")
@@ -53,7 +59,9 @@ def run(arguments: argparse.Namespace) -> bool:
         ZgraphError: see ``zgraph.checkpoints``.
     """
     if arguments.part == "convert":
-        count = checkpoints.convert(arguments.file, arguments.output, arguments.only, arguments.dtype)
+        count = checkpoints.convert(
+            arguments.file, arguments.output, arguments.only, arguments.dtype, overwrites=arguments.force
+        )
         told = {"file": str(arguments.output), "num_tensors": count, "bytes": arguments.output.stat().st_size}
         _say(json.dumps(told) if arguments.json else f"{arguments.output}: {count} tensors")
         return True
