@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,29 @@ def test_verify_finds_a_byte_that_has_changed(entry: str, saved: Path, capsys: p
     saved.write_bytes(written)
     assert cli.main(["ckpt", "verify", str(saved)]) == 1
     assert f"{entry} in the file: its " in capsys.readouterr().out
+
+
+def test_what_a_file_is_not_is_said_in_words_of_our_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = {"x": torch.ones(1000)}
+    torch.save(tensors, tmp_path / "whole.pt")
+    torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
+    with zipfile.ZipFile(tmp_path / "other.pt", "w") as archive:
+        archive.writestr("text", "text")
+    for name, written, says in (
+        ("text.pt", b"hello", "is not a checkpoint: no zip file"),
+        ("empty.pt", b"", "is not a checkpoint: it is empty"),
+        ("pickle.pt", pickle.dumps(os.getpid), "is not a checkpoint: no zip file"),
+        ("half.pt", (tmp_path / "whole.pt").read_bytes()[:2000], "is damaged: it starts as torch.save starts one"),
+        ("module.pt", None, "holds more than data, such as torch.nn.modules.linear.Linear: it is not loaded"),
+        ("other.pt", None, "is a zip file, and not one of torch.save"),
+    ):
+        if written is not None:
+            (tmp_path / name).write_bytes(written)
+        assert cli.main(["ckpt", "ls", str(tmp_path / name)]) == 3
+        said = capsys.readouterr().err
+        assert f"{name} {says}" in said
+        assert "mmap" not in said
+        assert "weights_only" not in said
 
 
 def test_verify_does_not_call_a_file_without_tensors_sound(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,8 @@ is read.
 from __future__ import annotations
 
 import os
+import pickle
+import re
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -29,7 +31,12 @@ TORCH = (".pt", ".pth", ".bin", ".ckpt")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What floating-point tensors may be converted to."""
 
+_OLD_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""How ``torch.save`` started a file when it was no zip file."""
+
 _PIECE_BYTES = 2**20
+
+_FIX = "give a file that torch.save wrote of tensors, numbers, texts, lists and dictionaries, or safetensors"
 
 
 def read(path: Path) -> Any:
@@ -42,17 +49,19 @@ def read(path: Path) -> Any:
     try:
         if path.suffix == SAFETENSORS:
             return _read_safetensors(path)
+        _check_form(path)
         # What torch.save wrote before torch 1.6, or is asked to write so, is no archive that can be mapped.
         return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except OSError as error:
         raise StateError(f"{path} cannot be read: {first_line(error)}") from error
     except ZgraphError:
         raise
-    except Exception as error:  # an unpickler meets anything in a file that is none
-        raise StateError(
-            f"{path} is not a checkpoint: {first_line(error)}",
-            fix="give a file that torch.save wrote of tensors, numbers, texts, lists and dictionaries, or safetensors",
-        ) from error
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))  # as torch's messages have it
+        more = f"holds more than data, such as {named[1]}" if named else "holds more than data, or is damaged"
+        raise StateError(f"{path} {more}: it is not loaded, as that could run code", fix=_FIX) from error
+    except Exception as error:  # an unpickler that reads damaged bytes raises anything
+        raise StateError(f"{path} is not a checkpoint, or damaged: {first_line(error)}", fix=_FIX) from error
 
 
 def leaves(held: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -183,6 +192,21 @@ def convert(path: Path, target: Path, only: str = "", dtype: str | None = None, 
 def describe(tensor: torch.Tensor) -> str:
     """Dtype and shape: ``float32[4, 8]``."""
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def _check_form(path: Path) -> None:
+    """Refuse what ``torch.save`` cannot have written, in words of our own; raises OSError where it cannot be read."""
+    with path.open("rb") as file:
+        start = file.read(len(_OLD_START))
+    if start == _OLD_START:
+        return
+    if not start.startswith(b"PK\x03\x04"):
+        raise StateError(f"{path} is not a checkpoint: {'no zip file' if start else 'it is empty'}", fix=_FIX)
+    if not zipfile.is_zipfile(path):
+        raise StateError(f"{path} is damaged: it starts as torch.save starts one, and its end is missing", fix=_FIX)
+    with zipfile.ZipFile(path) as archive:
+        if not any(name.endswith("/data.pkl") for name in archive.namelist()):
+            raise StateError(f"{path} is a zip file, and not one of torch.save", fix=_FIX)
 
 
 def _check_target(path: Path, target: Path, overwrites: bool) -> None:
