@@ -79,6 +79,19 @@ def test_verify_finds_a_byte_that_has_changed(entry: str, saved: Path, capsys: p
     assert f"{entry} in the file: its " in capsys.readouterr().out
 
 
+def test_names_are_printed_without_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(tmp_path / "odd.pt")
+    torch.save({"\x1b[31mred\nä [b]\\": torch.tensor([float("nan")]), "step": 1}, file)
+    assert cli.main(["ckpt", "ls", file]) == 0
+    assert cli.main(["ckpt", "verify", file]) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("\\x1b[31mred\\nä [b]\\") == 2
+    assert "1 tensor " in printed
+    assert printed.endswith("odd.pt: 1 tensor, 1 problem\n")
+    assert cli.main(["ckpt", "convert", file, "x.pt", "--only", "none"]) == 2
+    assert "\x1b" not in printed + capsys.readouterr().err
+
+
 def test_what_a_file_is_not_is_said_in_words_of_our_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tensors = {"x": torch.ones(1000)}
     torch.save(tensors, tmp_path / "whole.pt")

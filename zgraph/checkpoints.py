@@ -169,7 +169,7 @@ def convert(path: Path, target: Path, only: str = "", dtype: str | None = None, 
     others = [name for name, leaf in leaves(held) if not isinstance(leaf, torch.Tensor)]
     if target.suffix == SAFETENSORS and others:
         raise OptionError(
-            f"{path} holds {len(others)} values that are no tensors, such as {others[0]}",
+            f"{path} holds {len(others)} values that are no tensors, such as {printable(others[0])}",
             fix="choose a part of it with --only, such as --only model, or write a file of torch.save",
         )
     wanted = None if dtype is None else DTYPES[dtype]
@@ -192,6 +192,11 @@ def convert(path: Path, target: Path, only: str = "", dtype: str | None = None, 
 def describe(tensor: torch.Tensor) -> str:
     """Dtype and shape: ``float32[4, 8]``."""
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def printable(text: str) -> str:
+    """A name with its control characters escaped as ``repr`` does it: a terminal would obey them."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 def _check_form(path: Path) -> None:
@@ -237,7 +242,7 @@ def _is_whole(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bool:
 def _part(held: Any, name: str, path: Path) -> Any:
     for key in name.split(".") if name else ():
         if not isinstance(held, Mapping) or key not in held:
-            there = ", ".join(map(str, held)) if isinstance(held, Mapping) else "no parts"
+            there = printable(", ".join(map(str, held))) if isinstance(held, Mapping) else "no parts"
             raise OptionError(f"{path} has no part {name!r}", fix=f"at {key!r} there are {there}"[:500])
         held = held[key]
     return held

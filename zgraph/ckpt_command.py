@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> bool:
             arguments.file, arguments.output, arguments.only, arguments.dtype, overwrites=arguments.force
         )
         told = {"file": str(arguments.output), "num_tensors": count, "bytes": arguments.output.stat().st_size}
-        _say(json.dumps(told) if arguments.json else f"{arguments.output}: {count} tensors")
+        _say(json.dumps(told) if arguments.json else f"{arguments.output}: {_count(count, 'tensor')}")
         return True
     if arguments.part == "verify":
         return _verify(arguments)
@@ -75,8 +75,8 @@ def run(arguments: argparse.Namespace) -> bool:
         return True
     table = Table("tensor", "form", "bytes", box=None, pad_edge=False)
     for name, tensor in found.items():
-        table.add_row(name, checkpoints.describe(tensor), show_bytes(tensor.nbytes))
-    table.add_row(f"{len(found)} tensors", "", show_bytes(sum(tensor.nbytes for tensor in found.values())))
+        table.add_row(checkpoints.printable(name), checkpoints.describe(tensor), show_bytes(tensor.nbytes))
+    table.add_row(_count(len(found), "tensor"), "", show_bytes(sum(tensor.nbytes for tensor in found.values())))
     Console(soft_wrap=True).print(table, markup=False)
     return True
 
@@ -97,8 +97,13 @@ def _verify(arguments: argparse.Namespace) -> bool:
     if arguments.json:
         _say(json.dumps({"file": str(arguments.file), "num_tensors": count, "problems": wrong}))
     else:
-        _say("\n".join([*wrong, f"{arguments.file}: {count} tensors, {len(wrong) or 'no'} problems"]))
+        told = f"{arguments.file}: {_count(count, 'tensor')}, {_count(len(wrong), 'problem')}"
+        _say("\n".join([*map(checkpoints.printable, wrong), told]))
     return not wrong
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number or 'no'} {what}{'s' * (number != 1)}"
 
 
 def _say(text: str) -> None:
