@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import zgraph
-from zgraph import captures, choices
+from zgraph import captures, choices, plans
 from zgraph.capture import capture
 from zgraph.config import Config
 from zgraph.decision import decide
@@ -210,6 +210,14 @@ def test_a_plan_counts_the_whole_batch(accumulate: int) -> None:
     plan = planned(**{**FIXED, "accumulate": accumulate})
     assert plan.num_examples == ROWS
     assert plan.examples_per_s == pytest.approx(ROWS * WORLD / plan.chosen.step_s)
+
+
+def test_no_order_of_calls_takes_longer_than_the_one_that_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    more = planned(**FIXED).chosen.step_s * (1 + 1e-15)
+    monkeypatch.setattr(plans, "least_s", lambda *_: more)  # by rounding
+    plan = planned(**FIXED)
+    assert plan.least_s == plan.chosen.step_s
+    assert ", 0.0% less" in str(plan)
 
 
 def test_a_plan_for_other_ranks_or_with_other_options_is_refused() -> None:
