@@ -90,6 +90,11 @@ def test_what_was_written_is_read_again(report: Report, tmp_path: Path) -> None:
     assert json.loads(trace.read_text()) == json.loads(again.to_trace())
 
 
+def test_a_report_is_printed_in_one_line(report: Report) -> None:
+    assert re.fullmatch(r"<Report of Blocks on 4 x H100: step [\d.]+ m?s, peak [\d.]+ [KM]iB>", repr(report))
+    assert str(report) == repr(report)
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

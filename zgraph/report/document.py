@@ -25,7 +25,7 @@ from zgraph.files import beside
 from zgraph.footprint import Kind
 from zgraph.hardware import Hardware
 from zgraph.lower import Lowered
-from zgraph.plans import Plan
+from zgraph.plans import Plan, show_bytes, show_s
 from zgraph.program import Program
 from zgraph.report.chrome_trace import chrome_trace
 from zgraph.report.page import page
@@ -65,6 +65,11 @@ class Report:
     """
 
     document: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        plan = self.document["plan"]
+        step, peak = show_s(plan["chosen"]["step_s"]), show_bytes(plan["chosen"]["peak_bytes"])
+        return f"<Report of {plan['model']} on {plan['world_size']} x {plan['hardware']}: step {step}, peak {peak}>"
 
     def to_json(self) -> str:
         """The document; seconds and bytes are numbers."""
