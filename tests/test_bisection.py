@@ -179,6 +179,9 @@ def planted():
 
 def check(rewritten):
     return rewritten.after is None or rewritten.after.name != "Tidy"
+
+def never(rewritten):
+    return False
 """
 
 
@@ -188,6 +191,7 @@ def check(rewritten):
         (["--world", "2", "--option", "zero=2"], 0, None),
         (["--passes", "train_of_bisect:planted", "--option", "precision=bf16"], 1, "Halve"),
         (["--check", "train_of_bisect:check"], 1, "Tidy"),
+        (["--check", "train_of_bisect:never"], 1, "capture"),
     ],
     ids=str,
 )
@@ -200,6 +204,12 @@ def test_the_command_says_the_same(
     command = ["bisect", "--model", "train_of_bisect:build", *arguments]
     assert cli.main([*command, "--json"]) == status
     assert json.loads(capsys.readouterr().out)["culprit"] == culprit
+
+
+def test_help_says_that_the_captured_program_may_fail(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["bisect", "--help"])
+    assert "or if the captured program fails the check already" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

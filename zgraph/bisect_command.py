@@ -50,7 +50,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> bool:
-    """Bisect and print; whether no pass is to blame.
+    """Bisect and print; whether nothing fails, neither after a pass nor of what was captured.
 
     Raises:
         OptionError: an argument is not what it should be.

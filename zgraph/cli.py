@@ -177,7 +177,7 @@ def _make_parser() -> argparse.ArgumentParser:
         help="which pass makes a check fail?",
         description="Run the step on simulated ranks after each pass, and name the first pass after which a check "
         "fails or that the verifier refuses.\n"
-        f"Exits with status {CHECK_FAILED} if there is one.",
+        f"Exits with status {CHECK_FAILED} if there is one, or if the captured program fails the check already.",
         epilog=bisect_command.EXAMPLES,
     )
     bisect_command.add_arguments(command)
