@@ -155,7 +155,8 @@ def test_the_model_stays_as_it_is() -> None:
     ("options", "says"),
     [
         ({"world_size": 0}, "world_size=0 is not a number of ranks"),
-        ({"world_size": 3}, "the batch cannot be divided into 3 micro-batches"),
+        ({"world_size": 3}, "the batch cannot be divided into 3 parts, one for each rank: "),
+        ({"accumulate": 3}, "the batch cannot be divided into 3 micro-batches of a rank: "),
         ({"bound": -1.0}, "bound=-1.0 is not a share"),
         ({"bound": 1.0, "check": print}, "bound beside a check"),
         ({"zero": 4}, "zero=4"),
@@ -218,6 +219,7 @@ def test_help_says_that_the_captured_program_may_fail(capsys: pytest.CaptureFixt
         (["--model", "nowhere"], "--model nowhere has no colon"),
         (["--model", "os:getcwd"], "--model os:getcwd returned a str"),
         (["--model", "os:getcwd", "--option", "zero"], "--option zero is not NAME=VALUE"),
+        (["--model", "tests.test_bisection:asked", "--world", "3"], "or another number of ranks"),
     ],
 )
 def test_bad_command_lines_are_refused(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,23 +55,35 @@ def micro_batches(args: tuple[Any, ...], kwargs: dict[str, Any], num: int) -> li
                 fix=f"give {num} of them, or compile with accumulate={len(batches)}",
             )
         return [call_of(batch, f"micro-batch {i}") for i, batch in enumerate(batches)]
-    return [(args, kwargs)] if num == 1 else _divided(args, kwargs, num)
+    fix = "give train_step a zgraph.MicroBatches, which says what belongs to each micro-batch"
+    return divided(args, kwargs, num, "micro-batches", fix)
 
 
-def _divided(args: tuple[Any, ...], kwargs: dict[str, Any], num: int) -> list[Call]:
-    """Parts of a batch along the first dimension of its tensors, which must all be as long."""
+def divided(
+    args: tuple[Any, ...], kwargs: dict[str, Any], num: int, parts: str, fix: str, kind: type[ZgraphError] = ZgraphError
+) -> list[Call]:
+    """Parts of a batch along the first dimension of its tensors, which must all be as long.
+
+    Args:
+        args, kwargs: the batch.
+        num: how many parts.
+        parts: what they are, in the plural.
+        fix: what to do where it does not divide.
+        kind: of the error that is raised there.
+    """
+    if num == 1:
+        return [(args, kwargs)]
     leaves, spec = pytree.tree_flatten_with_path((args, kwargs))
     lengths = {name_of(path): _length(leaf) for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
-    fix = "give train_step a zgraph.MicroBatches, which says what belongs to each micro-batch"
     for name, length in lengths.items():
         if length is None or length % num:
             what = "is a single number, or sparse" if length is None else f"has {length} rows"
-            raise ZgraphError(f"the batch cannot be divided into {num} micro-batches: {name} {what}", fix=fix)
+            raise kind(f"the batch cannot be divided into {num} {parts}: {name} {what}", fix=fix)
     if len(set(lengths.values())) > 1:
         told = ", ".join(f"{name} has {length} rows" for name, length in lengths.items())
-        raise ZgraphError(f"the batch cannot be divided into {num} micro-batches: {told}", fix=fix)
-    parts = [leaf.chunk(num) if isinstance(leaf, torch.Tensor) else [leaf] * num for _, leaf in leaves]
-    return [pytree.tree_unflatten([part[i] for part in parts], spec) for i in range(num)]
+        raise kind(f"the batch cannot be divided into {num} {parts}: {told}", fix=fix)
+    chunks = [leaf.chunk(num) if isinstance(leaf, torch.Tensor) else [leaf] * num for _, leaf in leaves]
+    return [pytree.tree_unflatten([chunk[i] for chunk in chunks], spec) for i in range(num)]
 
 
 def _length(tensor: torch.Tensor) -> int | None:

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from zgraph.accumulation import micro_step
 from zgraph.agreement import Agreement
-from zgraph.batches import Call, call_of, micro_batches
+from zgraph.batches import Call, call_of, divided
 from zgraph.capture import capture
 from zgraph.compiler import check_arguments
 from zgraph.config import Config
@@ -226,7 +226,8 @@ def bisect(
             need a larger one than that.
 
     Raises:
-        ZgraphError: there is no step to capture, or options are out of range, as for ``zgraph.compile``.
+        OptionError: options are out of range, or the batch does not divide over ranks.
+        ZgraphError: there is no step to capture, as for ``zgraph.compile``.
     """
     config = Config.from_options(options)
     check_arguments(model, optimizer, loss, weight, passes, config)
@@ -241,7 +242,7 @@ def bisect(
         raise OptimizerError("a step needs an optimizer", fix="pass optimizer=torch.optim.AdamW(...)")
     check_step(optimizer)
     mesh, machine = config.mesh(world_size), hardware_of(torch.device("cpu"), world_size)
-    each = [micro_batches(*call, config.accumulate) for call in micro_batches(*call_of(batch, "batch"), world_size)]
+    each = _calls(call_of(batch, "batch"), world_size, config.accumulate)
     functions: dict[str, Any] = {"loss": loss, "weight": weight, "metrics": check_metrics(metrics)}
     forms = OptimizerState(optimizer, Agreement(None)).forms(dict(model.named_parameters()))
     state = state_spec(model, {name: dict(sorted(entries.items())) for name, entries in forms.items()})
@@ -263,6 +264,18 @@ def bisect(
             return Bisection(tuple(steps), walk.made, walk.assumes)
         layout = walk.layout
     return Bisection(tuple(steps))
+
+
+def _calls(whole: Call, world: int, accumulate: int) -> list[list[Call]]:
+    """Of each rank those of its micro-batches.
+
+    Raises:
+        OptionError: rows of the batch do not divide.
+    """
+    fix = f"give a batch of which {world} ranks get as many rows each, or another number of ranks"
+    of_ranks = divided(*whole, world, "parts, one for each rank", fix, OptionError)
+    fix = f"give a batch of which {accumulate} micro-batches of each rank get as many rows, or another accumulate"
+    return [divided(*call, accumulate, "micro-batches of a rank", fix, OptionError) for call in of_ranks]
 
 
 class _Walk:
