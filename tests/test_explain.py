@@ -149,6 +149,7 @@ def test_a_compiled_model_explains_its_step() -> None:
     told = model.explain()
     assert told.as_dict() == explain(model.report()).as_dict()
     assert f"A step takes {show_s(model.plan.chosen.step_s)}" in str(told)
+    assert "zero=3: given, the defaults, or the first that fit" in str(told), "the stage is told in any case"
 
 
 def bad_plan(seed: int) -> dict[str, Any]:

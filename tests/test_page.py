@@ -69,7 +69,23 @@ def test_the_page_holds_the_data_but_for_what_it_works_out(small: Report) -> Non
     shown, document = parts(small.to_html())[-1], json.loads(small.to_json())
     for program in document["programs"]:
         del program["events"]
+    for each in shown, document:  # options are shown in words
+        del each["options"], each["plan"]["chosen"]["options"]
     assert shown == document
+
+
+def test_options_are_shown_as_they_are_written(small: Report) -> None:
+    chosen = {"zero": 3, "bucket_bytes": 2**26, "precision": "bf16", "shard_size": None, "in_flight": None}
+    plan = small.document["plan"]
+    other = {"estimate": {**plan["chosen"], "options": {"zero": 1, "bucket_bytes": 2**22}}, "why": "slower"}
+    given = {**plan, "chosen": {**plan["chosen"], "options": chosen}, "rejected": [other]}
+    options = {"bucket_bytes": 2**26, "keep_float32": [], "offload": None, "unshard": 0.0}
+    page = Report({**small.document, "plan": given, "options": options}).to_html()
+    shown = parts(page)[-1]
+    found = {"zero": "3", "bucket_bytes": "'64MiB'", "precision": "'bf16'", "in_flight": "None"}
+    assert shown["plan"]["chosen"]["options"] == found
+    assert shown["plan"]["rejected"][0]["estimate"]["options"] == {"zero": "1", "bucket_bytes": "'4MiB'"}
+    assert shown["options"] == {"bucket_bytes": "64 MiB", "unshard": 0.0}
 
 
 def test_the_page_is_made_the_same_each_time(small: Report) -> None:

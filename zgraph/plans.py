@@ -409,7 +409,12 @@ def show_s(seconds: float) -> str:
 
 def show_options(options: Mapping[str, Any]) -> str:
     """As they are written in a call."""
+    return ", ".join(f"{name}={text}" for name, text in written(options).items())
+
+
+def written(options: Mapping[str, Any]) -> dict[str, str]:
+    """The value of each as it is written in a call."""
     shown = {**options}
     if isinstance(shown.get("bucket_bytes"), int):
         shown["bucket_bytes"] = show_bytes(shown["bucket_bytes"]).replace(" ", "")
-    return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+    return {name: repr(value) for name, value in shown.items()}

@@ -734,8 +734,8 @@ class Runtime:
 
 
 def _given(config: Config) -> dict[str, Any]:
-    """Options that differ from their defaults."""
-    return {name: value for name, value in vars(config).items() if value != getattr(Config, name)}
+    """Options that differ from their defaults; the stage in any case."""
+    return {name: value for name, value in vars(config).items() if name == "zero" or value != getattr(Config, name)}
 
 
 def _calls(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Call]:

@@ -17,6 +17,9 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+from zgraph.config import Config
+from zgraph.plans import show_bytes, written
+
 SCRIPTS = (
     "words.js", "program.js", "tree.js", "layout.js", "state.js", "passes.js", "graph.js", "text.js", "decisions.js",
     "inspector.js", "time.js", "start.js",
@@ -45,8 +48,29 @@ def page(document: Mapping[str, Any]) -> str:
 def _packed(document: Mapping[str, Any]) -> str:
     """Without what the script works out itself from the rest: when each call runs."""
     programs = [{name: value for name, value in each.items() if name != "events"} for each in document["programs"]]
-    text = json.dumps({**document, "programs": programs}, separators=(",", ":"), allow_nan=False)
+    text = json.dumps({**document, **_shown(document), "programs": programs}, separators=(",", ":"), allow_nan=False)
     return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
+
+
+def _shown(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The plan and all options, as a person reads them: as they are written in a call, and none that is nothing."""
+
+    def of(estimate: Mapping[str, Any]) -> dict[str, Any]:
+        return {**estimate, "options": written(_set(estimate["options"]))}
+
+    plan = document["plan"]
+    rejected = [{**each, "estimate": of(each["estimate"])} for each in plan["rejected"]]
+    options = _set(document["options"])
+    if isinstance(options.get("bucket_bytes"), int):
+        options["bucket_bytes"] = show_bytes(options["bucket_bytes"])
+    return {"plan": {**plan, "chosen": of(plan["chosen"]), "rejected": rejected}, "options": options}
+
+
+def _set(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are not None or empty by default."""
+    return {
+        name: value for name, value in options.items() if value not in (None, [], {}) or getattr(Config, name, None)
+    }
 
 
 def _hash(text: str) -> str:
