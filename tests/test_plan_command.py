@@ -134,6 +134,8 @@ def test_a_function_gives_a_model_and_its_batch(
         (["--preset", "gpt2", "--world", "1", "--hardware", "h9000"], "H100"),
         (["--preset", "gpt2", "--world", "1", "--memory", "much"], "memory='much'"),
         (["--preset", "gpt2", "--world", "1", "--memory", "80"], "--memory 80GiB"),
+        (["--preset", "gpt2", "--world", "1", "--memory", "-5GiB"], "memory='-5GiB' is not a positive number of bytes"),
+        (["--preset", "gpt2", "--world", "1", "--nic", "-.5GB"], "nic='-.5GB' is not a positive number of bytes"),
         (["--preset", "gpt2", "--world", "1", "--offload", "state"], "offload"),
         (["--preset", "gpt2", "--world", "1", "--batch", "0"], "--batch 0"),
         (["--preset", "gpt2", "--world", "1", "--seq", "4096"], "1024 positions"),
