@@ -105,4 +105,6 @@ def test_a_saved_report_that_is_damaged_inside_is_refused(
 def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["report", "--help"])
-    assert "zgraph report --preset llama3-8b --world 8" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "zgraph report --preset llama3-8b --world 8" in printed
+    assert "print the report's data as well, as one JSON object" in " ".join(printed.split()), "files are written too"

@@ -41,7 +41,7 @@ def add_report_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--output", type=Path, default=Path("report.html"), metavar="FILE.html", help="default: %(default)s"
     )
-    command.add_argument("--json", action="store_true", help="print the report's data as one JSON object")
+    command.add_argument("--json", action="store_true", help="print the report's data as well, as one JSON object")
 
 
 def run(arguments: argparse.Namespace) -> bool:
