@@ -179,6 +179,10 @@ def test_an_error_is_told_with_its_own_status(
     assert not printed.out
 
 
-def test_an_interrupt_is_not_a_failure(launch: Callable[[object], None]) -> None:
+def test_an_interrupt_is_not_a_failure(launch: Callable[[object], None], capsys: pytest.CaptureFixture[str]) -> None:
     launch(KeyboardInterrupt())
     assert cli.main(["demo"]) == 130
+    assert capsys.readouterr().err == "zgraph: interrupted\n"
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert "130 it was interrupted" in " ".join(capsys.readouterr().out.split())

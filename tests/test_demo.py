@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,29 @@ def test_a_failed_rank_ends_the_demo_with_its_own_words(monkeypatch: pytest.Monk
     monkeypatch.setattr(demo, "train", fail_on_rank_one)
     with pytest.raises(RankError, match=r"rank 1 of 2 failed: ZgraphError: no room for the third bucket\n  fix: use"):
         demo.launch(demo.Options())
+
+
+def ranks_of(group: int) -> int:
+    """How many ranks there are in a group of processes, whatever they have imported so far."""
+    found = 0
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended
+            found += os.getpgid(int(path.parent.name)) == group and b"spawn_main" in path.read_bytes()
+    return found
+
+
+@pytest.mark.slow
+def test_a_demo_that_is_interrupted_while_its_ranks_start_says_so_in_one_line() -> None:
+    command = [sys.executable, "-c", "import sys; from zgraph.cli import main; sys.exit(main())", "demo"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        while ranks_of(process.pid) < 2:
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.3)  # so that they import something
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
+        _, said = process.communicate(timeout=120)
+    assert (process.returncode, said) == (130, "zgraph: interrupted\n")
+    assert not ranks_of(process.pid)
 
 
 @pytest.mark.slow

@@ -118,7 +118,7 @@ def _make_parser() -> argparse.ArgumentParser:
         prog="zgraph",
         description="Train models that do not fit, by compiling the whole training step as one graph.",
         epilog="Example: zgraph demo --steps 5. Exit status: 0 all is well, 1 a check failed, 2 bad arguments, 3 it "
-        "could not run.",
+        "could not run, 130 it was interrupted.",
     )
     parser.add_argument("--version", action="version", version=f"zgraph {version('zgraph-compiler')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -258,6 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"zgraph: {error}", file=sys.stderr)
         return COULD_NOT_RUN
     except (KeyboardInterrupt, SignalException):
+        print("zgraph: interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:  # noqa: BLE001 -- Python's own status for it is that of a check that failed
         if isinstance(error, BrokenPipeError) and not _is_read():

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import signal
+import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -12,6 +17,11 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from zgraph.errors import RankError
 
 Result = TypeVar("Result")
+
+_INTERRUPT = {signal.SIGINT}
+
+_AGENTS = ("torch.distributed.elastic.agent.server.api", "torch.distributed.elastic.multiprocessing.api")
+"""Loggers that warn of each signal and of each process that they end."""
 
 
 def launch_ranks(function: Callable[..., Result], ranks: int, *args: Any) -> dict[int, Result]:
@@ -31,10 +41,38 @@ def launch_ranks(function: Callable[..., Result], ranks: int, *args: Any) -> dic
         max_restarts=0,
     )
     try:
-        results: dict[int, Result] = elastic_launch(config, function)(*args)
+        with _interrupted_in_one_line():
+            results: dict[int, Result] = elastic_launch(config, _interruptible)(function, *args)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         record: Any = failure.message  # annotated as text, but a dictionary where a function failed
         message = record["message"] if isinstance(record, dict) else record
         raise RankError(f"rank {rank} of {ranks} failed: {message}") from error
     return results
+
+
+def _interruptible(function: Callable[..., Result], *args: Any) -> Result:
+    """On a rank, whose modules are imported now: an interrupt is raised in what it runs, which ends it in silence."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _INTERRUPT)
+    return function(*args)
+
+
+@contextmanager
+def _interrupted_in_one_line() -> Iterator[None]:
+    """Ranks that are started inside, and torch's agent, print nothing of an interrupt.
+
+    Ctrl-C reaches all processes of a terminal. Ranks are started with it blocked, as this thread has it; another thread
+    takes it for this process, whose main thread then raises it.
+    """
+    resource_tracker.ensure_running()  # which would unblock it when the first rank is started
+    over = threading.Event()
+    taker = threading.Thread(target=over.wait, daemon=True)
+    taker.start()
+    with ExitStack() as after:
+        after.callback(over.set)
+        after.callback(signal.pthread_sigmask, signal.SIG_SETMASK, signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPT))
+        for name in _AGENTS:
+            agent = logging.getLogger(name)
+            after.callback(agent.setLevel, agent.level)
+            agent.setLevel(logging.ERROR)
+        yield
