@@ -271,6 +271,35 @@ def test_nothing_is_written_where_there_is_no_terminal(capfd: pytest.CaptureFixt
     assert capfd.readouterr() == ("", "")
 
 
+TOLD = {
+    "loss": 4.12345, "step_s": 0.2034, "tokens_per_s": 40123.0, "memory_bytes": 447.7 * 2**20,
+    "budget_bytes": 22.13 * 2**30, "predicted_step_s": 0.2, "predicted_exposed_s": 0.05, "num_skipped_steps": 2.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [36, 40, 60, 80, 100, 120, 160, 200])
+@pytest.mark.parametrize("steps", [None, 100_000])
+def test_a_line_of_a_terminal_leaves_out_what_matters_least_and_cuts_nothing(
+    width: int, steps: int | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("COLUMNS", str(width)), ("TERM", "xterm"), ("FORCE_COLOR", "1")):
+        monkeypatch.setenv(name, value)
+    line = shown._Terminal(steps)
+    line.tell(99_999, TOLD)
+    line.close()
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    drawn = text[text.rindex("loss") :].strip()
+    assert len(drawn) <= width
+    found = re.fullmatch(r"(.*?) (?:━*╸* )? ?99999/(?:100000|\?) 0:00:00", drawn)
+    assert found is not None, drawn
+    parts = found[1].split(", ")
+    whole = [part for part in shown.in_one_line(TOLD).split(", ") if width > 60 or not part.startswith("waits")]
+    assert set(parts) <= {*whole, "447.7 MiB"}
+    assert parts[0] == "loss 4.1235"
+    if width >= 160:
+        assert parts == whole
+
+
 @pytest.fixture
 def terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TextIO]:
     """A file that is written to as a terminal is; compiles are remembered nowhere else."""

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -353,8 +354,9 @@ class _Wandb(_Sink):
 
 class _Terminal(_Sink):
     def __init__(self, steps: int | None) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bar = Bar(*columns, console=Console(stderr=True), auto_refresh=False)
+        self._columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+        self._console = Console(stderr=True)
+        self._bar = Bar(*self._columns, console=self._console, auto_refresh=False)
         self._steps = steps
         self._task: TaskID | None = None
 
@@ -363,7 +365,14 @@ class _Terminal(_Sink):
             self._bar.start()
             _live.append(self._bar)
             self._task = self._bar.add_task("", total=self._steps)
-        self._bar.update(self._task, completed=step, description=in_one_line(told), refresh=True)
+        elapsed = timedelta(seconds=int(self._bar.tasks[0].elapsed or 0))
+        beside = f" {self._steps or step}/{self._steps or '?'} {elapsed}"
+        room = self._console.width - len(beside)
+        text = in_one_line(told, room)
+        left = min(room - len(text) - 1, _WIDEST_BAR)
+        first, *others = self._columns
+        self._bar.columns = (first, BarColumn(left), *others) if left >= _NARROWEST_BAR else self._columns
+        self._bar.update(self._task, completed=step, description=text, refresh=True)
 
     def close(self) -> None:
         if self._task is not None:
@@ -371,15 +380,31 @@ class _Terminal(_Sink):
             _live.remove(self._bar)
 
 
-def in_one_line(told: Mapping[str, float]) -> str:
-    """What is told of a step, to be read on a terminal."""
-    parts = [f"loss {told['loss']:.4f}", f"{show_s(told['step_s'])} a step"]
-    if "tokens_per_s" in told:
-        parts.append(f"{told['tokens_per_s']:,.4g} tokens/s")
+_NARROWEST_BAR, _WIDEST_BAR = 8, 40
+
+
+def in_one_line(told: Mapping[str, float], room: float = math.inf) -> str:
+    """What is told of a step, to be read on a terminal.
+
+    Args:
+        told: see ``Progress``.
+        room: columns that there are; what matters least is left out until the rest fits.
+    """
     memory = show_bytes(told["memory_bytes"])
-    parts.append(f"{memory} of {show_bytes(told['budget_bytes'])}" if "budget_bytes" in told else memory)
+    parts = {
+        "loss": f"loss {told['loss']:.4f}",
+        "seconds": f"{show_s(told['step_s'])} a step",
+    }
+    if "tokens_per_s" in told:
+        parts["tokens"] = f"{told['tokens_per_s']:,.4g} tokens/s"
+    parts["memory"] = f"{memory} of {show_bytes(told['budget_bytes'])}" if "budget_bytes" in told else memory
     if "predicted_exposed_s" in told:
-        parts.append(f"waits {told['predicted_exposed_s'] / told['predicted_step_s']:.0%} of it (predicted)")
+        parts["waits"] = f"waits {told['predicted_exposed_s'] / told['predicted_step_s']:.0%} of it (predicted)"
     if told.get("num_skipped_steps"):
-        parts.append(f"{told['num_skipped_steps']:.0f} skipped")
-    return ", ".join(parts)
+        parts["skipped"] = f"{told['num_skipped_steps']:.0f} skipped"
+    least = (("waits", ""), ("memory", memory), ("memory", ""), ("tokens", ""), ("skipped", ""), ("seconds", ""))
+    for less, shorter in least:
+        if len(", ".join(parts.values())) > room and less in parts:
+            parts[less] = shorter
+            parts = {name: text for name, text in parts.items() if text}
+    return ", ".join(parts.values())
