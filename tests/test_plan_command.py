@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from zgraph import cli
+from zgraph import cli, plan_command
 
 FIXED = ["--zero", "3", "--accumulate", "1", "--recompute", "none"]
 TINY = {
@@ -53,6 +55,18 @@ def test_a_config_is_planned_as_a_table(config: str, capsys: pytest.CaptureFixtu
     for part in ("4 x H100", "fits, with", "live peak", "tokens/s on each", "optimizer state"):
         assert part in printed.out
     assert not printed.err
+
+
+def test_a_search_that_takes_long_says_so(
+    config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plan_command, "Telling", partial(plan_command.Telling, 0.0, 0.0))
+    arguments = ["plan", "--hf", config, "--world", "2", "--hardware", "h100", "--seq", "16", "--zero", "3", "--json"]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["fits"]
+    told = r"searching options for 2 x H100: [1-9] of at most \d+ choices estimated, \d+ s so far, \d+ \w+ more at"
+    assert re.search(told, printed.err)
 
 
 def test_options_of_the_command_are_those_of_the_plan(config: str, capsys: pytest.CaptureFixture[str]) -> None:

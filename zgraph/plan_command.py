@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from rich.console import Console
 from torch import nn
 
 from zgraph.config import PRECISIONS, RECOMPUTE, parse_bytes
-from zgraph.decision import AUTO
+from zgraph.decision import AUTO, decide
 from zgraph.errors import OptionError
 from zgraph.functions import call_function, failed, find_function
-from zgraph.planner import plan
+from zgraph.planner import open_search
 from zgraph.presets import Decoder, ModelConfig, find_model, from_hf
+from zgraph.progress import roughly
+from zgraph.search import Search
 from zgraph.which_hardware import find_hardware
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -88,12 +91,38 @@ def run(arguments: argparse.Namespace) -> bool:
     Raises:
         ZgraphError: see ``zgraph.plan``.
     """
-    made = plan(**asked(arguments))
+    search, budget = open_search(**asked(arguments), tell=Telling())
+    made = decide(search, budget)
     if arguments.json:
         sys.stdout.write(made.to_json() + "\n")
     else:
         Console().print(made)
     return made.fits
+
+
+class Telling:
+    """Tells on standard error of a search that takes long: what was estimated, and how much there is left at most.
+
+    Args:
+        first_s, every_s: seconds until it tells first, and again.
+    """
+
+    def __init__(self, first_s: float = 3.0, every_s: float = 20.0) -> None:
+        self._start = time.perf_counter()
+        self._next, self._every_s = self._start + first_s, every_s
+
+    def __call__(self, search: Search) -> None:
+        """A search works something out."""
+        now = time.perf_counter()
+        if now < self._next or len(search.members) == 1:
+            return
+        self._next = now + self._every_s
+        done, left = len(search.tried), len(search.members) - len(search.tried)
+        most = f", {roughly((now - self._start) / done * left)} more at most" if done else ""
+        sys.stderr.write(
+            f"zgraph: searching options for {search.world} x {search.hardware.name}: {done} of at most "
+            f"{len(search.members)} choices estimated, {roughly(now - self._start)} so far{most}\n"
+        )
 
 
 def asked(arguments: argparse.Namespace) -> dict[str, Any]:

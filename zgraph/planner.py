@@ -105,9 +105,10 @@ def open_search(
     loss: Callable[..., torch.Tensor] | None = None,
     weight: Callable[..., torch.Tensor | float] | None = None,
     metrics: Mapping[str, Any] = MappingProxyType({}),
+    tell: Callable[[Search], None] = lambda _: None,
     **options: Any,
 ) -> tuple[Search, int]:
-    """Among what is chosen, and how many bytes a rank may take; see ``plan`` for arguments and errors."""
+    """Among what is chosen, and how many bytes a rank may take; see ``plan`` and ``Search`` for arguments."""
     given: Any = world_size
     if isinstance(given, bool) or not isinstance(given, int) or not 1 <= given <= MOST_RANKS:
         raise OptionError(f"world_size={world_size!r} is not a number of ranks", fix=f"give 1 to {MOST_RANKS}")
@@ -121,7 +122,7 @@ def open_search(
     built, optimizer = _built(model, optimizer)
     check_arguments(built, optimizer, loss, weight, (), config)
     captures = Captures(built, optimizer, call_of(batch, "batch"), loss, weight, check_metrics(metrics))
-    return Search(captures, machine, world_size, fixed), budget
+    return Search(captures, machine, world_size, fixed, tell=tell), budget
 
 
 def _built(model: nn.Module | Callable[[], nn.Module], optimizer: Any) -> tuple[nn.Module, torch.optim.Optimizer]:

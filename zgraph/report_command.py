@@ -104,7 +104,7 @@ def _made(command: str, arguments: argparse.Namespace) -> tuple[Report, Search |
             f"zgraph {command} needs {missing}",
             fix="give a report.json, or --preset, --hf or --model with --world, as zgraph plan takes them",
         )
-    search, budget = open_search(**plan_command.asked(arguments))
+    search, budget = open_search(**plan_command.asked(arguments), tell=plan_command.Telling())
     return report_of(search, decide(search, budget)), search
 
 

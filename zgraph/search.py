@@ -12,7 +12,7 @@ recomputation that there is takes too much. And buckets that hold all parameters
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, takewhile
 from typing import Any
@@ -63,6 +63,7 @@ class Search:
         world: how many ranks.
         fixed: options that are not searched.
         passes: of the user's own.
+        tell: is given the search whenever it works something out, which takes a while.
 
     Attributes:
         members: the family.
@@ -70,13 +71,20 @@ class Search:
     """
 
     def __init__(
-        self, captures: Captures, hardware: Hardware, world: int, fixed: dict[str, Any], passes: Sequence[Pass] = ()
+        self,
+        captures: Captures,
+        hardware: Hardware,
+        world: int,
+        fixed: dict[str, Any],
+        passes: Sequence[Pass] = (),
+        tell: Callable[[Search], None] = lambda _: None,
     ) -> None:
         self._notes: list[str] = []
         if fixed.get(OFFLOAD) == BY_COST and hardware.device_type != "cpu":
             fixed = {name: value for name, value in fixed.items() if name not in (OFFLOAD, "offload_path")}
             self._notes.append(f"nothing was offloaded: on {hardware.device_type}, so far nothing can be")
         self.captures, self.hardware, self.world, self.fixed, self._passes = captures, hardware, world, fixed, passes
+        self._tell = tell
         self._on_cpu = hardware.device_type == "cpu"
         is_long = len(captures.sizes) > 1
         self.members = family(captures.num_rows, world, fixed, hardware.devices_per_node, is_long=is_long)
@@ -114,6 +122,7 @@ class Search:
             world or self.world,
             self.fixed if fixed is None else fixed,
             self._passes,
+            self._tell,
         )
         if captures is None:
             search._held = self._held  # which depends on neither machine nor ranks, and grows
@@ -256,6 +265,7 @@ class Search:
         return few + (self.captures.num_blocks - sizes[0]) / (sizes[1] - sizes[0]) * (more - few)
 
     def _predict(self, config: Config, num_blocks: int) -> tuple[Lowered, Prediction]:
+        self._tell(self)
         captured = self.captures.captured(config, num_blocks)
         mesh = config.mesh(self.world)
         lowered = lower(
@@ -310,6 +320,7 @@ class Search:
             state = {what: tier for what, tier in before.offload.items() if what != "activations"}
             before = replace(before, offload=state or None)
         if before not in self._held:
+            self._tell(self)
             try:
                 self._held[before] = tuple(
                     _Held.of(_recomputed(self.captures.captured(before, size), before, self.hardware), before)
