@@ -155,6 +155,8 @@ def test_calibrate_saves_and_prints_a_table(
     printed = capsys.readouterr()
     for part in ("made up", "1 rank(s) of 4 thread(s)", "2 rank(s) of 2", "2.0 us", "all_gather", "disk, write"):
         assert part in printed.out
+    assert "measuring for about 45 s, longer where cores are busy; " in printed.err
+    assert f"it will be saved to {path}\n" in printed.err
     assert f"measured in 12 s; saved to {path}" in printed.err
     assert calibration.read(path) == made_up()
     assert measured == [calibrate.Options(3, 45, tmp_path)]
@@ -206,6 +208,52 @@ def test_what_cannot_be_saved_is_not_measured(
 def test_a_directory_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"no file can be written in .*missing"):
         calibrate.measure(calibrate.Options(1, directory=tmp_path / "missing"))
+
+
+def test_no_pass_begins_where_those_before_took_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    passes: list[float] = []
+
+    def a_pass(*_: Any) -> calibration.Run:
+        passes.append(1.0)
+        now[0] += 10
+        return made_up().runs[1]
+
+    now = [0.0]
+    monkeypatch.setattr(calibrate, "_pass", a_pass)
+    monkeypatch.setattr(calibrate.time, "perf_counter", lambda: now[0])
+    for budget, expected in ((1.0, 1), (9.0, 2), (60.0, 3)):
+        passes.clear()
+        assert calibrate._rank(calibrate._Effort(1, budget, 3, calibrate.MIB), tmp_path) == made_up().runs[1]
+        assert len(passes) == expected
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "1 rank(s), pass 1 of 3: done after 10 s, which is all"
+    assert told[1:3] == [
+        "1 rank(s), pass 1 of 3: done after 10 s",
+        "1 rank(s), pass 2 of 3: done after 20 s, which is all",
+    ]
+
+
+def test_what_takes_long_is_made_ready_for_no_longer_than_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, made = [0.0], list[int]()
+
+    def make() -> Callable[[], None]:
+        made.append(1)
+        return lambda: now.__setitem__(0, now[0] + 0.6)
+
+    bench = calibrate._Bench(calibrate._Effort(1, 1.0, 1, 128 * calibrate.MIB))
+    monkeypatch.setattr(calibrate.time, "perf_counter", lambda: now[0])
+    assert bench.seconds(make, calibrate.MIB) == pytest.approx(0.6)
+    assert len(made) == 2
+    now[0], calls = 0.0, []
+
+    def slow() -> None:
+        calls.append(1)
+        now[0] += 0.6
+
+    assert bench.seconds_of_collective(slow, calibrate.KIB) == pytest.approx(0.6)
+    assert len(calls) == 5, "one to begin with, one to see how long it takes, and three to be measured"
 
 
 def test_the_median_of_passes_is_kept() -> None:

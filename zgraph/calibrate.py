@@ -17,6 +17,7 @@ import mmap
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections import deque
@@ -77,6 +78,11 @@ MOST_OPERATIONS = {"cpu": {torch.float16: 2 * 64**3, torch.float64: 2 * 512**3},
 DISK_BYTES = 64 * MIB
 
 PASSES = 3
+LEAST_S = 25
+"""About what one pass of each number of ranks takes at least on a CPU that is quiet, whatever the budget."""
+
+WARM_S = 1.0
+"""After so long no more operands are made for one measurement."""
 
 COLD_BYTES, MOST_OPERANDS = 128 * MIB, 64
 """Operands that are gone through in turns: more bytes than a cache holds, or so many of small ones."""
@@ -88,7 +94,8 @@ class Options:
 
     Attributes:
         ranks: so many at once in the second run.
-        budget_s: seconds that all measurements together aim at; starting ranks comes on top.
+        budget_s: seconds that all measurements together aim at; starting ranks comes on top. No further pass begins
+            where those before have taken twice their share of that.
         directory: where a file is written and read to measure its disk.
     """
 
@@ -188,7 +195,16 @@ def _rank(effort: _Effort, directory: Path) -> Run:
     if ranks > 1:
         dist.init_process_group(default_backend() if bench.device.type == "cuda" else "gloo")
     try:
-        return middle([_pass(bench, directory) for _ in range(effort.passes)])
+        start, passes = time.perf_counter(), list[Run]()
+        for i in range(effort.passes):
+            bench.name = f"{ranks} rank(s), pass {i + 1} of {effort.passes}"
+            passes.append(_pass(bench, directory))
+            took = bench.most(time.perf_counter() - start)  # other programs may have made it take far longer
+            is_last = i + 1 == effort.passes or took > 2 * effort.budget_s
+            bench.say(f"done after {took:.0f} s{', which is all' if is_last else ''}", is_over=True)
+            if is_last:
+                break
+        return middle(passes)
     finally:
         if ranks > 1:
             dist.destroy_process_group()
@@ -196,22 +212,25 @@ def _rank(effort: _Effort, directory: Path) -> Run:
 
 def _pass(bench: _Bench, directory: Path) -> Run:
     comm = make_comm(dist.group.WORLD, {bench.device.type}) if bench.ranks > 1 else None
-    return Run(
-        threads=torch.get_num_threads(),
-        launch_s=_launch(bench),
-        matmul=_products(bench),
-        memory=_streams(bench, in_place=False),
-        memory_in_place=_streams(bench, in_place=True),
-        vector=_arithmetic(bench),
-        transcendental=_exponentials(bench),
-        gather=_lookups(bench),
-        attention=_attention(bench),
-        collectives=_collectives(bench, comm),
-        reads_peers=isinstance(comm, DirectComm),
-        loops=_loops(bench),
-        host_link=_host_link(bench),
-        disk=_disk(directory) if bench.ranks == 1 else {},
-    )
+    parts: dict[str, Callable[[], Any]] = {
+        "launch_s": lambda: _launch(bench),
+        "matmul": lambda: _products(bench),
+        "memory": lambda: _streams(bench, in_place=False),
+        "memory_in_place": lambda: _streams(bench, in_place=True),
+        "vector": lambda: _arithmetic(bench),
+        "transcendental": lambda: _exponentials(bench),
+        "gather": lambda: _lookups(bench),
+        "attention": lambda: _attention(bench),
+        "collectives": lambda: _collectives(bench, comm),
+        "loops": lambda: _loops(bench),
+        "host_link": lambda: _host_link(bench),
+        "disk": lambda: _disk(directory) if bench.ranks == 1 else {},
+    }
+    found: dict[str, Any] = {}
+    for name, part in parts.items():
+        bench.say(name.removesuffix("_s").replace("_", " "))
+        found[name] = part()
+    return Run(threads=torch.get_num_threads(), reads_peers=isinstance(comm, DirectComm), **found)
 
 
 def middle(passes: Sequence[Run]) -> Run:
@@ -238,6 +257,8 @@ class _Bench:
     def __init__(self, effort: _Effort) -> None:
         self.ranks, self.cold_bytes = effort.ranks, effort.cold_bytes
         self.window_s = effort.budget_s / self.POINTS / effort.passes
+        self.name = ""
+        self._speaks = int(os.environ.get("RANK", "0")) == 0
         if torch.cuda.is_available():
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.device)
@@ -248,6 +269,21 @@ class _Bench:
     def tensor(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Ones, written to: pages of memory exist only then."""
         return torch.ones(shape, dtype=dtype, device=self.device)
+
+    def say(self, what: str, *, is_over: bool = False) -> None:
+        """What this pass is at: in one line of a terminal, and elsewhere only that it is over."""
+        on_terminal = sys.stderr.isatty()
+        if self._speaks and (is_over or on_terminal):
+            start, end = ("\r\x1b[K" if on_terminal else ""), ("\n" if is_over else "")
+            sys.stderr.write(f"{start}{self.name}: {what}{end}")
+            sys.stderr.flush()
+
+    def most(self, seconds: float) -> float:
+        """The most of what each rank took, the same on all of them."""
+        found = torch.full((1,), seconds, dtype=torch.float64, device=self.device)
+        if self.ranks > 1:
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+        return found.item()
 
     def together(self) -> None:
         """Wait for the other ranks."""
@@ -276,11 +312,16 @@ class _Bench:
         if self.device.type == "cuda":
             repeated, per_sample = self._recorded(make())
             works = [repeated]
+            made: list[Any] = [repeated()]
         else:
-            works, per_sample = [make() for _ in range(min(max(self.cold_bytes // num_bytes, 1), MOST_OPERANDS))], 1
-        results: deque[Any] = deque(maxlen=len(works))
-        for work in works:
-            results.append(work())
+            works, made, per_sample, enough = [], [], 1, time.perf_counter() + WARM_S
+            for _ in range(min(max(self.cold_bytes // num_bytes, 1), MOST_OPERANDS)):
+                works.append(make())
+                made.append(works[-1]())
+                if time.perf_counter() > enough:
+                    break
+        results: deque[Any] = deque(made, maxlen=len(works))
+        made.clear()
         self.together()
         samples: list[float] = []
         end = time.perf_counter() + self.window_s
@@ -315,6 +356,12 @@ class _Bench:
         """
         calls = max(1, min(20, 4 * MIB // num_bytes))
         work()
+        self.together()
+        start = time.perf_counter()
+        work()
+        self.finish()
+        once = self.most(time.perf_counter() - start)
+        calls = max(1, min(calls, int(self.window_s / once)))  # ranks that share busy cores wait long for each other
         samples = []
         for _ in range(3):
             self.together()

@@ -93,7 +93,8 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     busy = os.getloadavg()[0]
     if busy > 0.5:
         print(f"other programs keep {busy:.1f} core(s) busy: times will be too long", file=sys.stderr)
-    print(f"measuring for about {arguments.budget} s", file=sys.stderr)
+    about = max(arguments.budget, calibrate.LEAST_S)
+    print(f"measuring for about {about} s, longer where cores are busy; it will be saved to {path}", file=sys.stderr)
     found = calibrate.measure(calibrate.Options(arguments.ranks, arguments.budget, arguments.directory))
     found.save(path)
     if arguments.json:
@@ -233,7 +234,11 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--output", type=Path, metavar="FILE", help="default: where other commands look")
     command.add_argument(
-        "--budget", type=_integer(1, 3600), default=45, metavar="SECONDS", help="aimed at; default: %(default)s"
+        "--budget",
+        type=_integer(1, 3600),
+        default=45,
+        metavar="SECONDS",
+        help=f"aimed at, {calibrate.LEAST_S} being about the least; default: %(default)s",
     )
     command.add_argument(
         "--directory",
