@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,20 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 # pytest listens to loggers that do not propagate. Nothing reaches this one unless somebody listens; then torch takes
 # down the stack of each of its events, which made every capture half as slow again.
 logging.getLogger("torch.__trace").propagate = True
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--sample N``: about one in N tests of each module, the same ones each time."""
+    parser.addoption("--sample", type=int, default=1, metavar="N", help="about one in N tests, always the same")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is not of the sample."""
+    one_in = config.getoption("--sample")
+    left_out = [item for item in items if zlib.crc32(item.nodeid.encode()) % one_in]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not zlib.crc32(item.nodeid.encode()) % one_in]
 
 
 def pytest_collection_finish() -> None:
