@@ -40,7 +40,7 @@ test: $(VENV)/for-test
 	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -m "not nightly" tests/distributed  # each of these uses both cores
 
 quick: $(VENV)/for-test
-	$(BIN)/python -m pytest -n 2 --dist load -m "not slow and not hypothesis" --sample 12
+	$(BIN)/python -m pytest -n 2 --dist load -m "not slow and not nightly and not hypothesis" --sample 12
 
 lint: types $(VENV)/for-lint
 	$(BIN)/ruff check .
