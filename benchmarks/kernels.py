@@ -21,6 +21,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -208,9 +209,10 @@ def count() -> None:
         optimizer = torch.optim.AdamW(model.parameters())
         for clip_norm in (None, 1.0):
             title = f"{name}, clip_norm=1.0" if clip_norm else name
+            asked = Config.from_options({"zero": 0, "clip_norm": clip_norm})
+            captured = capture(model, optimizer, batch, {}, config=asked)
             for kernels in ("update", "zgraph"):
-                config = Config.from_options({"zero": 0, "kernels": kernels, "clip_norm": clip_norm})
-                captured = capture(model, optimizer, batch, {}, config=config)
+                config = replace(asked, kernels=kernels)
                 launches, moved = counted(lower(captured, config, Mesh(1), None, (), prove=False).last)
                 print(f"| {title} | {kernels} | {launches} | {moved / 1e6:,.0f} |")
             launches, moved = inductor.count(captured)

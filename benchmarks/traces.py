@@ -148,7 +148,7 @@ class Trace:
         last = self.runs[-1].stop - 1
         ends = Holding("end", Kind.BUFFERS, 0, last, last)
         pools: dict[str, list[Holding]] = {}
-        gathers = [held.first for held in self.holdings if held.module == GATHER] if self.ahead else []
+        gathers = [held.first for held in self.holdings if held.module == GATHER]
         for held in self.holdings:
             if held.module in (GATHER, REDUCE):
                 later = gathers[bisect_right(gathers, held.last) :][: self.ahead]
@@ -371,7 +371,8 @@ def _lowered(captured: Program, case: Case) -> Iterator[Program]:
             or (case.software.keeps_last and part == last_block)
             or (case.software.keeps_root and not part.isdecimal())
         ]
-        passes.insert([one.name for one in passes].index("Overlap"), GatherOnce(tuple(kept)))
+        if kept:
+            passes.insert([one.name for one in passes].index("Overlap"), GatherOnce(tuple(kept)))
         if case.zero == 3 and not case.keeps_gathered:
             passes.insert([one.name for one in passes].index("Overlap") + 1, GatherInBackward())
         for one in (first, *_recomputation(case), *passes):

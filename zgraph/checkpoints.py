@@ -49,9 +49,7 @@ def read(path: Path) -> Any:
     try:
         if path.suffix == SAFETENSORS:
             return _read_safetensors(path)
-        _check_form(path)
-        # What torch.save wrote before torch 1.6, or is asked to write so, is no archive that can be mapped.
-        return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+        return torch.load(path, map_location="cpu", mmap=_is_archive(path), weights_only=True)
     except OSError as error:
         raise StateError(f"{path} cannot be read: {first_line(error)}") from error
     except ZgraphError:
@@ -199,12 +197,15 @@ def printable(text: str) -> str:
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
-def _check_form(path: Path) -> None:
-    """Refuse what ``torch.save`` cannot have written, in words of our own; raises OSError where it cannot be read."""
+def _is_archive(path: Path) -> bool:
+    """Whether ``torch.save`` has written an archive, which can be mapped: before torch 1.6, or if asked to, it did not.
+
+    What it cannot have written is refused in words of our own; raises OSError where the file cannot be read.
+    """
     with path.open("rb") as file:
         start = file.read(len(_OLD_START))
     if start == _OLD_START:
-        return
+        return False
     if not start.startswith(b"PK\x03\x04"):
         raise StateError(f"{path} is not a checkpoint: {'no zip file' if start else 'it is empty'}", fix=_FIX)
     if not zipfile.is_zipfile(path):
@@ -212,6 +213,7 @@ def _check_form(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         if not any(name.endswith("/data.pkl") for name in archive.namelist()):
             raise StateError(f"{path} is a zip file, and not one of torch.save", fix=_FIX)
+    return True
 
 
 def _check_target(path: Path, target: Path, overwrites: bool) -> None:

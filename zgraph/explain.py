@@ -169,14 +169,16 @@ def _communication(document: Mapping[str, Any]) -> Iterator[str]:
         return
     if num:
         yield f"A rank receives {show_bytes(received)} in the {num:,} collectives of a step."
+    tables = document["tables"]
     waits: Counter[tuple[str, str]] = Counter()
     counts: Counter[tuple[str, str]] = Counter()
-    exposed = 0.0
-    for program in document["programs"]:
-        for what, seconds in _waits(document, program):
-            waits[what] += seconds * program["repeats"]
-            counts[what] += program["repeats"]
-            exposed += seconds * program["repeats"]
+    exposed, found = 0.0, list(_waits(document))
+    for each in found:
+        what = _operator(document, each.started), tables["phases"][tables["rows"]["phase"][each.row]]
+        times = each.program["repeats"]
+        waits[what] += each.seconds * times
+        counts[what] += times
+        exposed += each.seconds * times
     told = [(what, seconds) for what, seconds in waits.most_common(_NUM_TOLD) if seconds > _SMALL * exposed]
     if not told or not exposed:
         yield f"Computing never waits for {'them' if num else 'the disk'}."
@@ -184,13 +186,20 @@ def _communication(document: Mapping[str, Any]) -> Iterator[str]:
         times = counts[operator, where]
         yield f"Computing waits {show_s(seconds)} for {times:,} x {operator} in {where}."
     if told:
-        yield from _longest_wait(document)
+        yield from _longest_wait(document, max(found, key=lambda each: each.seconds))
 
 
-def _longest_wait(document: Mapping[str, Any]) -> Iterator[str]:
+def _operator(document: Mapping[str, Any], row: int) -> str:
+    """What a row of the tables calls, in a word."""
+    tables = document["tables"]
+    name: str = tables["operators"][tables["rows"]["operator"][row]].split(".")[-2]
+    return name
+
+
+def _longest_wait(document: Mapping[str, Any], wait: _Wait) -> Iterator[str]:
     """What computing waits longest for at once: when it starts, why then, and when it is needed."""
-    tables, (seconds, program, start_s, row) = document["tables"], _longest(document)
-    rows, events = tables["rows"], program["events"]
+    tables, row = document["tables"], wait.started
+    rows, events = tables["rows"], wait.program["events"]
     lane = [
         (start, end, each)
         for each, start, end in zip(events["row"], events["start_s"], events["end_s"], strict=True)
@@ -200,13 +209,12 @@ def _longest_wait(document: Mapping[str, Any]) -> Iterator[str]:
     begins, ends, _ = lane[at]
 
     def named(each: int) -> str:
-        operator = tables["operators"][rows["operator"][each]].split(".")[-2]
-        module = tables["modules"][rows["module"][each]]
+        operator, module = _operator(document, each), tables["modules"][rows["module"][each]]
         return f"{operator} of {module}" if module else operator
 
     yield (
-        f"The longest wait is {show_s(seconds)} for {named(row)}, which runs from {show_s(begins)} to {show_s(ends)} "
-        f"and is needed at {show_s(start_s)}."
+        f"The longest wait is {show_s(wait.seconds)} for {named(row)}, which runs from {show_s(begins)} to "
+        f"{show_s(ends)} and is needed at {show_s(wait.start_s)}."
     )
     if at and lane[at - 1][1] == begins:
         yield f"It starts no earlier as {named(lane[at - 1][2])} keeps the same link until then."
@@ -220,29 +228,31 @@ def _longest_wait(document: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _longest(document: Mapping[str, Any]) -> tuple[float, Mapping[str, Any], float, int]:
-    """Seconds of the longest wait of all programs, its program, when it begins, and the row of what it waits for."""
+@dataclass(frozen=True)
+class _Wait:
+    """Computing that waits: in which program, from when to when, its row, and the row of what it waits for."""
+
+    program: Mapping[str, Any]
+    start_s: float
+    end_s: float
+    row: int
+    started: int
+
+    @property
+    def seconds(self) -> float:
+        return self.end_s - self.start_s
+
+
+def _waits(document: Mapping[str, Any]) -> Iterator[_Wait]:
+    """Each wait that holds computing up."""
     tables = document["tables"]
-    rows, found = tables["rows"], []
+    rows = tables["rows"]
     for program in document["programs"]:
         events = program["events"]
         of_node = {rows["node"][row]: row for row in unrolled(program["passes"][-1]["order"])}
         for row, start, end in zip(events["row"], events["start_s"], events["end_s"], strict=True):
-            if tables["operators"][rows["operator"][row]] == tables["wait"]:
-                found.append((end - start, program, start, of_node[rows["inputs"][row][0]]))
-    return max(found, key=lambda each: each[0])
-
-
-def _waits(document: Mapping[str, Any], program: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], float]]:
-    """Each wait's collective and place, and how long it holds computing up."""
-    tables = document["tables"]
-    rows, events = tables["rows"], program["events"]
-    of_node = {rows["node"][row]: row for row in unrolled(program["passes"][-1]["order"])}
-    for row, start, end in zip(events["row"], events["start_s"], events["end_s"], strict=True):
-        if tables["operators"][rows["operator"][row]] == tables["wait"] and end > start:
-            started = of_node[rows["inputs"][row][0]]
-            operator = tables["operators"][rows["operator"][started]].split(".")[-2]
-            yield (operator, tables["phases"][rows["phase"][row]]), end - start
+            if tables["operators"][rows["operator"][row]] == tables["wait"] and end > start:
+                yield _Wait(program, start, end, row, of_node[rows["inputs"][row][0]])
 
 
 def _options(plan: Plan) -> Iterator[str]:

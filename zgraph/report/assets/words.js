@@ -40,7 +40,7 @@ function rate(perSecond, unit) {
 const count = (n) => n.toLocaleString("en-US");
 const signed = (value, show) => (value === 0 ? "" : (value > 0 ? "+" : "−") + show(Math.abs(value)));
 const percent = (x) => (100 * x).toFixed(1).replace(/^-(?=0\.0$)/, "") + " %";
-const optionsText = (options) => Object.entries(options).map(([name, value]) => `${name}=${typeof value === "number" && name.endsWith("bytes") ? bytes(value) : value}`).join(", ");
+const optionsText = (options) => Object.entries(options).map(([name, value]) => `${name}=${value}`).join(", ");
 const short = (operator) => operator.replace(/^(aten|_c10d_functional|zgraph|operator)\./, "").replace(/\.default$/, "");
 
 /** An element; properties are set as properties, `class`, `role` and what has a dash as attributes. */
