@@ -25,9 +25,9 @@ from zgraph.report.document import SCHEMA, VERSION, would_free
 
 _PASS = {
     "name": str, "about": str, "stage": str, "num_nodes": int, "num_added": int, "num_removed": int, "num_moved": int,
-    "num_altered": int, "moved": list, "order": list, "step_s": float, "exposed_s": float, "starved_s": float,
-    "busy_s": dict, "peak_bytes": int, "communicated_bytes": int, "num_collectives": int, "memory": dict,
-    "owners": list, "time_s": float, "verify_s": float, "assumes": list, "proved": bool,
+    "num_altered": int, "moved": list, "order": list, "placed": dict, "step_s": float, "exposed_s": float,
+    "starved_s": float, "busy_s": dict, "peak_bytes": int, "communicated_bytes": int, "num_collectives": int,
+    "memory": dict, "owners": list, "time_s": float, "verify_s": float, "assumes": list, "proved": bool,
 }  # fmt: skip
 _DOCUMENT = {
     "schema": str, "version": int, "made_with": dict, "plan": dict, "options": dict, "machine": dict, "mesh": dict,

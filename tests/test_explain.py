@@ -17,8 +17,10 @@ import zgraph
 from tests.reporting import CPU, H100, Blocks, report_of_blocks
 from tests.test_plan_command import FIXED, TINY
 from zgraph import cli
+from zgraph.decision import decide
 from zgraph.explain import explain
 from zgraph.hardware import Hardware
+from zgraph.planner import open_search, report_of
 from zgraph.plans import show_bytes, show_s
 from zgraph.report import Report
 
@@ -39,7 +41,8 @@ def test_every_question_is_answered_with_numbers(report: Report) -> None:
         "Why these options?", "What would help?",
     ]  # fmt: skip
     plan = report.plan
-    assert told["Does it fit?"][0].startswith(f"Yes: it takes {show_bytes(plan.chosen.reserved_bytes)} of the 1 GiB")
+    assert told["Does it fit?"][0].startswith(f"Yes: {plan.verdict}.")
+    assert f" take {show_bytes(plan.chosen.reserved_bytes)} of the 1 GiB that each of 4 x " in plan.verdict
     assert show_bytes(plan.chosen.peak_bytes) in told["What takes the memory?"][0]
     assert told["What limits the step?"][0].startswith(f"A step takes {show_s(plan.chosen.step_s)}: ")
     assert "zero=3: given" in told["Why these options?"][0]
@@ -133,12 +136,31 @@ def test_a_plan_is_explained_with_what_more_would_buy(tmp_path: Path, capsys: py
     where = ["--world", "4", "--hardware", "h100", "--seq", "16"]
     assert cli.main(["explain", "--hf", str(path), *where, *FIXED, "--memory", "64KiB", "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
-    assert told["Does it fit?"][0].startswith("No: it takes ")
+    assert told["Does it fit?"][0].startswith("No: ")
     assert any(line.startswith("memory=") for line in told["What would help?"])
     assert cli.main(["explain", "--hf", str(path), *where, *FIXED, "--json"]) == 0
     more = json.loads(capsys.readouterr().out)["What would more of it buy?"]
     assert more[0] == "More memory would not make it faster." or more[0].startswith("With ")
-    assert any(line.startswith("With 8 ranks, each with the same batch: ") for line in more)
+    assert more[1].startswith("With 5 ranks, one more device, each with the same batch: ")
+    assert more[2].startswith("With 8 ranks, twice as many, each with the same batch: ")
+
+
+@pytest.mark.slow
+def test_an_error_and_an_explanation_say_the_same() -> None:
+    fixed = {"zero": 3, "recompute": None, "accumulate": 1, "bucket_bytes": "64MiB", "in_flight": 0, "unshard": 0.0}
+    batch = (torch.zeros(64, 512, dtype=torch.int64),)
+    made = {"batch": batch, "world_size": 2, "hardware": "rtx4090", "memory": "512MiB", **fixed}
+    search, budget = open_search(lambda: Blocks(2, 1024), torch.optim.AdamW, **made)
+    plan = decide(search, budget)
+    told, error = explain(report_of(search, plan)).as_dict(), str(plan.refusal())
+    assert told["Does it fit?"] == [f"No: {plan.verdict}."]
+    assert plan.verdict in error
+    largest = told["What takes the memory?"][1]
+    assert f"\n  {largest}\n" in error
+    assert plan.ways_out
+    for way in plan.ways_out:
+        assert str(way) in told["What would help?"]
+        assert str(way) in error
 
 
 @pytest.mark.slow

@@ -223,6 +223,26 @@ def test_waiting_for_a_disk_is_not_said_to_be_for_links(chromium: Browser, folde
 
 
 @needs_chromium
+def test_what_lies_on_a_disk_is_drawn_below_memory_and_told(chromium: Browser, folder: Path) -> None:
+    report = report_of_blocks(hardware=CPU, num=1, offload={"optimizer": "disk", "parameters": "disk"})
+    path = report.write(folder / "on_disk.html")[0]
+    last = report.document["programs"][-1]["passes"][-1]
+    stored = {kind: held[last["memory"]["peak"]] for kind, held in last["memory"]["on_disk"].items()}
+    assert set(stored) == {Kind.PARAMS.value, Kind.STATE.value}
+    chromium.open(path, "tab=peak")
+    assert chromium.evaluate("tiers().map(({ name, total }) => [name, Math.max(...total)])") == [
+        ["peak", sum(held[last["memory"]["peak"]] for held in last["memory"]["bytes"].values())],
+        ["on disk", sum(stored.values())],
+    ]
+    assert all(kind in chromium.text("#panel-peak").split("rank\u2019s disk")[0] for kind in stored)
+    placed = [each["placed"].get("sharded, on disk", []) for each in report.document["programs"][-1]["passes"]]
+    node = next(runs[0][0] for runs in placed if runs)
+    chromium.open(path, f"node={node}")
+    assert "sharded: a part on each rank, on disk" in chromium.text("#inspector")
+    check_quiet(chromium, path)
+
+
+@needs_chromium
 def test_the_slider_and_the_arrows_choose_a_pass(chromium: Browser, blocks: tuple[Path, dict[str, Any]]) -> None:
     path, document = blocks
     names = [each["name"] for each in document["programs"][-1]["passes"]]

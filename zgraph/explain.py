@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zgraph.plans import Plan, show_bytes, show_options, show_s
+from zgraph.errors import OptionError
+from zgraph.plans import NO_WAY_OUT, Owner, Plan, show_bytes, show_options, show_s
 from zgraph.report import Report
 from zgraph.report.runs import unrolled
 from zgraph.search import Search
@@ -72,12 +73,7 @@ def explain(report: Report, search: Search | None = None) -> Explanation:
 
 
 def _fits(plan: Plan) -> Iterator[str]:
-    taken, budget = plan.chosen.reserved_bytes, plan.budget_bytes
-    how = f"{show_bytes(taken)} of the {show_bytes(budget)} that each of {plan.world_size} x {plan.hardware} may take"
-    if plan.fits:
-        yield f"Yes: it takes {how}, and leaves {show_bytes(budget - taken)}."
-    else:
-        yield f"No: it takes {how}: {show_bytes(taken - budget)} too much."
+    yield f"{'Yes' if plan.fits else 'No'}: {plan.verdict}."
 
 
 def _memory(document: Mapping[str, Any]) -> Iterator[str]:
@@ -97,10 +93,11 @@ def _memory(document: Mapping[str, Any]) -> Iterator[str]:
     ]
     at = f"in {where}" + (f" of {module}" if module else "")
     yield f"At the peak, {at}, tensors hold {show_bytes(totals[peak])}: {', '.join(shares)}."
-    for owner in last["owners"][:_NUM_TOLD]:
-        times = f"{owner['count']} x " if owner["count"] > 1 else ""
-        made = f", made at {owner['source']}" if owner["source"] else ""
-        yield f"{show_bytes(owner['num_bytes'])} of it is {times}{owner['what']} ({owner['kind']}){made}."
+    yield from (str(Owner(**owner)) for owner in last["owners"][:_NUM_TOLD])
+    stored = {kind: held[peak] for kind, held in memory.get("on_disk", {}).items() if held[peak]}
+    if stored:
+        told = ", ".join(f"{show_bytes(held)} of {kind}" for kind, held in stored.items())
+        yield f"On each rank's disk, then, lie {told}."
 
 
 def _step(plan: Plan, document: Mapping[str, Any]) -> Iterator[str]:
@@ -283,20 +280,16 @@ def _kernels(document: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _help(plan: Plan, document: Mapping[str, Any]) -> Iterator[str]:
-    for way in plan.ways_out:
-        yield (
-            f"{way.change}: takes {show_bytes(way.reserved_bytes)} and {show_s(way.step_s)}, "
-            f"an example costs x {way.cost:.2f}."
-        )
+    yield from map(str, plan.ways_out)
     if not plan.fits and not plan.ways_out:
-        yield "No way out was found: use a larger machine, a smaller model or a smaller batch."
+        yield f"No way out was found: {NO_WAY_OUT}."
     largest = [kind for kind, _ in Counter(plan.by_kind).most_common(_NUM_TOLD) if kind in document["would_free"]]
     for kind in largest:
         yield f"Fewer bytes of {kind}: {document['would_free'][kind]}."
 
 
 def _more(plan: Plan, search: Search) -> Iterator[str]:
-    """More memory, and more ranks, each with the options that are best with it."""
+    """More memory, one more device or node, and twice as many, each with the options that are best with it."""
     chosen = plan.chosen
     fastest = search.within(math.inf, estimated=True)
     if fastest is not None and fastest.estimate.step_s < (1 - _SMALL) * chosen.step_s:
@@ -309,13 +302,26 @@ def _more(plan: Plan, search: Search) -> Iterator[str]:
         yield "More memory would not make it faster."
     if search.hardware.device_type == "cpu":  # whose ranks share one machine
         return
-    world = 2 * search.world
-    doubled = search.beside(world=world).within(plan.budget_bytes, estimated=True)
-    if doubled is not None:
-        made = doubled.estimate
-        rate = world / search.world * chosen.step_s / made.step_s
+    per_node = search.hardware.devices_per_node
+    one_more, what = (
+        (per_node, f"one more node of {per_node}") if search.world >= per_node > 1 else (1, "one more device")
+    )
+    yield from _ranks(plan, search, search.world + one_more, what)
+    if one_more != search.world:
+        yield from _ranks(plan, search, 2 * search.world, "twice as many")
+
+
+def _ranks(plan: Plan, search: Search, world: int, what: str) -> Iterator[str]:
+    """What it would take on another number of ranks."""
+    try:
+        found = search.beside(world=world).within(plan.budget_bytes, estimated=True)
+    except OptionError:  # the user's own options ask for another number
+        return
+    if found is not None:
+        made = found.estimate
+        rate = world / search.world * plan.chosen.step_s / made.step_s
         yield (
-            f"With {world} ranks, each with the same batch: {show_options(made.options)} would take "
+            f"With {world} ranks, {what}, each with the same batch: {show_options(made.options)} would take "
             f"{show_bytes(made.reserved_bytes)} and {show_s(made.step_s)}: x {rate:.2f} examples per second."
         )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -24,7 +24,7 @@ from zgraph.fusion import Fusion
 from zgraph.liveness import held_bytes, lifetimes
 from zgraph.ops import root_of
 from zgraph.placement import Placement
-from zgraph.program import FlatGradient, Input, Phase, Program, Role, operand, target_name
+from zgraph.program import FlatGradient, Input, Origin, Phase, Program, Role, operand, target_name
 
 
 class Kind(enum.Enum):
@@ -94,20 +94,23 @@ class Footprint:
         holdings: in order of their first position.
         num_positions: nodes of the graph.
         arena_bytes: what a model's arena holds throughout, whatever lies in it.
+        on_disk: what lies on a disk instead, which counts nowhere else.
     """
 
     holdings: tuple[Holding, ...]
     num_positions: int
     arena_bytes: int = 0
+    on_disk: tuple[Holding, ...] = ()
 
     @cached_property
     def alive_bytes(self) -> Sequence[int]:
         """Bytes held while each node of the graph runs."""
         return held_bytes(self.holdings, self.num_positions)
 
-    def by_kind(self) -> dict[Kind, Sequence[int]]:
-        """Bytes of each kind held while each node of the graph runs."""
-        return {kind: held_bytes((h for h in self.holdings if h.kind is kind), self.num_positions) for kind in Kind}
+    def by_kind(self, *, on_disk: bool = False) -> dict[Kind, Sequence[int]]:
+        """Bytes of each kind held in memory, or on a disk, while each node of the graph runs."""
+        holdings = self.on_disk if on_disk else self.holdings
+        return {kind: held_bytes((h for h in holdings if h.kind is kind), self.num_positions) for kind in Kind}
 
     @cached_property
     def _outside_bytes(self) -> Sequence[int]:
@@ -175,17 +178,37 @@ def footprint(
             name = _maker(life.node)
             at = (life.first, life.last, origin.module, origin.source)
             found.append(Holding(name, kind, life.num_bytes, *at, in_arena))
-    return Footprint(tuple(found), len(nodes), placement.num_bytes if placement is not None else 0)
+    arena_bytes = placement.num_bytes if placement is not None else 0
+    return Footprint(tuple(found), len(nodes), arena_bytes, tuple(_on_disk(program)))
+
+
+def _on_disk(program: Program) -> Iterator[Holding]:
+    """State that lies on a disk, from when it is there on, and what a step spills, until it has been loaded."""
+    at = {node: position for position, node in enumerate(program.graph.nodes)}
+    for what, node in _stored(program).items():
+        first = 0 if node.op == "placeholder" else at[node]
+        yield Holding(str(what), _OF_ROLE[what.role], node.meta["val"].nbytes, first, len(at) - 1)
+    for node in program.graph.find_nodes(op="call_function", target=ops.spill):
+        reads = [at[end] for wait in node.users for load in wait.users for end in (load, *load.users)]
+        made, num_bytes = operand(node), node.meta["val"].nbytes
+        origin: Origin = made.meta["origin"]
+        yield Holding(_maker(made), Kind.ACTIVATIONS, num_bytes, at[node], max(reads), origin.module, origin.source)
 
 
 def state_on_disk(program: Program) -> dict[Input, int]:
     """Bytes of one rank's parameters and optimizer state that lie on a disk, or will once the program has made them."""
+    return {what: node.meta["val"].nbytes for what, node in _stored(program).items()}
+
+
+def _stored(program: Program) -> dict[Input, fx.Node]:
+    """Inputs that lie on a disk, and results that will."""
     found = {what: node for node, what in program.placeholders() if program.is_on_disk(node)}
     for what, result in zip(program.outputs, program.results(), strict=True):
-        val = result.meta["val"] if isinstance(result, fx.Node) else result
-        if what is not None and what not in found and program.keeps_on_disk(what, val):
+        if what is None or what in found or not isinstance(result, fx.Node):
+            continue
+        if program.keeps_on_disk(what, result.meta["val"]):
             found[what] = result
-    return {what: node.meta["val"].nbytes for what, node in found.items()}
+    return found
 
 
 def spilled_bytes(program: Program) -> int:

@@ -56,6 +56,11 @@ class Owner:
     source: str | None
     module: str = ""
 
+    def __str__(self) -> str:
+        times = f"{self.count} x " if self.count > 1 else ""
+        where = ", ".join(filter(None, (self.module and f"module {self.module}", quoted(self.source))))
+        return f"{show_bytes(self.num_bytes)}: {times}{self.what} ({self.kind})" + (f", {where}" if where else "")
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -104,6 +109,14 @@ class WayOut:
     step_s: float
     reserved_bytes: int
     cost: float
+
+    def __str__(self) -> str:
+        takes = f"takes {show_bytes(self.reserved_bytes)} and {show_s(self.step_s)}"
+        return f"{self.change} ({takes}, an example costs x {self.cost:.2f})"
+
+
+NO_WAY_OUT = "use a larger machine, a smaller model or a smaller batch"
+"""What to do where no change of options makes a step fit."""
 
 
 @dataclass(frozen=True)
@@ -217,23 +230,25 @@ class Plan:
             "notes": tuple(data["notes"]),
         })  # fmt: skip
 
+    @property
+    def verdict(self) -> str:
+        """Whether it fits, in a sentence with its bytes."""
+        taken, budget = self.chosen.reserved_bytes, self.budget_bytes
+        told = (
+            f"{show_options(self.options) or 'the defaults'} take {show_bytes(taken)} of the {show_bytes(budget)} that "
+            f"each of {self.world_size} x {self.hardware} may take"
+        )
+        return (
+            f"{told}, and leave {show_bytes(budget - taken)}"
+            if self.fits
+            else (f"{told}, {show_bytes(taken - budget)} too much")
+        )
+
     def refusal(self) -> BudgetError:
         """The error of a plan that does not fit: by how much, what is in the way, and what would help."""
-        over = show_bytes(self.chosen.reserved_bytes - self.budget_bytes)
-        what = f"no options fit {show_bytes(self.budget_bytes)} on each of {self.world_size} x {self.hardware}: "
-        what += f"{show_options(self.options) or 'the defaults'} take {show_bytes(self.chosen.reserved_bytes)}, "
-        lines = [f"{what}{over} too much, of which at the peak:"]
-        for owner in self.owners[:_NUM_TOLD]:
-            times = f"{owner.count} x " if owner.count > 1 else ""
-            where = ", ".join(filter(None, (owner.module and f"module {owner.module}", quoted(owner.source))))
-            told = f"  {show_bytes(owner.num_bytes)}: {times}{owner.what} ({owner.kind})"
-            lines.append(told + (f", {where}" if where else ""))
-        ways = [
-            f"{way.change} (takes {show_bytes(way.reserved_bytes)}, an example costs x {way.cost:.2f})"
-            for way in self.ways_out
-        ]
-        fix = "; or ".join(ways) if ways else "use a larger machine, a smaller model or a smaller batch"
-        return BudgetError("\n".join(lines), fix=fix)
+        lines = [f"no options fit: {self.verdict}; at the peak:"]
+        lines += [f"  {owner}" for owner in self.owners[:_NUM_TOLD]]
+        return BudgetError("\n".join(lines), fix="; or ".join(map(str, self.ways_out)) or NO_WAY_OUT)
 
     def __str__(self) -> str:
         console = Console(file=StringIO(), width=110, force_terminal=False)

@@ -33,8 +33,10 @@ def _predicted(tables: Mapping[str, Any], program: Mapping[str, Any], process: i
         yield _call(tables, row, process, lane + 1, start, end)
     memory = program["passes"][-1]["memory"]
     for i, second in enumerate(memory["seconds"]):
-        held = {kind: each[i] for kind, each in memory["bytes"].items()}
-        yield {"ph": "C", "name": "memory", "pid": process, "tid": 0, "ts": second * 1e6, "args": held}
+        for name, tier in (("memory", memory["bytes"]), ("disk", memory.get("on_disk"))):
+            if tier:
+                held = {kind: each[i] for kind, each in tier.items()}
+                yield {"ph": "C", "name": name, "pid": process, "tid": 0, "ts": second * 1e6, "args": held}
 
 
 def _lanes(tables: Mapping[str, Any], process: int, name: str) -> Iterator[dict[str, Any]]:

@@ -27,6 +27,7 @@ from zgraph.predict import held_by
 from zgraph.program import Input, Origin, Program, describe, show, target_name
 from zgraph.report.runs import runs
 from zgraph.report.sources import code_around
+from zgraph.spread import spread_of
 from zgraph.timeline import COMPUTE, DISK_IN, DISK_OUT, Timeline, lane_of, play
 from zgraph.work import LINK
 
@@ -74,6 +75,7 @@ class Recorder:
         ] = {}  # what a node was made of, and its row
         self._made_by: dict[fx.Node, str] = {}  # inputs, which have no origin, by the pass behind which they were seen
         self._before: list[int] = []
+        self._placed: dict[int, str] = {}  # nodes by number, in the program that is shown
 
     def __call__(self, p: Pass | None, program: Program) -> None:
         for node in program.graph.nodes:
@@ -88,7 +90,7 @@ class Recorder:
         if p is None:
             self.programs.append({"passes": []})
             self.footprints.append(held)
-            self._before = rows
+            self._before, self._placed = rows, {}
         self.footprints[-1] = held
         numbers = self._rows["node"]
         before, after = self._before, rows
@@ -105,6 +107,7 @@ class Recorder:
             "num_altered": sum(was.get(number, row) != row for number, row in now.items()),
             "moved": runs(sorted(moved)),
             "order": runs(after),
+            "placed": self._newly_placed(program),
             "step_s": timeline.step_s,
             "exposed_s": timeline.exposed_s,
             "starved_s": timeline.starved_s,
@@ -202,6 +205,19 @@ class Recorder:
             cost,
         )
 
+    def _newly_placed(self, program: Program) -> dict[str, list[list[int]]]:
+        """Nodes, as runs of their numbers, by how they lie now; only those that have not lain so before."""
+        spread = spread_of(program)
+        found: dict[str, list[int]] = {}
+        for node in program.graph.nodes:
+            words = [spread[node].value] if node in spread else []
+            placement = ", ".join([*words, *(["on disk"] if program.is_on_disk(node) else [])])
+            number = self._number[node]
+            if self._placed.get(number, "") != placement:
+                self._placed[number] = placement
+                found.setdefault(placement, []).append(number)
+        return {placement: runs(sorted(numbers)) for placement, numbers in found.items()}
+
     def _cost_number(self, cost: Cost) -> int:
         amounts = float(cost.seconds), int(cost.num_calls), int(cost.num_bytes), int(cost.flops), received_bytes(cost)
         return self._costs[(*amounts, cost.works[0].family if cost.works else "")]
@@ -294,7 +310,8 @@ def _moved(before: Sequence[int], after: Sequence[int]) -> set[int]:
 def moments(program: Program, timeline: Timeline, held: Footprint) -> dict[str, Any]:
     """Bytes held by kind over time, at up to ``NUM_MOMENTS`` points: of each part of the step, where most is held.
 
-    ``peak`` is the index of the point that is the footprint's ``peak_position``.
+    ``peak`` is the index of the point that is the footprint's ``peak_position``; ``on_disk`` is as ``bytes``, of what
+    lies on a disk.
     """
     nodes = list(program.graph.nodes)
     starts = {event.node: event.start_s for event in timeline.events if event.lane == COMPUTE}
@@ -317,8 +334,11 @@ def moments(program: Program, timeline: Timeline, held: Footprint) -> dict[str, 
     return {
         "peak": positions.index(held.peak_position),
         "positions": positions,
-        "seconds": [seconds[i] for i in positions],
+        "seconds": [round(seconds[i], 9) for i in positions],
         "bytes": {kind.value: [each[i] for i in positions] for kind, each in by_kind.items()},
+        "on_disk": {
+            kind.value: [each[i] for i in positions] for kind, each in held.by_kind(on_disk=True).items() if any(each)
+        },
     }
 
 

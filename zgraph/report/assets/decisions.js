@@ -1,10 +1,8 @@
 // What is held at the peak, and what was decided.
 
 function drawPeak() {
-  const { program, k } = state, pass = program.passes[k], memory = pass.memory, kinds = Object.keys(memory.bytes);
-  const total = memory.seconds.map((_, i) => kinds.reduce((sum, kind) => sum + memory.bytes[kind][i], 0));
-  const { peak } = memory;
-  const byKind = kinds.map((kind) => [kind, memory.bytes[kind][peak]]).filter(([, held]) => held).sort((a, b) => b[1] - a[1]);
+  const { program, k } = state, pass = program.passes[k], { memory } = pass, { peak } = memory;
+  const byKind = heldAt(memory.bytes, peak), onDisk = heldAt(memory.on_disk || {}, peak);
   const whole = byKind.reduce((sum, [, held]) => sum + held, 0);
   const kindRows = byKind.map(([kind, held]) => make("tr", {},
     make("td", {}, swatch(kindColour(kind)), kind), make("td", {}, bytes(held)), make("td", { class: "quiet" }, percent(held / whole)),
@@ -19,10 +17,16 @@ function drawPeak() {
   fill($("panel-peak"), make("div", { class: "text" },
     make("p", {}, `The most is held ${seconds(memory.seconds[peak])} into the program, at `,
       nodeLink(program.rows.node[at]), `: ${bytes(whole)} on each rank, of a budget of ${bytes(report.plan.budget_bytes)}.`),
+    ...(onDisk.length ? [make("p", {}, `Then ${onDisk.map(([kind, held]) => `${bytes(held)} of ${kind}`).join(", ")} lie on each rank's disk instead.`)] : []),
     make("h3", {}, "What it is for, and what would make it less"),
     table(["At the peak", "Bytes", "Share", "Less of it with"], kindRows, [3]),
     make("h3", {}, "What holds most of it"),
     table(["Tensors", "Bytes", "What for", "Module", "Made at"], owners, [2, 3, 4])));
+}
+
+/** What is held of each kind at a moment, largest first. */
+function heldAt(byKind, moment) {
+  return Object.entries(byKind).map(([kind, held]) => [kind, held[moment]]).filter(([, held]) => held).sort((a, b) => b[1] - a[1]);
 }
 
 function table(heads, rows, left = []) {

@@ -1,5 +1,7 @@
 // All that is known of a node, or of a box.
 
+const PLACEMENTS = { replicated: "replicated: the same on all ranks", sharded: "sharded: a part on each rank", "per rank": "each rank's own" };
+
 function nodeLink(node) {
   const { program } = state, { rowOf } = program.stage(state.k), row = rowOf[node] < 0 ? program.birth[node] : rowOf[node];
   const name = program.phase(row) === "input" ? program.arguments(row) : short(program.operator(row));
@@ -36,7 +38,7 @@ function inspectNode(node) {
   const played = program.play(k), start = played.startOf.get(node);
   parts.push(facts(
     ["number", `%${node}` + (isHere ? `, line ${count(stage.at[node] + 1)} of ${count(stage.order.length)}` : "")],
-    ["gives", make("code", {}, program.form(row))],
+    ["gives", make("code", {}, program.form(row))], ["lies", placementOf(node)],
     ["phase", program.phase(row)], ["module", program.module(row)],
     ["family", program.isCall(row) ? program.cost(row, "family") : ""], ["lane", program.isCall(row) ? program.lane(row) : ""],
     ["takes", took ? `${seconds(took)}, ${percent(took / played.step)} of the step` : program.isCall(row) ? "no time of its own" : ""],
@@ -70,6 +72,13 @@ function lastRow(node) {
     if (row >= 0) return row;
   }
   return state.program.birth[node];
+}
+
+/** Where a node's value lies, in words. */
+function placementOf(node) {
+  const words = state.program.placement(state.k).get(node) || "", isAlone = report.mesh.size === 1;
+  const lies = words.split(", ").filter((word) => word && !(isAlone && word !== "on disk"));
+  return lies.map((word) => PLACEMENTS[word] || word).join(", ");
 }
 
 /** Which passes touched a node, each with what it did. */

@@ -44,6 +44,15 @@ class Program {
     return this.stages[k];
   }
 
+  /** How each node lies after pass k: on all ranks alike, divided, or each rank's own; nothing of one rank. */
+  placement(k) {
+    const found = new Map();
+    for (const { placed } of this.passes.slice(0, k + 1)) {
+      for (const [words, runs] of Object.entries(placed || {})) for (const node of expand(runs)) found.set(node, words);
+    }
+    return found;
+  }
+
   /** What pass k did to each node, and how many it added, removed, moved and altered. */
   difference(k) {
     if (!this.differences[k]) {

@@ -75,8 +75,8 @@ function hover(canvas, event) {
   if (second === null) return tip(null);
   let i = memory.seconds.findIndex((each) => each > second) - 1;
   if (i < 0) i = memory.seconds[0] > second ? 0 : memory.seconds.length - 1;
-  const held = Object.entries(memory.bytes).map(([kind, each]) => [kind, each[i]]).filter(([, n]) => n).sort((a, b) => b[1] - a[1]);
-  tip(event, [`${seconds(second)}: ${bytes(held.reduce((sum, [, n]) => sum + n, 0))}`, ...held.map(([kind, n]) => `${kind} ${bytes(n)}`)].join("\n"));
+  const isBelow = event.clientY - canvas.getBoundingClientRect().top > STACK, held = heldAt(isBelow ? memory.on_disk : memory.bytes, i);
+  tip(event, [`${seconds(second)}: ${bytes(held.reduce((sum, [, n]) => sum + n, 0))}${isBelow ? " on disk" : ""}`, ...held.map(([kind, n]) => `${kind} ${bytes(n)}`)].join("\n"));
 }
 
 function theme(name) {

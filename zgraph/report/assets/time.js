@@ -112,39 +112,62 @@ function ticks(from, to, draw) {
   for (let i = Math.ceil(from / apart); i * apart <= to; i++) draw(i * apart, seconds(Number((i * apart).toPrecision(6))));
 }
 
+const STACK = 130, DISK_STACK = 64;
+
+/** The tiers that hold something: what of each kind is held there over time, below which line, and how high it is drawn. */
+function tiers() {
+  const { memory } = state.program.passes[state.k], found = [{ bytes: memory.bytes, height: STACK, budget: report.plan.budget_bytes, at: memory.peak, name: "peak" }];
+  if (Object.keys(memory.on_disk || {}).length) found.push({ bytes: memory.on_disk, height: DISK_STACK, budget: null, at: null, name: "on disk" });
+  return found.map((tier) => {
+    const kinds = KINDS.filter((kind) => tier.bytes[kind]);
+    return { ...tier, kinds, total: memory.seconds.map((_, i) => kinds.reduce((sum, kind) => sum + tier.bytes[kind][i], 0)) };
+  });
+}
+
 function drawMemory() {
-  const { program, k } = state, { memory } = program.passes[k], [from, to] = shownTime(), height = 130;
-  const [context, width] = scale($("memory"), height), kinds = KINDS.filter((kind) => memory.bytes[kind]);
-  const total = memory.seconds.map((_, i) => kinds.reduce((sum, kind) => sum + memory.bytes[kind][i], 0));
-  const peak = Math.max(...total, 1), budget = report.plan.budget_bytes, near = budget < 1.7 * peak;
+  const all = tiers(), [context, width] = scale($("memory"), all.reduce((sum, { height }) => sum + height, 0));
+  let top = 0;
+  for (const tier of all) {
+    context.save();
+    context.translate(0, top);
+    drawTier(context, width, tier);
+    context.restore();
+    top += tier.height;
+  }
+  $("whole").hidden = state.window === null;
+  const shown = KINDS.filter((kind) => all.some(({ kinds }) => kinds.includes(kind)));
+  fill($("legend"), make("li", {}, swatch(style("--wait")), "hatched: waiting"), make("li", {}, "underlined: critical path"), ...shown.map((kind) => make("li", {}, swatch(kindColour(kind)), kind)));
+}
+
+/** What a tier holds, stacked by kind, with its most and its budget. */
+function drawTier(context, width, { bytes: held, kinds, total, height, budget, at, name }) {
+  const { program, k } = state, { seconds: moments } = program.passes[k].memory, [from, to] = shownTime();
+  const peak = Math.max(...total, 1), near = budget !== null && budget < 1.7 * peak;
   const most = near ? Math.max(budget, peak) * 1.06 : peak * 1.08, end = program.play(k).step || 1;
-  const x = (second) => LEFT + ((second - from) / (to - from)) * (width - LEFT - 8), y = (held) => height - 6 - (held / most) * (height - 16);
+  const x = (second) => LEFT + ((second - from) / (to - from)) * (width - LEFT - 8), y = (num) => height - 6 - (num / most) * (height - 16);
   context.save();
   context.beginPath();
   context.rect(LEFT, 0, width - LEFT, height);
   context.clip();
-  const base = total.map(() => 0);
+  const base = total.map(() => 0), until = (i) => (i + 1 < moments.length ? moments[i + 1] : end);
   for (const kind of kinds) {
-    const held = memory.bytes[kind];
     context.beginPath();
-    memory.seconds.forEach((second, i) => {
-      const until = i + 1 < memory.seconds.length ? memory.seconds[i + 1] : end;
-      context.lineTo(x(i ? second : 0), y(base[i] + held[i]));
-      context.lineTo(x(until), y(base[i] + held[i]));
+    moments.forEach((second, i) => {
+      context.lineTo(x(i ? second : 0), y(base[i] + held[kind][i]));
+      context.lineTo(x(until(i)), y(base[i] + held[kind][i]));
     });
-    for (let i = memory.seconds.length - 1; i >= 0; i--) {
-      const until = i + 1 < memory.seconds.length ? memory.seconds[i + 1] : end;
-      context.lineTo(x(until), y(base[i]));
-      context.lineTo(x(i ? memory.seconds[i] : 0), y(base[i]));
+    for (let i = moments.length - 1; i >= 0; i--) {
+      context.lineTo(x(until(i)), y(base[i]));
+      context.lineTo(x(i ? moments[i] : 0), y(base[i]));
     }
     context.closePath();
     context.fillStyle = kindColour(kind);
     context.fill();
-    held.forEach((each, i) => { base[i] += each; });
+    held[kind].forEach((each, i) => { base[i] += each; });
   }
-  if (total.length) {
+  if (at !== null && total.length) {
     context.fillStyle = style("--text");
-    const px = x(memory.seconds[memory.peak]), py = y(peak);
+    const px = x(moments[at]), py = y(peak);
     context.beginPath();
     context.moveTo(px, py + 1);
     context.lineTo(px - 5, py - 7);
@@ -162,18 +185,17 @@ function drawMemory() {
     context.setLineDash([]);
   }
   context.restore();
+  const label = Math.max(y(peak), 10);
   context.fillStyle = style("--text");
-  context.fillText(bytes(peak), 10, Math.max(y(peak), 10));
+  context.fillText(bytes(peak), 10, label);
   context.fillStyle = style("--faint");
-  context.fillText("peak", 10, Math.max(y(peak), 10) + 13);
+  context.fillText(name, 10, label + 13);
   if (near && Math.abs(y(budget) - y(peak)) > 26) {
     context.fillStyle = style("--bad");
     context.fillText("budget", 10, Math.max(y(budget), 8));
-  } else if (!near) {
-    ["budget of", bytes(budget), "is above"].forEach((line, i) => context.fillText(line, 10, Math.max(y(peak), 10) + 30 + 13 * i));
+  } else if (budget !== null && !near) {
+    ["budget of", bytes(budget), "is above"].forEach((line, i) => context.fillText(line, 10, label + 30 + 13 * i));
   }
-  $("whole").hidden = state.window === null;
-  fill($("legend"), make("li", {}, swatch(style("--wait")), "hatched: waiting"), make("li", {}, "underlined: critical path"), ...kinds.map((kind) => make("li", {}, swatch(kindColour(kind)), kind)));
 }
 
 /** What a node is and takes; with `measured`, seconds that were, beside those that were predicted. */
