@@ -99,6 +99,24 @@ def test_ranks_simulated_on_a_gpu_train_like_one_process() -> None:
     assert_equal(ranks.state_dict(), dict(reference.state_dict()), "after two steps")
 
 
+def test_a_step_is_measured_by_events_of_the_device() -> None:
+    case = CASES["gpt"]
+    model = case.model().to(GPU)
+    zgraph.compile(model, optimizer=torch.optim.AdamW(model.parameters(), fused=True), zero=3)
+    batches = [batch.to("cuda") for batch in case.batches(6)]
+    for batch in batches[:3]:
+        model.train_step(*batch.args)
+    model.profile(steps=3)
+    for batch in batches[3:]:
+        model.train_step(*batch.args)
+    (program,) = model.report().document["programs"]
+    measured = program["measured"]
+    calls = [i for i, node in enumerate(model.program.graph.nodes) if node.op == "call_function"]
+    assert measured["position"] == calls
+    assert 0 < measured["end_s"][0] <= measured["end_s"][-1] in measured["steps_s"]
+    assert measured["end_s"] == sorted(measured["end_s"])
+
+
 @pytest.fixture
 def no_waiting() -> Iterator[None]:
     """What a test says of waiting holds for it alone."""

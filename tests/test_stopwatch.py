@@ -44,7 +44,7 @@ def inputs(program: Program) -> list[Any]:
 
 
 def test_every_call_is_noted_in_order(program: Program) -> None:
-    watch = Stopwatch()
+    watch = Stopwatch("cpu")
     timed = emit(program, watch=watch)
     results = timed.function(inputs(program), NoComm())
     torch.testing.assert_close(results, emit(program).function(inputs(program), NoComm()), rtol=0, atol=0)
@@ -58,7 +58,7 @@ def test_every_call_is_noted_in_order(program: Program) -> None:
 
 def test_without_one_the_source_does_not_know_of_it(program: Program) -> None:
     assert "watch" not in emit(program).source
-    with_it = emit(program, watch=Stopwatch()).source.splitlines()
+    with_it = emit(program, watch=Stopwatch("cpu")).source.splitlines()
     without = [line for line in with_it if not line.strip().startswith("watch.")]
     assert without == emit(program).source.splitlines()
 
@@ -94,7 +94,7 @@ def test_steps_that_are_not_measured_run_the_very_function_that_they_ran_before(
 def test_of_several_runs_the_median_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([0.0, 5.0, 10.0, 11.0, 20.0, 23.0])  # of runs that take 5, 1 and 3 seconds
     monkeypatch.setattr(stopwatch, "perf_counter", lambda: next(times))
-    watch = Stopwatch()
+    watch = Stopwatch("cpu")
     for _ in range(3):
         watch.begin([])
         watch.see(7)
@@ -102,6 +102,40 @@ def test_of_several_runs_the_median_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     assert made is not None
     assert (made.numbers, made.ends, made.steps) == ((7,), (3.0,), (5.0, 1.0, 3.0))
     assert watch.measured(2) is None
+
+
+class Recorded:
+    """A device's event: how many milliseconds after the first it is reached; not to be read before it is over."""
+
+    reached = iter([0.0, 250.0, 1000.0])
+
+    def __init__(self, device: str, *, enable_timing: bool) -> None:
+        assert (device, enable_timing) == ("cuda", True)
+        self._at: float | None = None
+        self._is_over = False
+
+    def record(self) -> None:
+        self._at = next(self.reached)
+
+    def synchronize(self) -> None:
+        self._is_over = True
+
+    def elapsed_time(self, other: Recorded) -> float:
+        assert self._at is not None
+        assert other._at is not None
+        assert other._is_over
+        return other._at - self._at
+
+
+def test_on_a_device_its_own_events_are_read_once_they_are_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "Event", Recorded)
+    watch = Stopwatch("cuda")
+    watch.begin([])
+    watch.see(3)
+    watch.see(5)
+    made = watch.measured(2)
+    assert made is not None
+    assert (made.numbers, made.ends, made.steps) == ((3, 5), (0.25, 1.0), (1.0,))
 
 
 def test_a_step_that_fails_is_not_measured() -> None:

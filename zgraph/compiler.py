@@ -229,7 +229,7 @@ class CompiledModule(nn.Module):
             steps: how many. Of them, the one of median length is shown.
 
         Raises:
-            OptionError: no such number of steps, or they run on another device than a CPU.
+            OptionError: no such number of steps, or the model is compiled with ``check_memory``.
         """
         self.__dict__["_zgraph"].profile(steps)
 

@@ -454,12 +454,6 @@ class Runtime:
             raise OptionError(f"steps={steps!r} is not a number of steps", fix="give a positive integer")
         if self.config.check_memory:
             raise OptionError("profile with check_memory, which makes steps slower", fix="compile without it")
-        device = self._device() or next((p.device for p in self.model.parameters() if not p.is_meta), None)
-        if device is not None and device.type != "cpu":
-            raise OptionError(
-                f"steps on {device.type} cannot be profiled yet, only those on a CPU",
-                fix="use torch.profiler around it",
-            )
         self.timed, self._num_to_time = {}, steps
 
     def _to_run(self, executable: Executable) -> Executable:
@@ -467,7 +461,9 @@ class Runtime:
         if not self._num_to_time:
             return executable
         if executable not in self.timed:
-            stopwatch = Stopwatch()
+            device = self._device()
+            assert device is not None
+            stopwatch = Stopwatch(device.type)
             self.timed[executable] = self._executable(executable.program, stopwatch), stopwatch
         return self.timed[executable][0]
 

@@ -1,6 +1,8 @@
-"""When each call of a step that runs on a CPU has ended: a ``zgraph.codegen.emit.Watch`` that reads the clock.
+"""When each call of a step has ended: a ``zgraph.codegen.emit.Watch`` that reads the clock, or the device's.
 
-It costs a fraction of a microsecond a call while it is on. A step that nobody measures is emitted without it.
+On a CPU it costs a fraction of a microsecond a call while it is on. Elsewhere calls are only issued when the host is
+done with them, so an event behind each is recorded on the stream, and read once all of them have run. A step that
+nobody measures is emitted without it.
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -26,24 +30,32 @@ class Measured:
     steps: tuple[float, ...]
 
 
+Moment = float | torch.Event
+
+
 class Stopwatch:
-    """Notes the time after each call."""
+    """Notes the time after each call.
+
+    Args:
+        device_type: where the calls run.
+    """
 
     needs_values = False
 
-    def __init__(self) -> None:
+    def __init__(self, device_type: str) -> None:
+        self._device_type = device_type
         self._numbers: list[int] = []
-        self._times: list[float] = []
-        self._runs: list[tuple[list[int], list[float]]] = []
+        self._times: list[Moment] = []
+        self._runs: list[tuple[list[int], list[Moment]]] = []
 
     def begin(self, inputs: Sequence[Any]) -> None:
         """A run begins."""
-        self._numbers, self._times = [], [perf_counter()]
+        self._numbers, self._times = [], [self._now()]
         self._runs.append((self._numbers, self._times))
 
     def see(self, number: int) -> None:
         """The call of this number has run."""
-        self._times.append(perf_counter())
+        self._times.append(self._now())
         self._numbers.append(number)
 
     def measured(self, num_calls: int) -> Measured | None:
@@ -55,7 +67,23 @@ class Stopwatch:
         whole = [run for run in self._runs if len(run[0]) == num_calls]
         if not whole:
             return None
-        runs = sorted(whole, key=lambda run: run[1][-1] - run[1][0])
-        numbers, times = runs[(len(runs) - 1) // 2]
-        lengths = tuple(times[-1] - times[0] for _, times in whole)
-        return Measured(tuple(numbers), tuple(time - times[0] for time in times[1:]), lengths)
+        lengths = tuple(_seconds(times[0], times[-1]) for _, times in whole)
+        middle = sorted(range(len(whole)), key=lengths.__getitem__)[(len(whole) - 1) // 2]
+        numbers, times = whole[middle]
+        return Measured(tuple(numbers), tuple(_seconds(times[0], time) for time in times[1:]), lengths)
+
+    def _now(self) -> Moment:
+        if self._device_type == "cpu":
+            return perf_counter()
+        event = torch.Event(self._device_type, enable_timing=True)
+        event.record()
+        return event
+
+
+def _seconds(first: Moment, last: Moment) -> float:
+    if isinstance(first, float):
+        assert isinstance(last, float)
+        return last - first
+    assert not isinstance(last, float)
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3
