@@ -66,6 +66,11 @@ class Region(Kernel):
         """Where its results lie."""
         return str(self._results[0].device.type)
 
+    @property
+    def input_strides(self) -> tuple[tuple[int, ...] | None, ...]:
+        """How inputs lie in memory; None for a number."""
+        return tuple(_form(node.meta["val"]) for node in self.body.find_nodes(op="placeholder"))
+
     @cached_property
     def operations(self) -> tuple[int, int] | None:
         """Arithmetic operations, and exponentials and the like, of its loops in C++; None if it is in no such loops."""
@@ -110,7 +115,7 @@ class Region(Kernel):
                 run = region_triton.compile_region(lower(self.body, RegionTritonWriter), self.name)
         else:
             run = region_cpp.compile_region(lower(self.body, RegionCppWriter))
-        forms = [_form(node.meta["val"]) for node in self.body.find_nodes(op="placeholder")]
+        forms = self.input_strides
         results = [(tuple(val.shape), val.dtype, val.device) for val in self._results]
 
         def call(*inputs: Any, outs: Sequence[torch.Tensor | None] = ()) -> list[torch.Tensor]:

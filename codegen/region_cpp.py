@@ -101,13 +101,18 @@ class RegionCppWriter(CppWriter):
 
     def source(self) -> str:
         """``name(threads, inputs, outputs, workspace)``; it gives the number of rows whose column is none."""
+        return "\n".join(text for _, text in self.parts())
+
+    def parts(self) -> Iterator[tuple[str, str]]:
+        """What it calls of functions that other regions may call, too, and the function itself, by their names."""
         body = "\n".join(self._lines())
+        if any(f"{function}(" in body for function in ("widen", "narrow", "half_of", "rounded")):
+            yield "bfloat16", BFLOAT16
+        if self._has_functions():
+            yield "vector_math", vector_math.SOURCE
         name = f"region_{hashlib.sha256(body.encode()).hexdigest()[:16]}"
         head = f'extern "C" long {name}(int threads, void **inputs, void **outputs, float *workspace)'
-        functions = f"{vector_math.SOURCE}\n" if self._has_functions() else ""
-        has_halves = any(f"{function}(" in body for function in ("widen", "narrow", "half_of", "rounded"))
-        halves = f"{BFLOAT16}\n" if has_halves else ""
-        return f"{halves}{functions}{head} {{\n{body}\n    return wrong;\n}}\n"
+        yield name, f"{head} {{\n{body}\n    return wrong;\n}}\n"
 
     # -- the whole ------------------------------------------------------------------------------------------
 
@@ -437,9 +442,8 @@ def compile_region(loops: Loops) -> Callable[[Sequence[Any], Sequence[torch.Tens
         OptionError: it cannot be compiled.
     """
     writer = RegionCppWriter(loops)
-    text = writer.source()
-    name = text.split("(int threads")[0].split()[-1]
-    function = getattr(load(text), name)
+    parts = dict(writer.parts())
+    function = getattr(load("\n".join(parts.values())), list(parts)[-1])
     function.argtypes = [ctypes.c_int, ctypes.POINTER(_ADDRESS), ctypes.POINTER(_ADDRESS), _ADDRESS]
     function.restype = ctypes.c_long
     return partial(_run, function, writer.workspace, loops.num_columns)

@@ -16,8 +16,9 @@ import zgraph
 from tests.exported import assert_same_state, run_apart, run_here
 from tests.ranks import Ranks
 from zgraph import standalone
-from zgraph.codegen import library
+from zgraph.codegen import kernel, library
 from zgraph.codegen.kernel import SLICE
+from zgraph.codegen.region import Region
 
 
 class Model(nn.Module):
@@ -67,6 +68,8 @@ def assert_goes_on_alike(model: Any, directory: Path, batch: torch.Tensor = BATC
         (ADAMW, {"precision": "bf16", "clip_norm": 0.1}),
         (ADAMW, {"accumulate": 2, "clip_norm": 1.0, "ema": 0.9}),
         (ADAMW, {"state_precision": "int8", "recompute": 1.0}),
+        (ADAMW, {"kernels": "zgraph"}),
+        (ADAMW, {"kernels": "zgraph", "precision": "bf16", "accumulate": 2}),
     ],
     ids=str,
 )
@@ -232,6 +235,42 @@ def test_kernels_are_compiled_as_zgraph_compiles_them() -> None:
     assert standalone.FLAGS == library.FLAGS
 
 
+class Normed(nn.Module):
+    """Two layers that are alike, with norms and a residual, and a loss over classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = lambda: nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))  # noqa: E731
+        self.layers = nn.ModuleList([layer(), layer()])
+        self.head = nn.Linear(32, 50)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return nn.functional.cross_entropy(self.head(x), torch.arange(len(x)) % 50)
+
+
+@pytest.mark.parametrize("has_compiler", [True, False])
+def test_regions_of_forward_and_backward_are_exported(
+    has_compiler: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_compiler:
+        monkeypatch.setattr(kernel, "_why_not", lambda _: "there is none")
+    model, x = Normed(), torch.randn(16, 32)
+    zgraph.compile(model, ADAMW(model.parameters()), kernels="zgraph")
+    model.train_step(x)  # type: ignore[operator]
+    model.train_step(x)  # type: ignore[operator]
+    assert any(isinstance(node.target, Region) for node in model.program.graph.nodes)  # type: ignore[union-attr]
+    assert_goes_on_alike(model, tmp_path, x)
+    files = {each.name: each.read_text() for each in (tmp_path / "exported").glob("*.cpp")}
+    if has_compiler:
+        functions = re.findall(r"long (region_\w+)\(", files["kernels.cpp"])
+        assert functions
+        assert len(functions) == len(set(functions)), "layers that are alike share one"
+    else:
+        assert "kernels.cpp" not in files
+
+
 def test_another_export_does_not_run_on_the_batch_of_the_one_before(tmp_path: Path) -> None:
     (tmp_path / "batch-0.pt").write_bytes(b"of another model")
     model = nn.Linear(4, 1)
@@ -239,16 +278,6 @@ def test_another_export_does_not_run_on_the_batch_of_the_one_before(tmp_path: Pa
     model.train_step(torch.ones(2, 4))
     model.export(tmp_path)
     assert not (tmp_path / "batch-0.pt").exists()
-
-
-def test_a_step_with_regions_is_refused(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU())
-    zgraph.compile(
-        model, torch.optim.SGD(model.parameters(), lr=0.1), loss=lambda y, _: y.square().mean(), kernels="zgraph"
-    )
-    model.train_step(torch.ones(2, 8))
-    with pytest.raises(zgraph.OptionError, match="kernels='zgraph' cannot be exported yet"):
-        model.export(tmp_path)
 
 
 def test_a_disk_that_is_full_is_told(tmp_path: Path) -> None:

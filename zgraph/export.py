@@ -29,8 +29,10 @@ from zgraph.codegen.cpp import CppWriter
 from zgraph.codegen.elementwise import results_of
 from zgraph.codegen.emit import Step
 from zgraph.codegen.kernel import CPP, SLICES, Kernel
+from zgraph.codegen.lowering import lower
 from zgraph.codegen.owned import OwnedUpdate
 from zgraph.codegen.region import Region
+from zgraph.codegen.region_cpp import RegionCppWriter
 from zgraph.codegen.source import SourceWriter
 from zgraph.comm import PointToPointComm, Transfer
 from zgraph.errors import OptionError, StateError, first_line
@@ -83,7 +85,6 @@ def check_exportable(programs: Sequence[Program], device: torch.device, options:
         "keep_gathered": options.keep_gathered,
         "a mesh of nodes": len(programs[-1].mesh.axes) > 1,
         "an update of whole parameters": any(isinstance(target, OwnedUpdate) for target in targets),
-        f"kernels={options.kernels!r}": any(isinstance(target, Region) for target in targets),
     }
     for what, is_so in reasons.items():
         if is_so:
@@ -132,7 +133,7 @@ def write(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items() if rank == 0 else ():
-            (directory / name).write_text(text)
+            (directory / name).write_text(text, encoding="utf-8")
         for name, value in saved.items():
             with beside(directory / name) as partial:
                 torch.save(value, partial)
@@ -297,6 +298,8 @@ class _Needed:
 
     def _kernel(self, kernel: Kernel) -> str:
         language = kernel.runs_in("cpu")
+        if language == CPP and isinstance(kernel, Region):
+            return self._region(kernel)
         if language == CPP:
             text = CppWriter(kernel).source()
             name = text.split("(")[0].split()[-1]
@@ -304,6 +307,9 @@ class _Needed:
             dtypes = ", ".join(str(node.meta["val"].dtype) for node in results_of(kernel))
             return f"runtime.kernel(LIBRARY, {name!r}, {tuple(kernel.writes)!r}, ({dtypes},))"
         assert language == SLICES, language
+        if kernel in self._slices:
+            self.imports.add("operators")
+            return f"operators.{self._slices[kernel]}()"
         writer = SourceWriter()
         text = kernel.source(writer)
         bound = {name: value for name, value in writer.namespace.items() if name != "torch"}
@@ -316,6 +322,14 @@ class _Needed:
         self._functions[made] = "\n".join([*lines, "    return kernel"]) + "\n"
         self.imports.add("operators")
         return f"operators.{made}()"
+
+    def _region(self, region: Region) -> str:
+        writer = RegionCppWriter(lower(region.body, RegionCppWriter))
+        parts = dict(writer.parts())
+        self._kernels |= parts
+        results = tuple((tuple(node.meta["val"].shape), node.meta["val"].dtype) for node in results_of(region))
+        told = (tuple(region.writes), region.input_strides, results, writer.workspace)
+        return f"runtime.region(LIBRARY, {list(parts)[-1]!r}, {', '.join(map(repr, told))})"
 
 
 def _collectives_text() -> str:

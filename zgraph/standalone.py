@@ -234,3 +234,59 @@ def kernel(
         return outputs
 
     return run
+
+
+def region(
+    library: ctypes.CDLL,
+    name: str,
+    writes: Sequence[int | None],
+    inputs: Sequence[tuple[int, ...] | None],
+    results: Sequence[tuple[tuple[int, ...], torch.dtype]],
+    workspace: int,
+) -> Callable[..., list[torch.Tensor]]:
+    """A region of forward and backward as a function of tensors of any shapes, that gives its results.
+
+    Args:
+        library: that it is in.
+        name: there.
+        writes: for each result, the index of the input that it overwrites, or None for a tensor of its own.
+        inputs: strides that each has; None for a number.
+        results: shape and dtype of each.
+        workspace: float32 numbers that it takes while it runs.
+    """
+    function = getattr(library, name)
+    pointers = ctypes.POINTER(ctypes.c_void_p)
+    function.argtypes = [ctypes.c_int, pointers, pointers, ctypes.c_void_p]
+    function.restype = ctypes.c_long
+
+    def laid_out(x: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+        return x if x.stride() == strides else torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
+
+    def run(*values: Any, outs: Sequence[torch.Tensor | None] = ()) -> list[torch.Tensor]:
+        given = [x if form is None else laid_out(x, form) for x, form in zip(values, inputs, strict=True)]
+        told = [
+            out if write is None else given[write]
+            for out, write in zip(outs or [None] * len(results), writes, strict=True)
+        ]
+        places = [
+            torch.empty(shape, dtype=dtype) if out is None else out
+            for (shape, dtype), out in zip(results, told, strict=True)
+        ]
+        numbers = [ctypes.c_double(float(x)) for x, form in zip(given, inputs, strict=True) if form is None]
+        left = iter(numbers)  # which must live as long as their addresses
+        addresses = [
+            ctypes.addressof(next(left)) if form is None else x.data_ptr()
+            for x, form in zip(given, inputs, strict=True)
+        ]
+        scratch = torch.empty(workspace, dtype=torch.float32)
+        wrong = function(
+            torch.get_num_threads(),
+            (ctypes.c_void_p * len(addresses))(*addresses),
+            (ctypes.c_void_p * len(places))(*[place.data_ptr() for place in places]),
+            scratch.data_ptr(),
+        )
+        if wrong:
+            raise IndexError(f"{wrong} targets are out of bounds")
+        return places
+
+    return run
