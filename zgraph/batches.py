@@ -55,7 +55,10 @@ def micro_batches(args: tuple[Any, ...], kwargs: dict[str, Any], num: int) -> li
                 fix=f"give {num} of them, or compile with accumulate={len(batches)}",
             )
         return [call_of(batch, f"micro-batch {i}") for i, batch in enumerate(batches)]
-    fix = "give train_step a zgraph.MicroBatches, which says what belongs to each micro-batch"
+    fix = (
+        f"give a batch of as many rows as accumulate={num} divides, or train_step a zgraph.MicroBatches, which says "
+        "what belongs to each micro-batch"
+    )
     return divided(args, kwargs, num, "micro-batches", fix)
 
 
