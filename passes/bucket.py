@@ -77,7 +77,8 @@ class FormBuckets(Pass):
             buckets = make_buckets(specs, self.world, self.bucket_bytes, self.granule, divide)
             layout = Layout(buckets, self.world, packed=tuple(_packed(buckets, updates)) if self.packed else ())
         _Flattener(program, updates, layout).run()
-        program.layout = replace(layout, shard_params=False, shard_state=False, on_disk=(), params_on_disk=())
+        in_memory = replace(layout, on_disk=(), params_on_disk=(), gradients_on_disk=())
+        program.layout = replace(in_memory, shard_params=False, shard_state=False)
 
     def _divide(self, program: Program, updates: Updates) -> Callable[[Sequence[ParamSpec]], list[list[int]]]:
         """What says which parameters share buckets."""

@@ -1,10 +1,11 @@
-"""Keep parameters and optimizer state on a disk, and stream them through memory bucket by bucket as they are needed."""
+"""Keep what belongs to parameters on a disk, and stream it through memory bucket by bucket as it is needed."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 
 from torch import fx
@@ -50,7 +51,7 @@ class Offload(Pass):
     the machine is known, or else with the step.
 
     Args:
-        what: ``"optimizer"``, ``"parameters"``, or both.
+        what: any of ``"optimizer"``, ``"parameters"`` and ``"gradients"``: their sums over micro-batches.
         hardware: the machine, as each rank finds it; all ranks are given the same.
     """
 
@@ -66,10 +67,11 @@ class Offload(Pass):
             layout,
             on_disk=trained if "optimizer" in self.what else (),
             params_on_disk=tuple(bucket.name for bucket in layout.buckets) if "parameters" in self.what else (),
+            gradients_on_disk=trained if "gradients" in self.what else (),
         )
         if program.layout.params_on_disk:
             _wait_before_others_come(program)
-        for find in (_of_parameters, _of_state):
+        for find in (_of_parameters, partial(_of_state, Role.GRADIENT), partial(_of_state, Role.OPT_STATE)):
             order = {node: i for i, node in enumerate(program.graph.nodes)}
             self._stream(program, find(program, order), order)
 
@@ -207,12 +209,12 @@ def _of_parameters(program: Program, order: Mapping[fx.Node, int]) -> list[_Stay
     return stays
 
 
-def _of_state(program: Program, order: Mapping[fx.Node, int]) -> list[_Stay]:
-    """The optimizer state of each bucket that is read or written, in order."""
+def _of_state(role: Role, program: Program, order: Mapping[fx.Node, int]) -> list[_Stay]:
+    """The optimizer state of each bucket that is read or written, or the sum of its gradients, in order."""
     results = dict(zip(program.outputs, program.results(), strict=True))
     states: dict[str, list[fx.Node]] = {}
     for node, what in program.placeholders():
-        if what.role is Role.OPT_STATE and program.is_on_disk(node):
+        if what.role is role and program.is_on_disk(node):
             states.setdefault(what.name, []).append(node)
     stays = []
     for bucket, inputs in states.items():

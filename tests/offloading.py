@@ -20,6 +20,8 @@ from zgraph.program import Mesh, Program, Stage
 ON_DISK = {"optimizer": "disk"}
 PARAMETERS = {"parameters": "disk"}
 EVERYTHING = {**ON_DISK, **PARAMETERS}
+SUMS_TOO = {**EVERYTHING, "gradients": "disk"}
+"""With sums of gradients over micro-batches."""
 
 
 def lowered(

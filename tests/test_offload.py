@@ -16,10 +16,11 @@ from torch import nn
 import zgraph
 from tests.models import CASES
 from tests.mutants.steps import in_single_precision
-from tests.offloading import EVERYTHING, ON_DISK, PARAMETERS, Mistake, Speed, lowered, mean_square, nth
+from tests.offloading import EVERYTHING, ON_DISK, PARAMETERS, SUMS_TOO, Mistake, Speed, lowered, mean_square, nth
 from tests.programs import accumulated, assert_same_step, blocks, clipped, few_examples, two_layers
 from tests.recipes import Recipe, build, recipes
 from zgraph import ops
+from zgraph.accumulation import micro_step
 from zgraph.config import Config
 from zgraph.errors import VerifyError
 from zgraph.footprint import Kind, footprint, state_on_disk
@@ -249,6 +250,26 @@ def test_any_step_is_the_same_with_all_on_the_disk(recipe: Recipe, late: bool, d
 def test_a_step_is_the_same_however_much_of_it_is_divided(zero: int, offload: dict[str, str]) -> None:
     for captured in (momentum(3), clipped(momentum(3), 0.1)):
         assert_same_step(lowered(captured, zero, 3, offload=offload), captured, late=True)
+
+
+@pytest.mark.parametrize("limit", [None, 0.1])
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_steps_that_add_gradients_up_on_a_disk_are_the_same(zero: int, limit: float | None) -> None:
+    captured = accumulated(momentum(3), 2, limit=limit)
+    config = Config(zero, 1, 1, accumulate=2, offload=SUMS_TOO, clip_norm=limit)
+    both = lower(captured, config, Mesh(3), None, ())
+    assert both.micro is not None
+    assert both.layout.gradients_on_disk == tuple(bucket.name for bucket in both.layout.buckets)
+    for program, reference in ((both.last, captured), (both.micro, micro_step(captured))):
+        assert_same_step(program, reference, late=True)
+        sums = [node for node, what in program.placeholders() if what.role is Role.GRADIENT]
+        stores = program.graph.find_nodes(op="call_function", target=ops.store)
+        assert all(program.is_on_disk(node) for node in sums)
+        assert set(sums) <= {node.kwargs["out"] for node in stores}
+        held = [life for life in lifetimes(program) if life.node.target is ops.load and operand(life.node) in sums]
+        at_once = [sum(life.first <= at <= life.last for life in held) for at in range(program.num_nodes())]
+        is_held = limit is not None and program is both.last  # until the norm of all of them is known
+        assert max(at_once) <= (len(sums) if is_held else IN_MEMORY)
 
 
 def test_micro_batches_have_the_same_buckets_on_disk() -> None:

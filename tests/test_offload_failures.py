@@ -51,7 +51,14 @@ def test_optimizer_state_that_torch_cannot_load_leaves_the_parameters_as_they_ar
         ({"offload": "disk"}, "offload='disk' does not say what lies where"),
         ({"offload": {}}, "offload={} does not say"),
         ({"offload": "auto"}, "offload='auto' is chosen by a budget, and none was given"),
-        ({"offload": {"gradients": "disk"}}, "'gradients' is none of what can be moved: 'optimizer'"),
+        (
+            {"offload": {"batch": "disk"}},
+            "'batch' is none of what can be moved: 'optimizer', 'parameters', 'gradients'",
+        ),
+        (
+            {"offload": {"gradients": "disk"}},
+            "gradients with accumulate=1, where each dies in the update of its bucket",
+        ),
         ({"offload": {"optimizer": "host"}}, "'optimizer' can lie on 'disk', not on 'host'"),
         ({"offload_path": "/tmp"}, "offload_path without offload"),
         ({"offload": ON_DISK, "offload_path": 3}, "offload_path=3 is no path"),

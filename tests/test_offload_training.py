@@ -12,12 +12,14 @@ from torch import nn
 
 import zgraph
 from tests.models import CASES
-from tests.offloading import EVERYTHING, ON_DISK, Speed, X, mean_square, small
+from tests.offloading import EVERYTHING, ON_DISK, SUMS_TOO, Speed, X, mean_square, small
 from tests.optimizers import OPTIMIZERS, tensors_of
 from tests.reference import slow
+from zgraph.disk import DiskTensor
 from zgraph.errors import StateError, ZgraphError
 from zgraph.flat import FlatTensors
 from zgraph.footprint import state_on_disk
+from zgraph.program import Role
 
 
 def train(case_name: str, optimizer: str, num_steps: int = 4, **options: Any) -> tuple[Any, ...]:
@@ -79,6 +81,22 @@ def test_any_recipe_trains_bit_for_bit_as_in_memory(options: str) -> None:
         found = train("gpt_tied", "adamw", **OPTIONS[options], offload=offload)
         assert_bitwise(found, expected)
         assert found[3].stats()["disk_bytes"] == sum(state_on_disk(found[3].program).values()) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 0.1}, {"precision": "bf16", "zero": 2}], ids=str)
+def test_gradients_are_added_up_on_a_disk_bit_for_bit_as_in_memory(options: dict[str, Any]) -> None:
+    expected = train("gpt_tied", "adamw", accumulate=4, **options)
+    found = train("gpt_tied", "adamw", accumulate=4, **options, offload=SUMS_TOO)
+    assert_bitwise(found, expected)
+    runtime = found[3].__dict__["_zgraph"]
+    assert all(isinstance(each, DiskTensor) for each in runtime.state.gradients.values())
+    on_disk = state_on_disk(found[3].program)
+    sums = sum(num_bytes for what, num_bytes in on_disk.items() if what.role is Role.GRADIENT)
+    stats = found[3].stats()
+    assert 0 < sums < stats["disk_bytes"]
+    assert stats["disk_written_bytes"] == sum(on_disk.values()) + 3 * sums
+    assert any("sums of gradients" in note for note in found[3].plan.notes)
 
 
 def test_state_that_the_first_step_creates_goes_to_the_disk_when_it_ends() -> None:
@@ -205,16 +223,24 @@ def test_state_moves_along_when_buckets_are_formed_anew(offload: dict[str, str])
     assert_bitwise(([], {}, tensors_of(optimizer)), ([], {}, tensors_of(theirs)))
 
 
-def test_a_step_that_fails_leaves_state_as_it_was() -> None:
-    torch.manual_seed(0)
+@pytest.mark.parametrize(("accumulate", "offload"), [(1, EVERYTHING), (2, SUMS_TOO)])
+def test_a_step_that_fails_leaves_state_as_it_was(accumulate: int, offload: dict[str, str]) -> None:
+    """Also one that has added up gradients already."""
     models = []
-    for options in ({}, {"offload": EVERYTHING}):
+    for options in ({}, {"offload": offload}):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Embedding(5, 40), nn.Linear(40, 40))
         models.append(
-            zgraph.compile(model, torch.optim.AdamW(model.parameters()), loss=mean_square, bucket_bytes=1, **options)
+            zgraph.compile(
+                model,
+                torch.optim.AdamW(model.parameters()),
+                loss=mean_square,
+                bucket_bytes=1,
+                accumulate=accumulate,
+                **options,
+            )
         )
-    good, bad = torch.tensor([1, 2, 3]), torch.tensor([1, 2, 7])
+    good, bad = torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 3, 7])
     for batch in (good, good, bad, good, good):
         if batch is bad:
             for model in models:

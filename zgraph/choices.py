@@ -36,11 +36,13 @@ OFFLOADS: tuple[Any, ...] = (
     _ALL_STATE,
     {**_ALL_STATE, **_HIDDEN},
     {**_ALL_STATE, **_WAITED_FOR},
+    {**_ALL_STATE, "gradients": "disk", **_WAITED_FOR},
 )
 """What lies on a disk: activations as far as nothing waits for them, and state, which is needed once in a step, before
-parameters, which are needed twice or more; last of all, activations for which computing waits."""
+parameters, which are needed twice or more; then activations for which computing waits; last of all, where there are
+micro-batches, sums of gradients, which are needed and written in each of them."""
 
-_LESS = (None, 0, 0, 2, 2, 4, 5)
+_LESS = (None, 0, 0, 2, 2, 4, 5, 6)
 """For each of ``OFFLOADS`` the one, by index, of which all lies there, too, and which is never slower."""
 
 LEVELS = (None, 0.25, 0.5, 0.75, 1.0)

@@ -102,7 +102,12 @@ def check_numbers(numbers: Mapping[str, Any], config: Config) -> None:
 WAITED_FOR = "disk, waited for"
 """Where ``offload`` may keep activations even if computing waits for the disk then."""
 
-OFFLOADED = {"optimizer": ("disk",), "parameters": ("disk",), "activations": ("disk", WAITED_FOR)}
+OFFLOADED = {
+    "optimizer": ("disk",),
+    "parameters": ("disk",),
+    "gradients": ("disk",),
+    "activations": ("disk", WAITED_FOR),
+}
 """What may lie elsewhere than in memory, and where."""
 
 
@@ -119,6 +124,11 @@ def _check_offload(config: Config) -> None:
             if tier not in OFFLOADED[what]:
                 known = " or ".join(map(repr, OFFLOADED[what]))
                 raise OptionError(f"offload={given!r}: {what!r} can lie on {known}, not on {tier!r}", fix=fix)
+    if isinstance(given, dict) and "gradients" in given and config.accumulate == 1:
+        raise OptionError(
+            "offload of gradients with accumulate=1, where each dies in the update of its bucket",
+            fix="give accumulate=2 or more, or leave gradients out",
+        )
     path: Any = config.offload_path
     if path is not None and (not isinstance(path, str) or not path or "\0" in path):
         raise OptionError(f"offload_path={path!r} is no path", fix="give the directory as a string")
@@ -227,7 +237,8 @@ class Config:
         offload: where what a step does not need all the time lies instead of in memory. ``{"optimizer": "disk"}``
             keeps vectors of optimizer state on a disk: each bucket's come from there for its update, and go back, while
             others are computed. ``"parameters": "disk"`` does so with what each rank stores of parameters, which come
-            for forward, for backward and for their update. ``"activations": "disk"`` spills what forward leaves for
+            for forward, for backward and for their update. ``"gradients": "disk"``, with ``accumulate``, does so with
+            their sums over micro-batches. ``"activations": "disk"`` spills what forward leaves for
             backward, as much as the disk is predicted to take and give back while other calls compute; ``"disk, waited
             for"`` spills all that lowers the peak, and lets them wait. On CPUs. With ``memory=``, ``"auto"`` keeps
             there what the budget has no room for, where that is faster than other ways to take less memory.

@@ -130,7 +130,10 @@ class _WaysOut:
         if self._search.hardware.device_type != "cpu" or OFFLOAD in self._search.fixed:
             return
         for what in OFFLOADS[1:]:
-            search = self._search.beside(fixed={**self._fixed(*CHAINED), OFFLOAD: what})
+            try:
+                search = self._search.beside(fixed={**self._fixed(*CHAINED), OFFLOAD: what})
+            except OptionError:
+                continue  # there are no micro-batches, whose sums of gradients it would move
             if (fits := search.within(self._budget, estimated=True)) is not None:
                 yield from self._way(f"{OFFLOAD}={what!r}", fits)
                 return

@@ -106,7 +106,9 @@ class Executable:
                 self._state.recipe[what.name] = initial_value(self.program, what, self._values[what])
             return self._state.recipe[what.name]
         if what.role is Role.GRADIENT:
-            return self._state.gradients.setdefault(what.name, initial_value(self.program, what, self._values[what]))
+            if what.name not in self._state.gradients:
+                return self._state.keep_gradient(what.name, initial_value(self.program, what, self._values[what]))
+            return self._state.gradients[what.name]
         return self.program.constants[what.name]
 
     def _stored_param(self, bucket: str) -> torch.Tensor:
@@ -130,7 +132,9 @@ class Executable:
         elif what.role is Role.RECIPE:
             self._state.recipe[what.name] = value
         elif what.role is Role.GRADIENT:
-            _copy(self._state.gradients[what.name], value)
+            total = self._state.gradients[what.name]
+            if isinstance(total, torch.Tensor):  # or the step has stored it on a disk
+                _copy(total, value)
         else:
             _copy(self.program.constants[what.name], value)
 

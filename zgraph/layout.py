@@ -89,6 +89,7 @@ class Layout:
         packed: bucket and key of optimizer state that lies in 8 bits an element (``zgraph.packed``).
         on_disk: buckets whose vectors of optimizer state lie on a disk.
         params_on_disk: buckets whose parameters lie on a disk.
+        gradients_on_disk: buckets whose gradients, added up over micro-batches, lie on a disk.
     """
 
     buckets: tuple[Bucket, ...]
@@ -98,6 +99,7 @@ class Layout:
     packed: tuple[tuple[str, str], ...] = ()
     on_disk: tuple[str, ...] = ()
     params_on_disk: tuple[str, ...] = ()
+    gradients_on_disk: tuple[str, ...] = ()
     _index: dict[str, tuple[Bucket, Segment]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _of_state: dict[str, Layout] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -134,7 +136,7 @@ class Layout:
     @property
     def needs_disk(self) -> bool:
         """Whether anything lies on a disk."""
-        return bool(self.on_disk or self.params_on_disk)
+        return bool(self.on_disk or self.params_on_disk or self.gradients_on_disk)
 
     def param_numel(self, bucket: Bucket) -> int:
         """Elements of the bucket's parameters that one rank stores."""

@@ -7,7 +7,7 @@ Per bucket and key there is one flat tensor (``exp_avg`` of all its parameters),
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -115,11 +115,12 @@ class OptimizerState:
     def keep(self, bucket: str, key: str, value: Value) -> Value:
         """Store an entry where the layout has it; as it is stored."""
         entries = self.stored.setdefault(bucket, {})
-        entries[key] = self._placed(self._layout, bucket, value)
+        entries[key] = self.placed(self._layout.on_disk, bucket, value)
         return entries[key]
 
-    def _placed(self, layout: Layout, bucket: str, value: Value) -> Value:
-        if bucket not in layout.on_disk or not isinstance(value, torch.Tensor) or value.dim() != 1:
+    def placed(self, on_disk: Collection[str], bucket: str, value: Value) -> Value:
+        """A value of a bucket as it is stored: flat tensors of some of them on the disk."""
+        if bucket not in on_disk or not isinstance(value, torch.Tensor) or value.dim() != 1:
             return value
         assert self.disk is not None, "no room was reserved"
         there = self.disk.allocate(len(value), value.dtype)
@@ -159,7 +160,7 @@ class OptimizerState:
                         flat.write(name, value)
                     if layout.packs(bucket.name, key):
                         entries[key] = pack(flat.tensors[bucket.name])
-                    entries[key] = self._placed(layout, bucket.name, entries[key])
+                    entries[key] = self.placed(layout.on_disk, bucket.name, entries[key])
                 else:
                     entries[key] = _copy(self._value(names[0], params[names[0]], key, readers))
             if self._optimizer is not None:

@@ -375,7 +375,7 @@ def _disk_notes(lowered: Lowered, prediction: Prediction, hardware: Hardware) ->
     spilled = max(map(spilled_bytes, lowered.programs))
     stored = sum(found.values()) + spilled
     if stored:
-        named = {Role.PARAM: "parameters", Role.OPT_STATE: "optimizer state"}
+        named = {Role.PARAM: "parameters", Role.OPT_STATE: "optimizer state", Role.GRADIENT: "sums of gradients"}
         state = [words for role, words in named.items() if any(what.role is role for what in found)]
         *first, last = [*state, *(["activations"] if spilled else [])]
         kinds = f"{', '.join(first)} and {last}" if first else last

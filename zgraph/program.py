@@ -278,7 +278,7 @@ class Program:
         return written <= {what for _, what in self.placeholders()}
 
     def is_on_disk(self, node: fx.Node) -> bool:
-        """Whether a value lies on a disk: what has been spilled, and of some buckets, parameters or optimizer state."""
+        """Whether a value lies on a disk: what has been spilled, and of some buckets, parameters and what is theirs."""
         if node.target is ops.wait:
             return operand(node).target is ops.spill
         what: Input | None = node.meta.get("input")
@@ -288,7 +288,12 @@ class Program:
         """Whether such a value is kept on a disk between steps."""
         if self.layout is None or not isinstance(val, torch.Tensor) or val.dim() != 1:
             return False
-        there = {Role.PARAM: self.layout.params_on_disk, Role.OPT_STATE: self.layout.on_disk}
+        layout = self.layout
+        there = {
+            Role.PARAM: layout.params_on_disk,
+            Role.OPT_STATE: layout.on_disk,
+            Role.GRADIENT: layout.gradients_on_disk,
+        }
         return what.name in there.get(what.role, ())
 
     @property

@@ -388,6 +388,7 @@ class _Held:
             if phase_of(life.node) is Phase.FORWARD and life.first < backward <= life.last and life.node not in casts
         )
         on_disk = config.offload or ()
+        gradients = 0 if "gradients" in on_disk else gradients
         state = 0 if "optimizer" in on_disk else state // 4 if config.state_precision is not None else state
         return cls(0 if "parameters" in on_disk else params, state, gradients, activations)
 

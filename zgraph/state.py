@@ -63,7 +63,7 @@ class TrainingState:
         self.mesh = mesh or Mesh(1 if group is None else dist.get_world_size(group))
         self.layout: Layout | None = None
         self.params: dict[str, torch.Tensor | DiskTensor] = {}
-        self.gradients: dict[str, torch.Tensor] = {}
+        self.gradients: dict[str, torch.Tensor | DiskTensor] = {}
         self.gathered: dict[Input, torch.Tensor] = {}
         self.recipe: dict[str, torch.Tensor] = {}
         self.agreement = Agreement(group)
@@ -102,6 +102,14 @@ class TrainingState:
     def keep(self, bucket: str, key: str, value: Value) -> Value:
         """Store optimizer state where the layout has it; as it is stored."""
         return self._optimizer_state.keep(bucket, key, value)
+
+    def keep_gradient(self, bucket: str, value: torch.Tensor) -> torch.Tensor | DiskTensor:
+        """Store what micro-batches are to be added up in, where the layout has it; as it is stored."""
+        assert self.layout is not None
+        stored = self._optimizer_state.placed(self.layout.gradients_on_disk, bucket, value)
+        assert isinstance(stored, (torch.Tensor, DiskTensor))
+        self.gradients[bucket] = stored
+        return stored
 
     def replaced(self) -> list[str]:
         """Parameters that are not as ``commit`` left them: other objects, or (``param.data = ...``) other memory."""
