@@ -708,7 +708,8 @@ class Runtime:
         last = self.last()
         states = [v for entries in self.state.opt.values() for v in entries.values() if isinstance(v, torch.Tensor)]
         params = [v for v in self.state.params.values() if isinstance(v, torch.Tensor)]
-        stored = [*self.state.params.values(), *(v for each in self.state.opt.values() for v in each.values())]
+        entries = [v for each in self.state.opt.values() for v in each.values()]
+        stored = [*self.state.params.values(), *self.state.gradients.values(), *entries]
         on_disk = [v for v in stored if isinstance(v, DiskTensor)]
         return {
             "param_bytes": sum(t.nbytes for t in params),
