@@ -121,3 +121,19 @@ def common_rows(tensors: Iterable[torch.Tensor]) -> int:
     """The first dimension that all tensors of a batch have; 1 if they have none in common."""
     lengths = {_length(tensor) for tensor in tensors}
     return (lengths.pop() or 1) if len(lengths) == 1 else 1
+
+
+def with_tensors_on(device: torch.device | str | None, call: Call) -> Call:
+    """The same call as far as capture looks at it: with tensors of the same form, and no values."""
+
+    def form(tensor: torch.Tensor) -> torch.Tensor:
+        size, stride, dtype = tensor.shape, tensor.stride(), tensor.dtype
+        return torch.empty_strided(size, stride, dtype=dtype, device=device, requires_grad=tensor.requires_grad)
+
+    made: Call = pytree.tree_map_only(torch.Tensor, form, call)
+    return made
+
+
+def tensors_of(call: Call) -> list[torch.Tensor]:
+    """The tensors of a call, in flattening order."""
+    return [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]

@@ -25,6 +25,7 @@ from zgraph.config import Config
 from zgraph.errors import CaptureError, OptionError, StateError
 from zgraph.explain import Explanation, explain
 from zgraph.groups import process_group
+from zgraph.inspection import export, plan_of, report_of, stats_of
 from zgraph.metrics import check_metrics
 from zgraph.pipeline import Pass
 from zgraph.plans import Plan
@@ -143,7 +144,7 @@ class CompiledModule(nn.Module):
             last step, before it was clipped, and ``num_skipped_steps`` since the model was compiled; with float16
             ``loss_scale`` of the next step.
         """
-        return self.__dict__["_zgraph"].stats()  # type: ignore[no-any-return]
+        return stats_of(self.__dict__["_zgraph"])
 
     @property
     def recipe(self) -> dict[str, float]:
@@ -175,7 +176,7 @@ class CompiledModule(nn.Module):
         Raises:
             OptionError: this kind of GPU is not known; ``zgraph calibrate`` measures it.
         """
-        return self.__dict__["_zgraph"].plan()  # type: ignore[no-any-return]
+        return plan_of(self.__dict__["_zgraph"])
 
     def report(self, path: str | Path | None = None) -> Report:
         """See inside the last step: what each pass did, what it costs, what is held when, and why.
@@ -194,7 +195,7 @@ class CompiledModule(nn.Module):
         """
         if path is not None:
             files_of(path)
-        made: Report = self.__dict__["_zgraph"].report()
+        made = report_of(self.__dict__["_zgraph"])
         if path is not None:
             made.write(path)
         return made
@@ -217,8 +218,7 @@ class CompiledModule(nn.Module):
             OptionError: the step cannot be exported yet, or the batch is not one that it takes.
             StateError: a file cannot be written.
         """
-        written: list[Path] = self.__dict__["_zgraph"].export(Path(directory), batch)
-        return written
+        return export(self.__dict__["_zgraph"], Path(directory), batch)
 
     def profile(self, steps: int = 3) -> None:
         """Measure the next steps, call by call; ``report`` then shows what was measured beside what was predicted.

@@ -449,6 +449,10 @@ class Config:
             )
         return config
 
+    def given(self) -> dict[str, Any]:
+        """Options that differ from their defaults; the stage in any case."""
+        return {name: value for name, value in vars(self).items() if name == "zero" or value != getattr(Config, name)}
+
     def mesh(self, world: int) -> Mesh:
         """The mesh of so many ranks.
 

@@ -202,7 +202,7 @@ class Progress:
         runtime: Any = getattr(model, "__dict__", {}).get("_zgraph")
         if runtime is None:
             raise OptionError(f"the model, a {type(model).__name__}, is not compiled", fix="zgraph.compile(model, ...)")
-        self._runtime = runtime
+        self._model, self._runtime = model, runtime
         given: dict[str, Any] = {"steps": steps, "every": every}
         for name, number in given.items():
             if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
@@ -276,14 +276,14 @@ class Progress:
         if last is not self._compiled:  # predicting takes longer than all else here
             self._compiled, self._predicted = last, {}
             with suppress(OptionError):  # a GPU that is not known
-                plan = self._runtime.plan()
+                plan = self._model.plan
                 self._predicted = {
                     "budget_bytes": plan.budget_bytes,
                     "predicted_step_s": plan.chosen.step_s,
                     "predicted_exposed_s": plan.chosen.exposed_s,
                 }
         told = ("gradient_norm", "loss_scale", "num_skipped_steps")
-        of_step = {name: value for name, value in self._runtime.stats().items() if name in told}
+        of_step = {name: value for name, value in self._model.stats().items() if name in told}
         return {**of_step, "memory_bytes": _taken_bytes(last.layout.buckets[0].device), **self._predicted}
 
 

@@ -1,7 +1,8 @@
 """What a compiled model does around its steps: captures each kind of step once, keeps it, chooses options, runs it.
 
 ``train_step`` finds the step for what it is given, or has the passes make it; a budget chooses the options that were
-left open. What all ranks must agree on is agreed before anything runs.
+left open. What all ranks must agree on is agreed before anything runs. What is told of a step that ran is in
+``zgraph.inspection``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import InitVar, dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from zgraph.agreement import CheckedComm
 from zgraph.arena import Arena
 from zgraph.averages import WEIGHT_EMA
-from zgraph.batches import Call, MicroBatches, call_of, micro_batches
+from zgraph.batches import Call, MicroBatches, micro_batches, tensors_of, with_tensors_on
 from zgraph.budget import Budget, free_bytes
 from zgraph.capture import batch_device, capture
 from zgraph.captures import Captures
@@ -38,11 +38,10 @@ from zgraph.comm import Comm
 from zgraph.compile_times import CAPTURE
 from zgraph.config import Config, check_numbers
 from zgraph.decision import AUTO, KERNELS, decide
-from zgraph.disk import DEFAULT_PATH, DiskTensor, Moved, padded
+from zgraph.disk import DEFAULT_PATH, Moved, padded
 from zgraph.eager import GatherOnUse
 from zgraph.errors import DiskError, OptimizerError, OptionError, ZgraphError
 from zgraph.execute import Executable
-from zgraph.export import check_batch, check_exportable, rank_of, write
 from zgraph.facts import ARGUMENTS, ATTRIBUTES, STEP_COUNTS, Facts, fact_of, hold, state_spec
 from zgraph.footprint import state_on_disk
 from zgraph.groups import open_axes
@@ -55,20 +54,19 @@ from zgraph.metrics import Metric, by_name
 from zgraph.overwrites import check_overwrites
 from zgraph.pipeline import Pass, PassRecord
 from zgraph.placement import place
-from zgraph.plans import Plan, default_budget, describe, show_bytes
+from zgraph.plans import Plan, describe, show_bytes
 from zgraph.predict import predict
 from zgraph.program import Guard, Input, Program, Role
 from zgraph.progress import PASSES, Phases
-from zgraph.report import Recorder, Report, make_report
 from zgraph.search import Search
-from zgraph.skipping import GRADIENT_NORM, NUM_SKIPPED, report
+from zgraph.skipping import GRADIENT_NORM, NUM_SKIPPED
 from zgraph.spilled import SpillRoom
 from zgraph.state import TrainingState
 from zgraph.stopwatch import Measured, Stopwatch
 from zgraph.tracing import forget
 from zgraph.update import check_step, hyperparameters
 from zgraph.which_comm import make_comm
-from zgraph.which_hardware import hardware_of, tell, told
+from zgraph.which_hardware import tell, told
 
 log = logging.getLogger("zgraph")
 
@@ -100,6 +98,16 @@ class Compiled:
         return before + self.executable.step.copied_bytes
 
     @property
+    def executables(self) -> tuple[Executable, ...]:
+        """What runs on micro-batches before the last, if there are any, and on the last."""
+        return (self.executable,) if self.micro is None else (self.micro, self.executable)
+
+    @property
+    def lowered(self) -> Lowered:
+        """The programs that run."""
+        return Lowered(self.executable.program, self.micro.program if self.micro is not None else None, self.records)
+
+    @property
     def layout(self) -> Layout:
         layout = self.executable.program.layout
         assert layout is not None
@@ -123,16 +131,16 @@ class Runtime:
     cache: list[Compiled] = field(default_factory=list)  # in order of last use
     arena: Arena = field(default_factory=Arena)
     spill_room: SpillRoom = field(default_factory=SpillRoom)
-    _comm: Comm | None = None
+    comm: Comm | None = None
     _machine: str | None = None
     _budget_bytes: int | None = None
     _decided: dict[str, Plan] = field(default_factory=dict)  # by what a step is given
     _last_decided: Plan | None = None
-    _num_captures: int = 0
+    num_captures: int = 0
     _num_skipped: int = 0
     _num_changes: Counter[str] = field(default_factory=Counter)
     _last: Compiled | None = None
-    _moved: Moved = field(default_factory=Moved)  # from and to a disk, by the last step
+    moved: Moved = field(default_factory=Moved)  # from and to a disk, by the last step
     _facts_seen: dict[str, str] = field(default_factory=dict)
     _capturing: bool = False
     timed: dict[Executable, tuple[Executable, Stopwatch]] = field(default_factory=dict)  # twins that read the clock
@@ -206,18 +214,18 @@ class Runtime:
             if layout.needs_disk:
                 release_free_memory()  # where the model was built, and no state comes to lie
         self._keep((*used, last))
-        assert self._comm is not None
-        self._comm.traffic.clear()
+        assert self.comm is not None
+        self.comm.traffic.clear()
         if self.state.disk is not None:
             self.state.disk.moved = Moved()
         with self.agreement.no_return(), self.state.adding_up():
             for compiled, call in zip(used, calls[:-1], strict=True):
                 assert compiled.micro is not None
-                self._to_run(compiled.micro).run(_tensors(call), hypers)
-            loss = self._to_run(last.executable).run(_tensors(calls[-1]), hypers)
+                self._to_run(compiled.micro).run(tensors_of(call), hypers)
+            loss = self._to_run(last.executable).run(tensors_of(calls[-1]), hypers)
         self._num_to_time = max(self._num_to_time - 1, 0)
         if self.state.disk is not None:
-            self._moved, self.state.disk.moved = self.state.disk.moved, Moved()
+            self.moved, self.state.disk.moved = self.state.disk.moved, Moved()
             with self.agreement.together():
                 self.state.disk.check()
         for call, compiled in made:
@@ -276,7 +284,7 @@ class Runtime:
             if compiled in self.cache:
                 self.cache.remove(compiled)
             else:
-                self._num_captures += 1
+                self.num_captures += 1
             self.cache.append(compiled)
         del self.cache[: -max(NUM_KEPT_STEPS, len(set(used)))]
         self._last = used[-1]
@@ -295,7 +303,7 @@ class Runtime:
         digest = b""
         try:
             with phases.phase(CAPTURE):
-                program = self._capture(args, kwargs, self.config)
+                program = self.capture(args, kwargs, self.config)
             phases.captured(program.num_nodes())
             with phases.phase(PASSES):
                 lowered = lower(
@@ -304,7 +312,7 @@ class Runtime:
                     self.mesh,
                     layout,
                     self.passes,
-                    hardware=self._hardware,
+                    hardware=self.hardware,
                     watch=phases.watch,
                 )
             phases.divide(lowered.records)
@@ -314,11 +322,11 @@ class Runtime:
         except Exception as caught:  # noqa: BLE001 -- whatever it is, the other ranks are told before this one stops
             error = caught
         self.agreement.share_outcome(digest, error)
-        if self._comm is None:
+        if self.comm is None:
             devices = {bucket.device.type for bucket in lowered.layout.buckets}
-            self._comm = make_comm(self.state.group, devices, self.mesh)
+            self.comm = make_comm(self.state.group, devices, self.mesh)
             if self.config.check_collectives and self.state.group is not None:
-                self._comm = CheckedComm(self._comm, self.agreement)
+                self.comm = CheckedComm(self.comm, self.agreement)
         self._agree_on_kernels(lowered.programs)
         with phases.phase("kernels"), self.agreement.together():
             micro, executable = (None, *map(self._executable, lowered.programs))[-2:]
@@ -328,10 +336,10 @@ class Runtime:
         release_free_memory()
         assert executable is not None
         guards, records, capture_s = lowered.last.guards, lowered.records, phases.seconds[CAPTURE]
-        call = _with_tensors_on("meta", (args, kwargs))
+        call = with_tensors_on("meta", (args, kwargs))
         return Compiled({key}, self.config, executable, micro, guards, records, capture_s, self._last_decided, call)
 
-    def _capture(self, args: tuple[Any, ...], kwargs: dict[str, Any], config: Config) -> Program:
+    def capture(self, args: tuple[Any, ...], kwargs: dict[str, Any], config: Config) -> Program:
         """The step on a batch, before any pass. Involves no other rank."""
         assert self.optimizer is not None
         self._capturing = True
@@ -345,7 +353,7 @@ class Runtime:
                 weight=self.weight,
                 metrics=self.metrics,
                 state=state_spec(self.model, self.state.state_forms()),
-                device=self._device(),
+                device=self.device(),
                 config=config,
             )
         finally:
@@ -354,21 +362,21 @@ class Runtime:
         return program
 
     def _executable(self, program: Program, stopwatch: Stopwatch | None = None) -> Executable:
-        assert self._comm is not None
+        assert self.comm is not None
         for node in program.graph.nodes:
             if isinstance(node.target, Kernel):
                 node.target.prepare()
-        tagged = isinstance(self._comm, CheckedComm)
+        tagged = isinstance(self.comm, CheckedComm)
         if self.config.check_memory:
-            watch = MemoryCheck(program, staged=self._comm.is_staged)
+            watch = MemoryCheck(program, staged=self.comm.is_staged)
             step = emit(program, tagged=tagged, watch=watch)
         else:
-            placement = place(program, staged=self._comm.is_staged)
+            placement = place(program, staged=self.comm.is_staged)
             check_overwrites(program, placement)
             self.arena.reserve(placement.num_bytes)
             step = emit(program, placement, tagged=tagged, watch=stopwatch)
         self.spill_room.reserve(step.spilled_bytes)
-        return Executable(program, step, self.state, self._comm, self.arena, self.spill_room)
+        return Executable(program, step, self.state, self.comm, self.arena, self.spill_room)
 
     def _agree_on_kernels(self, programs: Sequence[Program]) -> None:
         """Run updates in slices on all ranks where one of them cannot compile: replicas are to be rounded alike."""
@@ -394,14 +402,14 @@ class Runtime:
     def _place(self, batch: Call) -> torch.device:
         """Where the step computes."""
         devices = [p.device for p in self.model.parameters() if not p.is_meta]
-        return self._device() or (devices[0] if devices else batch_device(batch))
+        return self.device() or (devices[0] if devices else batch_device(batch))
 
     @property
-    def _hardware(self) -> Hardware | None:
+    def hardware(self) -> Hardware | None:
         """Rank 0's machine, by which all ranks decide."""
         return told(self._machine, self.agreement.world) if self._machine else None
 
-    def _device(self) -> torch.device | None:
+    def device(self) -> torch.device | None:
         """Where parameters without memory live; None before they have a place."""
         return self.state.layout.buckets[0].device if self.state.layout is not None else None
 
@@ -461,13 +469,13 @@ class Runtime:
         if not self._num_to_time:
             return executable
         if executable not in self.timed:
-            device = self._device()
+            device = self.device()
             assert device is not None
             stopwatch = Stopwatch(device.type)
             self.timed[executable] = self._executable(executable.program, stopwatch), stopwatch
         return self.timed[executable][0]
 
-    def _measured(self, executable: Executable) -> Measured | None:
+    def measured(self, executable: Executable) -> Measured | None:
         """What was measured of an executable, if anything was."""
         if executable not in self.timed:
             return None
@@ -490,7 +498,7 @@ class Runtime:
             self.agreement.check("model.train_step(), whose options are to be chosen", {"the batch": batch})
             largest = max(calls, key=_num_elements)
             self._agree_on_machine(largest)
-            if self._hardware is None:
+            if self.hardware is None:
                 raise OptionError("this GPU is not known, so that memory= has no times", fix="run `zgraph calibrate`")
             if self._budget_bytes is None:
                 self._budget_bytes = self.agreement.least(budget.num_bytes or self._free_bytes(largest))
@@ -504,7 +512,7 @@ class Runtime:
                 phases.shown("options chosen", self.model, is_first=is_first, asked=self.progress),
                 phases.phase("search"),
             ):
-                chosen = self.agreement.of_first(partial(self._choose, budget, call, self._hardware))
+                chosen = self.agreement.of_first(partial(self._choose, budget, call, self.hardware))
             plan = Plan.from_json(chosen)
             if not plan.fits:
                 raise plan.refusal()
@@ -558,7 +566,7 @@ class Runtime:
         params = list(self.model.parameters())
         states = [v for entries in self.optimizer.state.values() for v in entries.values()]
         stored = [v for entries in self.state.opt.values() for v in entries.values()]
-        held = [*params, *(p.grad for p in params), *self.model.buffers(), *states, *stored, *_tensors(call)]
+        held = [*params, *(p.grad for p in params), *self.model.buffers(), *states, *stored, *tensors_of(call)]
         tensors = [t for t in held if isinstance(t, torch.Tensor) and not t.is_meta]
         return free_bytes(self._place(call), self.agreement.world, tensors)
 
@@ -568,11 +576,11 @@ class Runtime:
         Raises:
             BudgetError: with what is in the way.
         """
-        if self._last_decided is None or self._hardware is None:
+        if self._last_decided is None or self.hardware is None:
             return
-        made, budget = predict(lowered, self._hardware, self.config.accumulate), self._last_decided.budget_bytes
+        made, budget = predict(lowered, self.hardware, self.config.accumulate), self._last_decided.budget_bytes
         if made.reserved_bytes > budget:
-            raise describe(self.model, lowered, made, _given(self.config), self._hardware, budget).refusal()
+            raise describe(self.model, lowered, made, self.config.given(), self.hardware, budget).refusal()
 
     # -- around steps ---------------------------------------------------------------------------------------
 
@@ -618,122 +626,6 @@ class Runtime:
             )
         return self._last
 
-    def plan(self) -> Plan:
-        last = self.last()
-        lowered, hardware = self._lowered(last), self._last_hardware(last)
-        made = predict(lowered, hardware, last.config.accumulate)
-        if last.decided is None:
-            return describe(self.model, lowered, made, _given(last.config), hardware, default_budget(hardware))
-        decided = last.decided
-        return describe(
-            self.model,
-            lowered,
-            made,
-            decided.options,
-            hardware,
-            decided.budget_bytes,
-            rejected=decided.rejected,
-            notes=decided.notes,
-        )
-
-    def _lowered(self, last: Compiled) -> Lowered:
-        """The programs that ran."""
-        return Lowered(last.executable.program, last.micro.program if last.micro is not None else None, last.records)
-
-    def _last_hardware(self, last: Compiled) -> Hardware:
-        """The machine that a step ran on.
-
-        Raises:
-            OptionError: it is a GPU that is not known.
-        """
-        return self._hardware or hardware_of(last.layout.buckets[0].device, self.agreement.world)
-
-    def report(self) -> Report:
-        """Captures and rewrites the last step once more, and looks on: nothing is kept for it before."""
-        last = self.last()
-        plan, hardware = self.plan(), self._last_hardware(last)
-        args, kwargs = _with_tensors_on(self._device(), last.call)
-        captured, recorder = self._capture(args, kwargs, last.config), Recorder(hardware)
-        lowered = lower(
-            captured, last.config, self.mesh, last.layout, self.passes, hardware=self._hardware, watch=recorder
-        )
-        ran = self._lowered(last)
-        notes = []
-        if [program.text() for program in lowered.programs] != [program.text() for program in ran.programs]:
-            notes.append("the step has changed since it last ran: this is the one that would be compiled now")
-        executables = (last.executable,) if last.micro is None else (last.micro, last.executable)
-        found = [] if notes else [self._measured(each) for each in executables]
-        measured = [each for each in found if each is not None]
-        return make_report(
-            recorder,
-            lowered,
-            plan,
-            last.config,
-            hardware,
-            proved=True,
-            digest=ran.digest(),
-            notes=notes,
-            measured=measured if len(measured) == len(executables) else (),
-        )
-
-    def export(self, directory: Path, batch: Any) -> list[Path]:
-        """Write the last step, to run without zgraph: see ``CompiledModule.export``."""
-        last = self.last()
-        executables = (last.executable,) if last.micro is None else (last.micro, last.executable)
-        programs = [each.program for each in executables]
-        check_exportable(programs, last.layout.buckets[0].device, last.config)
-        given = None
-        if batch is not None:
-            whole: Call = ((batch,), {}) if isinstance(batch, MicroBatches) else call_of(batch, "the batch")
-            given = [_tensors(call) for call in micro_batches(*whole, last.config.accumulate)]
-            for tensors, program in zip(given, [*programs[:1] * (len(given) - 1), programs[-1]], strict=True):
-                check_batch(program, tensors)
-        assert self.optimizer is not None
-        with torch.no_grad():
-            state: dict[str, Any] = {}
-            for each in executables:
-                state |= each.state()
-        return write(
-            directory,
-            [(each.program, each.step) for each in executables],
-            state=state,
-            batch=given,
-            hypers={**hyperparameters(self.optimizer), **last.config.inputs(self.numbers, self.agreement.world)},
-            num_micro_batches=last.config.accumulate,
-            arena_bytes=self.arena.num_bytes,
-            rank=rank_of(self.state.group),
-        )
-
-    def stats(self) -> dict[str, Any]:
-        last = self.last()
-        states = [v for entries in self.state.opt.values() for v in entries.values() if isinstance(v, torch.Tensor)]
-        params = [v for v in self.state.params.values() if isinstance(v, torch.Tensor)]
-        entries = [v for each in self.state.opt.values() for v in each.values()]
-        stored = [*self.state.params.values(), *self.state.gradients.values(), *entries]
-        on_disk = [v for v in stored if isinstance(v, DiskTensor)]
-        return {
-            "param_bytes": sum(t.nbytes for t in params),
-            "optimizer_state_bytes": sum(t.nbytes for t in states),
-            "disk_bytes": sum(t.nbytes for t in on_disk),
-            "disk_read_bytes": self._moved.read_bytes,
-            "disk_written_bytes": self._moved.written_bytes,
-            "spilled_bytes": self.spill_room.num_bytes,
-            "buffer_bytes": sum(b.nbytes for b in self.model.buffers()),
-            "arena_bytes": self.arena.num_bytes,
-            "copied_bytes": last.copied_bytes(self.config.accumulate),
-            "collectives": self._comm.traffic.as_dict() if self._comm is not None else {},
-            "num_nodes": last.executable.program.num_nodes(),
-            "num_captures": self._num_captures,
-            "capture_s": last.capture_s,
-            "passes_s": sum(record.time_s + record.verify_s for record in last.records),
-            **report(self.state.recipe),
-        }
-
-
-def _given(config: Config) -> dict[str, Any]:
-    """Options that differ from their defaults; the stage in any case."""
-    return {name: value for name, value in vars(config).items() if name == "zero" or value != getattr(Config, name)}
-
 
 def _calls(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Call]:
     """What ``train_step`` was given: one call, or those of a ``MicroBatches``."""
@@ -742,23 +634,8 @@ def _calls(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Call]:
     return [(args, kwargs)]
 
 
-def _with_tensors_on(device: torch.device | str | None, call: Call) -> Call:
-    """The same call as far as capture looks at it: with tensors of the same form, and no values."""
-
-    def form(tensor: torch.Tensor) -> torch.Tensor:
-        size, stride, dtype = tensor.shape, tensor.stride(), tensor.dtype
-        return torch.empty_strided(size, stride, dtype=dtype, device=device, requires_grad=tensor.requires_grad)
-
-    made: Call = pytree.tree_map_only(torch.Tensor, form, call)
-    return made
-
-
 def _num_elements(call: Call) -> int:
-    return sum(tensor.numel() for tensor in _tensors(call))
-
-
-def _tensors(call: Call) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]
+    return sum(tensor.numel() for tensor in tensors_of(call))
 
 
 def functions_by_name(
