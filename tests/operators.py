@@ -29,8 +29,8 @@ from torch.utils import _pytree as pytree
 
 import zgraph
 
-# For each operator, the database looks through the stack for a unittest.TestCase, which pytest's tests are none of: that
-# took most of the time of all tests that go through it.
+# For each operator, the database looks through the stack for a unittest.TestCase, which pytest's tests are none of:
+# that took most of the time of all tests that go through it.
 common_utils.extract_test_fn = core.extract_test_fn = lambda: None
 
 MAX_SAMPLES = 12
