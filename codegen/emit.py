@@ -19,6 +19,7 @@ from torch import fx
 from zgraph import ops
 from zgraph.codegen import comments
 from zgraph.codegen.owned import OwnedUpdate
+from zgraph.codegen.quantizers import IN_ONE_PASS
 from zgraph.codegen.region import Region
 from zgraph.codegen.source import SourceWriter
 from zgraph.disk import padded
@@ -233,4 +234,4 @@ def _expression(
         vals = tuple(arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in node.args)
         whose = [f"rank={_comm(mesh, mesh.shard_axis)}.rank"] if node.target.is_divided(vals) else []
         return writer.expression(node.target, [*(writer.argument(arg, names) for arg in node.args), *whose])
-    return writer.call(node, names)
+    return writer.call(node, names, IN_ONE_PASS.get(node.target))

@@ -73,11 +73,11 @@ class SourceWriter:
             return "[" + ", ".join(self.argument(a, names) for a in arg) + "]"
         return self.literal(arg)
 
-    def call(self, node: fx.Node, names: Mapping[fx.Node, str]) -> str:
-        """The expression for one call."""
+    def call(self, node: fx.Node, names: Mapping[fx.Node, str], target: Any = None) -> str:
+        """The expression for one call, or for the same of another ``target``."""
         args = [self.argument(a, names) for a in node.args]
         return self.expression(
-            node.target, args + [f"{key}={self.argument(value, names)}" for key, value in node.kwargs.items()]
+            target or node.target, args + [f"{key}={self.argument(value, names)}" for key, value in node.kwargs.items()]
         )
 
     def expression(self, target: Any, args: list[str]) -> str:

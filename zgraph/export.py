@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from zgraph import comm, into, ops, packed, quantized, standalone
+from zgraph.codegen import quantizers
 from zgraph.codegen.cpp import CppWriter
 from zgraph.codegen.elementwise import results_of
 from zgraph.codegen.emit import Step
@@ -50,9 +51,9 @@ _OWN: dict[Any, tuple[str, Sequence[Any], str]] = {
     ops.pack_state: ("packed.pack", [packed], ""),
     ops.pack_state_into: ("packed.pack_into", [packed], ""),
     ops.unpack_state: ("packed.unpack", [packed], ""),
-    ops.quantize: ("quantized.quantize", [packed, quantized], ""),
-    ops.dequantize: ("quantized.dequantize", [packed, quantized], ""),
-    ops.mean_of_quantized: ("quantized.mean_of_quantized", [packed, quantized], ""),
+    quantizers.quantize: ("quantized.quantize", [packed, quantized], ""),
+    quantizers.dequantize: ("quantized.dequantize", [packed, quantized], ""),
+    quantizers.mean_of_quantized: ("quantized.mean_of_quantized", [packed, quantized], ""),
     **{each: (each.__name__, [each], "") for each in (into.copy, into.fill, into.embedding, into.embedding_gradient)},
 }
 """Operators of zgraph's: what is called instead, what that is made of, and what that reads."""

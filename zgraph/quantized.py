@@ -20,7 +20,8 @@ from zgraph.packed import BLOCK
 
 _LEVELS = 127
 _SCALE_BYTES = 4
-_BLOCK_BYTES = _SCALE_BYTES + BLOCK
+BLOCK_BYTES = _SCALE_BYTES + BLOCK
+"""Of a block's scale and codes."""
 _BLOCKS_AT_ONCE = 2**14
 """What is computed with between float32 and bytes is no larger than so many blocks."""
 
@@ -28,7 +29,7 @@ _BLOCKS_AT_ONCE = 2**14
 def quantized_numel(numel: int) -> int:
     """Bytes of ``numel`` elements, a multiple of ``BLOCK``."""
     assert numel % BLOCK == 0, numel
-    return numel // BLOCK * _BLOCK_BYTES
+    return numel // BLOCK * BLOCK_BYTES
 
 
 def quantize(x: torch.Tensor) -> torch.Tensor:
@@ -37,7 +38,7 @@ def quantize(x: torch.Tensor) -> torch.Tensor:
     for blocks, row in _some_at_once(x, out):
         least, most = blocks.aminmax(dim=1, keepdim=True)
         scales, codes = _parts(row)
-        torch.maximum(most, -least, out=least)
+        torch.maximum(most, -least, out=least).abs_()  # the scale of zeros has no sign
         scales.copy_(least)
         codes.copy_((blocks / least).mul_(_LEVELS).round_().nan_to_num_(0))  # 0 times a scale that is not finite is NaN
     return out
@@ -45,7 +46,7 @@ def quantize(x: torch.Tensor) -> torch.Tensor:
 
 def dequantize(data: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The vector, computed in float32 and returned in ``dtype``."""
-    out = torch.empty(len(data) // _BLOCK_BYTES * BLOCK, dtype=dtype, device=data.device)
+    out = torch.empty(len(data) // BLOCK_BYTES * BLOCK, dtype=dtype, device=data.device)
     for blocks, row in _some_at_once(out, data):
         scales, codes = _parts(row)
         blocks.copy_(codes.float().div_(_LEVELS).mul_(scales))
@@ -63,7 +64,7 @@ def mean_of_quantized(data: torch.Tensor, world: int) -> torch.Tensor:
 
 def _some_at_once(x: torch.Tensor, data: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Blocks of a vector and of its bytes, as rows."""
-    elements, both = x.view(-1, BLOCK), data.view(-1, _BLOCK_BYTES)
+    elements, both = x.view(-1, BLOCK), data.view(-1, BLOCK_BYTES)
     for start in range(0, len(elements), _BLOCKS_AT_ONCE):
         yield elements[start : start + _BLOCKS_AT_ONCE], both[start : start + _BLOCKS_AT_ONCE]
 

@@ -31,8 +31,10 @@ from zgraph.budget import Budget, free_bytes
 from zgraph.capture import batch_device, capture
 from zgraph.captures import Captures
 from zgraph.choices import ACCUMULATE, STORED, searched
+from zgraph.codegen import quantizers
 from zgraph.codegen.emit import emit
 from zgraph.codegen.kernel import Kernel
+from zgraph.codegen.quantizers import IN_ONE_PASS
 from zgraph.collector import collect_garbage
 from zgraph.comm import Comm
 from zgraph.compile_times import CAPTURE
@@ -366,6 +368,8 @@ class Runtime:
         for node in program.graph.nodes:
             if isinstance(node.target, Kernel):
                 node.target.prepare()
+            elif node.target in IN_ONE_PASS:
+                quantizers.prepare()
         tagged = isinstance(self.comm, CheckedComm)
         if self.config.check_memory:
             watch = MemoryCheck(program, staged=self.comm.is_staged)

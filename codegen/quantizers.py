@@ -1,0 +1,170 @@
+"""Vectors to 8 bits an element and back in one pass over memory: in C++ on a CPU, in Triton on a GPU.
+
+Bit for bit what ``zgraph.quantized`` computes by several calls of ATen, which are what runs where nothing compiles
+these. A block's bytes are read and written once; the mean over ranks needs no vector in between.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+from zgraph import ops, quantized
+from zgraph.codegen import library, triton
+from zgraph.codegen.region_cpp import BFLOAT16
+from zgraph.packed import BLOCK
+from zgraph.quantized import BLOCK_BYTES, quantized_numel
+
+_HEAD = f"""{BFLOAT16}
+enum {{ BLOCK = {BLOCK}, BYTES = {BLOCK_BYTES} }};
+
+static inline float scale_of(const unsigned char *row) {{ float x; __builtin_memcpy(&x, row, 4); return x; }}
+
+"""
+
+SOURCE = f"""{_HEAD}extern "C" void zgraph_quantize(long num, int threads, const float *x, unsigned char *out, int) {{
+    #pragma omp parallel for num_threads(threads) if (num > 64)
+    for (long b = 0; b < num; b++) {{
+        const float *block = x + b * BLOCK;
+        unsigned char *row = out + b * BYTES;
+        unsigned most = 0;  // magnitudes have the order of their bits, in which NaN comes last
+        for (int i = 0; i < BLOCK; i++) {{
+            unsigned bits;
+            __builtin_memcpy(&bits, block + i, 4);
+            bits &= 0x7fffffffu;
+            most = bits > most ? bits : most;
+        }}
+        const float scale = bits_of(most);
+        __builtin_memcpy(row, &scale, 4);
+        signed char *codes = (signed char *)row + 4;
+        for (int i = 0; i < BLOCK; i++) {{
+            const float level = __builtin_rintf(block[i] / scale * 127.0f);
+            codes[i] = (signed char)(int)(level == level ? level : 0.0f);
+        }}
+    }}
+}}
+
+extern "C" void zgraph_dequantize(long num, int threads, const unsigned char *data, float *out, int) {{
+    #pragma omp parallel for num_threads(threads) if (num > 64)
+    for (long b = 0; b < num; b++) {{
+        const signed char *codes = (const signed char *)data + b * BYTES + 4;
+        const float scale = scale_of(data + b * BYTES);
+        for (int i = 0; i < BLOCK; i++) out[b * BLOCK + i] = (float)codes[i] / 127.0f * scale;
+    }}
+}}
+
+extern "C" void zgraph_dequantize_bf16(long num, int threads, const unsigned char *data, unsigned short *out, int) {{
+    #pragma omp parallel for num_threads(threads) if (num > 64)
+    for (long b = 0; b < num; b++) {{
+        const signed char *codes = (const signed char *)data + b * BYTES + 4;
+        const float scale = scale_of(data + b * BYTES);
+        for (int i = 0; i < BLOCK; i++) out[b * BLOCK + i] = narrow((float)codes[i] / 127.0f * scale);
+    }}
+}}
+
+extern "C" void zgraph_mean(long num, int threads, const unsigned char *data, float *out, int world) {{
+    #pragma omp parallel for num_threads(threads) if (num > 64)
+    for (long b = 0; b < num; b++) {{
+        float *total = out + b * BLOCK;
+        for (int rank = 0; rank < world; rank++) {{
+            const unsigned char *row = data + (rank * num + b) * BYTES;
+            const signed char *codes = (const signed char *)row + 4;
+            const float scale = scale_of(row);
+            for (int i = 0; i < BLOCK; i++) {{
+                const float x = (float)codes[i] / 127.0f * scale;
+                total[i] = rank ? total[i] + x : x;
+            }}
+        }}
+        for (int i = 0; i < BLOCK; i++) total[i] /= (float)world;
+    }}
+}}
+"""
+
+_DEQUANTIZE = {torch.float32: "dequantize", torch.bfloat16: "dequantize_bf16"}
+
+
+def prepare() -> None:
+    """Compile for a CPU, before a step needs it."""
+    if "cpu" in _compiled():
+        library.load(SOURCE)
+
+
+def quantize(x: torch.Tensor) -> torch.Tensor:
+    """See ``zgraph.quantized.quantize``."""
+    if x.device.type not in _compiled():
+        return quantized.quantize(x)
+    out = torch.empty(quantized_numel(len(x)), dtype=torch.uint8, device=x.device)
+    _run("quantize", x, out, len(x) // BLOCK)
+    return out
+
+
+def dequantize(data: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """See ``zgraph.quantized.dequantize``."""
+    if data.device.type not in _compiled() or dtype not in _DEQUANTIZE:
+        return quantized.dequantize(data, dtype)
+    num = len(data) // BLOCK_BYTES
+    out = torch.empty(num * BLOCK, dtype=dtype, device=data.device)
+    _run(_DEQUANTIZE[dtype], data, out, num)
+    return out
+
+
+def mean_of_quantized(data: torch.Tensor, world: int) -> torch.Tensor:
+    """See ``zgraph.quantized.mean_of_quantized``."""
+    if data.device.type not in _compiled():
+        return quantized.mean_of_quantized(data, world)
+    num = len(data) // world // BLOCK_BYTES
+    out = torch.empty(num * BLOCK, dtype=torch.float32, device=data.device)
+    _run("mean", data, out, num, world)
+    return out
+
+
+IN_ONE_PASS: dict[Any, Callable[..., torch.Tensor]] = {
+    ops.quantize: quantize,
+    ops.dequantize: dequantize,
+    ops.mean_of_quantized: mean_of_quantized,
+}
+"""What a step calls instead of operators."""
+
+
+ROWS = 8
+"""Blocks of a program instance in Triton: 2048 elements for its 128 threads."""
+
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+"""Of Triton's compiler."""
+
+
+@cache
+def _compiled() -> frozenset[str]:
+    """Devices for which something compiles these here."""
+    found = {"cpu": library.problem() is None, "cuda": triton.is_available() and torch.cuda.is_available()}
+    return frozenset(device for device, is_so in found.items() if is_so)
+
+
+def _run(name: str, given: torch.Tensor, out: torch.Tensor, num: int, world: int = 1) -> None:
+    """Compute so many blocks."""
+    if given.device.type == "cpu":
+        function = getattr(library.load(SOURCE), f"zgraph_{name}")
+        given = given.contiguous()
+        pointers = ctypes.c_void_p(given.data_ptr()), ctypes.c_void_p(out.data_ptr())
+        function(ctypes.c_long(num), torch.get_num_threads(), *pointers, world)
+        return
+    with torch.cuda.device_of(given):  # type: ignore[no-untyped-call]
+        launch(in_triton()[name], given, out, num, world)
+
+
+def launch(jitted: Any, given: torch.Tensor, out: torch.Tensor, num: int, world: int) -> None:
+    """Run what ``in_triton`` gave, or an interpreter of it."""
+    if num:
+        jitted[-(-num // ROWS),](given.contiguous(), out, num, WORLD=world, ROWS=ROWS, **OPTIONS)
+
+
+@cache
+def in_triton() -> dict[str, Any]:
+    """The same functions by name, as ``triton.jit`` makes them: ``function(given, out, num, WORLD, ROWS)``."""
+    from zgraph.codegen import quantizers_triton
+
+    return quantizers_triton.FUNCTIONS
