@@ -5,6 +5,7 @@ The directory is private to the user, and what is found there is loaded only if 
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import os
@@ -13,12 +14,12 @@ import re
 import shutil
 import subprocess
 import tempfile
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import lru_cache
 from pathlib import Path
 
 from zgraph.errors import OptionError, first_line
-from zgraph.files import user_cache
+from zgraph.files import scratch, user_cache
 
 FLAGS = (
     "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp",
@@ -85,8 +86,8 @@ def _load(source: str, compiler: str, directory: Path) -> ctypes.CDLL:
             if kept.stem.split("-")[1] == _digest(kept):
                 return ctypes.CDLL(str(kept))
             kept.unlink()  # cut off as a disk filled up, say
-    with tempfile.TemporaryDirectory(dir=directory) as scratch:
-        text, made = Path(scratch, "kernels.cpp"), Path(scratch, "kernels.so")
+    with scratch(directory) as place:
+        text, made = place / "kernels.cpp", place / "kernels.so"
         text.write_text(source)
         done = subprocess.run(
             [compiler, *FLAGS, str(text), "-o", str(made), *openmp], capture_output=True, text=True, check=False
@@ -109,13 +110,15 @@ def cache_directory() -> Path:
             return place
     except (OSError, RuntimeError):
         pass  # a home that cannot be written to, or a user without one, is no reason not to train
-    return Path(_scratch().name)
+    return _own_directory()
 
 
 @lru_cache(maxsize=1)
-def _scratch() -> tempfile.TemporaryDirectory[str]:
+def _own_directory() -> Path:
     """A directory that goes as the process ends."""
-    return tempfile.TemporaryDirectory(prefix="zgraph-kernels-")
+    stack = ExitStack()
+    atexit.register(stack.close)
+    return stack.enter_context(scratch(Path(tempfile.gettempdir())))
 
 
 def _digest(path: Path) -> str:

@@ -263,6 +263,20 @@ def test_the_median_of_passes_is_kept() -> None:
     assert calibrate.middle(runs) == replace(first, memory=[[1.0, 5.0], [2.0, 3.0]], launch_s=2.0)
 
 
+def test_the_file_that_a_disk_is_measured_by_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "DISK_BYTES", 2 * calibrate.MIB)
+    move, seen = calibrate._move_all, []
+
+    def watched(*args: Any) -> None:
+        move(*args)
+        seen.extend(tmp_path.iterdir())
+
+    monkeypatch.setattr(calibrate, "_move_all", watched)
+    found = calibrate._disk(tmp_path)
+    assert [size for size, _ in found["write"]] == [4 * calibrate.KIB, 2 * calibrate.MIB]
+    assert seen == []
+
+
 @pytest.mark.slow
 def test_this_machine_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

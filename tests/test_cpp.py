@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from tests.test_kernel import Body, adam, bodies_of, inputs_of, make
 from zgraph.codegen import library
 from zgraph.codegen.cpp import CppWriter, compile_kernel
 from zgraph.codegen.kernel import CPP, SLICE, SLICES, Kernel, region
+from zgraph.files import PASSING
 from zgraph.program import Phase, Role
 
 aten = torch.ops.aten
@@ -236,6 +238,25 @@ def test_a_library_is_kept_and_one_that_was_cut_off_is_made_again(
     assert made.stat().st_size > 1000
 
 
+def test_what_a_run_left_that_was_killed_while_it_compiled_goes_with_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *kernels.so*) kill -9 $PPID ;; esac\nexec g++ "$@"\n')
+    compiler.chmod(0o700)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    directory = library.cache_directory()
+    child = os.fork()
+    if not child:
+        library._load(SOURCE, str(compiler), directory)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    (left,) = directory.iterdir()
+    assert left.is_dir()
+    assert library.load.__wrapped__(SOURCE).seven() == 7
+    (made,) = directory.iterdir()
+    assert made.suffix == ".so"
+
+
 def test_a_directory_that_others_may_write_to_is_not_used(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     own = library.cache_directory()
@@ -254,7 +275,7 @@ def test_a_user_without_a_home_gets_a_directory_that_goes_with_the_process(monke
     assert own.stat().st_mode & 0o777 == 0o700
     without = {key: value for key, value in os.environ.items() if key != "XDG_CACHE_HOME"} | {"HOME": "/proc/none"}
     said = subprocess.run([sys.executable, "-c", program], env=without, capture_output=True, text=True, check=True)
-    assert Path(said.stdout.strip()).name.startswith("zgraph-kernels-")
+    assert Path(said.stdout.strip()).name.startswith(PASSING)
     assert not Path(said.stdout.strip()).exists()
 
 

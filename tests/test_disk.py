@@ -122,21 +122,47 @@ def test_a_file_has_no_name_and_goes_with_its_last_tensor(disk_path: Path) -> No
         os.fstat(fd)
 
 
-def test_files_without_names_are_made_where_the_file_system_knows_none(
-    disk_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def only_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file system here knows files without names."""
     opened = os.open
 
-    def only_names(path: Any, flags: int, mode: int = 0o777, **kwargs: Any) -> int:
+    def refused(path: Any, flags: int, mode: int = 0o777, **kwargs: Any) -> int:
         if flags & os.O_TMPFILE == os.O_TMPFILE:
             raise OSError(errno.EOPNOTSUPP, "no such files")
         return opened(path, flags, mode, **kwargs)
 
-    monkeypatch.setattr(os, "open", only_names)
+    monkeypatch.setattr(os, "open", refused)
+
+
+@pytest.mark.usefixtures("only_names")
+def test_files_without_names_are_made_where_the_file_system_knows_none(disk_path: Path) -> None:
     disk = Disk(disk_path)
     assert torch.equal(there(disk, torch.ones(100)).read(), torch.ones(100))
     assert list(disk_path.iterdir()) == []
     assert os.fstat(disk._fd).st_mode & 0o077 == 0
+
+
+@pytest.mark.usefixtures("only_names")
+def test_the_name_of_a_run_that_was_killed_before_it_lost_it_goes_with_the_next(
+    disk_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink = os.unlink
+    (disk_path / "zgraph-training").write_text("theirs")
+    child = os.fork()
+    if not child:
+        monkeypatch.setattr(os, "unlink", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        Disk(disk_path)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert len(list(disk_path.iterdir())) == 2
+
+    def unlink_twice(path: str, **kwargs: Any) -> None:  # another run was faster
+        unlink(path, **kwargs)
+        unlink(path, **kwargs)
+
+    monkeypatch.setattr(os, "unlink", unlink_twice)
+    assert torch.equal(there(Disk(disk_path), torch.ones(100)).read(), torch.ones(100))
+    assert [path.name for path in disk_path.iterdir()] == ["zgraph-training"]
 
 
 def test_a_copy_has_a_file_of_its_own(disk_path: Path) -> None:

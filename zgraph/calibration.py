@@ -250,11 +250,10 @@ def saved_path() -> Path | None:
 def _writing(path: Path) -> Iterator[Path]:
     """A file beside ``path`` that can be written, and become it."""
     try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
         with beside(path) as partial:
-            if path.is_dir():
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.touch()
             yield partial
     except OSError as error:
         raise StateError(f"{path} cannot be written: {error.strerror}", fix="choose another --output") from error

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from zgraph.errors import DiskError
+from zgraph.files import PASSING, remove_left_behind
 from zgraph.workers import Job, Workers
 
 PAGE = 4096
@@ -409,7 +410,10 @@ def _open_without_name(directory: Path) -> int:
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
             raise
-    # The file system knows no such files: the name is gone again before anything is written.
-    fd, name = tempfile.mkstemp(prefix="zgraph-", dir=directory)
-    os.unlink(name)
+    # The file system knows no such files: the name is gone again before anything is written. It outlasts a process that
+    # is killed just then, until the next one.
+    remove_left_behind(directory)
+    fd, name = tempfile.mkstemp(prefix=PASSING, dir=directory)
+    with contextlib.suppress(FileNotFoundError):  # another run has removed it, which is as well
+        os.unlink(name)
     return fd
