@@ -7,6 +7,7 @@ parameters and another the tokens, so all peers start from the same place and se
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -130,6 +131,18 @@ def build_model(shape: Shape, device: str = "cpu") -> GPT:
     torch.manual_seed(0)
     with torch.device(device):
         return GPT(shape)
+
+
+def shape_of(model: GPT, batch: tuple[Tensor, ...]) -> Shape:
+    """What such a model and one rank's batch were built by."""
+    return Shape(
+        width=model.head.in_features,
+        layers=len(model.blocks),
+        heads=cast("Block", model.blocks[0]).heads,
+        tokens=model.position_embedding.num_embeddings,
+        vocabulary=model.head.out_features,
+        sequences=len(batch[0]),
+    )
 
 
 def build_batch(shape: Shape, num_shares: int, shares: range) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,8 @@
 Peers take turns step by step, as in ``step.py``. Then the disk is measured: all ranks at once move as many bytes as a
 step does, with nothing to compute meanwhile. A step with something on the disk can be no faster than the slower one of
 the two; ``/ bound`` is how near it comes, and ``bound by`` which one that is. ``predicted s`` is by the machine's
-calibration, and compares with ``step s`` only where nothing else runs.
+calibration, and compares with ``step s`` only where nothing else runs. Where DeepSpeed is installed, and libaio for
+what it compiles, its ZeRO-3 with the same on the same disk takes part.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,6 +30,7 @@ from memory import load_malloc_counter
 
 if TYPE_CHECKING:
     from comparison import Settings
+    from models import Shape
 
 BLOCK = 2**24
 ROUNDS = 3
@@ -37,6 +40,9 @@ WAYS = {
     "state on disk": ("optimizer",),
     "all state on disk": ("optimizer", "parameters"),
 }
+
+LIKE_DEEPSPEED = ("state on disk", "all state on disk")
+"""What DeepSpeed can do, too."""
 
 CAP_SHAPE = "1024,1,16,16,512,1"
 """Deepened under a cap: wide, so that it is parameters that take memory and not the graph of very many calls."""
@@ -58,11 +64,11 @@ def main() -> int:
 
 def run(arguments: Sequence[str]) -> int:
     """Do what the options ask for; the exit status is 1 if a peer fails or the losses part."""
-    from command import import_for_ranks
+    from command import LOSS_TOLERANCE, import_for_ranks
     from comparison import Entry, Settings, Spread, compare, loss_difference
     from models import SHAPES, Shape
     from network import enter_private_network
-    from peers import PEERS
+    from peers import PEERS, deepspeed_on_disk
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -70,7 +76,7 @@ def run(arguments: Sequence[str]) -> int:
 
     parser = argparse.ArgumentParser(prog="offload.py", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument(
-        "--model", type=Shape.parse, default=SHAPES["small"], help=f"{', '.join(SHAPES)}; default: small"
+        "--model", type=Shape.parse, help=f"{', '.join(SHAPES)}; default: small, or with --cap {CAP_SHAPE}"
     )
     parser.add_argument("--cap", metavar="BYTES", help="find the largest model that trains under this cap per rank")
     parser.add_argument("--quick", action="store_true", help="a tiny model and two rounds: does it run?")
@@ -78,17 +84,25 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--ranks", type=int, default=2, help="default: 2")
     parser.add_argument("--rounds", type=int, default=5, help="measured steps of each; default: 5")
     options = parser.parse_args(arguments)
-    shape, rounds = (SHAPES["tiny"], 2) if options.quick else (options.model, options.rounds)
+    shape, rounds = (SHAPES["tiny"], 2) if options.quick else (options.model or SHAPES["small"], options.rounds)
     settings = Settings(options.ranks, rounds, 1, 600, enter_private_network())
     if options.cap is not None:
-        return run_capped(options.cap, options.path, replace(settings, rounds=1, timeout_s=1800))
+        shape = options.model or Shape.parse(CAP_SHAPE)
+        return run_capped(options.cap, options.path, shape, replace(settings, rounds=1, timeout_s=1800))
     in_memory = PEERS["zgraph-3"]
     entries = [Entry("in memory", in_memory)]
     for name, what in WAYS.items():
         build = partial(in_memory.build, offload=dict.fromkeys(what, "disk"), offload_path=options.path)
         entries.append(Entry(name, replace(in_memory, build=build)))
-    import_for_ranks(entries)
-    before, *others = compare(entries, shape, settings)
+    with tempfile.TemporaryDirectory(prefix="zgraph-bench-", dir=options.path) as directory:
+        theirs = {
+            name: Entry(f"DeepSpeed, {name}", deepspeed_on_disk(f"{directory}/{index}", *WAYS[name]))
+            for index, name in enumerate(LIKE_DEEPSPEED)
+        }
+        if not prepare_deepspeed():
+            theirs = {}
+        import_for_ranks(entries)
+        before, *others = compare([*entries, *theirs.values()], shape, settings)
     slopes = [] if options.quick else measure_slopes(entries, SHAPES["narrow"], settings)
     results = (before, *others)
     problems = [f"{each.name}: {each.problem}" for each in (*results, *slopes) if each.problem is not None]
@@ -102,13 +116,15 @@ def run(arguments: Sequence[str]) -> int:
     for result in results:
         ratio = Spread.of_pairs(result.step_s, before.step_s)
         cells, disk, median_s = ["", "", ""], result.disk, statistics.median(result.step_s)
-        if result is not before:
+        if disk.read_bytes + disk.written_bytes:
             moved = (disk.read_bytes, disk.written_bytes)
             disk_s = statistics.median(time_disk(options.path, options.ranks, *moved) for _ in range(ROUNDS))
             bound = Spread.of_pairs(result.step_s, [max(step_s, disk_s) for step_s in before.step_s])
             bound_by = "the disk" if disk_s > statistics.median(before.step_s) else "computing"
             cells = [f"{disk_s:.3f}", f"{bound.median:.2f} ({bound.low:.2f}..{bound.high:.2f})", bound_by]
-        predicted = [f"{disk.predicted_s:.3f}", f"{disk.predicted_s / median_s - 1:+.0%}"]
+        predicted = (
+            [f"{disk.predicted_s:.3f}", f"{disk.predicted_s / median_s - 1:+.0%}"] if disk.predicted_s else ["", ""]
+        )
         table.add_row(
             result.name,
             f"{median_s:.3f}",
@@ -122,7 +138,11 @@ def run(arguments: Sequence[str]) -> int:
     console.print(
         f"GPT {shape} ({shape.num_parameters / 1e6:.1f}M parameters), {options.ranks} gloo ranks, AdamW", table
     )
-    for result in others:
+    by_name = {result.name: result for result in results}
+    for name, entry in theirs.items():
+        ratio = Spread.of_pairs(by_name[entry.name].step_s, by_name[name].step_s)
+        console.print(f"{entry.name}: {ratio.median:.2f} ({ratio.low:.2f}..{ratio.high:.2f}) times as long as zgraph")
+    for result in others[: len(WAYS)]:
         read, written = result.disk.read_bytes / 1e6, result.disk.written_bytes / 1e6
         console.print(f"{result.name}: each rank reads {read:.1f} MB in a step, and writes {written:.1f} MB")
     for slope in slopes:
@@ -132,13 +152,34 @@ def run(arguments: Sequence[str]) -> int:
             f"{slope.name}: {live:.2f} bytes per parameter and rank at the live peak, {resident:.2f} at the resident "
             f"one, {kept:.2f} between steps"
         )
-    differences = [loss_difference(result.losses, before.losses) for result in others]
-    if any(differences):
-        print(f"the losses differ by {max(differences):.1e}", file=sys.stderr)
-    return 1 if any(differences) else 0
+    differ = False
+    for result in others:
+        difference = loss_difference(result.losses, before.losses)
+        if not difference <= (LOSS_TOLERANCE if result.name.startswith("DeepSpeed") else 0.0):
+            differ = True
+            print(f"{result.name}: the losses differ by {difference:.1e}", file=sys.stderr)
+    return 1 if differ else 0
 
 
-def run_capped(cap: str, path: str, settings: Settings) -> int:
+def prepare_deepspeed() -> bool:
+    """Import DeepSpeed, and have it compile what it moves bytes by, once for all ranks; False if it cannot."""
+    from peers import deepspeed_on_disk
+
+    missing = deepspeed_on_disk("").missing
+    if missing is None:
+        from deepspeed.ops.op_builder import AsyncIOBuilder  # type: ignore[import-not-found]
+
+        builder = AsyncIOBuilder()
+        if builder.is_compatible(verbose=False):
+            builder.load(verbose=False)
+        else:
+            missing = "it finds no libaio to compile with: apt-get install libaio-dev"
+    if missing is not None:
+        print(f"DeepSpeed: skipped, {missing}", file=sys.stderr)
+    return missing is None
+
+
+def run_capped(cap: str, path: str, shape: Shape, settings: Settings) -> int:
     """The largest model of each peer under a cap; the exit status is 1 if one fails.
 
     Peers with everything on a disk are not asked for more than ``ENOUGH`` times the layers that plain PyTorch trains.
@@ -146,14 +187,13 @@ def run_capped(cap: str, path: str, settings: Settings) -> int:
     from cgroups import CapError, MemoryCap
     from command import import_for_ranks, report_reach
     from comparison import Entry
-    from models import Shape
-    from peers import PEERS
+    from peers import PEERS, deepspeed_on_disk
     from rich.console import Console
     from scaling import find_reach
 
     from zgraph.config import parse_bytes
 
-    cap_bytes, shape = parse_bytes(cap, "--cap"), Shape.parse(CAP_SHAPE)
+    cap_bytes = parse_bytes(cap, "--cap")
     try:
         MemoryCap(f"zgraph-bench-{os.getpid()}", cap_bytes).remove()
     except CapError as error:
@@ -162,15 +202,18 @@ def run_capped(cap: str, path: str, settings: Settings) -> int:
     on_disk = PEERS["zgraph-disk"]
     on_disk = replace(on_disk, build=partial(on_disk.build, offload_path=path, bucket_bytes=CAP_BUCKET_BYTES))
     alone = replace(on_disk, whole_batch=True)
-    entries = [Entry(name, PEERS[name]) for name in ("single", "fsdp2-meta-tuned", "zgraph-3")]
-    import_for_ranks(entries)
-    reaches = [find_reach(entry, shape, settings, cap_bytes, layers_step=1) for entry in entries]
+    with tempfile.TemporaryDirectory(prefix="zgraph-bench-", dir=path) as directory:
+        entries = [Entry(name, PEERS[name]) for name in ("single", "fsdp2-meta-tuned", "zgraph-3")]
+        if prepare_deepspeed():
+            entries.append(Entry("DeepSpeed, all on disk", deepspeed_on_disk(directory, "optimizer", "parameters")))
+        import_for_ranks(entries)
+        reaches = [find_reach(entry, shape, settings, cap_bytes, layers_step=1) for entry in entries]
     first = ENOUGH * max(reaches[0].layers, 1)
     for name, peer in (("zgraph-disk, one rank", alone), ("zgraph-disk", on_disk)):
         entry = Entry(name, peer)
         reaches += [find_reach(entry, shape, settings, cap_bytes, layers_step=1, first=first, is_enough=True)]
     table, _, complaints = report_reach(reaches, cap_bytes)
-    Console(width=None if os.isatty(1) else 160).print(f"GPT {CAP_SHAPE}, deepened", table, *complaints, sep="\n")
+    Console(width=None if os.isatty(1) else 160).print(f"GPT {shape}, deepened", table, *complaints, sep="\n")
     return 1 if complaints else 0
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from models import GPT
+from models import GPT, build_model, shape_of
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
@@ -162,7 +162,7 @@ def _zgraph(model: GPT, batch: Batch, **options: Any) -> Training:
     return Training(lambda: compiled.train_step(*batch), lambda: compiled.stats()["collectives"], disk)
 
 
-def _deepspeed(model: GPT, batch: Batch, stage: int) -> Training:
+def _deepspeed(model: GPT, batch: Batch, stage: int, path: str = "", on_disk: tuple[str, ...] = ()) -> Training:
     import deepspeed  # type: ignore[import-not-found]
 
     # Sized from the model's width, as the Hugging Face integration does: the defaults are made for far larger models.
@@ -178,13 +178,26 @@ def _deepspeed(model: GPT, batch: Batch, stage: int) -> Training:
             "stage3_max_reuse_distance": bucket,
             "sub_group_size": 10_000_000,
         }
+    largest = max(parameter.numel() for parameter in model.parameters())
+    buffers = {
+        "optimizer": {"buffer_count": 4, "pipeline_read": True, "pipeline_write": True},
+        # What is put on a disk is kept in memory, too, unless it is told to keep nothing.
+        "parameters": {"buffer_count": 5, "buffer_size": largest, "max_in_cpu": 0},
+    }
+    for what in on_disk:
+        where = {"device": "nvme", "nvme_path": path, "pin_memory": False, **buffers[what]}
+        zero["offload_param" if what == "parameters" else "offload_optimizer"] = where
     config = {
         "train_micro_batch_size_per_gpu": batch[0].shape[0],
         "gradient_clipping": 0.0,
         "steps_per_print": 2**31,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
     }
+    if any(parameter.is_meta for parameter in model.parameters()):  # it divides each module as soon as it is made
+        with deepspeed.zero.Init(config_dict_or_path=config):
+            model = build_model(shape_of(model, batch))
     optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
 
@@ -195,6 +208,16 @@ def _deepspeed(model: GPT, batch: Batch, stage: int) -> Training:
         return loss.detach()
 
     return Training(step)
+
+
+def deepspeed_on_disk(path: str, *what: str) -> Peer:
+    """DeepSpeed ZeRO-3 with ``"optimizer"`` state, or ``"parameters"``, too, in files below ``path`` that stay."""
+    return Peer(
+        partial(_deepspeed, stage=3, path=path, on_disk=what),
+        f"DeepSpeed ZeRO-3, built in parts, with {' and '.join(what)} on a disk",
+        optional_package="deepspeed",
+        device="meta",
+    )
 
 
 PEERS = {

@@ -220,9 +220,44 @@ def test_state_on_a_disk_is_measured_beside_the_disk() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     for part in ("disk alone s", "bound by", "predicted s", "activations on disk: each rank reads"):
         assert part in done.stdout
+    assert ("DeepSpeed: skipped, " in done.stderr) != ("times as long as zgraph" in done.stdout)
     for name in ("state on disk", "all state on disk"):
         (read,) = re.findall(rf"^{name}: each rank reads ([\d.]+) MB", done.stdout, re.MULTILINE)
         assert float(read) > 0
+
+
+def test_deepspeed_is_left_out_with_the_reason_where_it_cannot_run(
+    bench: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Builder:
+        has_libaio, loaded = False, 0
+
+        def is_compatible(self, verbose: bool) -> bool:
+            return self.has_libaio
+
+        def load(self, verbose: bool) -> None:
+            Builder.loaded += 1
+
+    operators = ModuleType("deepspeed.ops.op_builder")
+    operators.AsyncIOBuilder = Builder  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "deepspeed.ops.op_builder", operators)
+    for found, has_libaio, reason in (
+        (None, False, "deepspeed is not installed"),
+        (True, False, "it finds no libaio to compile with: apt-get install libaio-dev"),
+        (True, True, None),
+    ):
+        Builder.has_libaio = has_libaio
+        monkeypatch.setattr("importlib.util.find_spec", lambda _, found=found: found)
+        assert bench["offload"].prepare_deepspeed() == (reason is None)
+        assert capsys.readouterr().err == ("" if reason is None else f"DeepSpeed: skipped, {reason}\n")
+    assert Builder.loaded == 1
+
+
+def test_a_model_and_its_batch_tell_what_they_were_built_by(bench: dict[str, ModuleType]) -> None:
+    models = bench["models"]
+    shape = models.Shape(width=12, layers=3, heads=4, tokens=5, vocabulary=7, sequences=6)
+    batch = models.build_batch(shape, 2, range(1, 2))
+    assert models.shape_of(models.build_model(shape, "meta"), batch) == shape
 
 
 @pytest.mark.slow
