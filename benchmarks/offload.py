@@ -4,6 +4,7 @@
     python benchmarks/offload.py --model medium     the 135.6M GPT
     python benchmarks/offload.py --quick            a tiny one: does it run?
     python benchmarks/offload.py --cap 1GiB         the largest GPT that trains under a cap on each rank, beside peers'
+    python benchmarks/offload.py --cap 1GiB --json FILE     and one JSON line for each peer, for trainable.py to draw
 
 Peers take turns step by step, as in ``step.py``. Then the disk is measured: all ranks at once move as many bytes as a
 step does, with nothing to compute meanwhile. A step with something on the disk can be no faster than the slower one of
@@ -15,15 +16,17 @@ what it compiles, its ZeRO-3 with the same on the same disk takes part.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memory import load_malloc_counter
@@ -79,6 +82,7 @@ def run(arguments: Sequence[str]) -> int:
         "--model", type=Shape.parse, help=f"{', '.join(SHAPES)}; default: small, or with --cap {CAP_SHAPE}"
     )
     parser.add_argument("--cap", metavar="BYTES", help="find the largest model that trains under this cap per rank")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="with --cap: append one JSON line for each peer")
     parser.add_argument("--quick", action="store_true", help="a tiny model and two rounds: does it run?")
     parser.add_argument("--path", default="/var/tmp", help="a directory on the disk; default: %(default)s")
     parser.add_argument("--ranks", type=int, default=2, help="default: 2")
@@ -88,7 +92,7 @@ def run(arguments: Sequence[str]) -> int:
     settings = Settings(options.ranks, rounds, 1, 600, enter_private_network())
     if options.cap is not None:
         shape = options.model or Shape.parse(CAP_SHAPE)
-        return run_capped(options.cap, options.path, shape, replace(settings, rounds=1, timeout_s=1800))
+        return run_capped(options.cap, options.path, shape, replace(settings, rounds=1, timeout_s=1800), options.json)
     in_memory = PEERS["zgraph-3"]
     entries = [Entry("in memory", in_memory)]
     for name, what in WAYS.items():
@@ -179,13 +183,13 @@ def prepare_deepspeed() -> bool:
     return missing is None
 
 
-def run_capped(cap: str, path: str, shape: Shape, settings: Settings) -> int:
+def run_capped(cap: str, path: str, shape: Shape, settings: Settings, lines: Path | None) -> int:
     """The largest model of each peer under a cap; the exit status is 1 if one fails.
 
     Peers with everything on a disk are not asked for more than ``ENOUGH`` times the layers that plain PyTorch trains.
     """
     from cgroups import CapError, MemoryCap
-    from command import import_for_ranks, report_reach
+    from command import describe_machine, import_for_ranks, report_reach
     from comparison import Entry
     from peers import PEERS, deepspeed_on_disk
     from rich.console import Console
@@ -212,8 +216,12 @@ def run_capped(cap: str, path: str, shape: Shape, settings: Settings) -> int:
     for name, peer in (("zgraph-disk, one rank", alone), ("zgraph-disk", on_disk)):
         entry = Entry(name, peer)
         reaches += [find_reach(entry, shape, settings, cap_bytes, layers_step=1, first=first, is_enough=True)]
-    table, _, complaints = report_reach(reaches, cap_bytes)
+    table, rows, complaints = report_reach(reaches, cap_bytes)
     Console(width=None if os.isatty(1) else 160).print(f"GPT {shape}, deepened", table, *complaints, sep="\n")
+    if lines is not None:
+        common = {"mode": "cap", "shape": asdict(shape), "settings": asdict(settings), "machine": describe_machine()}
+        with lines.open("a") as file:
+            file.writelines(json.dumps({**common, **row}) + "\n" for row in rows)
     return 1 if complaints else 0
 
 

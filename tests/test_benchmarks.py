@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -258,6 +259,37 @@ def test_a_model_and_its_batch_tell_what_they_were_built_by(bench: dict[str, Mod
     shape = models.Shape(width=12, layers=3, heads=4, tokens=5, vocabulary=7, sequences=6)
     batch = models.build_batch(shape, 2, range(1, 2))
     assert models.shape_of(models.build_model(shape, "meta"), batch) == shape
+
+
+def test_what_trains_under_caps_is_drawn_with_what_may_be_more(bench: dict[str, ModuleType], tmp_path: Path) -> None:
+    def line(name: str, cap_bytes: int, trained: int | None, killed: int | None) -> str:
+        held = None if trained is None else {"num_parameters": trained}
+        return json.dumps({"name": name, "cap_bytes": cap_bytes, "trained": held, "killed": killed})
+
+    lines = [
+        line("a < b", 2**30, 64_000_000, 101_800_000),
+        line("a < b", 2**29, 1, 2),  # measured again below
+        line("on disk", 2**29, 253_000_000, None),
+        line("large", 2**29, None, 26_300_000),
+        line("a < b", 2**29, 26_300_000, 38_900_000),
+    ]
+    point = bench["trainable"].Point
+    found = bench["trainable"].read(lines)
+    assert found == {
+        "a < b": [point(2**29, 26_300_000, False), point(2**30, 64_000_000, False)],
+        "on disk": [point(2**29, 253_000_000, True)],
+    }
+    (tmp_path / "caps.jsonl").write_text("\n".join(lines))
+    bench["trainable"].main(tmp_path / "caps.jsonl", tmp_path / "trainable.svg")
+    drawn = ET.parse(tmp_path / "trainable.svg").getroot()
+    svg = "{http://www.w3.org/2000/svg}"
+    assert {title.text for title in drawn.iter(f"{svg}title")} == {
+        "a < b: 26.3M in 512 MiB",
+        "a < b: 64.0M in 1 GiB",
+        "on disk: at least 253.0M in 512 MiB",
+    }
+    texts = [text.text for text in drawn.iter(f"{svg}text")]
+    assert {"a < b", "on disk", "no larger one was tried", "512 MiB", "1 GiB", "100M"} <= {*texts}
 
 
 @pytest.mark.slow
