@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import nn
 import zgraph
 from tests.exported import assert_same_state, run_apart, run_here
 from tests.ranks import Ranks
-from zgraph import standalone
+from zgraph import export, standalone
 from zgraph.codegen import kernel, library
 from zgraph.codegen.kernel import SLICE
 from zgraph.codegen.region import Region
@@ -280,7 +280,8 @@ def test_another_export_does_not_run_on_the_batch_of_the_one_before(tmp_path: Pa
     assert not (tmp_path / "batch-0.pt").exists()
 
 
-def test_a_disk_that_is_full_is_told(tmp_path: Path) -> None:
-    (tmp_path / f"state-0.pt.{os.getpid()}.partial").symlink_to("/dev/full")
+def test_a_disk_that_is_full_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "full").symlink_to("/dev/full")
+    monkeypatch.setattr(export, "beside", lambda _: nullcontext(tmp_path / "full"))
     with pytest.raises(zgraph.StateError, match="cannot be written: "):
         trained().export(tmp_path)

@@ -17,6 +17,15 @@ import pytest
 from zgraph.files import beside, remove_left_behind, scratch
 
 
+def test_a_link_where_the_partial_file_would_be_is_not_followed(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text("of others")
+    (tmp_path / f"made.{os.getpid()}.partial").symlink_to(elsewhere)
+    with pytest.raises(OSError, match="symbolic links"), beside(tmp_path / "made"):
+        pass
+    assert elsewhere.read_text() == "of others"
+
+
 def killed_in(make: Callable[[Path], AbstractContextManager[Path]], where: Path) -> None:
     """Have a process make a file or a directory, put something there, and be killed."""
     child = os.fork()

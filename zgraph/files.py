@@ -38,7 +38,8 @@ def beside(path: Path) -> Iterator[Path]:
     """
     _remove_left_behind(path.parent, re.escape(path.name) + r"\.\d+\.partial")
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    while (lock := _lock(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), partial)) is None:
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    while (lock := _lock(os.open(partial, flags, 0o666), partial)) is None:
         pass
     try:
         yield partial
