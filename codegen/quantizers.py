@@ -1,7 +1,8 @@
 """Vectors to 8 bits an element and back in one pass over memory: in C++ on a CPU, in Triton on a GPU.
 
-Bit for bit what ``zgraph.quantized`` computes by several calls of ATen, which are what runs where nothing compiles
-these. A block's bytes are read and written once; the mean over ranks needs no vector in between.
+Bit for bit what ``zgraph.quantized``, of what travels, and ``zgraph.packed``, of state, compute by several calls of
+ATen, which are what runs where nothing compiles these. A block's bytes are read and written once; the mean over ranks
+needs no vector in between.
 """
 
 from __future__ import annotations
@@ -13,16 +14,28 @@ from typing import Any
 
 import torch
 
-from zgraph import ops, quantized
+from zgraph import ops, packed, quantized
 from zgraph.codegen import library, triton
 from zgraph.codegen.region_cpp import BFLOAT16
-from zgraph.packed import BLOCK
+from zgraph.packed import BLOCK, SMALLEST, packed_numel, unpacked_numel
 from zgraph.quantized import BLOCK_BYTES, quantized_numel
 
 _HEAD = f"""{BFLOAT16}
 enum {{ BLOCK = {BLOCK}, BYTES = {BLOCK_BYTES} }};
 
 static inline float scale_of(const unsigned char *row) {{ float x; __builtin_memcpy(&x, row, 4); return x; }}
+
+// The largest magnitude. They have the order of their bits, in which NaN comes last.
+static inline float largest(const float *block) {{
+    unsigned most = 0;
+    for (int i = 0; i < BLOCK; i++) {{
+        unsigned bits;
+        __builtin_memcpy(&bits, block + i, 4);
+        bits &= 0x7fffffffu;
+        most = bits > most ? bits : most;
+    }}
+    return bits_of(most);
+}}
 
 """
 
@@ -31,14 +44,7 @@ SOURCE = f"""{_HEAD}extern "C" void zgraph_quantize(long num, int threads, const
     for (long b = 0; b < num; b++) {{
         const float *block = x + b * BLOCK;
         unsigned char *row = out + b * BYTES;
-        unsigned most = 0;  // magnitudes have the order of their bits, in which NaN comes last
-        for (int i = 0; i < BLOCK; i++) {{
-            unsigned bits;
-            __builtin_memcpy(&bits, block + i, 4);
-            bits &= 0x7fffffffu;
-            most = bits > most ? bits : most;
-        }}
-        const float scale = bits_of(most);
+        const float scale = largest(block);
         __builtin_memcpy(row, &scale, 4);
         signed char *codes = (signed char *)row + 4;
         for (int i = 0; i < BLOCK; i++) {{
@@ -84,6 +90,33 @@ extern "C" void zgraph_mean(long num, int threads, const unsigned char *data, fl
 }}
 """
 
+SOURCE += f"""extern "C" void zgraph_pack(long num, int threads, const float *x, signed char *out, int) {{
+    #pragma omp parallel for num_threads(threads) if (num > 64)
+    for (long b = 0; b < num; b++) {{
+        const float *block = x + b * BLOCK;
+        const float most = largest(block), scale = most < {SMALLEST!r}f ? 0.0f : most;
+        __builtin_memcpy(out + num * BLOCK + b * 4, &scale, 4);
+        for (int i = 0; i < BLOCK; i++) {{
+            const float part = scale == 0.0f ? 0.0f : block[i] / scale;
+            const float root = __builtin_sqrtf(__builtin_sqrtf(__builtin_fabsf(part)));
+            const float level = __builtin_rintf(root * 127.0f), shown = level < 1.0f ? 1.0f : level;
+            out[b * BLOCK + i] = (signed char)(int)(part > 0.0f ? shown : part < 0.0f ? -shown : 0.0f);
+        }}
+    }}
+}}
+
+extern "C" void zgraph_unpack(long num, int threads, const signed char *data, float *out, int) {{
+    #pragma omp parallel for num_threads(threads) if (num > 64)
+    for (long b = 0; b < num; b++) {{
+        const float scale = scale_of((const unsigned char *)data + num * BLOCK + b * 4);
+        for (int i = 0; i < BLOCK; i++) {{
+            const float part = (float)data[b * BLOCK + i] / 127.0f, square = part * part;
+            out[b * BLOCK + i] = __builtin_copysignf(square * square * scale, part);
+        }}
+    }}
+}}
+"""
+
 _DEQUANTIZE = {torch.float32: "dequantize", torch.bfloat16: "dequantize_bf16"}
 
 
@@ -122,10 +155,35 @@ def mean_of_quantized(data: torch.Tensor, world: int) -> torch.Tensor:
     return out
 
 
+def pack_into(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """See ``zgraph.packed.pack_into``."""
+    if x.device.type not in _compiled():
+        return packed.pack_into(x, out)
+    _run("pack", x, out, len(x) // BLOCK)
+    return out
+
+
+def pack(x: torch.Tensor) -> torch.Tensor:
+    """See ``zgraph.packed.pack``."""
+    return pack_into(x, torch.empty(packed_numel(len(x)), dtype=torch.uint8, device=x.device))
+
+
+def unpack(data: torch.Tensor) -> torch.Tensor:
+    """See ``zgraph.packed.unpack``."""
+    if data.device.type not in _compiled():
+        return packed.unpack(data)
+    out = torch.empty(unpacked_numel(len(data)), dtype=torch.float32, device=data.device)
+    _run("unpack", data, out, len(out) // BLOCK)
+    return out
+
+
 IN_ONE_PASS: dict[Any, Callable[..., torch.Tensor]] = {
     ops.quantize: quantize,
     ops.dequantize: dequantize,
     ops.mean_of_quantized: mean_of_quantized,
+    ops.pack_state: pack,
+    ops.pack_state_into: pack_into,
+    ops.unpack_state: unpack,
 }
 """What a step calls instead of operators."""
 

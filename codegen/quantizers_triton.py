@@ -11,6 +11,7 @@ import triton.language as tl
 
 BLOCK = tl.constexpr(256)
 BYTES = tl.constexpr(260)  # of a block: its scale, and a code of each element
+SMALLEST = tl.constexpr(2.0**-98)
 NEAREST = tl.constexpr(1.5 * 2**23)  # added and taken away, it rounds to whole numbers, of two to the even one
 
 
@@ -67,9 +68,49 @@ def mean(data, out, num, WORLD: tl.constexpr, ROWS: tl.constexpr):
     tl.store(out + row[:, None] * BLOCK + column[None, :], tl.div_rn(total, whole), mask=both)
 
 
+@triton.jit
+def pack(x, out, num, WORLD: tl.constexpr, ROWS: tl.constexpr):
+    """Float32 vectors to codes of their fourth roots, and behind all of these scales."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    inside = row < num
+    both = inside[:, None] & (column >= 0)[None, :]
+    values = tl.load(x + row[:, None] * BLOCK + column[None, :], mask=both, other=0.0)
+    most = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1).to(tl.float32, bitcast=True)
+    scale = tl.where(most < SMALLEST, 0.0, most)
+    divisor = scale[:, None] + tl.zeros_like(values)
+    part = tl.where(divisor == 0.0, 0.0, tl.div_rn(values, divisor))
+    root = tl.sqrt_rn(tl.sqrt_rn(tl.abs(part)))
+    level = (root * 127.0 + NEAREST) - NEAREST
+    level = tl.where(level < 1.0, 1.0, level)
+    level = tl.where(part > 0.0, level, tl.where(part < 0.0, -level, 0.0))
+    codes = out.to(tl.pointer_type(tl.int8))
+    tl.store(codes + row[:, None] * BLOCK + column[None, :], level.to(tl.int8), mask=both)
+    tl.store((codes + num.to(tl.int64) * BLOCK).to(tl.pointer_type(tl.float32)) + row, scale, mask=inside)
+
+
+@triton.jit
+def unpack(data, out, num, WORLD: tl.constexpr, ROWS: tl.constexpr):
+    """The vectors that were packed."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    inside = row < num
+    both = inside[:, None] & (column >= 0)[None, :]
+    codes = data.to(tl.pointer_type(tl.int8))
+    level = tl.load(codes + row[:, None] * BLOCK + column[None, :], mask=both, other=0).to(tl.float32)
+    scales = (codes + num.to(tl.int64) * BLOCK).to(tl.pointer_type(tl.float32))
+    scale = tl.load(scales + row, mask=inside, other=0.0)
+    part = tl.div_rn(level, tl.full(level.shape, 127.0, tl.float32))
+    square = part * part
+    value = tl.abs(square * square * scale[:, None])
+    tl.store(out + row[:, None] * BLOCK + column[None, :], tl.where(part < 0.0, -value, value), mask=both)
+
+
 FUNCTIONS: dict[str, Any] = {
     "quantize": quantize,
     "dequantize": dequantize,
     "dequantize_bf16": dequantize,
     "mean": mean,
+    "pack": pack,
+    "unpack": unpack,
 }

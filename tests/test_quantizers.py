@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.interpreter import Interpreted
 from tests.programs import few_examples
 from tests.test_triton import TARGETS
-from zgraph import quantized
+from zgraph import packed, quantized
 from zgraph.codegen import library, quantizers
 from zgraph.codegen.quantizers import OPTIONS, ROWS, in_triton, launch
 from zgraph.packed import BLOCK
@@ -46,9 +46,12 @@ def in_cpp(name: str, x: torch.Tensor, *more: Any) -> torch.Tensor:
 
 def interpreted(name: str, x: torch.Tensor, *more: Any) -> torch.Tensor:
     world, dtype = 1, torch.float32
-    if name == "quantize":
+    if name in ("quantize", "pack"):
         num = len(x) // BLOCK
         out = torch.empty(quantized_numel(len(x)), dtype=torch.uint8)
+    elif name == "unpack":
+        num = len(x) // BLOCK_BYTES
+        out = torch.empty(num * BLOCK)
     else:
         world, dtype = (more[0], dtype) if name == "mean_of_quantized" else (1, *more)
         num = len(x) // world // BLOCK_BYTES
@@ -87,6 +90,18 @@ def test_one_pass_gives_the_bits_of_several(
     assert_same(run("mean_of_quantized", together, world), quantized.mean_of_quantized(together, world))
 
 
+@pytest.mark.parametrize("run", [pytest.param(in_cpp, marks=needs_compiler), interpreted], ids=["C++", "Triton"])
+@given(st.integers(0, 2**20), st.sampled_from([1, 3, ROWS, 67]))
+@few_examples(12)
+def test_state_is_packed_to_the_same_bits(run: Callable[..., torch.Tensor], seed: int, num_blocks: int) -> None:
+    x = vector(seed, num_blocks)
+    expected, found = packed.pack(x), run("pack", x)
+    assert torch.equal(found[: len(x)], expected[: len(x)])
+    assert_same(*(each[len(x) :].view(torch.float32) for each in (found, expected)))
+    assert_same(run("unpack", expected), packed.unpack(expected))
+    assert_same(run("unpack", run("pack", packed.unpack(expected))), packed.unpack(expected))
+
+
 @needs_compiler
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads_change_no_bit(threads: int) -> None:
@@ -121,13 +136,14 @@ def test_nothing_is_nothing() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.arch))
-@pytest.mark.parametrize("name", ["quantize", "dequantize", "mean"])
+@pytest.mark.parametrize("name", ["quantize", "dequantize", "mean", "pack", "unpack"])
 def test_gpus_move_each_byte_once_and_spill_nothing(name: str, target: Any) -> None:
     import triton
     from triton.compiler import ASTSource
 
     jitted = in_triton()[name]
-    pointers = ("*fp32", "*u8") if name == "quantize" else ("*u8", "*fp32")
+    packs = name in ("quantize", "pack")
+    pointers = ("*fp32", "*u8") if packs else ("*u8", "*fp32")
     constants = {"WORLD": 2, "ROWS": ROWS}
     signature = dict(zip(jitted.arg_names, (*pointers, "i32"), strict=False)) | dict.fromkeys(constants, "constexpr")
     aligned = {(i,): [["tt.divisibility", 16]] for i in (0, 1)}
@@ -138,7 +154,7 @@ def test_gpus_move_each_byte_once_and_spill_nothing(name: str, target: Any) -> N
         return
     ptx = made.asm["ptx"]
     moved = Counter(re.findall(r"(ld|st)\.global[\w.:]*?\.(v4\.b32|v2\.b32|b32|b8|v4\.b8|v2\.b8|b16|v2\.b16)", ptx))
-    vectors = moved["ld", "v4.b32"] if name == "quantize" else moved["st", "v4.b32"]
+    vectors = moved["ld", "v4.b32"] if packs else moved["st", "v4.b32"]
     assert vectors == ROWS * BLOCK // (128 * 4), moved
     assert not any(width in ("b8", "v2.b8") for _, width in moved), moved
     assert "ld.local" not in ptx

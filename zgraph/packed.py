@@ -23,7 +23,8 @@ BLOCK = 256
 
 _LEVELS = 127
 _SCALE_BYTES = 4
-_SMALLEST = 2.0**-98
+SMALLEST = 2.0**-98
+"""Blocks with no larger magnitude become zero."""
 
 
 def packed_numel(numel: int) -> int:
@@ -46,7 +47,7 @@ def pack_into(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """The same, in memory that is there."""
     blocks, codes, scales = x.view(-1, BLOCK), *_parts(out)
     torch.amax(blocks.abs(), 1, keepdim=True, out=scales)
-    scales[scales < _SMALLEST] = 0
+    scales[scales < SMALLEST] = 0
     parts = torch.where(scales == 0, 0.0, blocks / scales)
     levels = parts.abs().sqrt_().sqrt_().mul_(_LEVELS).round_().clamp_(min=1)
     codes.copy_(levels.mul_(parts.sign_()))
