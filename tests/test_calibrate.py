@@ -178,17 +178,15 @@ def test_calibrate_saves_where_find_hardware_looks(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--ranks", "0"], "'0' is not an integer from 1 to 64"),
-        (["--budget", "0"], "'0' is not an integer from 1 to 3600"),
-        (["--output"], "expected one argument"),
+        (["--ranks", "0"], "0 is not in the range 1<=x<=64"),
+        (["--budget", "0"], "0 is not in the range 1<=x<=3600"),
+        (["--output"], "requires an argument"),
         (["extra"], "extra"),
     ],
 )
 def test_bad_arguments_get_one_line(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["calibrate", *arguments])
+    assert cli.main(["calibrate", *arguments]) == 2
     printed = capsys.readouterr()
-    assert stop.value.code == 2
     assert says in printed.err
     assert printed.err.count("\n") == 1
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points, version
 from pathlib import Path
 
+import click
 import pytest
 
 from zgraph import cli, demo
@@ -44,21 +44,25 @@ def launch(monkeypatch: pytest.MonkeyPatch) -> Callable[[demo.Report | BaseExcep
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "COMMAND"),
+        ([], "zgraph: Missing command (see zgraph --help)"),
+        (["ckpt"], "zgraph ckpt: Missing command (see zgraph ckpt --help)"),
         (["bogus"], "bogus"),
+        (["--bogus"], "--bogus"),
         (["demo", "--bogus"], "--bogus"),
         (["demo", "--step", "5"], "--step"),
-        (["demo", "--steps", "1"], "'1' is not an integer from 2 to 10000"),
-        (["demo", "--ranks", "0"], "'0' is not an integer from 1 to 64"),
-        (["demo", "--zero", "4"], "'4' is not an integer from 0 to 3"),
-        (["demo", "--zero", "three"], "'three' is not an integer"),
+        (["demo", "--steps", "1"], "zgraph demo: Invalid value for '--steps': 1 is not in the range 2<=x<=10000 (see "),
+        (["demo", "--ranks", "0"], "0 is not in the range 1<=x<=64"),
+        (["demo", "--zero", "4"], "4 is not in the range 0<=x<=3"),
+        (["demo", "--zero", "-1"], "-1 is not in the range 0<=x<=3"),
+        (["demo", "--zero", "three"], "'three' is not a valid integer (see"),
+        (["demo", "--steps"], "zgraph demo: Option '--steps' requires an argument (see zgraph demo --help)"),
+        (["calibrate", "--output", "--json"], "'--output' requires an argument"),
+        (["ckpt", "ls"], "zgraph ckpt ls: Missing argument 'FILE' (see zgraph ckpt ls --help)"),
     ],
 )
 def test_bad_arguments_get_one_line(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        cli.main(arguments)
+    assert cli.main(arguments) == 2
     printed = capsys.readouterr()
-    assert stop.value.code == 2
     assert says in printed.err
     assert printed.err.count("\n") == 1
     assert not printed.out
@@ -66,41 +70,88 @@ def test_bad_arguments_get_one_line(arguments: list[str], says: str, capsys: pyt
 
 @pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"]])
 def test_help_has_an_example(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        cli.main(arguments)
-    assert stop.value.code == 0
+    assert cli.main(arguments) == 0
     assert "Example: zgraph demo" in capsys.readouterr().out
 
 
-def commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """A parser, and those of its commands and of their parts."""
-    yield parser
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for each in action.choices.values():
-                yield from commands(each)
+def test_commands_are_listed_in_their_order_and_no_word_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    listed = re.findall(r"^  ([a-z]+)  ", capsys.readouterr().out, re.MULTILINE)
+    assert listed == ["demo", "plan", "report", "explain", "bisect", "ckpt", "doctor", "calibrate"]
+    assert cli.main(["ckpt", "--help"]) == 0
+    assert "..." not in capsys.readouterr().out.partition("Commands:")[2]
 
 
-def test_every_command_has_an_example_that_is_understood_and_prints_json() -> None:
-    parser = cli._make_parser()
-    found = list(commands(parser))
-    assert {"zgraph demo", "zgraph plan", "zgraph ckpt verify"} <= {each.prog for each in found}
+def test_help_is_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    widths = []
+    for columns in ("60", "160"):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert cli.main(["demo", "--help"]) == 0
+        widths.append(max(map(len, capsys.readouterr().out.splitlines())))
+    assert 50 < widths[0] <= 60 < 140 < widths[1] <= 160
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (["zgraph", "ex"], "explain"),
+        (["zgraph", "plan", "--preset", "gpt2", "--mem"], "--memory"),
+        (["zgraph", "plan", "--precision", "b"], "bf16"),
+    ],
+)
+def test_a_shell_completes_what_was_begun(
+    words: list[str], offered: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("_ZGRAPH_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", " ".join(words))
+    monkeypatch.setenv("COMP_CWORD", str(len(words) - 1))
+    assert cli.main() == 0
+    assert capsys.readouterr().out == f"plain,{offered}\n"
+
+
+def contexts(command: click.Command, parent: click.Context | None = None) -> Iterator[click.Context]:
+    """Of a command, its commands and their parts."""
+    context = click.Context(command, info_name=command.name, parent=parent)
+    yield context
+    for each in command.commands.values() if isinstance(command, click.Group) else ():
+        yield from contexts(each, context)
+
+
+@pytest.fixture
+def understood(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the commands that would have run, as a command line is understood; none does."""
+    names = []
+
+    def run(**_: object) -> bool:
+        names.append(click.get_current_context().command_path)
+        return True
+
+    for each in contexts(cli.command):
+        if not isinstance(each.command, click.Group):
+            monkeypatch.setattr(each.command, "callback", run)
+    return names
+
+
+def test_every_command_has_an_example_that_is_understood_and_prints_json(understood: list[str]) -> None:
+    found = list(contexts(cli.command))
+    assert {"zgraph demo", "zgraph plan", "zgraph ckpt verify"} <= {each.command_path for each in found}
     for each in found:
-        examples = re.findall(rf"(?:Example: |^  )({each.prog}\b.*?)(?:\. |$)", each.epilog or "", re.MULTILINE)
-        assert examples, each.prog
+        name, told = each.command_path, each.command.epilog or ""
+        examples = re.findall(rf"(?:Example: |^  )({name}\b.*?)(?:\. |$)", told, re.MULTILINE)
+        assert examples, name
         for example in examples:
-            parser.parse_args(shlex.split(example)[1:])
-        has_parts = any(isinstance(action, argparse._SubParsersAction) for action in each._actions)
-        assert has_parts or "--json" in each.format_help(), each.prog
+            assert cli.main(shlex.split(example)[1:]) == 0, example
+            assert understood[-1].startswith(name)
+        assert isinstance(each.command, click.Group) or "--json" in each.get_help(), name
 
 
-def test_every_command_of_the_documents_is_understood() -> None:
-    root, parser, found = Path(__file__).parent.parent, cli._make_parser(), set()
+def test_every_command_of_the_documents_is_understood(understood: list[str]) -> None:
+    root = Path(__file__).parent.parent
     for path in (root / "README.md", *(root / "docs").glob("*.md")):
         for block in re.findall(r"^```\n(zgraph .*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL):
             for line in re.findall(r"^zgraph [a-z].*", block, re.MULTILINE):
-                found.add(parser.parse_args(shlex.split(line, comments=True)[1:]).run)
-    assert len(found) > 6
+                assert cli.main(shlex.split(line, comments=True)[1:]) == 0, line
+    assert len(set(understood)) > 6
 
 
 def test_a_mistake_of_zgraphs_is_no_check_that_failed(
@@ -128,8 +179,7 @@ def test_who_stops_reading_is_told_nothing_more() -> None:
 
 
 def test_the_version_is_the_distributions(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        cli.main(["--version"])
+    assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"zgraph {version('zgraph-compiler')}\n"
 
 
@@ -183,6 +233,5 @@ def test_an_interrupt_is_not_a_failure(launch: Callable[[object], None], capsys:
     launch(KeyboardInterrupt())
     assert cli.main(["demo"]) == 130
     assert capsys.readouterr().err == "zgraph: interrupted\n"
-    with pytest.raises(SystemExit):
-        cli.main(["--help"])
+    assert cli.main(["--help"]) == 0
     assert "130 it was interrupted" in " ".join(capsys.readouterr().out.split())

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import mmap
 import os
 import platform
@@ -28,17 +29,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 from torch import fx
 
-from zgraph.calibration import Calibration, Run
+from zgraph.calibration import Calibration, Run, check_writable, default_path
 from zgraph.codegen import library
 from zgraph.codegen.region import Region
 from zgraph.comm import Comm
+from zgraph.command_line import PATH, Command, Integer, json_option
 from zgraph.direct import DirectComm
 from zgraph.errors import OptionError
 from zgraph.groups import default_backend
@@ -633,3 +637,49 @@ def _tf32(*, allowed: bool) -> Iterator[None]:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+@click.command(
+    "calibrate",
+    cls=Command,
+    short_help="measure this machine, so that costs are predicted for it",
+    epilog="Example: zgraph calibrate --ranks 2",
+)
+@click.option(
+    "--ranks", type=Integer(1, 64), default=default_ranks, show_default="one for each GPU, or two", help="at once"
+)
+@click.option("--output", type=PATH, metavar="FILE", show_default="where other commands look")
+@click.option(
+    "--budget",
+    type=Integer(1, 3600),
+    default=45,
+    metavar="SECONDS",
+    help=f"aimed at, {LEAST_S} being about the least",
+)
+@click.option(
+    "--directory",
+    type=PATH,
+    default=Options.directory,
+    help="where a file is written and read to measure its disk",
+)
+@json_option("what was saved")
+def command(ranks: int, output: Path | None, budget: int, directory: Path, *, as_json: bool) -> bool:
+    """Measure how long products of matrices, movement in memory, collectives and disk transfers take, with one rank and
+    with several at once, and save it where find_hardware('cpu') and other commands look: $ZGRAPH_HARDWARE, or
+    zgraph/hardware.json in $XDG_CACHE_HOME or ~/.cache. On a machine with GPUs, these are measured.
+    """
+    path = output or default_path()
+    check_writable(path)
+    busy = os.getloadavg()[0]
+    if busy > 0.5:
+        click.echo(f"other programs keep {busy:.1f} core(s) busy: times will be too long", err=True)
+    about = max(budget, LEAST_S)
+    click.echo(f"measuring for about {about} s, longer where cores are busy; it will be saved to {path}", err=True)
+    found = measure(Options(ranks, budget, directory))
+    found.save(path)
+    if as_json:
+        click.echo(json.dumps(found.as_dict()))
+    else:
+        Console().print(render(found))
+    click.echo(f"measured in {found.seconds:.0f} s; saved to {path}", err=True)
+    return True

@@ -9,6 +9,7 @@ something is broken.
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
 import resource
@@ -23,12 +24,14 @@ from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from zgraph import calibration, surroundings
 from zgraph.codegen.library import cache_directory, find_compiler, problem
+from zgraph.command_line import PATH, Command, json_option
 from zgraph.disk import DEFAULT_PATH, Disk
 from zgraph.errors import OptionError, StateError, ZgraphError, first_line
 from zgraph.files import user_cache
@@ -496,3 +499,23 @@ def check_calibration() -> Iterator[Finding]:
         yield Finding("calibration", LIMITED, f"{path} is out of date: {'; '.join(stale)}", fix)
     else:
         yield Finding("calibration", WORKS, f"{path} is of this machine")
+
+
+@click.command(
+    "doctor",
+    cls=Command,
+    short_help="what works on this machine, and what will not?",
+    epilog="Example: zgraph doctor --directory /scratch",
+)
+@click.option("--directory", type=PATH, default=DEFAULT_PATH, help="where state would be offloaded to")
+@json_option("what was found")
+def command(directory: Path, *, as_json: bool) -> bool:
+    """Look at this machine, try what zgraph needs of it, and print one block to paste into a question: versions,
+    devices, limits, what works, what is limited and what will not work, each with the fix. It names neither the user
+    nor the machine.
+
+    Exits with status 1 if something will not work.
+    """
+    found = examine(directory)
+    click.echo(json.dumps(found.as_dict()) if as_json else found)
+    return found.works

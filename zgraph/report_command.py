@@ -2,76 +2,80 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from zgraph import plan_command
+import click
+
+from zgraph.command_line import PATH, Command, is_given, json_option
 from zgraph.decision import decide
 from zgraph.errors import OptionError, StateError, first_line
 from zgraph.explain import explain
-from zgraph.planner import open_search, report_of
+from zgraph.plan_command import options_of_a_plan, search_for
+from zgraph.planner import report_of
 from zgraph.report import Report, files_of
 from zgraph.search import Search
 
-EXAMPLES = """examples:
+EXAMPLES = """\b
+Examples:
   zgraph report --preset llama3-8b --world 8 --hardware h100 --batch 1 --seq 8192 --precision bf16
   zgraph report --model train:build_model --world 2 --batch 8 --seq 512 --output step.html
   zgraph report report.json --output again.html"""
 
-EXPLAIN_EXAMPLES = """examples:
+EXPLAIN_EXAMPLES = """\b
+Examples:
   zgraph explain --preset llama3-70b --world 16 --hardware h100 --batch 1 --seq 8192 --precision bf16
   zgraph explain report.json"""
 
-_MODELS = ("preset", "hf", "model")
+_saved = click.argument("saved", type=PATH, required=False, metavar="[REPORT.json]")
 
 
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Declare the arguments: those of ``zgraph plan``, or a file."""
-    command.add_argument("saved", nargs="?", type=Path, metavar="REPORT.json", help="what a report was saved as")
-    plan_command.add_arguments(command, required=False)
+@click.command(
+    "report",
+    cls=Command,
+    short_help="see inside: what each pass does, what it costs, what is held when, and why",
+    epilog=EXAMPLES,
+)
+@_saved
+@options_of_a_plan
+@click.option("--output", type=PATH, default="report.html", metavar="FILE.html", help="the page")
+@json_option("the report's data as well,")
+def report_command(saved: Path | None, output: Path, *, as_json: bool, **asked: Any) -> bool:
+    """Write a page that shows a training step from inside, of the options that `zgraph plan` chooses or of REPORT.json,
+    which a report was saved as.
 
-
-def add_report_arguments(command: argparse.ArgumentParser) -> None:
-    """Declare those of ``zgraph report``."""
-    add_arguments(command)
-    command.add_argument(
-        "--output", type=Path, default=Path("report.html"), metavar="FILE.html", help="default: %(default)s"
-    )
-    command.add_argument("--json", action="store_true", help="print the report's data as well, as one JSON object")
-
-
-def run(arguments: argparse.Namespace) -> bool:
-    """Write the page and its data; whether the step fits.
-
-    Raises:
-        OptionError: neither a saved report nor a model to plan for is given, or both are.
-        StateError: a file cannot be read or written.
-        ZgraphError: see ``zgraph.plan``.
+    Exits with status 1 if nothing fits.
     """
-    files_of(arguments.output)
-    with _whole(arguments.saved):
-        report, _ = _made("report", arguments)
+    files_of(output)
+    with _whole(saved):
+        report, _ = _made(saved, asked)
         fits = report.plan.fits
-        written = report.write(arguments.output)
-    if arguments.json:
-        sys.stdout.write(report.to_json() + "\n")
-    else:
-        sys.stdout.write("".join(f"{path}\n" for path in written))
+        written = report.write(output)
+    click.echo(report.to_json() if as_json else "\n".join(map(str, written)))
     if not fits:
-        sys.stderr.write("zgraph report: nothing fits; the page says what is in the way, and the ways out\n")
+        click.echo("zgraph report: nothing fits; the page says what is in the way, and the ways out", err=True)
     return fits
 
 
-def run_explain(arguments: argparse.Namespace) -> bool:
-    """Print why a step takes what it takes; whether it fits. Raises as ``run`` does."""
-    with _whole(arguments.saved):
-        report, search = _made("explain", arguments)
+@click.command(
+    "explain", cls=Command, short_help="why does it take so long, or so much memory?", epilog=EXPLAIN_EXAMPLES
+)
+@_saved
+@options_of_a_plan
+@json_option("sentences by question")
+def explain_command(saved: Path | None, *, as_json: bool, **asked: Any) -> bool:
+    """Say in sentences why a training step takes what it takes, what limits it and what would help: of the options that
+    `zgraph plan` chooses, or of REPORT.json, which a report was saved as.
+
+    Exits with status 1 if nothing fits.
+    """
+    with _whole(saved):
+        report, search = _made(saved, asked)
         told, fits = explain(report, search), report.plan.fits
-    sys.stdout.write((json.dumps(told.as_dict()) if arguments.json else str(told)) + "\n")
+    click.echo(json.dumps(told.as_dict()) if as_json else told)
     return fits
 
 
@@ -87,30 +91,12 @@ def _whole(saved: Path | None) -> Iterator[None]:
         raise StateError(what, fix="make it anew with model.report() or `zgraph report`") from error
 
 
-def _made(command: str, arguments: argparse.Namespace) -> tuple[Report, Search | None]:
+def _made(saved: Path | None, asked: dict[str, Any]) -> tuple[Report, Search | None]:
     """The report, and the search that has found its plan."""
-    given = [name for name in _MODELS if getattr(arguments, name) is not None]
-    if arguments.saved is not None:
-        others = _planned(arguments)
-        if others:
-            raise OptionError(
-                f"{arguments.saved} is a report already, and --{others[0]} asks for another",
-                fix="leave one of them out",
-            )
-        return Report.read(arguments.saved), None
-    if not given or arguments.world is None:
-        missing = "--world" if given else "a model"
-        raise OptionError(
-            f"zgraph {command} needs {missing}",
-            fix="give a report.json, or --preset, --hf or --model with --world, as zgraph plan takes them",
-        )
-    search, budget = open_search(**plan_command.asked(arguments), tell=plan_command.Telling())
-    return report_of(search, decide(search, budget)), search
-
-
-def _planned(arguments: argparse.Namespace) -> list[str]:
-    """Which arguments of ``zgraph plan`` are given another value than they have by themselves."""
-    parser = argparse.ArgumentParser()
-    plan_command.add_arguments(parser, required=False)
-    defaults = vars(parser.parse_args([]))
-    return [name.replace("_", "-") for name, value in defaults.items() if getattr(arguments, name) != value]
+    if saved is None:
+        search, budget = search_for(**asked)
+        return report_of(search, decide(search, budget)), search
+    for name in filter(is_given, asked):
+        what = f"{saved} is a report already, and --{name.replace('_', '-')} asks for another"
+        raise OptionError(what, fix="leave one of them out")
+    return Report.read(saved), None

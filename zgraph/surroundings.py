@@ -27,7 +27,7 @@ from zgraph.plans import show_bytes
 Facts = dict[str, str]
 """Name -> value, both to be read."""
 
-PACKAGES = ("torch", "triton", "numpy", "networkx", "sympy", "rich", "zgraph-compiler")
+PACKAGES = ("torch", "triton", "numpy", "networkx", "sympy", "click", "rich", "zgraph-compiler")
 
 _VARIABLES = re.compile(
     r"(ZGRAPH|OMP|MKL|KMP|GOMP|NCCL|GLOO|TORCH|PYTORCH|CUDA|HIP)_\w+|(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)"
