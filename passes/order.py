@@ -48,8 +48,9 @@ def arrange(program: Program, wishes: Mapping[fx.Node, Any]) -> None:
             if not waiting[later]:
                 heapq.heappush(ready, (wishes[later], place[later], later))
     # Calls of which each would write over what the other has yet to read keep their order, for the verifier to refuse.
+    output = program.output_node
     for node in (*ordered, *(node for node in calls if node not in ordered)):
-        program.output_node.prepend(node)
+        output.prepend(node)
 
 
 def _overwritten(program: Program, calls: list[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:

@@ -7,7 +7,7 @@ At a loss over a vocabulary these are the largest tensors of a step, and its pea
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,16 +59,21 @@ class OverwriteOperands(Pass):
 
 
 def overwriting(
-    program: Program, lives: Iterable[Lifetime], owner: Mapping[fx.Node, fx.Node] | None = None
+    program: Program,
+    lives: Iterable[Lifetime],
+    owner: Mapping[fx.Node, fx.Node] | None = None,
+    stores: Mapping[fx.Node, Sequence[fx.Node]] | None = None,
 ) -> dict[fx.Node, fx.Node]:
     """The calls that store their results over an operand in a program as it stands, and the operand of each.
 
     Args:
         program: functional, in any order.
         lives: its temporaries.
-        owner: what ``owners`` gives, for those who ask about one order of the calls after another.
+        owner, stores: what ``owners`` and ``storing`` give, for those who ask about one order of the calls after
+            another.
     """
     owner = owners(program) if owner is None else owner
+    stores = storing(program) if stores is None else stores
     last = {life.node: life.last for life in lives if not life.is_received}
     found: dict[fx.Node, fx.Node] = {}
     stored: dict[fx.Node, fx.Node] = {}  # by result, the memory that it lies in
@@ -78,8 +83,10 @@ def overwriting(
         return stored.get(memory, memory)
 
     for position, node in enumerate(program.graph.nodes):
+        if node not in stores:
+            continue
         memories = list(map(memory_of, node.all_input_nodes))
-        for result in _stored(node):
+        for result in stores[node]:
             for source, memory in zip(node.all_input_nodes, memories, strict=True):
                 is_free = last.get(memory) == position and memories.count(memory) == 1
                 if is_free and _fits(result, source, memory) and _may_lie_over(node, result, source):
@@ -87,6 +94,12 @@ def overwriting(
                     last[memory] = last[result]
                     break
     return found
+
+
+def storing(program: Program) -> dict[fx.Node, list[fx.Node]]:
+    """Calls of backward, with those of their results that may be stored over an operand; in whatever order they are."""
+    found = {node: list(_stored(node)) for node in program.graph.nodes}
+    return {node: results for node, results in found.items() if results}
 
 
 def _stored(node: fx.Node) -> Iterator[fx.Node]:

@@ -16,9 +16,9 @@ from torch import fx
 
 from zgraph import ops
 from zgraph.hardware import Hardware
-from zgraph.liveness import Lifetime, lifetimes, owners
+from zgraph.liveness import Lifetime, lifetimes
 from zgraph.passes.order import arrange
-from zgraph.passes.schedule import held_in
+from zgraph.passes.schedule import Holding
 from zgraph.pipeline import Pass
 from zgraph.program import Phase, Program, Stage, phase_of
 
@@ -65,7 +65,8 @@ class _Descent:
 
     def __init__(self, program: Program, *, staged: bool) -> None:
         self.program, self.staged = program, staged
-        self.owner = owners(program)
+        self.holding = Holding(program, staged=staged)
+        self.owner = self.holding.owner
         self.readers: dict[fx.Node, list[fx.Node]] = defaultdict(list)  # of memory; views of it do not count
         for node in program.graph.nodes:
             for source in node.all_input_nodes:
@@ -95,9 +96,7 @@ class _Descent:
 
     def _height(self) -> tuple[int, float]:
         """The peak, and a norm of all that is held that sees what lies a little below it, too."""
-        held: NDArray[np.float64] = np.array(
-            held_in(self.program, staged=self.staged, owner=self.owner), dtype=np.float64
-        )
+        held: NDArray[np.float64] = np.array(self.holding.now(), dtype=np.float64)
         peak = float(held.max())
         if not peak:
             return 0, 0.0
@@ -106,7 +105,7 @@ class _Descent:
     def _moves(self, order: list[fx.Node]) -> Iterator[dict[fx.Node, tuple[int, ...]]]:
         """Other places for some calls: for each of the largest values that are held at the peak."""
         nodes = list(self.program.graph.nodes)
-        held = held_in(self.program, staged=self.staged, owner=self.owner)
+        held = self.holding.now()
         peak = held.index(max(held))
         self.at = {node: i for i, node in enumerate(order)}
         computed = (i for i, node in enumerate(order) if phase_of(node) is Phase.FORWARD and not _travels(node))

@@ -24,7 +24,7 @@ from zgraph.passes.gathers import prepares
 from zgraph.passes.inplace import fused_updates
 from zgraph.passes.order import arrange
 from zgraph.passes.overlap import Overlap
-from zgraph.passes.overwrite import overwriting
+from zgraph.passes.overwrite import overwriting, storing
 from zgraph.pipeline import Pass
 from zgraph.program import Phase, Program, Stage, operand, phase_of
 from zgraph.timeline import COMPUTE, Lanes, least_s, play
@@ -71,38 +71,58 @@ class Schedule(Pass):
 
     def rewrite(self, program: Program) -> None:
         costs = _costs(program, self.hardware)
-        staged = self.hardware.is_staged
-        given, owner = list(_calls(program)), owners(program)
+        holding = Holding(program, staged=self.hardware.is_staged)
+        seen: dict[tuple[fx.Node, ...], _Order] = {}
 
-        def seconds() -> float:
-            return play(program, self.hardware, cost_of=costs.__getitem__).step_s
+        def now() -> _Order:
+            calls = tuple(_calls(program))
+            if calls not in seen:
+                step_s = play(program, self.hardware, cost_of=costs.__getitem__).step_s
+                seen[calls] = _Order(calls, step_s, holding.now())
+            return seen[calls]
 
-        def peak() -> int:
-            return max(held_in(program, staged=staged, owner=owner))
-
-        given_s, given_peak = seconds(), peak()
+        given = now()
         step = _Step(program, self.hardware, costs)
         _put(program, step.order())
-        held = step.held_by_each(program, held_in(program, staged=staged, owner=owner))
-        best_s, best, least_peak = seconds(), list(_calls(program)), peak()
-        if given_s < best_s and given_peak <= least_peak:
-            best_s, best = given_s, given
+        best = least = now()
+        held = step.held_by_each(program, least.held)
+        if given.step_s < least.step_s and given.peak_bytes <= least.peak_bytes:
+            best = given
         enough_s = least_s(program, self.hardware, cost_of=costs.__getitem__) * (1 + GAIN)
-        fixed: list[tuple[float, int, list[fx.Node]]] = []
+        fixed: list[_Order] = []
         for limit in _up_to(self.in_flight) if step.bucket_bytes else ():
-            if best_s <= enough_s:
+            if best.step_s <= enough_s:
                 break
-            most = math.inf if limit is None else least_peak + limit * step.bucket_bytes
+            most = math.inf if limit is None else least.peak_bytes + limit * step.bucket_bytes
             _put(program, step.order(most, held))
-            found = [(seconds(), peak(), list(_calls(program)))]
+            found = now()
             for distance in DISTANCES if not fixed else ():
-                _put(program, best)
+                _put(program, best.calls)
                 Overlap(distance, FAR).rewrite(program)
-                fixed.append((seconds(), peak(), list(_calls(program))))
-            for found_s, found_peak, order in (*found, *fixed):
-                if found_peak <= most and found_s < best_s * (1 - GAIN):
-                    best_s, best = found_s, order
-        _put(program, best)
+                fixed.append(now())
+            for order in (found, *fixed):
+                if order.peak_bytes <= most and order.step_s < best.step_s * (1 - GAIN):
+                    best = order
+        _put(program, best.calls)
+
+
+@dataclass(frozen=True)
+class _Order:
+    """An order of a program's calls.
+
+    Attributes:
+        calls: in that order.
+        step_s: seconds that they take.
+        held: bytes of temporaries at each node.
+    """
+
+    calls: tuple[fx.Node, ...]
+    step_s: float
+    held: Sequence[int]
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.held)
 
 
 def _up_to(in_flight: int | None) -> Iterator[int | None]:
@@ -119,23 +139,34 @@ def _put(program: Program, order: Iterable[fx.Node]) -> None:
     arrange(program, {node: i for i, node in enumerate(order)})
 
 
-def held_in(program: Program, *, staged: bool, owner: Mapping[fx.Node, fx.Node] | None = None) -> list[int]:
-    """Bytes of temporaries alive at each node, as far as what is written in place does not do away with them.
+class Holding:
+    """Tells what a program holds, as far as what is written in place does not do away with it, in one order of its
+    calls after another.
 
     Args:
-        staged, owner: see ``zgraph.liveness.lifetimes``.
+        staged: see ``zgraph.liveness.lifetimes``.
+
+    Attributes:
+        owner: of the memory of each value.
     """
-    owner = owners(program) if owner is None else owner
-    inside = {node for nodes in fused_updates(program).values() for node in nodes}
-    lives = lifetimes(program, staged=staged, owner=owner)
-    stored = overwriting(program, lives, owner)
-    # What is stored over an operand that ends there begins behind it.
-    held = (
-        replace(life, first=life.first + 1) if life.node in stored else life
-        for life in lives
-        if life.node not in inside
-    )
-    return held_bytes((life for life in held if life.first <= life.last), len(program.graph.nodes))
+
+    def __init__(self, program: Program, *, staged: bool) -> None:
+        self._program, self._staged = program, staged
+        self.owner = owners(program)
+        self._inside = {node for nodes in fused_updates(program).values() for node in nodes}
+        self._stores = storing(program)
+
+    def now(self) -> list[int]:
+        """Bytes of temporaries alive at each node."""
+        lives = lifetimes(self._program, staged=self._staged, owner=self.owner)
+        over = overwriting(self._program, lives, self.owner, self._stores)
+        # What is stored over an operand that ends there begins behind it.
+        held = (
+            replace(life, first=life.first + 1) if life.node in over else life
+            for life in lives
+            if life.node not in self._inside
+        )
+        return held_bytes((life for life in held if life.first <= life.last), self._program.num_nodes())
 
 
 def _costs(program: Program, hardware: Hardware) -> dict[fx.Node, Cost]:

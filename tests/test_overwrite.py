@@ -30,7 +30,7 @@ from zgraph.into import out_overload
 from zgraph.liveness import held_bytes, lifetimes
 from zgraph.machines import preset
 from zgraph.passes import OverwriteOperands, default_passes, overwrite
-from zgraph.passes.schedule import held_in
+from zgraph.passes.schedule import Holding
 from zgraph.pipeline import run
 from zgraph.placement import place
 from zgraph.program import Mesh, Phase, Program, Role, Stage
@@ -180,7 +180,7 @@ def test_the_scheduler_foresees_what_will_be_written_over() -> None:
     num_before = next(i for i, p in enumerate(passes) if p.gives is Stage.SCHEDULED) + 1
     scheduled = run(passes[:num_before], classifier()).program
     done = run(passes[num_before:], scheduled).program
-    assert max(held_in(scheduled, staged=False)) == peak(done) == peak(without(classifier(), 0, 1)) - 5 * 4 * 8
+    assert max(Holding(scheduled, staged=False).now()) == peak(done) == peak(without(classifier(), 0, 1)) - 5 * 4 * 8
 
 
 class Overwrite(TorchDispatchMode):

@@ -20,7 +20,7 @@ from zgraph.config import Config
 from zgraph.liveness import held_bytes, lifetimes
 from zgraph.machines import preset
 from zgraph.passes import OrderByMemory, default_passes
-from zgraph.passes.schedule import held_in
+from zgraph.passes.schedule import Holding
 from zgraph.pipeline import run
 from zgraph.program import Mesh, Phase, Program, Role, Stage
 
@@ -49,7 +49,7 @@ def scheduled(captured: Program, zero: int = 0, world: int = 1) -> Program:
 
 
 def peak(program: Program) -> int:
-    return max(held_in(program, staged=False))
+    return max(Holding(program, staged=False).now())
 
 
 def test_values_are_made_when_they_are_read() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,17 +14,17 @@ from hypothesis import strategies as st
 
 from tests.mutants.steps import in_single_precision
 from tests.programs import assert_same_step, blocks, clipped, few_examples, order, two_layers
-from tests.recipes import Recipe, build, recipes
+from tests.recipes import Recipe, Reshuffle, build, recipes
 from zgraph import ops
 from zgraph.config import IN_FLIGHT, Config
 from zgraph.curves import Collective
 from zgraph.hardware import Hardware
 from zgraph.machines import preset
 from zgraph.passes import Overlap, Schedule, default_passes
-from zgraph.passes.schedule import GAIN, _costs, _put, _Step, held_in
+from zgraph.passes.schedule import GAIN, Holding, _costs, _put, _Step
 from zgraph.pipeline import run
 from zgraph.program import REPLICA, SHARD, Mesh, Phase, Program, Stage, operand
-from zgraph.timeline import least_s, play
+from zgraph.timeline import Timeline, least_s, play
 
 aten = torch.ops.aten
 
@@ -51,7 +52,7 @@ def seconds(program: Program, hardware: Hardware) -> float:
 
 
 def peak(program: Program, hardware: Hardware) -> int:
-    return max(held_in(program, staged=hardware.device_type == "cpu"))
+    return max(Holding(program, staged=hardware.device_type == "cpu").now())
 
 
 def with_nothing_in_flight(program: Program, hardware: Hardware) -> tuple[int, int]:
@@ -159,7 +160,7 @@ def test_what_is_gathered_is_there_in_time_and_no_gather_stands_earlier_than_it_
     program = sharded(blocks(4))
     step = _Step(program, FAST, _costs(program, FAST))
     _put(program, step.order())
-    calls = step.order(math.inf, step.held_by_each(program, held_in(program, staged=False)))
+    calls = step.order(math.inf, step.held_by_each(program, Holding(program, staged=False).now()))
     for wait in calls:
         if wait.target is ops.wait and operand(wait).target is ops.all_gather:
             between = calls[calls.index(operand(wait)) : calls.index(wait)]
@@ -202,6 +203,28 @@ def test_more_in_flight_is_never_slower_and_never_beyond_its_limit(
         if in_flight is not None:
             assert peak(made, hardware) <= least_peak + in_flight * bucket_bytes
         before = found
+
+
+def test_no_order_is_looked_at_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    played: list[str] = []
+
+    def look(program: Program, *args: Any, **how: Any) -> Timeline:
+        played.append(program.text())
+        return play(program, *args, **how)
+
+    monkeypatch.setattr("zgraph.passes.schedule.play", look)
+    run([Schedule(SLOW, None)], sharded(blocks(3)), prove=False)
+    assert len(played) == len(set(played)) > 3
+
+
+@given(recipes(), st.integers(0, 3), st.integers(0, 2**16), st.booleans())
+@few_examples(8)
+def test_what_is_held_is_told_of_one_order_after_another(recipe: Recipe, zero: int, seed: int, staged: bool) -> None:
+    program = sharded(build(recipe), zero)
+    holding = Holding(program, staged=staged)
+    for each in (seed, seed + 1):
+        Reshuffle(Stage.SHARDED, Stage.SHARDED, each).rewrite(program)
+        assert holding.now() == Holding(program, staged=staged).now()
 
 
 def test_memory_in_flight_is_taken_only_where_it_saves_time() -> None:

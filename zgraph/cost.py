@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class Cost:
         """Memory traffic; of a collective, bytes of the whole tensor."""
         return sum(work.num_bytes for work in self.works)
 
-    @property
+    @cached_property  # asked for wherever a timeline is played
     def num_calls(self) -> Size:
         """Calls that the host makes: operators that are started."""
         return sum(work.num_calls for work in self.works)
