@@ -510,7 +510,13 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     copy = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        copies[node] = copy.node_copy(node, copies.__getitem__)
+        # Arguments are set afterwards: fx looks for symbols in those that a node is created with, which takes as long
+        # as all else.
+        copies[node] = made = copy.create_node(node.op, node.target, name=node.name, type_expr=node.type)
+        made.args = fx.map_arg(node.args, copies.__getitem__)
+        if node.kwargs:
+            made.kwargs = fx.map_arg(node.kwargs, copies.__getitem__)
+        made.meta = node.meta.copy()
     return copy
 
 
