@@ -77,8 +77,7 @@ class FormBuckets(Pass):
             buckets = make_buckets(specs, self.world, self.bucket_bytes, self.granule, divide)
             layout = Layout(buckets, self.world, packed=tuple(_packed(buckets, updates)) if self.packed else ())
         _Flattener(program, updates, layout).run()
-        in_memory = replace(layout, on_disk=(), params_on_disk=(), gradients_on_disk=())
-        program.layout = replace(in_memory, shard_params=False, shard_state=False)
+        program.layout = layout.undivided()
 
     def _divide(self, program: Program, updates: Updates) -> Callable[[Sequence[ParamSpec]], list[list[int]]]:
         """What says which parameters share buckets."""

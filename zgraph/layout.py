@@ -117,6 +117,11 @@ class Layout:
         """Buckets by their names."""
         return {bucket.name: bucket for bucket in self.buckets}
 
+    def undivided(self) -> Layout:
+        """The same buckets, before passes divide them or put them on a disk."""
+        in_memory = replace(self, on_disk=(), params_on_disk=(), gradients_on_disk=())
+        return replace(in_memory, shard_params=False, shard_state=False)
+
     def of_state(self, key: str) -> Layout:
         """Where optimizer state called ``key`` lies if it is a tensor: as parameters do, but for shapes of its own."""
         if key not in self._of_state:

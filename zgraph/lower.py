@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from zgraph.accumulation import micro_step
+from zgraph.beginnings import Beginnings
 from zgraph.config import Config
 from zgraph.errors import CaptureError
 from zgraph.hardware import Hardware
@@ -56,6 +58,7 @@ def lower(
     prove: bool = True,
     watch: Watch | None = None,
     levels: Levels | None = None,
+    beginnings: Beginnings | None = None,
 ) -> Lowered:
     """Run the passes.
 
@@ -69,16 +72,20 @@ def lower(
         prove: that each pass changed no meaning; a plan runs nothing, and leaves that to ``zgraph.compile``.
         watch: see ``zgraph.pipeline.run``; it is shown the last micro-batch's program first.
         levels: what recomputation was found to bring for the same model, which grows.
+        beginnings: what passes on the same captured programs have begun with, which grows; then nothing is proved,
+            and nobody looks on.
 
     Raises:
         ZgraphError: see ``zgraph.pipeline.run``.
     """
     passes = default_passes(config, mesh, layout, own=own, hardware=hardware, levels=levels)
-    last = run(passes, captured, prove=prove, watch=watch)
+    run_all = partial(run, prove=prove, watch=watch) if beginnings is None else beginnings.run
+    last = run_all(passes, captured)
     if config.accumulate == 1:
         return Lowered(last.program, None, last.records)
-    passes = default_passes(config, mesh, last.program.layout, own=own, hardware=hardware, levels=levels)
-    micro = run(passes, micro_step(captured), prove=prove, watch=watch)
+    layout = None if last.program.layout is None else last.program.layout.undivided()
+    passes = default_passes(config, mesh, layout, own=own, hardware=hardware, levels=levels)
+    micro = run_all(passes, micro_step(captured) if beginnings is None else beginnings.derived(micro_step, captured))
     check_same_buckets(last.program.layout, micro.program.layout)
     return Lowered(last.program, micro.program, (*last.records, *micro.records))
 

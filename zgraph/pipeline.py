@@ -133,7 +133,7 @@ def _run(passes: Sequence[Pass], program: Program, prove: bool, watch: Watch | N
     if verifier is not None:
         # fx remembers the name of every node it ever made, and with it the node; a copy leaves the erased ones behind.
         program = program.clone()
-    program.forget_values()
+        program.forget_values()
     return PipelineResult(program, tuple(records))
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from itertools import count, takewhile
 from typing import Any
 
+from zgraph.beginnings import Beginnings
 from zgraph.captures import Captures
 from zgraph.choices import CHAINED, LEVELS, MEMORY_FIRST, OFFLOAD, Choice, family
 from zgraph.config import BY_COST, Config
@@ -26,7 +27,7 @@ from zgraph.layout import aligned
 from zgraph.liveness import lifetimes
 from zgraph.lower import Lowered, lower
 from zgraph.passes import Levels, default_passes
-from zgraph.pipeline import Pass, Watch, run
+from zgraph.pipeline import Pass, Watch
 from zgraph.plans import Estimate
 from zgraph.predict import Prediction, compiled_bytes, predict
 from zgraph.program import Mesh, Phase, Program, Role, Stage, phase_of
@@ -99,6 +100,7 @@ class Search:
         self._held: dict[Any, tuple[_Held, ...]] = {}
         self._estimates: dict[Config, Estimate] = {}
         self._levels: Levels = {}
+        self._beginnings = Beginnings()
         self._last: tuple[Choice, tuple[Lowered, Prediction]] | None = None
         captures.check_blocks(self.members[0].config)
 
@@ -125,7 +127,8 @@ class Search:
             self._tell,
         )
         if captures is None:
-            search._held = self._held  # which depends on neither machine nor ranks, and grows
+            # Which depend on neither machine nor ranks, and grow.
+            search._held, search._beginnings = self._held, self._beginnings
         return search
 
     # -- choosing ---------------------------------------------------------------------------------------------
@@ -269,7 +272,14 @@ class Search:
         captured = self.captures.captured(config, num_blocks)
         mesh = config.mesh(self.world)
         lowered = lower(
-            captured, config, mesh, None, self._passes, hardware=self.hardware, prove=False, levels=self._levels
+            captured,
+            config,
+            mesh,
+            None,
+            self._passes,
+            hardware=self.hardware,
+            levels=self._levels,
+            beginnings=self._beginnings,
         )
         return lowered, predict(lowered, self.hardware, config.accumulate)
 
@@ -323,7 +333,7 @@ class Search:
             self._tell(self)
             try:
                 self._held[before] = tuple(
-                    _Held.of(_recomputed(self.captures.captured(before, size), before, self.hardware), before)
+                    _Held.of(self._recomputed(self.captures.captured(before, size), before), before)
                     for size in self.captures.sizes
                 )
             except OptionError as error:
@@ -336,6 +346,12 @@ class Search:
         activations, divided_over = 0 if may_go else 1, config.mesh(self.world).shard_size
         return int(self._extended([each.on_rank(config.zero, divided_over, activations) for each in held]))
 
+    def _recomputed(self, captured: Program, config: Config) -> Program:
+        """The step after the passes that change what it computes, before those that divide it."""
+        passes = default_passes(replace(config, offload=None), Mesh(1), hardware=self.hardware)
+        first = tuple(takewhile(lambda p: p.gives is Stage.CAPTURED, passes))
+        return self._beginnings.run(first, captured).program
+
 
 def _without_level(config: Config) -> Config:
     return replace(config, recompute=None)
@@ -344,14 +360,6 @@ def _without_level(config: Config) -> Config:
 def _size(tried: Tried) -> tuple[int, float, int]:
     """What is less: bytes, then seconds, then what is asked for on top of the mildest choice."""
     return tried.estimate.peak_bytes, tried.estimate.step_s, tried.choice.depth
-
-
-def _recomputed(captured: Program, config: Config, hardware: Hardware) -> Program:
-    """The step after the passes that change what it computes, before those that divide it."""
-    passes = takewhile(
-        lambda p: p.gives is Stage.CAPTURED, default_passes(replace(config, offload=None), Mesh(1), hardware=hardware)
-    )
-    return run(tuple(passes), captured, prove=False).program
 
 
 @dataclass(frozen=True)
