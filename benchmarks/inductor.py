@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 from unittest import mock
 
@@ -13,6 +14,7 @@ from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch._inductor.scheduler import FusedSchedulerNode, Scheduler, SchedulerNode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from zgraph import ops
 from zgraph.program import Program
 
 
@@ -20,13 +22,21 @@ class _DoneError(Exception):
     """The schedule is made; code is not wanted."""
 
 
-class _Numbers(fx.Interpreter):
-    """Runs a graph in which what is read from a tensor, such as the count of steps, is a number known in advance."""
+class _InAten(fx.Interpreter):
+    """Runs a graph as ATen's operators, of which Inductor makes kernels.
+
+    What is read from a tensor, such as the count of steps, is a number known in advance. A norm over gradients is
+    written in as few passes as there can be.
+    """
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """As the graph says."""
         if target is torch.ops.aten._local_scalar_dense.default:
             return 1.0
+        if target is ops.square_sum:
+            return args[0].double().square().sum()
+        if target is ops.add_up:
+            return reduce(torch.add, args[0])
         return super().call_function(target, args, kwargs)
 
 
@@ -38,7 +48,7 @@ def count(program: Program) -> tuple[int, int]:
     """
     inputs = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
     with program.fake_mode:
-        run = _Numbers(nn.Module(), graph=program.graph).run
+        run = _InAten(nn.Module(), graph=program.graph).run
         traced = make_fx(run, decomposition_table=select_decomp_table())(*inputs)
     joint_graph_passes(traced)
     found: list[tuple[int, int]] = []

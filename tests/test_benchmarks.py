@@ -210,7 +210,7 @@ def test_a_step_moves_fewer_bytes_than_inductors(
     for name in ("GPT", "Llama", "ViT"):
         clipped = f"{name}, clip_norm=1.0"
         assert moved[name, "zgraph"] <= 0.9 * moved[name, "Inductor's"]
-        assert moved[clipped, "zgraph"] <= 0.92 * moved[clipped, "Inductor's"]
+        assert moved[clipped, "zgraph"] <= 0.9 * moved[clipped, "Inductor's"]
         assert moved[name, "zgraph"] < moved[name, "update"]
 
 
