@@ -7,7 +7,8 @@
 Calls join one after another, each with what it reads, as long as loops have words for all of them together, nothing but
 they lies between what they read and what reads them, and no collective starts later than it did. Each region stands
 where the last of its calls stood, or before the first call that reads a result of it; but none of backward's
-stands in the middle of forward.
+stands in the middle of forward. Calls of the update on single numbers need not feed each other to be one: they move
+nothing, and their number is what they cost.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import fx
 
 from zgraph import ops
+from zgraph.codegen import numbers
 from zgraph.codegen.lowering import may_lower
 from zgraph.codegen.region import key_of
 from zgraph.program import Phase, Program, phase_of
@@ -61,6 +63,7 @@ class _Grouping:
         self.known: dict[Hashable, bool] = {}
         self.of: dict[fx.Node, Group] = {}
         self.fusable = {node for node in self.nodes if node not in kept and _may_fuse(node)}
+        self.numbers = [node for node in self.nodes if node not in kept and _is_number_of_update(node)]
 
     def groups(self) -> list[Group]:
         for node in self.nodes:
@@ -76,8 +79,27 @@ class _Grouping:
                     both = self._group({*mine.nodes, *theirs.nodes})
                     if both is not None:
                         self._set(both)
+        self._join_numbers()
         found = [group for group in dict.fromkeys(self.of.values()) if _is_worthwhile(group)]
         return sorted(found, key=lambda group: self.position[group.nodes[-1]])
+
+    def _join_numbers(self) -> None:
+        """Make as few kernels of numbers as what they wait for, and what waits for them, allows."""
+        made: list[Group] = []
+        for node in self.numbers:
+            device = node.meta["val"].device
+            for index, other in reversed(list(enumerate(made))):
+                both = self._group({*other.nodes, node}, is_written=False, may_hurry=True)
+                if both is not None and other.nodes[0].meta["val"].device == device:
+                    made[index] = both
+                    break
+            else:
+                alone = self._group({node}, is_written=False)
+                if alone is None:
+                    continue
+                made.append(alone)
+                both = alone
+            self._set(both)
 
     def _set(self, group: Group) -> None:
         self.of.update(dict.fromkeys(group.nodes, group))
@@ -92,8 +114,14 @@ class _Grouping:
         for source in node.all_input_nodes:
             yield ops.root_of(source)
 
-    def _group(self, inside: set[fx.Node], *, is_written: bool = True) -> Group | None:
-        """The calls as one kernel, if one is written; None where there can be none."""
+    def _group(self, inside: set[fx.Node], *, is_written: bool = True, may_hurry: bool = False) -> Group | None:
+        """The calls as one kernel, if one is written; None where there can be none.
+
+        Args:
+            inside: the calls.
+            is_written: whether there must be a kernel for them.
+            may_hurry: whether they may go before collectives that they came after: they take no time by themselves.
+        """
         nodes = tuple(sorted(inside, key=self.position.__getitem__))
         readers = {node: [r for r in _readers(node) if r not in inside] for node in nodes}
         results = tuple(node for node in nodes if readers[node])
@@ -103,7 +131,7 @@ class _Grouping:
         first_reader = min(self._place(reader) for node in results for reader in readers[node])
         place = min(last, first_reader - 0.5)
         last_read = max((self._place(source) for source in self._outside(nodes, inside)), default=-1.0)
-        if last_read >= place or any(place < start < last for start in self.starts):
+        if last_read >= place or (not may_hurry and any(place < start < last for start in self.starts)):
             return None
         of_backward = [self.position[node] for node in nodes if phase_of(node) is Phase.BACKWARD]
         if 0 < len(of_backward) < len(nodes) and place < of_backward[0]:
@@ -184,6 +212,11 @@ def _may_fuse(node: fx.Node) -> bool:
     sized = (v for n in (node, *node.all_input_nodes) for v in _vals(n) if isinstance(v, torch.Tensor) and v.dim())
     is_strided = all(v is None or (isinstance(v, torch.Tensor) and v.layout is torch.strided) for v in vals)
     return is_strided and len({v.device for v in sized}) <= 1
+
+
+def _is_number_of_update(node: fx.Node) -> bool:
+    """Whether a call of the update may be part of a kernel of numbers."""
+    return node.op == "call_function" and phase_of(node) is Phase.UPDATE and numbers.may_write(node)
 
 
 def _vals(node: fx.Node) -> Iterator[Any]:

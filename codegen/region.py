@@ -7,7 +7,7 @@ GPU in Triton (``zgraph.codegen.region_triton``). Where what compiles them is mi
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -38,7 +38,7 @@ class Region(Kernel):
         return f"{self.name}{{{expressions(self.body)}{over}}}"
 
     def copy(self) -> Region:
-        return Region(self.name, copy_graph(self.body), self.num_inputs, self.writes, self.is_compiled)
+        return replace(self, body=copy_graph(self.body), _functions={})
 
     def __call__(self, *inputs: Any, outs: Sequence[torch.Tensor | None] = ()) -> list[torch.Tensor]:
         """Run on real tensors, or infer on fake ones.
@@ -54,7 +54,7 @@ class Region(Kernel):
 
     def writing_over(self, writes: tuple[int | None, ...]) -> Region:
         """The same, which writes its results over inputs: see ``Kernel.writes``."""
-        return Region(self.name, self.body, self.num_inputs, writes, self.is_compiled)
+        return replace(self, writes=writes, _functions={})
 
     def may_overwrite(self, place: int, index: int) -> bool:
         """Whether the result of one index may be written over the input of another."""

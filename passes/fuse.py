@@ -20,6 +20,7 @@ from torch import fx
 from zgraph import ops
 from zgraph.codegen.grouping import Group, body_of, groups
 from zgraph.codegen.kernel import calls_of
+from zgraph.codegen.numbers import Numbers, is_of_numbers
 from zgraph.codegen.region import Region, can_write, key_of
 from zgraph.cost import Costs
 from zgraph.hardware import Hardware
@@ -36,7 +37,7 @@ at once."""
 
 @dataclass(frozen=True)
 class FuseRegions(Pass):
-    """Make kernels of elementwise calls, norms, softmax, losses and sums that feed each other.
+    """Make kernels of elementwise calls, norms, softmax, losses and sums that feed each other, and of single numbers.
 
     h = add(x, y)
     n, mean, rstd = native_layer_norm(h, ...)    ->    h, n, mean, rstd = fused_add_native_layer_norm(x, y, ...)
@@ -161,7 +162,8 @@ def _fuse(program: Program, found: Iterable[Group]) -> list[fx.Node]:
         key = key_of(body)
         if key not in regions:
             name = f"{_stem(body)}_{len(regions)}"
-            regions[key] = Region(name, body, len(outside), (None,) * len(group.results), is_compiled=True)
+            kind = Numbers if is_of_numbers(body) else Region
+            regions[key] = kind(name, body, len(outside), (None,) * len(group.results), is_compiled=True)
         call = _replace(program, group, regions[key], outside)
         position.update(dict.fromkeys((call, *call.users), group.place))
         calls.append(call)
