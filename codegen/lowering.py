@@ -20,6 +20,7 @@ from zgraph import ops
 from zgraph.codegen import ir
 from zgraph.codegen.elementwise import COMPARISONS, FORM, OPMATH, Writer
 from zgraph.codegen.ir import CannotWriteError, Level, Loops, Sizes, Store, along, form, level_of, refined
+from zgraph.program import copy_graph
 
 aten = torch.ops.aten
 
@@ -34,7 +35,29 @@ def lower(body: fx.Graph, writer: type[Writer]) -> Loops:
     Raises:
         CannotWriteError: with what there are no words for.
     """
-    return _Lowering(body, writer).run()
+    return _Lowering(_as_it_lies(body), writer).run()
+
+
+def _as_it_lies(body: fx.Graph) -> fx.Graph:
+    """A body whose results lie row by row, if need be with dimensions in the order in which they lie in memory.
+
+    Elementwise operators on one shape compute the same in any order: an operator on a transposed tensor gives one that
+    lies as its argument does.
+    """
+    results: Any = body.output_node().args[0]
+    val = results[0].meta["val"]
+    if not isinstance(val, torch.Tensor) or val.is_contiguous():
+        return body
+    calls = [node for node in body.nodes if node.op == "call_function"]
+    if not all(ops.is_elementwise(node.target) and _shapes(node) == [tuple(val.shape)] for node in calls):
+        return body
+    order = sorted(range(val.dim()), key=val.stride().__getitem__, reverse=True)
+    turned = copy_graph(body)
+    for node in turned.nodes:
+        own = node.meta.get("val")
+        if isinstance(own, torch.Tensor) and own.dim():
+            node.meta["val"] = own.expand(val.shape).permute(order)
+    return turned
 
 
 @dataclass(frozen=True)

@@ -116,15 +116,15 @@ class Region(Kernel):
         else:
             run = region_cpp.compile_region(lower(self.body, RegionCppWriter))
         forms = self.input_strides
-        results = [(tuple(val.shape), val.dtype, val.device) for val in self._results]
+        results = [(tuple(val.shape), val.stride(), val.dtype, val.device) for val in self._results]
 
         def call(*inputs: Any, outs: Sequence[torch.Tensor | None] = ()) -> list[torch.Tensor]:
             given = [x if strides is None else _laid_out(x, strides) for x, strides in zip(inputs, forms, strict=True)]
             told = outs or (None,) * len(results)
             told = [out if write is None else given[write] for out, write in zip(told, self.writes, strict=True)]
             places = [
-                torch.empty(shape, dtype=dtype, device=device) if out is None else out
-                for (shape, dtype, device), out in zip(results, told, strict=True)
+                torch.empty_strided(shape, strides, dtype=dtype, device=device) if out is None else out
+                for (shape, strides, dtype, device), out in zip(results, told, strict=True)
             ]
             run(given, places)
             return places

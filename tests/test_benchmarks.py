@@ -201,17 +201,18 @@ def test_recomputation_is_no_worse_than_what_torch_chooses() -> None:
 
 
 @pytest.mark.slow
-def test_a_step_moves_fewer_bytes_than_inductors(
+def test_a_step_starts_and_moves_less_than_inductors(
     bench: dict[str, ModuleType], capsys: pytest.CaptureFixture[str]
 ) -> None:
     bench["kernels"].count()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
     moved = {(name, kernels): int(num_bytes.replace(",", "")) for name, kernels, _, num_bytes in rows}
+    started = {(name, kernels): int(launches) for name, kernels, launches, _ in rows}
     for name in ("GPT", "Llama", "ViT"):
-        clipped = f"{name}, clip_norm=1.0"
-        assert moved[name, "zgraph"] <= 0.9 * moved[name, "Inductor's"]
-        assert moved[clipped, "zgraph"] <= 0.9 * moved[clipped, "Inductor's"]
-        assert moved[name, "zgraph"] < moved[name, "update"]
+        for step in (name, f"{name}, clip_norm=1.0"):
+            assert moved[step, "zgraph"] <= 0.9 * moved[step, "Inductor's"]
+            assert moved[step, "zgraph"] < moved[step, "update"]
+            assert started[step, "zgraph"] <= started[step, "Inductor's"]
 
 
 @pytest.mark.slow

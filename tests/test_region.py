@@ -326,6 +326,24 @@ def test_what_lies_otherwise_is_read_where_it_lies() -> None:
     check(lambda x, y, z: (x * y + z).contiguous(), turned, normal(2, 1, 16), normal(4, 2, 3, 16))
 
 
+@few_examples(15)
+@given(st.permutations(range(3)), st.permutations(range(3)), st.sampled_from([(3, 2, 5, 16), (2, 1, 5, 4)]))
+def test_results_lie_as_atens_do(order: list[int], other: list[int], shape: tuple[int, ...]) -> None:
+    """An operator on a transposed tensor gives one that lies as its argument does: as rotary embeddings have it."""
+
+    def laid_out(order: list[int]) -> torch.Tensor:
+        back = sorted(range(3), key=order.__getitem__)
+        return normal(*(shape[i] for i in (*order, 3))).permute(*back, 3)
+
+    x, y = laid_out(order), laid_out(other)
+    check(lambda x, y, cos, z: (x * cos + y) * z, x, y, normal(shape[2], shape[3]), normal(shape[1], 1, 1))
+    region = region_of(lambda x, y: x * 2 + y, x, y)
+    assert may_overwrite(lower(region.body, RegionCppWriter), 0, 0)
+    (found,) = region.writing_over((0,))(over := x.clone(), y)
+    assert found is over
+    assert torch.equal(found, x * 2 + y)
+
+
 def test_what_an_operator_gives_otherwise_than_it_says_is_laid_out_anew() -> None:
     x, y = normal(6, 16), normal(6, 16)
     region = region_of(lambda x, y: x * 2 + y, x, y)

@@ -45,7 +45,8 @@ def interpreted(region: Region, *args: Any) -> list[torch.Tensor]:
     jitted = defined(region)
     interpreter = Jitted(jitted.writer, Interpreted(jitted.rows), jitted.sums and Interpreted(jitted.sums))
     results: Any = region.body.output_node().args[0]
-    outputs = [torch.empty(node.meta["val"].shape, dtype=node.meta["val"].dtype) for node in results]
+    vals = [node.meta["val"] for node in results]
+    outputs = [torch.empty_strided(val.shape, val.stride(), dtype=val.dtype) for val in vals]
     launch(interpreter, args, outputs)
     return outputs
 
@@ -117,6 +118,13 @@ def test_gradients_and_what_they_add_up_to() -> None:
 def test_what_lies_otherwise_is_read_where_it_lies() -> None:
     turned = normal(4, 3, 2, 16).transpose(1, 2)
     check(lambda x, y, z: (x * y + z).contiguous(), turned, normal(2, 1, 16), normal(4, 2, 3, 16))
+
+
+def test_what_lies_transposed_is_written_as_it_lies() -> None:
+    turned = normal(4, 3, 2, 16).transpose(1, 2)
+    found = interpreted(region_of(lambda x, y: x * y + x, turned, normal(3, 16)), turned, normal(3, 16))
+    assert found[0].stride() == turned.stride()
+    torch.testing.assert_close(found[0], turned * normal(3, 16) + turned)
 
 
 def test_numbers_are_read_where_they_lie() -> None:
