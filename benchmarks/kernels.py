@@ -3,7 +3,7 @@
     python benchmarks/kernels.py                      the update of 20M parameters by AdamW, one thread and all cores
     python benchmarks/kernels.py --numel 5000000 --rounds 20
     python benchmarks/kernels.py --step small         a whole step of a GPT, one thread and all cores
-    python benchmarks/kernels.py --regions small      each region of forward and backward beside ATen's calls
+    python benchmarks/kernels.py --regions small      each region of forward and backward beside ATen's and Inductor's
     python benchmarks/kernels.py --count              bytes and launches of steps of one block; nothing runs
 
 Beside the update runs a loop that reads four vectors and writes three, as the update does: an update in one pass can be
@@ -31,7 +31,9 @@ from models import GPT, SHAPES, Shape, VisionTransformer, build_batch, build_mod
 
 import zgraph
 from zgraph.capture import capture
-from zgraph.codegen.kernel import CPP, SLICES, Kernel
+from zgraph.codegen.inductor import InductorRegion
+from zgraph.codegen.inductor import can_write as inductor_can_write
+from zgraph.codegen.kernel import CPP, INDUCTOR, SLICES, Kernel
 from zgraph.codegen.library import load
 from zgraph.codegen.region import Region
 from zgraph.config import Config
@@ -145,30 +147,42 @@ def compare_steps(shape: Shape, rounds: int) -> None:
 
 
 def compare_regions(shape: Shape, rounds: int) -> None:
-    """Print the median time of each kind of region, and of the calls that it replaces, on inputs of their own."""
-    print("| region | threads | times | ATen's calls | zgraph | ratio | predicted |\n" + "| --- " * 7 + "|")
+    """Print the median time of each kind of region, of the calls that it replaces, and of what Inductor makes of them.
+
+    Those that zgraph has words for come first, and then those that are left to Inductor.
+    """
+    print("| region | threads | times | ATen's calls | zgraph | Inductor | predicted |\n" + "| --- " * 7 + "|")
     for threads in sorted({1, available_cores()}):
         torch.set_num_threads(threads)
-        model = build_model(shape)
-        zgraph.compile(model, torch.optim.AdamW(model.parameters()), zero=0, kernels="zgraph")
-        model.train_step(*build_batch(shape, 1, range(1)))
-        counts = Counter(node.target for node in model.program.graph.nodes if isinstance(node.target, Region))
-        predicted = ratios(shape)
-        for region, num in counts.items():
+        own, others = stepped(shape, "zgraph"), stepped(shape, "auto")
+        weighed = others.program.weighed
+        predicted = {
+            stem(each.name): each.kernel_s / each.calls_s for each in weighed if each.kernel_s and each.calls_s
+        }
+        nodes = [node.target for node in own.program.graph.nodes if isinstance(node.target, Region)]
+        nodes += [node.target for node in others.program.graph.nodes if isinstance(node.target, InductorRegion)]
+        for region, num in Counter(nodes).items():
             values = [value_for(node.meta["val"]) for node in region.body.find_nodes(op="placeholder")]
-            ours, calls = (partial(region._function(language), *values) for language in (CPP, SLICES))
-            took = take_turns({"calls": calls, "ours": ours}, rounds)
-            figures = f"{took['calls'] * 1e6:.0f} us | {took['ours'] * 1e6:.0f} us | {took['ours'] / took['calls']:.2f}"
-            print(f"| {region.name} | {threads} | {num} | {figures} | {predicted[stem(region.name)]:.2f} |", flush=True)
+            turns = {"calls": partial(region._function(SLICES), *values)}
+            if not isinstance(region, InductorRegion):
+                turns["ours"] = partial(region._function(CPP), *values)
+            if inductor_can_write(region.body, "cpu"):
+                made = InductorRegion(region.name, region.body, region.num_inputs, region.writes, is_compiled=True)
+                turns["Inductor"] = partial(made._function(INDUCTOR), *values)
+            took = take_turns(turns, rounds)
+            ratio = {name: f"{s * 1e6:.0f} us, {s / took['calls']:.2f}" for name, s in took.items()}
+            figures = f"{took['calls'] * 1e6:.0f} us | {ratio.get('ours', '')} | {ratio.get('Inductor', '')}"
+            foretold = predicted.get(stem(region.name))
+            told = "" if foretold is None else f"{foretold:.2f}"
+            print(f"| {region.name} | {threads} | {num} | {figures} | {told} |", flush=True)
 
 
-def ratios(shape: Shape) -> dict[str, float]:
-    """By name of a region, what it is predicted to take, of what its calls are."""
+def stepped(shape: Shape, kernels: str) -> Any:
+    """A GPT after a step."""
     model = build_model(shape)
-    zgraph.compile(model, torch.optim.AdamW(model.parameters()), zero=0, kernels="auto")
+    zgraph.compile(model, torch.optim.AdamW(model.parameters()), zero=0, kernels=kernels)
     model.train_step(*build_batch(shape, 1, range(1)))
-    weighed = model.program.weighed
-    return {stem(each.name): each.kernel_s / each.calls_s for each in weighed if each.kernel_s and each.calls_s}
+    return model
 
 
 def stem(name: str) -> str:

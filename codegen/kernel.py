@@ -24,7 +24,7 @@ from zgraph.codegen.triton import TritonWriter
 from zgraph.into import out_overload
 from zgraph.program import copy_graph, show, target_name
 
-TRITON, CPP, SLICES = "Triton", "C++", "slices"
+TRITON, CPP, INDUCTOR, SLICES = "Triton", "C++", "Inductor", "slices"
 """What a kernel can be written in."""
 
 SLICE = 65536

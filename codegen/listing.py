@@ -59,7 +59,8 @@ def why(weighed: Weighed) -> str:
         return f"it would raise the peak by {show_bytes(weighed.raises_peak_by)}"
     if weighed.kernel_s is None or weighed.calls_s is None:
         return "asked for"
-    return f"predicted {show_s(weighed.kernel_s)}, and {show_s(weighed.calls_s)} call by call"
+    told = f"predicted {show_s(weighed.kernel_s)}, and {show_s(weighed.calls_s)} call by call"
+    return f"{told}; compiling it takes {show_s(weighed.compiling_s)} of each step" if weighed.compiling_s else told
 
 
 def _refused(weighed: Weighed) -> KernelInfo:

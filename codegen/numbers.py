@@ -90,19 +90,8 @@ class Numbers(Region):
             return _InCpp(self).source()
         return _InTriton(self).source() if language == TRITON else self.source(SourceWriter())
 
-    def _in_loops(self, language: str) -> Callable[..., list[torch.Tensor]]:
-        run = _in_triton(self) if language == TRITON else _in_cpp(self)
-        results = [(val.dtype, val.device) for val in self._results]
-
-        def call(*inputs: Any, outs: Sequence[torch.Tensor | None] = ()) -> list[torch.Tensor]:
-            places = [
-                torch.empty((), dtype=dtype, device=device) if out is None else out
-                for (dtype, device), out in zip(results, outs or (None,) * len(results), strict=True)
-            ]
-            run(inputs, places)
-            return places
-
-        return call
+    def _loops_in(self, language: str) -> Callable[[Sequence[Any], Sequence[torch.Tensor]], None]:
+        return _in_triton(self) if language == TRITON else _in_cpp(self)
 
 
 def may_write(node: fx.Node) -> bool:

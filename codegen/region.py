@@ -109,12 +109,19 @@ class Region(Kernel):
             self._functions[language] = self._in_slices() if language == SLICES else self._in_loops(language)
         return self._functions[language]
 
-    def _in_loops(self, language: str) -> Callable[..., list[torch.Tensor]]:
+    def _loops_in(self, language: str) -> Callable[[Sequence[Any], Sequence[torch.Tensor]], None]:
+        """What runs it in a language, given its inputs and where its results go.
+
+        Raises:
+            OptionError: it cannot be compiled.
+        """
         if language == TRITON:
             with torch.cuda.device_of(self._results[0]):  # type: ignore[no-untyped-call]
-                run = region_triton.compile_region(lower(self.body, RegionTritonWriter), self.name)
-        else:
-            run = region_cpp.compile_region(lower(self.body, RegionCppWriter))
+                return region_triton.compile_region(lower(self.body, RegionTritonWriter), self.name)
+        return region_cpp.compile_region(lower(self.body, RegionCppWriter))
+
+    def _in_loops(self, language: str) -> Callable[..., list[torch.Tensor]]:
+        run = self._loops_in(language)
         forms = self.input_strides
         results = [(tuple(val.shape), val.stride(), val.dtype, val.device) for val in self._results]
 

@@ -87,7 +87,7 @@ def default_passes(
     )
     last_steps: tuple[Pass, ...] = (UpdateInPlace(compiled=config.kernels != "eager"), OverwriteOperands())
     # What is recomputed is chosen by what calls cost one by one.
-    fuse = (_fuse(config, hardware, last_steps),) if config.kernels in ("auto", "zgraph") else ()
+    fuse = (_fuse(config, hardware, last_steps),) if config.kernels in ("auto", "zgraph", "inductor") else ()
     then = (*steps, *last_steps)
     # What stays gathered is decided last, where there is room beside all else; it is not in the way of what is dropped.
     unshard = (Unshard(config.unshard, hardware),) if config.zero == 3 and mesh.size > 1 else ()
@@ -153,9 +153,10 @@ def _order(config: Config, hardware: Hardware | None) -> Pass:
 
 
 def _fuse(config: Config, hardware: Hardware | None, then: tuple[Pass, ...]) -> Pass:
-    if config.kernels == "zgraph":
-        return FuseRegions(then)
-    return FuseRegions(then, _known(hardware, "kernels='auto' weighs seconds", "give kernels='zgraph'"))
+    if config.kernels != "auto":
+        return FuseRegions(then, compilers=(config.kernels,))
+    known = _known(hardware, "kernels='auto' weighs seconds", "give kernels='zgraph'")
+    return FuseRegions(then, known, compilers=("zgraph", "inductor"))
 
 
 def _recompute(

@@ -9,7 +9,8 @@ wait. Whether a kernel is faster than its calls is for the machine to say, where
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,7 +19,9 @@ import torch
 from torch import fx
 
 from zgraph import ops
+from zgraph.codegen import inductor
 from zgraph.codegen.grouping import Group, body_of, groups
+from zgraph.codegen.inductor import InductorRegion
 from zgraph.codegen.kernel import calls_of
 from zgraph.codegen.numbers import Numbers, is_of_numbers
 from zgraph.codegen.region import Region, can_write, key_of
@@ -49,10 +52,12 @@ class FuseRegions(Pass):
     Attributes:
         then: the passes that lower the program further; the peak is that of what they give, and so are the costs.
         hardware: the machine that says what is faster; None takes every region to be.
+        compilers: who makes kernels: ``"zgraph"`` or ``"inductor"``, each of what those before it have no words for.
     """
 
     then: tuple[Pass, ...] = ()
     hardware: Hardware | None = None
+    compilers: tuple[str, ...] = ("zgraph",)
     takes = gives = Stage.SCHEDULED
 
     def rewrite(self, program: Program) -> None:
@@ -60,19 +65,40 @@ class FuseRegions(Pass):
         device_types = {bucket.device.type for bucket in layout.buckets} if layout is not None else set()
         if len(device_types) != 1:
             return
-        may_write = partial(can_write, device_type=device_types.pop())
+        (device_type,) = device_types
+        kept: set[fx.Node] = set()
+        program.weighed = ()
+        for compiler in self.compilers:
+            program.weighed += self._chosen(program, compiler, device_type, kept)
+
+    def _chosen(self, program: Program, compiler: str, device_type: str, kept: set[fx.Node]) -> tuple[Weighed, ...]:
+        """Make kernels of what one compiler has words for.
+
+        Args:
+            program: to be changed.
+            compiler: one of ``compilers``.
+            device_type: where the program computes.
+            kept: calls that stay as they are, which more may become.
+        """
+        may_write = partial(_CAN_WRITE[compiler], device_type=device_type)
+        found = groups(program, may_write, kept)
+        if not found:
+            return ()
         plain = self._lowered(program)
         bound = int(max(plain.held) * (1 + MORE))
         position = {node: index for index, node in enumerate(program.graph.nodes)}
         weighed: dict[int, Weighed] = {}  # by where the last of its calls is
-        kept: set[fx.Node] = set()
-        while found := groups(program, may_write, kept):
+        while found:
             trial = program.clone()
             twins = dict(zip(program.graph.nodes, trial.graph.nodes, strict=True))
-            calls = _fuse(trial, [_twin(group, twins) for group in found])
+            calls = _fuse(trial, [_twin(group, twins) for group in found], compiler)
             fused = self._lowered(trial)
             guilty = _guilty(fused, calls, bound)
-            verdicts = [self._verdict(group, plain, call, fused) for group, call in zip(found, calls, strict=True)]
+            compiling_s = _compiling_s(calls)
+            verdicts = [
+                replace(self._verdict(group, plain, call, fused), compiling_s=compiling_s[call])
+                for group, call in zip(found, calls, strict=True)
+            ]
             if guilty is not None and all(verdict.is_kernel for verdict in verdicts):
                 verdicts[guilty] = replace(verdicts[guilty], raises_peak_by=max(fused.held) - max(plain.held))
             refused = [(g, v) for g, v in zip(found, verdicts, strict=True) if not v.is_kernel]
@@ -82,8 +108,9 @@ class FuseRegions(Pass):
             if not refused:
                 weighed |= {position[g.nodes[-1]]: v for g, v in zip(found, verdicts, strict=True)}
                 break
-        _fuse(program, found)
-        program.weighed = tuple(weighed[at] for at in sorted(weighed))
+            found = groups(program, may_write, kept)
+        _fuse(program, found, compiler)
+        return tuple(weighed[at] for at in sorted(weighed))
 
     def _verdict(self, group: Group, plain: _Lowered, call: fx.Node, fused: _Lowered) -> Weighed:
         """Whether a region is faster than its calls."""
@@ -136,6 +163,13 @@ def _guilty(lowered: _Lowered, calls: list[fx.Node], bound: int) -> int | None:
     return max(range(len(calls)), key=bytes_of)
 
 
+def _compiling_s(calls: Sequence[fx.Node]) -> dict[fx.Node, float]:
+    """Of each call of a region, what compiling it takes of a step: those that are alike are compiled once."""
+    alike = Counter(call.target for call in calls)
+    per_step = inductor.COMPILE_S / inductor.NUM_STEPS
+    return {c: per_step / alike[c.target] if isinstance(c.target, InductorRegion) else 0.0 for c in calls}
+
+
 def _seconds(nodes: Iterable[fx.Node], program: Program, hardware: Hardware) -> float:
     """How long calls take one after the other, from the first being started."""
     costs, lanes = Costs(program, hardware), Lanes(hardware)
@@ -148,7 +182,11 @@ def _twin(group: Group, twins: Mapping[fx.Node, fx.Node]) -> Group:
     return Group(tuple(twins[n] for n in group.nodes), tuple(twins[n] for n in group.results), group.place)
 
 
-def _fuse(program: Program, found: Iterable[Group]) -> list[fx.Node]:
+_KINDS: dict[str, type[Region]] = {"zgraph": Region, "inductor": InductorRegion}
+_CAN_WRITE: dict[str, Callable[..., bool]] = {"zgraph": can_write, "inductor": inductor.can_write}
+
+
+def _fuse(program: Program, found: Iterable[Group], compiler: str) -> list[fx.Node]:
     """Replace groups by calls of regions.
 
     Returns:
@@ -156,13 +194,14 @@ def _fuse(program: Program, found: Iterable[Group]) -> list[fx.Node]:
     """
     position = {node: float(index) for index, node in enumerate(program.graph.nodes)}
     regions: dict[Any, Region] = {}
+    first = len({node.target for node in program.graph.nodes if isinstance(node.target, Region)})
     calls = []
     for group in found:
         body, outside = body_of(group.nodes, group.results)
         key = key_of(body)
         if key not in regions:
-            name = f"{_stem(body)}_{len(regions)}"
-            kind = Numbers if is_of_numbers(body) else Region
+            name = f"{_stem(body)}_{first + len(regions)}"
+            kind = Numbers if is_of_numbers(body) else _KINDS[compiler]
             regions[key] = kind(name, body, len(outside), (None,) * len(group.results), is_compiled=True)
         call = _replace(program, group, regions[key], outside)
         position.update(dict.fromkeys((call, *call.users), group.place))

@@ -93,7 +93,9 @@ fused_ones_like_gelu_backward_native_layer_norm_backward_1{%5 = aten.ones_like.d
 
 def test_by_default_only_updates_are_kernels() -> None:
     assert regions(lowered(normalised(), "update")) == regions(lowered(normalised(), "eager")) == []
-    with pytest.raises(OptionError, match=r"kernels='fast' is not known\n.*'update', 'auto', 'zgraph', 'eager'"):
+    with pytest.raises(
+        OptionError, match=r"kernels='fast' is not known\n.*'update', 'auto', 'zgraph', 'inductor', 'eager'"
+    ):
         Config.from_options({"kernels": "fast"})
 
 

@@ -64,7 +64,7 @@ BUCKET_BYTES = 16 * 2**20
 BY_COST = "auto"
 """What ``bucket_bytes`` may be besides a number of bytes, and ``offload`` besides what lies where."""
 
-KERNELS = ("update", "auto", "zgraph", "eager")
+KERNELS = ("update", "auto", "zgraph", "inductor", "eager")
 """What ``kernels`` may be."""
 
 IN_FLIGHT = (0, 1, 2, 4, 8, None)
@@ -264,7 +264,8 @@ class Config:
             as PyTorch does. ``"auto"`` makes kernels of forward and backward, too, where that is predicted to be
             faster on this machine: of elementwise calls, norms, softmax, losses and sums that feed each other
             (``zgraph.passes.FuseRegions``). They round otherwise than ATen does, no worse. ``"zgraph"`` makes every
-            one that there can be. ``"eager"`` runs all of it operator by operator.
+            one that there can be, and ``"inductor"`` leaves them to TorchInductor. ``"eager"`` runs all of it operator
+            by operator.
         check_collectives: before each collective of a step all ranks compare which one they are about to start, and
             stop with both names if they differ. For finding out why ranks part: it makes steps slower.
         check_memory: after each call of a step, count the bytes of the tensors that it holds, and stop at the first

@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from zgraph import ops
+from zgraph.codegen.inductor import InductorRegion
 from zgraph.codegen.kernel import SLICE, Kernel
 from zgraph.codegen.owned import OwnedUpdate
 from zgraph.codegen.region import Region
@@ -56,7 +57,7 @@ class Work:
         num_operators: that are started; of a kernel, those of its body, for each slice of it.
         sliced_numel: elements that a kernel goes over slice by slice; 0 of all else.
         slice_numel: elements of a slice.
-        in_loops: whether zgraph's own loops on a CPU do it, of which ``flops`` and ``transcendentals`` are counted.
+        in_loops: whether loops of a compiler on a CPU do it, of which ``flops`` and ``transcendentals`` are counted.
     """
 
     family: str
@@ -299,6 +300,7 @@ def _region(work: Work, node: fx.Node, target: Region) -> Work:
         work,
         flops=sum(each.flops for each in inner),
         transcendentals=sum(each.transcendentals for each in inner),
+        in_loops=isinstance(target, InductorRegion),  # which are taken to be as fast as zgraph's own
     )
 
 
