@@ -4,6 +4,7 @@
     python benchmarks/kernels.py --numel 5000000 --rounds 20
     python benchmarks/kernels.py --step small         a whole step of a GPT, one thread and all cores
     python benchmarks/kernels.py --regions small      each region of forward and backward beside ATen's and Inductor's
+    python benchmarks/kernels.py --compile small      how long a GPT compiles, with and without what caches keep
     python benchmarks/kernels.py --count              bytes and launches of steps of one block; nothing runs
 
 Beside the update runs a loop that reads four vectors and writes three, as the update does: an update in one pass can be
@@ -16,8 +17,11 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -105,8 +109,12 @@ def contenders(kernel: Kernel, numel: int) -> dict[str, Callable[[], object]]:
     }
 
 
-def steps(shape: Shape) -> dict[str, Callable[[], object]]:
-    """What takes turns: a training step of models of their own, which start alike."""
+COMPILED = ("torch.compile", "zgraph", "zgraph, kernels='auto'")
+"""Contenders in whole steps that compile something."""
+
+
+def steps(shape: Shape, only: str | None = None) -> dict[str, Callable[[], object]]:
+    """What takes turns: a training step of models of their own, which start alike; only one of them if so asked."""
     batch = build_batch(shape, 1, range(1))
 
     def plain(compiled: bool) -> Callable[[], object]:
@@ -127,12 +135,13 @@ def steps(shape: Shape) -> dict[str, Callable[[], object]]:
         zgraph.compile(model, optimizer, zero=0, kernels=kernels)
         return lambda: model.train_step(*batch)
 
-    return {
-        "PyTorch": plain(compiled=False),
-        "torch.compile": plain(compiled=True),
-        "zgraph": ours("update"),
-        "zgraph, kernels='auto'": ours("auto"),
+    made: dict[str, Callable[[], Callable[[], object]]] = {
+        "PyTorch": partial(plain, compiled=False),
+        "torch.compile": partial(plain, compiled=True),
+        "zgraph": partial(ours, "update"),
+        "zgraph, kernels='auto'": partial(ours, "auto"),
     }
+    return {name: make() for name, make in made.items() if only in (None, name)}
 
 
 def compare_steps(shape: Shape, rounds: int) -> None:
@@ -144,6 +153,31 @@ def compare_steps(shape: Shape, rounds: int) -> None:
         first, *_ = seconds.values()
         for name, median in seconds.items():
             print(f"| {name} | {threads} | {median * 1e3:.0f} ms | {median / first:.3f} |", flush=True)
+
+
+def compare_compiling(shape: Shape) -> None:
+    """Print how much longer first steps take: with empty caches, and in a new process with what they kept."""
+    print("| compiling | caches | seconds | CPU seconds |\n| --- | --- | --- | --- |")
+    for name in COMPILED:
+        with tempfile.TemporaryDirectory() as caches:
+            places = {"XDG_CACHE_HOME": caches, "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor"}
+            for state in ("empty", "full"):
+                command = [sys.executable, __file__, "--compile", str(shape), "--contender", name]
+                done = subprocess.run(command, env={**os.environ, **places}, capture_output=True, text=True, check=True)
+                wall, cpu = map(float, done.stdout.split()[-2:])
+                print(f"| {name} | {state} | {wall:.1f} | {cpu:.1f} |", flush=True)
+
+
+def time_compiling(shape: Shape, name: str) -> None:
+    """Print how many seconds a first step takes more than another, and of processors, children's included."""
+    torch.set_num_threads(1)
+    step = steps(shape, only=name)[name]
+    took = []
+    for _ in range(2):
+        wall, cpu = time.perf_counter(), sum(os.times()[:4])
+        step()
+        took.append((time.perf_counter() - wall, sum(os.times()[:4]) - cpu))
+    print(*(first - later for first, later in zip(*took, strict=True)))
 
 
 def compare_regions(shape: Shape, rounds: int) -> None:
@@ -264,10 +298,15 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=9, help="(default: 9)")
     parser.add_argument("--step", type=Shape.parse, help=f"time steps of a GPT: {', '.join(SHAPES)}, or six integers")
     parser.add_argument("--regions", type=Shape.parse, help="time regions of a GPT: names or integers as of --step")
+    parser.add_argument("--compile", type=Shape.parse, help="time compiling a GPT: names or integers as of --step")
+    parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--count", action="store_true", help="count what a step of one block moves and starts")
     options = parser.parse_args()
     if options.count:
         count()
+        return 0
+    if options.compile is not None:
+        time_compiling(options.compile, options.contender) if options.contender else compare_compiling(options.compile)
         return 0
     if options.regions is not None:
         compare_regions(options.regions, options.rounds)

@@ -200,6 +200,15 @@ def test_recomputation_is_no_worse_than_what_torch_chooses() -> None:
     assert done.stdout.count("\n| 0.5 |") == 1
 
 
+def test_compiling_is_what_a_first_step_takes_more_than_another(
+    bench: dict[str, ModuleType], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench["kernels"].time_compiling(bench["models"].SHAPES["tiny"], "zgraph")
+    seconds, of_processors = map(float, capsys.readouterr().out.split())
+    assert seconds > 0
+    assert of_processors > 0
+
+
 @pytest.mark.slow
 def test_a_step_starts_and_moves_less_than_inductors(
     bench: dict[str, ModuleType], capsys: pytest.CaptureFixture[str]
