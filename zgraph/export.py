@@ -29,8 +29,10 @@ from zgraph.codegen import quantizers
 from zgraph.codegen.cpp import CppWriter
 from zgraph.codegen.elementwise import results_of
 from zgraph.codegen.emit import Step
+from zgraph.codegen.inductor import InductorRegion
 from zgraph.codegen.kernel import CPP, SLICES, Kernel
 from zgraph.codegen.lowering import lower
+from zgraph.codegen.numbers import Numbers
 from zgraph.codegen.owned import OwnedUpdate
 from zgraph.codegen.region import Region
 from zgraph.codegen.region_cpp import RegionCppWriter
@@ -85,6 +87,9 @@ def check_exportable(programs: Sequence[Program], device: torch.device, options:
         "check_collectives": options.check_collectives,
         "keep_gathered": options.keep_gathered,
         "a mesh of nodes": len(programs[-1].mesh.axes) > 1,
+        f"kernels={options.kernels!r}, of which Inductor compiles some,": any(
+            isinstance(target, InductorRegion) for target in targets
+        ),
         "an update of whole parameters": any(isinstance(target, OwnedUpdate) for target in targets),
     }
     for what, is_so in reasons.items():
@@ -325,12 +330,19 @@ class _Needed:
         return f"operators.{made}()"
 
     def _region(self, region: Region) -> str:
-        writer = RegionCppWriter(lower(region.body, RegionCppWriter))
-        parts = dict(writer.parts())
-        self._kernels |= parts
-        results = tuple((tuple(node.meta["val"].shape), node.meta["val"].dtype) for node in results_of(region))
-        told = (tuple(region.writes), region.input_strides, results, writer.workspace)
-        return f"runtime.region(LIBRARY, {list(parts)[-1]!r}, {', '.join(map(repr, told))})"
+        if isinstance(region, Numbers):
+            text = region.text(CPP)
+            name = text.split("(")[0].split()[-1]
+            self._kernels[name] = text
+            call = f"runtime.numbers(LIBRARY, {name!r})"
+        else:
+            writer = RegionCppWriter(lower(region.body, RegionCppWriter))
+            parts = dict(writer.parts())
+            self._kernels |= parts
+            call = f"runtime.loops(LIBRARY, {list(parts)[-1]!r}, {writer.workspace})"
+        vals = [node.meta["val"] for node in results_of(region)]
+        results = tuple((tuple(val.shape), tuple(val.stride()), val.dtype) for val in vals)
+        return f"runtime.region({call}, {region.writes!r}, {region.input_strides!r}, {results!r})"
 
 
 def _collectives_text() -> str:

@@ -236,57 +236,88 @@ def kernel(
     return run
 
 
+Form = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+"""Shape, strides and dtype of a tensor."""
+
+
 def region(
-    library: ctypes.CDLL,
-    name: str,
+    call: Callable[[Sequence[Any], Sequence[torch.Tensor]], None],
     writes: Sequence[int | None],
     inputs: Sequence[tuple[int, ...] | None],
-    results: Sequence[tuple[tuple[int, ...], torch.dtype]],
-    workspace: int,
+    results: Sequence[Form],
 ) -> Callable[..., list[torch.Tensor]]:
-    """A region of forward and backward as a function of tensors of any shapes, that gives its results.
+    """A region of a step as a function of tensors of any shapes, that gives its results.
 
     Args:
-        library: that it is in.
-        name: there.
+        call: computes it: see ``loops`` and ``numbers``.
         writes: for each result, the index of the input that it overwrites, or None for a tensor of its own.
         inputs: strides that each has; None for a number.
-        results: shape and dtype of each.
-        workspace: float32 numbers that it takes while it runs.
+        results: of which form each is.
     """
-    function = getattr(library, name)
-    pointers = ctypes.POINTER(ctypes.c_void_p)
-    function.argtypes = [ctypes.c_int, pointers, pointers, ctypes.c_void_p]
-    function.restype = ctypes.c_long
 
     def laid_out(x: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
         return x if x.stride() == strides else torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
 
     def run(*values: Any, outs: Sequence[torch.Tensor | None] = ()) -> list[torch.Tensor]:
-        given = [x if form is None else laid_out(x, form) for x, form in zip(values, inputs, strict=True)]
+        given = [x if strides is None else laid_out(x, strides) for x, strides in zip(values, inputs, strict=True)]
         told = [
             out if write is None else given[write]
             for out, write in zip(outs or [None] * len(results), writes, strict=True)
         ]
         places = [
-            torch.empty(shape, dtype=dtype) if out is None else out
-            for (shape, dtype), out in zip(results, told, strict=True)
+            torch.empty_strided(shape, strides, dtype=dtype) if out is None else out
+            for (shape, strides, dtype), out in zip(results, told, strict=True)
         ]
-        numbers = [ctypes.c_double(float(x)) for x, form in zip(given, inputs, strict=True) if form is None]
-        left = iter(numbers)  # which must live as long as their addresses
-        addresses = [
-            ctypes.addressof(next(left)) if form is None else x.data_ptr()
-            for x, form in zip(given, inputs, strict=True)
-        ]
-        scratch = torch.empty(workspace, dtype=torch.float32)
-        wrong = function(
-            torch.get_num_threads(),
-            (ctypes.c_void_p * len(addresses))(*addresses),
-            (ctypes.c_void_p * len(places))(*[place.data_ptr() for place in places]),
-            scratch.data_ptr(),
-        )
-        if wrong:
-            raise IndexError(f"{wrong} targets are out of bounds")
+        call(given, places)
         return places
 
     return run
+
+
+def loops(library: ctypes.CDLL, name: str, workspace: int) -> Callable[[Sequence[Any], Sequence[torch.Tensor]], None]:
+    """What computes a region in loops.
+
+    Args:
+        library: that it is in.
+        name: there.
+        workspace: float32 numbers that it takes while it runs.
+    """
+    function, pointers = getattr(library, name), ctypes.POINTER(ctypes.c_void_p)
+    function.argtypes = [ctypes.c_int, pointers, pointers, ctypes.c_void_p]
+    function.restype = ctypes.c_long
+
+    def call(inputs: Sequence[Any], outputs: Sequence[torch.Tensor]) -> None:
+        numbers = [ctypes.c_double(float(x)) for x in inputs if not isinstance(x, torch.Tensor) or not x.dim()]
+        left = iter(numbers)  # which must live as long as their addresses
+        given = [
+            x.data_ptr() if isinstance(x, torch.Tensor) and x.dim() else ctypes.addressof(next(left)) for x in inputs
+        ]
+        scratch = torch.empty(workspace, dtype=torch.float32)
+        wrong = function(torch.get_num_threads(), _pointers(given), _places(outputs), scratch.data_ptr())
+        if wrong:
+            raise IndexError(f"{wrong} targets are out of bounds")
+
+    return call
+
+
+def numbers(library: ctypes.CDLL, name: str) -> Callable[[Sequence[Any], Sequence[torch.Tensor]], None]:
+    """What computes a region of single numbers, of which the host's are float64."""
+    function = getattr(library, name)
+    function.argtypes = [ctypes.POINTER(ctypes.c_void_p)] * 2
+    function.restype = None
+
+    def call(inputs: Sequence[Any], outputs: Sequence[torch.Tensor]) -> None:
+        of_host = [ctypes.c_double(x) for x in inputs if not isinstance(x, torch.Tensor)]
+        left = iter(of_host)  # which must live as long as their addresses
+        given = [x.data_ptr() if isinstance(x, torch.Tensor) else ctypes.addressof(next(left)) for x in inputs]
+        function(_pointers(given), _places(outputs))
+
+    return call
+
+
+def _places(tensors: Sequence[torch.Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    return _pointers([tensor.data_ptr() for tensor in tensors])
+
+
+def _pointers(addresses: Sequence[int]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(addresses))(*addresses)
