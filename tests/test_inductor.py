@@ -68,9 +68,7 @@ def test_a_step_with_inductors_regions_is_one_without_but_for_rounding() -> None
     assert {each.language for each in listed} - {ATEN} == {INDUCTOR}
     assert {each.why for each in listed if each.language == INDUCTOR} == {"asked for"}
     assert fused.explain()
-    with pytest.raises(
-        OptionError, match="kernels='inductor', of which .* cannot be exported yet"
-    ):
+    with pytest.raises(OptionError, match=r"kernels='inductor', of which .* cannot be exported yet"):
         fused.export("unused", batch=(torch.zeros(40, 16),))
 
 
