@@ -32,6 +32,7 @@ from typing import Any
 import inductor
 import torch
 from models import GPT, SHAPES, Shape, VisionTransformer, build_batch, build_model
+from torch import fx
 
 import zgraph
 from zgraph.capture import capture
@@ -41,12 +42,13 @@ from zgraph.codegen.kernel import CPP, INDUCTOR, SLICES, Kernel
 from zgraph.codegen.library import load
 from zgraph.codegen.region import Region
 from zgraph.config import Config
+from zgraph.into import into
 from zgraph.lower import lower
 from zgraph.machines import available_cores
 from zgraph.placement import place
 from zgraph.presets import Decoder, ModelConfig
 from zgraph.program import Mesh, Program
-from zgraph.work import LOOKUP, VECTOR, works
+from zgraph.work import ATTENTION, LOOKUP, MATRIX, VECTOR, works
 
 STREAM = """extern "C" void stream(long n, int threads, float *p, float *g, float *m, float *v) {
     #pragma omp parallel for simd num_threads(threads) if (parallel: threads > 1)
@@ -109,6 +111,8 @@ def contenders(kernel: Kernel, numel: int) -> dict[str, Callable[[], object]]:
     }
 
 
+PRODUCTS = "its products and attention alone"
+
 COMPILED = ("torch.compile", "zgraph", "zgraph, kernels='auto'")
 """Contenders in whole steps that compile something."""
 
@@ -135,17 +139,46 @@ def steps(shape: Shape, only: str | None = None) -> dict[str, Callable[[], objec
         zgraph.compile(model, optimizer, zero=0, kernels=kernels)
         return lambda: model.train_step(*batch)
 
+    def products() -> Callable[[], object]:
+        calls = products_of(stepped(shape, "update").program)
+        return lambda: [call() for call in calls]
+
     made: dict[str, Callable[[], Callable[[], object]]] = {
         "PyTorch": partial(plain, compiled=False),
         "torch.compile": partial(plain, compiled=True),
         "zgraph": partial(ours, "update"),
         "zgraph, kernels='auto'": partial(ours, "auto"),
+        PRODUCTS: products,
     }
     return {name: make() for name, make in made.items() if only in (None, name)}
 
 
+def products_of(program: Program) -> list[Callable[[], object]]:
+    """A program's matrix products and attention, which store their results where they are told to, if they can."""
+    given: dict[object, Any] = {}
+    made: dict[object, Any] = {}
+
+    def value_of(node: fx.Node, among: dict[object, Any] = given) -> Any:
+        val = node.meta["val"]
+        form = (val.shape, val.stride(), val.dtype) if isinstance(val, torch.Tensor) else type(val)
+        if form not in among:
+            among[form] = value_for(val)
+        return among[form]
+
+    calls: list[Callable[[], object]] = []
+    for node in program.graph.nodes:
+        if node.op != "call_function" or not {work.unit for work in works(node, 1)} & {MATRIX, ATTENTION}:
+            continue
+        call = into(node)
+        target, args, kwargs = (node.target, node.args, node.kwargs) if call is None else (call.target, call.args, {})
+        args, kwargs = fx.map_arg(args, value_of), fx.map_arg(dict(kwargs), value_of)
+        out = {} if call is None else {**call.kwargs, call.out: value_of(node, made)}
+        calls.append(partial(target, *args, **kwargs, **out))
+    return calls
+
+
 def compare_steps(shape: Shape, rounds: int) -> None:
-    """Print medians of whole steps."""
+    """Print medians of whole steps, and of their matrix products and attention alone."""
     print("| step | threads | median | of PyTorch's |\n| --- | --- | --- | --- |")
     for threads in sorted({1, available_cores()}):
         torch.set_num_threads(threads)
