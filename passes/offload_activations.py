@@ -72,7 +72,8 @@ class _Held:
     """Memory that forward makes and backward reads.
 
     Attributes:
-        first, last: positions in the graph of the call that makes it, and of the last that needs it.
+        first, last: positions in the graph of the call that makes it, or has written over what lay there before, and of
+            the last that needs it.
         read: likewise of the last call of forward that needs it.
         again: likewise of the first one behind forward.
         num_bytes: of it.
@@ -143,23 +144,24 @@ class _Choice:
             families.setdefault(owner, []).append(node)
         changed = {memory for node in self._nodes if node.op == "call_function" for memory in written(node)}
         for life in lives:
-            family = families[life.node]
-            if life.is_received or not self._can_go(life) or not changed.isdisjoint(family):
+            kept, *views = _last_value(families[life.node])
+            if life.is_received or not self._can_go(life, kept) or not changed.isdisjoint((kept, *views)):
                 continue
-            if any(ops.view_of(node) is None or len(node.all_input_nodes) > 1 for node in family if node != life.node):
+            if any(len(node.all_input_nodes) > 1 for node in views):
                 continue
+            family = [kept, *views]
             readers = _readers(family)
             early = [self._done(node) for node in readers if phase_of(node) is Phase.FORWARD]
             late = [self._place[node] for node in readers if phase_of(node) is not Phase.FORWARD]
-            read, again = max(early, default=self._place[life.node]), min(late, default=0)
+            read, again = max(early, default=self._place[kept]), min(late, default=0)
             if read + 1 < again and self._program.output_node not in readers:
                 gap_s = self._starts[again] - self._ends[read]
-                yield _Held(self._place[life.node], life.last, read, again, life.num_bytes, gap_s)
+                yield _Held(self._place[kept], life.last, read, again, life.num_bytes, gap_s)
 
-    def _can_go(self, life: Lifetime) -> bool:
+    def _can_go(self, life: Lifetime, kept: fx.Node) -> bool:
         """Whether memory holds one tensor of forward, large and without gaps, that no transfer and no rank gives."""
-        val, target = life.node.meta["val"], life.node.target
-        if life.num_bytes < self._made.smallest_bytes or phase_of(life.node) is not Phase.FORWARD:
+        val, target = kept.meta["val"], life.node.target
+        if life.num_bytes < self._made.smallest_bytes or phase_of(kept) is not Phase.FORWARD:
             return False
         if not isinstance(val, torch.Tensor) or val.layout is not torch.strided or val.is_conj() or val.is_neg():
             return False
@@ -269,6 +271,11 @@ class _Choice:
         return play(copy, self._hardware).step_s
 
 
+def _last_value(family: Sequence[fx.Node]) -> Sequence[fx.Node]:
+    """Of what lies in some memory, in order, what is written there last, and views of it."""
+    return family[max(i for i, node in enumerate(family) if i == 0 or ops.view_of(node) is None) :]
+
+
 def _readers(family: Sequence[fx.Node]) -> set[fx.Node]:
     """The calls that read memory, itself or through views of it."""
     return {user for node in family for user in node.users} - set(family)
@@ -296,7 +303,7 @@ def _spill(program: Program, trips: Sequence[_Trip]) -> None:
         families.setdefault(owner[node], []).append(node)
     for trip in trips:
         add(ops.wait, made[trip], trip, trip.held.again)
-        family = families[nodes[trip.held.first]]
+        family = _last_value(families[owner[nodes[trip.held.first]]])
         views = {family[0]: made[trip]}
         for reader in sorted(_readers(family) & place.keys(), key=place.__getitem__):
             if place[reader] >= trip.held.again:

@@ -1,7 +1,8 @@
 """Write over what nothing reads any more, instead of beside it.
 
-A gradient that flows backward through an elementwise operator is in memory twice there, beside what forward has kept.
-At a loss over a vocabulary these are the largest tensors of a step, and its peak. Once is enough.
+A gradient that flows backward through an elementwise operator is in memory twice there, beside what forward has kept;
+and so are the numbers that a softmax makes others of. At a loss over a vocabulary these are the largest tensors of a
+step, and its peak. Once is enough.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import fx
 
 from zgraph import ops
+from zgraph.codegen.elementwise import results_of
 from zgraph.codegen.region import Region
 from zgraph.into import can_be_told, out_overload
 from zgraph.liveness import Lifetime, lifetimes, own_bytes, owners
@@ -25,16 +27,20 @@ from zgraph.program import Phase, Program, Stage, operand, phase_of
 
 @dataclass(frozen=True)
 class OverwriteOperands(Pass):
-    """Let calls of backward store their results over operands that they are the last to read.
+    """Let calls store their results over operands that they are the last to read.
 
+        x = mm(h, w)                                 x = mm(h, w)
+        y = log_softmax(x, 1)                  ->    y = log_softmax(x, 1, out=x)
+        ...                                          ...
         gy = nll_loss_backward(...)                  gy = nll_loss_backward(...)
-        gx = log_softmax_backward(gy, y, 1)    ->    gx = log_softmax_backward(gy, y, 1, out=gy)
+        gx = log_softmax_backward(gy, y, 1)          gx = log_softmax_backward(gy, y, 1, out=gy)
 
-    Only elementwise calls do, those that work row by row (``zgraph.ops.may_overwrite``), and regions whose loops have
-    read an element before they store one there (``zgraph.codegen.region``), over what backward has made: all of some
-    memory, in the shape, strides and dtype of the result. What forward has made stays, since which of it is kept or
-    made again is decided by looking at it as it is. So does what only the C library has a place for: on a CPU, what can
-    lie in the arena (``zgraph.placement``) stays there. Small values stay as they are.
+    In backward, only elementwise calls do, those that work row by row (``zgraph.ops.may_overwrite``), and regions whose
+    loops have read an element before they store one there (``zgraph.codegen.region``). In forward, softmaxes do and
+    their logarithms, which nothing needs their operands for: what else is made there is small beside what is kept. They
+    write over what their own phase has made: all of some memory, in the shape, strides and dtype of the result. What
+    only the C library has a place for stays: on a CPU, what can lie in the arena (``zgraph.placement``) stays there.
+    Small values stay as they are.
     """
 
     takes = gives = Stage.INPLACE
@@ -103,10 +109,13 @@ def storing(program: Program) -> dict[fx.Node, list[fx.Node]]:
 
 
 def _stored(node: fx.Node) -> Iterator[fx.Node]:
-    """The large results of a call of backward that can be told where to store them; of a region, what unpacks them."""
-    if isinstance(node.target, Region) and phase_of(node) is Phase.BACKWARD:
+    """The large results of a call that can be told where to store them; of a region, what unpacks them."""
+    if isinstance(node.target, Region):
         first = {user.args[1]: user for user in reversed(list(node.users)) if user.target is operator.getitem}
-        yield from (each for each in first.values() if own_bytes(each.meta["val"]) >= SMALLEST_BYTES)
+        for index, each in first.items():
+            may = _is_of_phase(node, results_of(node.target)[index].target)  # type: ignore[index]
+            if may and own_bytes(each.meta["val"]) >= SMALLEST_BYTES:
+                yield each
     elif _may_store(node):
         yield node
 
@@ -120,8 +129,8 @@ def _may_lie_over(node: fx.Node, result: fx.Node, source: fx.Node) -> bool:
 
 
 def _may_store(node: fx.Node) -> bool:
-    """Whether a call of backward computes one large tensor of others, part by part, and can be told where to."""
-    if not isinstance(node.target, torch._ops.OpOverload) or phase_of(node) is not Phase.BACKWARD:
+    """Whether a call computes one large tensor of others, part by part, and can be told where to."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not _is_of_phase(node, node.target):
         return False
     if out_overload(node.target) is None:
         return False
@@ -131,13 +140,18 @@ def _may_store(node: fx.Node) -> bool:
     return own_bytes(node.meta["val"]) >= SMALLEST_BYTES and ops.may_overwrite(node)
 
 
+def _is_of_phase(node: fx.Node, target: Any) -> bool:
+    """Whether what an operator makes may lie over an operand in the phase of a call."""
+    return phase_of(node) is Phase.BACKWARD or (phase_of(node) is Phase.FORWARD and ops.is_softmax(target))
+
+
 def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta["val"], torch.Tensor)
 
 
 def _fits(node: fx.Node, source: fx.Node, memory: fx.Node) -> bool:
-    """Whether an operand is all of some memory that backward has made, in the form of a call's result."""
-    if memory.op != "call_function" or phase_of(memory) is not Phase.BACKWARD or memory.target in ops.STARTS:
+    """Whether an operand is all of some memory that a call's phase has made, in the form of its result."""
+    if memory.op != "call_function" or phase_of(memory) is not phase_of(node) or memory.target in ops.STARTS:
         return False
     val, there = node.meta["val"], source.meta["val"]
     if not _is_tensor(source):

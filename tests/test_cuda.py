@@ -173,15 +173,19 @@ def test_memory_auto_takes_what_the_gpu_has_free() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [7, 1000, 1024, 1025, 5003, 32768, 50257])
-def test_gradients_of_softmax_are_the_same_over_an_operand(width: int, dtype: torch.dtype) -> None:
+def test_softmaxes_and_their_gradients_are_the_same_over_an_operand(width: int, dtype: torch.dtype) -> None:
     """What ``zgraph.ops.may_overwrite`` takes from reading their kernels."""
     aten = torch.ops.aten
     backward = {torch.log_softmax: aten._log_softmax_backward_data, torch.softmax: aten._softmax_backward_data}
+    forward = {torch.log_softmax: aten._log_softmax, torch.softmax: aten._softmax}
     for function, op in backward.items():
         (name,) = (argument.name for argument in op.out._schema.arguments if argument.is_out)
         for height in (3, 257):
             gradient, x = (torch.randn(height, width, device=GPU, dtype=dtype) for _ in range(2))
             result = function(x, 1)
+            over = x.clone()
+            forward[function].out(over, 1, False, out=over)
+            assert torch.equal(over, result)
             expected = op.default(gradient, result, 1, dtype)
             for index in (0, 1):
                 given = [gradient.clone(), result.clone()]

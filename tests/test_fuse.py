@@ -28,9 +28,9 @@ from zgraph.config import Config
 from zgraph.errors import OptionError
 from zgraph.hardware import Hardware, LoopRates
 from zgraph.liveness import held_bytes, lifetimes
-from zgraph.passes import default_passes, fuse
+from zgraph.passes import default_passes, fuse, overwrite
 from zgraph.pipeline import run
-from zgraph.program import Mesh, Phase, Program, Role
+from zgraph.program import Mesh, Phase, Program, Role, phase_of
 
 aten = torch.ops.aten
 
@@ -304,6 +304,30 @@ def test_a_model_says_which_kernels_were_chosen_and_why() -> None:
     (program,) = model.report().document["programs"]
     assert sum(each["count"] for each in program["kernels"]) == len(found)
     assert {each["why"] for each in program["kernels"]} == {each.why for each in found}
+
+
+def test_a_region_of_forward_writes_the_logarithms_of_a_softmax_over_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overwrite, "SMALLEST_BYTES", 1)
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+
+    def loss(y: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        chosen = F.log_softmax(y * 3, -1)
+        return -(chosen.cumsum(0) * chosen.detach()).mean()
+
+    found = []
+    for kernels in ("zgraph", "update"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8))
+        zgraph.compile(model, torch.optim.SGD(model.parameters(), lr=0.3), loss=loss, kernels=kernels)
+        model.train_step(x)
+        found.append((model.state_dict(), model.program))
+    (region,) = (
+        n for n in found[0][1].graph.nodes if isinstance(n.target, Region) and "= aten._log_softmax" in str(n.target)
+    )
+    assert phase_of(region) is Phase.FORWARD
+    assert region.target.writes == (0,)
+    for name, value in found[1][0].items():
+        torch.testing.assert_close(found[0][0][name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_without_a_compiler_regions_run_call_by_call(monkeypatch: pytest.MonkeyPatch) -> None:

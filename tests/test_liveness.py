@@ -20,7 +20,7 @@ from tests.recipes import Recipe, build, recipes
 from zgraph import ops
 from zgraph.codegen.owned import OwnedUpdate
 from zgraph.footprint import footprint
-from zgraph.liveness import Lifetime, alive_bytes, last_uses, lifetimes, owners, shares_memory, written
+from zgraph.liveness import Lifetime, alive_bytes, last_uses, lifetimes, owners, shares_memory, values_of, written
 from zgraph.lockstep import part_of
 from zgraph.program import Input, Mesh, Program, Role, operand
 
@@ -394,3 +394,20 @@ def test_lifetimes_come_in_order_and_end_after_they_begin(chain: list[tuple[str,
     assert all(0 <= life.first <= life.last < program.num_nodes() for life in found)
     names = Counter(life.node for life in found if not life.is_received)
     assert set(names.values()) <= {1}
+
+
+def test_what_is_written_over_is_one_value_after_another_in_one_memory() -> None:
+    b = Builder()
+    x = b.input(Role.BATCH, "0", shape=[4, 6])
+    product = b.forward(aten.mul.Tensor, x, x)
+    y = b.forward(aten._softmax.default, b.forward(aten.view.default, product, [4, 6]), 1, False)
+    y.target, y.kwargs = aten._softmax.out, {"out": operand(y)}
+    other = b.forward(aten.neg.default, y)
+    z = b.backward(aten.exp.default, y)
+    z.target, z.kwargs = aten.exp.out, {"out": y}
+    loss = b.forward(aten.sum.default, b.forward(aten.add.Tensor, other, z))
+    program = b.finish({None: loss})
+    found = [(v.node, v.num_bytes, v.last - v.first) for v in values_of(program, lifetimes(program))]
+    assert found[:4] == [(product, 192, 1), (y, 192, 1), (z, 192, 1), (other, 192, 2)]
+    change = [life for life in lifetimes(program) if life.node is product]
+    assert [(v.first, v.last) for v in values_of(program, change)] == [(1, 2), (3, 4), (5, 6)]

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from tests.programs import accumulated, assert_same_step, few_examples, network
 from tests.recipes import Recipe, build, recipes
 from tests.reference import slow
 from zgraph import memory_check, ops
+from zgraph.capture import capture
 from zgraph.config import WAITED_FOR, Config
 from zgraph.disk import padded
 from zgraph.errors import DiskError, OptionError, VerifyError
@@ -28,7 +30,7 @@ from zgraph.footprint import Kind, footprint, spilled_bytes
 from zgraph.hardware import Hardware
 from zgraph.liveness import held_bytes, lifetimes
 from zgraph.lower import lower
-from zgraph.passes import OffloadActivations, default_passes
+from zgraph.passes import OffloadActivations, default_passes, overwrite
 from zgraph.passes.offload_activations import SLACK
 from zgraph.pipeline import Pass, run
 from zgraph.plans import show_bytes
@@ -145,6 +147,18 @@ def test_what_does_not_lower_the_peak_stays() -> None:
     """Of two layers, the peak is where backward has what the first one has left."""
     captured = network([("wide", 0), ("sin", 0)], rows=64)
     assert spilled_bytes(spilling(captured, waits=True)) == 0
+
+
+def test_what_was_written_over_in_forward_goes_as_it_is_left() -> None:
+    with mock.patch.object(overwrite, "SMALLEST_BYTES", 1):
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(12, 12), nn.Softmax(-1)) for _ in range(6)))
+        optimizer = torch.optim.SGD(model.parameters())
+        captured = capture(model, optimizer, (torch.ones(640, 12),), {}, loss=mean_square)
+        program = spilling(captured)
+    assert_same_step(program, captured)
+    spilled = [operand(node) for node in program.graph.nodes if node.target is ops.spill]
+    assert spilled
+    assert {node.target for node in spilled} == {aten._softmax.out}
 
 
 def test_bytes_and_seconds_are_predicted() -> None:

@@ -1,4 +1,4 @@
-"""Calls of backward store their results where nothing reads what lies there any more, and compute what they did."""
+"""Calls store their results where nothing reads what lies there any more, and compute what they did."""
 
 from __future__ import annotations
 
@@ -71,17 +71,33 @@ def classifier(then: Then = last) -> Program:
     return b.finish({None: loss, param("w"): b.call(Phase.UPDATE, aten.sub.Tensor, w, size, module="w")})
 
 
-def backward(program: Program) -> str:
-    """The calls of backward."""
+def calls(program: Program, phase: Phase) -> str:
+    """The calls of a phase."""
     lines = zip(program.text().splitlines(), program.graph.nodes, strict=True)
-    return "\n".join(line for line, n in lines if n.op == "call_function" and n.meta["origin"].phase is Phase.BACKWARD)
+    return "\n".join(line for line, n in lines if n.op == "call_function" and n.meta["origin"].phase is phase)
+
+
+def test_logarithms_of_softmax_are_written_over_logits() -> None:
+    program = rewritten(classifier(), 0, 1)
+    assert_expected_inline(
+        calls(program, Phase.FORWARD),
+        """\
+%4: f64[12] = aten.slice.Tensor(%0, 0, 0, 12)
+%5: f64[3, 4] = aten.view.default(%4, [3, 4])
+%6: f64[5, 4] = aten.mm.default(%2, %5)
+%7: f64[5, 4] = aten._log_softmax.out(%6, 1, False, out=%6)
+%8: f64[5, 4] = aten.mul.Tensor(%7, %3)
+%9: f64[] = aten.sum.default(%8)""",
+    )
+    assert_same_in_an_arena(classifier(), program)
+    assert_counts_agree(program)
 
 
 def test_a_gradient_of_logits_is_written_over_that_of_their_logarithms() -> None:
     captured = classifier(lambda b, _, z: b.backward(aten.neg.default, z))
     program = rewritten(captured, 0, 1)
     assert_expected_inline(
-        backward(program),
+        calls(program, Phase.BACKWARD),
         """\
 %10: f64[5, 4] = aten.mul.Tensor(%3, %9)
 %11: f64[5, 4] = aten._log_softmax_backward_data.out(%10, %7, 1, torch.float64, out=%10)
@@ -117,7 +133,7 @@ def stored(captured: Program, zero: int = 0, world: int = 1) -> list[str]:
     ids=["alone", "read again", "read through a view", "read twice by one", "not told", "not elementwise"],
 )
 def test_what_is_written_over_is_read_by_nothing_later(then: Then, expected: list[str]) -> None:
-    assert stored(classifier(then)) == expected
+    assert stored(classifier(then)) == ["_log_softmax", *expected]
 
 
 def test_rows_along_another_dimension_are_not_written_over() -> None:
@@ -131,8 +147,50 @@ def test_rows_along_another_dimension_are_not_written_over() -> None:
     assert stored(b.finish({None: b.forward(aten.sum.default, logs), param("w"): new})) == []
 
 
-def test_what_forward_has_made_stays() -> None:
-    """It may be made again instead of kept, which is decided by looking at a step that keeps it."""
+def attention(scores: Callable[[Builder, fx.Node], fx.Node], dim: int = 1) -> Program:
+    """``loss = sum(softmax(x * w))``, trained by SGD.
+
+    Args:
+        scores: makes what the softmax reads, of the product.
+    """
+    b = Builder()
+    w, x, lr = b.input(Role.PARAM, "w", shape=[3, 4]), b.input(Role.BATCH, "0", shape=[3, 4]), b.input(Role.HYPER, "lr")
+    product = b.forward(aten.mul.Tensor, x, w)
+    y = b.forward(aten._softmax.default, scores(b, product), dim, False)
+    loss = b.forward(aten.sum.default, y)
+    gz = b.backward(aten._softmax_backward_data.default, b.backward(aten.mul.Tensor, x, loss), y, 1, torch.float64)
+    gw = b.backward(aten.mul.Tensor, gz, b.backward(aten.sin.default, product))
+    size = b.call(Phase.UPDATE, aten.mul.Tensor, gw, lr, module="w")
+    return b.finish({None: loss, param("w"): b.call(Phase.UPDATE, aten.sub.Tensor, w, size, module="w")})
+
+
+def across(b: Builder, x: fx.Node) -> fx.Node:
+    """Scores that lie in memory column by column."""
+    return b.forward(aten.t.default, b.forward(aten.view.default, b.forward(aten.cos.default, x), [4, 3]))
+
+
+@pytest.mark.parametrize(
+    ("scores", "dim", "is_over"),
+    [
+        (lambda b, x: b.forward(aten.cos.default, x), 1, True),
+        (lambda b, x: b.forward(aten.view.default, b.forward(aten.cos.default, x), [3, 4]), -1, True),
+        (lambda b, x: b.forward(aten.cos.default, x), 0, False),  # its rows are columns
+        (lambda _, x: x, 1, False),  # backward reads it
+        (lambda b, x: b.forward(aten.view.default, x, [3, 4]), 1, False),
+        (across, 1, False),  # it lies otherwise
+        (lambda b, x: b.forward(aten.cumsum.default, x, 0), 1, True),
+        (lambda b, x: b.forward(aten.relu.default, x), 1, False),  # only the C library has a place for it
+    ],
+    ids=["alone", "a view", "columns", "read later", "read later itself", "strides", "by another", "not told"],
+)  # fmt: skip
+def test_in_forward_a_softmax_is_written_over_what_nothing_reads_later(
+    scores: Callable[[Builder, fx.Node], fx.Node], dim: int, is_over: bool
+) -> None:
+    assert ("_softmax" in stored(attention(scores, dim))) is is_over
+
+
+def test_what_else_forward_has_made_stays() -> None:
+    """It may be made again instead of kept, or be sent to a disk, which is decided by looking at it as it is."""
     b = Builder()
     w, x, lr = b.input(Role.PARAM, "w", shape=[3, 4]), b.input(Role.BATCH, "0", shape=[3, 4]), b.input(Role.HYPER, "lr")
     y = b.forward(aten.tanh.default, b.forward(aten.mul.Tensor, x, w))
@@ -251,7 +309,11 @@ def test_large_rows_give_the_same_over_an_operand() -> None:
             with overwrites:
                 aten._log_softmax_backward_data.default(g, x.log_softmax(1), 1, dtype)
                 aten._softmax_backward_data.default(g, x.softmax(1), -1, dtype)
-    assert overwrites.compared == {aten._log_softmax_backward_data.default, aten._softmax_backward_data.default}
+    expected = {aten._log_softmax.default, aten._softmax.default}
+    assert overwrites.compared == expected | {
+        aten._log_softmax_backward_data.default,
+        aten._softmax_backward_data.default,
+    }
 
 
 # What the verifier refuses
@@ -305,6 +367,11 @@ REFUSED: dict[str, tuple[Change, Then, str]] = {
         over("_log_softmax_backward_data", 0),
         lambda b, g, z: b.backward(aten.sub.Tensor, z, g),
         "reads what _log_softmax_backward_data_default has written over",
+    ),
+    "logits that are read later": (
+        over("_log_softmax", 0),
+        lambda b, _, z: b.backward(aten.sub.Tensor, z, b.backward(aten.sin.default, z.args[1].args[0])),
+        "reads what _log_softmax_default has written over",
     ),
     "read through a view": (over("sub", 0), flattened, "which lies in what it writes over"),
     "of the batch": (over_the_batch, negated, "writes over batch:1, but does not return its new value"),

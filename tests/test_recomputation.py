@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,12 +17,13 @@ from zgraph.config import Config
 from zgraph.cost import Costs
 from zgraph.footprint import footprint
 from zgraph.machines import preset
-from zgraph.passes import Unshard, default_passes
+from zgraph.passes import Unshard, default_passes, overwrite
 from zgraph.passes.again import make_again
 from zgraph.pipeline import run
 from zgraph.program import Mesh, Program
 from zgraph.recomputation import Profile, marked
 
+aten = torch.ops.aten
 H100 = preset("H100")
 LAYERS = st.lists(st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 4)), min_size=2, max_size=14).filter(
     lambda layers: any(kind in ("wide", "narrow") for kind, _ in layers)
@@ -102,16 +104,34 @@ class Attends(nn.Module):
         return x + self.outer(torch.softmax(q @ k.transpose(-1, -2), dim=-1) @ v)
 
 
+@pytest.mark.parametrize("zero", [0, 3])
+def test_a_softmax_that_is_written_over_its_operand_is_foreseen_and_can_be_made_again(zero: int) -> None:
+    with mock.patch.object(overwrite, "SMALLEST_BYTES", 1):
+        case = attending(Config(zero, 4096))
+        softmaxes = [node for node in case.profile.candidates if node.target is aten._softmax.default]
+        assert len(softmaxes) == 4
+        for dropped in ([], softmaxes[1:2], softmaxes, case.profile.candidates):
+            made = case.made(frozenset(dropped))
+            over = [node for node in made.graph.nodes if node.target is aten._softmax.out]
+            assert len(over) == 4 + len(softmaxes if dropped is case.profile.candidates else dropped)
+            foreseen = case.profile.outcome(frozenset(dropped)).peak_bytes
+            assert foreseen == pytest.approx(footprint(made, staged=False).peak_bytes, rel=0.01 if zero else 0)
+
+
+def attending(config: Config) -> Case:
+    """Four blocks of attention on two ranks."""
+    with torch.device("meta"):
+        model = nn.Sequential(*(Attends(16) for _ in range(4)))
+    batch, optimizer = (torch.ones(4, 32, 16),), torch.optim.AdamW(model.parameters())
+    captured = capture(model, optimizer, batch, {}, loss=lambda y, _: y.square().mean(), config=config)
+    return Case(captured, config, 2)
+
+
 @pytest.mark.parametrize("precision", [None, "bf16"])
 @pytest.mark.parametrize("zero", [0, 3])
 def test_a_model_takes_the_bytes_that_are_foreseen(zero: int, precision: str | None) -> None:
     """To within 1 % with ZeRO-3, where gathers that are started ahead of others move with these."""
-    with torch.device("meta"):
-        model = nn.Sequential(*(Attends(16) for _ in range(4)))
-    config = Config(zero, 4096, precision=precision)
-    batch, optimizer = (torch.ones(4, 32, 16),), torch.optim.AdamW(model.parameters())
-    captured = capture(model, optimizer, batch, {}, loss=lambda y, _: y.square().mean(), config=config)
-    case = Case(captured, config, 2)
+    case = attending(Config(zero, 4096, precision=precision))
     every = case.profile.candidates
     for dropped in (every[::2], every[1::2], every[: len(every) // 2], every[len(every) // 2 :], every):
         made = footprint(case.made(frozenset(dropped)), staged=False).peak_bytes

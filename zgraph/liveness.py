@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -190,6 +190,34 @@ def _memory(owner: dict[fx.Node, fx.Node], node: fx.Node) -> fx.Node:
     """The owner of a node's memory, where the owner itself may be a second name for another's."""
     found = owner[node]
     return owner[found]
+
+
+def values_of(program: Program, lives: Iterable[Lifetime]) -> Iterator[Lifetime]:
+    """The values that lie in temporaries one after another, where calls write over what lies there.
+
+    Args:
+        program: as it stands.
+        lives: its temporaries; each has the first value, and lasts as long as the last one.
+    """
+    writers = writers_of(program)
+    for life in lives:
+        begins = [] if life.is_received else writers.get(life.node, [])
+        nodes, starts = [life.node, *(node for _, node in begins)], [life.first, *(start for start, _ in begins)]
+        ends = [*(start - 1 for start in starts[1:]), life.last]
+        for node, first, last in zip(nodes, starts, ends, strict=True):
+            yield replace(life, node=node, first=first, last=last)
+
+
+def writers_of(program: Program) -> dict[fx.Node, list[tuple[int, fx.Node]]]:
+    """By memory, the results that are written over what lies there, each with the position of the call that writes."""
+    owner = owners(program)
+    position = {node: index for index, node in enumerate(program.graph.nodes)}
+    found: dict[fx.Node, list[tuple[int, fx.Node]]] = {}
+    for node in program.graph.nodes:
+        if owner[node] is not node and ops.view_of(node) is None and node.target is not ops.wait:
+            call = operand(node) if node.target is operator.getitem else node
+            found.setdefault(owner[node], []).append((position[call], node))
+    return found
 
 
 def alive_bytes(program: Program, *, staged: bool = True) -> Iterator[tuple[fx.Node, int]]:

@@ -289,18 +289,29 @@ def _allocating(target: torch._ops.OpOverload) -> torch._ops.OpOverload:
 def may_overwrite(node: fx.Node) -> bool:
     """Whether a call may store its result in an operand's memory, of the result's form, bit for bit as elsewhere.
 
-    An elementwise operator may: it has read what it needs of an element when it writes there. So may those whose
-    kernels sum up a row before they write any of it, each row for itself
+    An elementwise operator may: it has read what it needs of an element when it writes there. So may softmaxes and
+    their derivatives, whose kernels sum up a row before they write any of it, each row for itself
     (ATen/native/cpu/SoftMaxKernel.cpp, ATen/native/cuda/PersistentSoftmax.cuh and SoftMax.cu).
     """
     target = allocating(node.target)
-    if target in _BY_ROWS:
+    if sums_up_rows(target):
         last = len(node.args[0].meta["val"].shape) - 1  # type: ignore[union-attr]
-        return node.args[2] in (-1, last)
+        return argument(node, "dim") in (-1, last)
     return is_elementwise(target) and not creates(target)
 
 
-_BY_ROWS = frozenset({aten._log_softmax_backward_data.default, aten._softmax_backward_data.default})
+_SOFTMAXES = frozenset({aten._log_softmax.default, aten._softmax.default})
+_BY_ROWS = _SOFTMAXES | {aten._log_softmax_backward_data.default, aten._softmax_backward_data.default}
+
+
+def is_softmax(target: Any) -> bool:
+    """Whether an operator makes of each row numbers that add up to one, or their logarithms."""
+    return allocating(target) in _SOFTMAXES
+
+
+def sums_up_rows(target: Any) -> bool:
+    """Whether an operator's kernels sum up a row, if rows are its last dimension, before they write any of it."""
+    return allocating(target) in _BY_ROWS
 
 
 def view_of(node: fx.Node) -> fx.Node | None:

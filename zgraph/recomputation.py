@@ -23,7 +23,7 @@ from zgraph import ops
 from zgraph.cost import Costs
 from zgraph.footprint import footprint
 from zgraph.hardware import Hardware
-from zgraph.liveness import Lifetime, lifetimes, own_bytes, owners
+from zgraph.liveness import Lifetime, lifetimes, own_bytes, owners, values_of, writers_of
 from zgraph.program import Phase, Program, Role, operand, phase_of
 
 PLACE = "captured_at"
@@ -125,10 +125,14 @@ class Profile:
         change = np.zeros(len(nodes) + 1, dtype=np.int64)
         found = {node.meta[PLACE]: (node, i) for i, node in enumerate(nodes) if PLACE in node.meta}
         there = owners(scheduled)
+        written = {node for writers in writers_of(scheduled).values() for _, node in writers}
+        now: dict[fx.Node, fx.Node] = {}  # by memory, the value that lies there
         touched: dict[fx.Node, list[tuple[int, fx.Node]]] = defaultdict(list)
         for position, node in enumerate(nodes):
             for source in node.all_input_nodes:
-                touched[there[source]].append((position, node))
+                touched[now.get(there[source], there[source])].append((position, node))
+            if node in written:
+                now[there[node]] = node
         self._found = {self.nodes[index] for index in found}
         self.lives: dict[fx.Node, _Life] = {}
         new = np.zeros(len(nodes), dtype=np.int64)  # of the rest, what each call allocates
@@ -140,13 +144,13 @@ class Profile:
             change[life.first] -= life.num_bytes
             change[life.last + 1] += life.num_bytes
 
-        for life in lifetimes(scheduled, staged=staged):
+        for life in values_of(scheduled, lifetimes(scheduled, staged=staged)):
             node = life.node
             if PLACE in node.meta and phase_of(node) is Phase.FORWARD and not life.is_received:
                 forward = [i for i, user in touched[node] if phase_of(user) is Phase.FORWARD]
                 if node.target is operator.getitem:  # several results are held until all are unpacked
                     forward += [i for i, _ in touched[operand(node)]]
-                last_forward = max(forward, default=life.first)
+                last_forward = min(max(forward, default=life.first), life.last)  # what writes over it reads it last
                 memory = self.nodes[node.meta[PLACE]]
                 mine = tuple(read.get(memory, {}).items())
                 self.lives[memory] = _Life(life.num_bytes, life.first, last_forward, life.last, mine)
