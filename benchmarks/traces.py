@@ -32,7 +32,7 @@ from zgraph.footprint import Footprint, Holding, Kind, footprint
 from zgraph.fusion import any_call, fuse
 from zgraph.hardware import Hardware
 from zgraph.layout import Layout, make_buckets
-from zgraph.passes import OverwriteOperands, RecomputeModules, Unshard, default_passes
+from zgraph.passes import JoinLossBackward, OverwriteOperands, RecomputeModules, Unshard, default_passes
 from zgraph.passes.bucket import param_specs
 from zgraph.passes.recompute import EXPENSIVE
 from zgraph.passes.tidy import remove_dead
@@ -359,8 +359,8 @@ def _lowered(captured: Program, case: Case) -> Iterator[Program]:
     for program in programs:
         program = program.clone()
         # What others' software gathers twice, it gathers twice: it does not look for room at the peak. Nor does
-        # autograd write over what its operators read.
-        own = (Unshard, OverwriteOperands)
+        # autograd join its operators, or write over what they read.
+        own = (Unshard, JoinLossBackward, OverwriteOperands)
         first, *passes = (p for p in default_passes(config, mesh, layout) if not isinstance(p, own))
         parts = {bucket.name: _part_of(bucket.segments[0].name) for bucket in layout.buckets}
         last_block = str(max(int(part) for part in parts.values() if part.isdecimal()))

@@ -13,6 +13,7 @@ from zgraph.passes.bounds import Bounds
 from zgraph.passes.bucket import FormBuckets
 from zgraph.passes.fuse import FuseRegions
 from zgraph.passes.inplace import UpdateInPlace
+from zgraph.passes.join_loss import JoinLossBackward
 from zgraph.passes.keep import ReadGathered
 from zgraph.passes.offload import Offload
 from zgraph.passes.offload_activations import OffloadActivations
@@ -85,7 +86,8 @@ def default_passes(
         _order(config, hardware),
         *((OrderByMemory(hardware),) if config.memory_first else ()),
     )
-    last_steps: tuple[Pass, ...] = (UpdateInPlace(compiled=config.kernels != "eager"), OverwriteOperands())
+    in_place = UpdateInPlace(compiled=config.kernels != "eager")
+    last_steps: tuple[Pass, ...] = (in_place, JoinLossBackward(), OverwriteOperands())
     # What is recomputed is chosen by what calls cost one by one.
     fuse = (_fuse(config, hardware, last_steps),) if config.kernels in ("auto", "zgraph", "inductor") else ()
     then = (*steps, *last_steps)
@@ -180,6 +182,7 @@ __all__ = [
     "FuseRegions",
     "GatherInLowPrecision",
     "GatherQuantized",
+    "JoinLossBackward",
     "KeepSecondaryShards",
     "Levels",
     "Offload",

@@ -120,7 +120,8 @@ class FuseRegions(Pass):
         if self.hardware is None:
             return about
         kernel_s = _seconds([fused.twins[call]], fused.program, self.hardware)
-        calls_s = _seconds([plain.twins[node] for node in group.nodes], plain.program, self.hardware)
+        calls = [plain.twins[node] for node in group.nodes if node in plain.twins]  # of two that joined, one is left
+        calls_s = _seconds(calls, plain.program, self.hardware)
         return replace(about, kernel_s=kernel_s, calls_s=calls_s)
 
     def _lowered(self, program: Program) -> _Lowered:
@@ -137,13 +138,14 @@ class _Lowered:
 
     Attributes:
         program: that.
-        twins: where the nodes of the program that it is made of are in it.
+        twins: where the nodes of the program that it is made of are in it, as far as they are.
         lives: its temporaries.
         held: their bytes, at each node.
     """
 
     def __init__(self, program: Program, twins: Mapping[fx.Node, fx.Node]) -> None:
-        self.program, self.twins = program, twins
+        here = set(program.graph.nodes)
+        self.program, self.twins = program, {node: twin for node, twin in twins.items() if twin in here}
         self.lives = lifetimes(program)
         self.held = held_bytes(self.lives, len(program.graph.nodes))
 

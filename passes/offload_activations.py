@@ -145,7 +145,7 @@ class _Choice:
         changed = {memory for node in self._nodes if node.op == "call_function" for memory in written(node)}
         for life in lives:
             kept, *views = _last_value(families[life.node])
-            if life.is_received or not self._can_go(life, kept) or not changed.isdisjoint((kept, *views)):
+            if life.is_beside or not self._can_go(life, kept) or not changed.isdisjoint((kept, *views)):
                 continue
             if any(len(node.all_input_nodes) > 1 for node in views):
                 continue

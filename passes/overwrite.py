@@ -20,27 +20,31 @@ from zgraph.codegen.elementwise import results_of
 from zgraph.codegen.region import Region
 from zgraph.into import can_be_told, out_overload
 from zgraph.liveness import Lifetime, lifetimes, own_bytes, owners
+from zgraph.passes.join_loss import joinable
 from zgraph.pipeline import Pass
 from zgraph.placement import SMALLEST_BYTES, is_of_region
 from zgraph.program import Phase, Program, Stage, operand, phase_of
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class OverwriteOperands(Pass):
     """Let calls store their results over operands that they are the last to read.
 
-        x = mm(h, w)                                 x = mm(h, w)
-        y = log_softmax(x, 1)                  ->    y = log_softmax(x, 1, out=x)
-        ...                                          ...
-        gy = nll_loss_backward(...)                  gy = nll_loss_backward(...)
-        gx = log_softmax_backward(gy, y, 1)          gx = log_softmax_backward(gy, y, 1, out=gy)
+        x = mm(h, w)                                  x = mm(h, w)
+        y = log_softmax(x, 1)                   ->    y = log_softmax(x, 1, out=x)
+        ...                                           ...
+        gx = cross_entropy_backward(gl, y, ...)       gx = cross_entropy_backward(gl, y, ..., out=y)
+        gz = mul(gx, z)                               gz = mul(gx, z, out=gx)
 
     In backward, only elementwise calls do, those that work row by row (``zgraph.ops.may_overwrite``), and regions whose
     loops have read an element before they store one there (``zgraph.codegen.region``). In forward, softmaxes do and
     their logarithms, which nothing needs their operands for: what else is made there is small beside what is kept. They
     write over what their own phase has made: all of some memory, in the shape, strides and dtype of the result. What
-    only the C library has a place for stays: on a CPU, what can lie in the arena (``zgraph.placement``) stays there.
-    Small values stay as they are.
+    forward has kept stays, since which of it is kept or made again is decided by looking at it as it is; but for what
+    the gradient of a cross-entropy's logits is made of, with which backward begins. So does what only the C library has
+    a place for: on a CPU, what can lie in the arena (``zgraph.placement``) stays there. Small values stay as they are.
     """
 
     takes = gives = Stage.INPLACE
@@ -80,7 +84,8 @@ def overwriting(
     """
     owner = owners(program) if owner is None else owner
     stores = storing(program) if stores is None else stores
-    last = {life.node: life.last for life in lives if not life.is_received}
+    joined = joinable(program)
+    last = {life.node: life.last for life in lives if not life.is_beside}
     found: dict[fx.Node, fx.Node] = {}
     stored: dict[fx.Node, fx.Node] = {}  # by result, the memory that it lies in
 
@@ -94,8 +99,11 @@ def overwriting(
         memories = list(map(memory_of, node.all_input_nodes))
         for result in stores[node]:
             for source, memory in zip(node.all_input_nodes, memories, strict=True):
+                if source is joined.get(node):  # will not be there
+                    continue
                 is_free = last.get(memory) == position and memories.count(memory) == 1
-                if is_free and _fits(result, source, memory) and _may_lie_over(node, result, source):
+                begins = node in joined or _begins_backward(node, result)
+                if is_free and _fits(result, source, memory, begins) and _may_lie_over(node, result, source):
                     found[result], stored[result] = source, memory
                     last[memory] = last[result]
                     break
@@ -103,8 +111,9 @@ def overwriting(
 
 
 def storing(program: Program) -> dict[fx.Node, list[fx.Node]]:
-    """Calls of backward, with those of their results that may be stored over an operand; in whatever order they are."""
-    found = {node: list(_stored(node)) for node in program.graph.nodes}
+    """Calls, with those of their results that may be stored over an operand; in whatever order they are."""
+    joined = joinable(program)
+    found = {node: [node] if node in joined else list(_stored(node)) for node in program.graph.nodes}
     return {node: results for node, results in found.items() if results}
 
 
@@ -118,6 +127,14 @@ def _stored(node: fx.Node) -> Iterator[fx.Node]:
                 yield each
     elif _may_store(node):
         yield node
+
+
+def _begins_backward(node: fx.Node, result: fx.Node) -> bool:
+    """Whether a result is the gradient of a cross-entropy's logits, computed of what forward has kept."""
+    if isinstance(node.target, Region):
+        index: Any = result.args[1]
+        return results_of(node.target)[index].target is aten._log_softmax_backward_data.default
+    return ops.allocating(node.target) is ops.cross_entropy_backward
 
 
 def _may_lie_over(node: fx.Node, result: fx.Node, source: fx.Node) -> bool:
@@ -149,9 +166,15 @@ def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta["val"], torch.Tensor)
 
 
-def _fits(node: fx.Node, source: fx.Node, memory: fx.Node) -> bool:
-    """Whether an operand is all of some memory that a call's phase has made, in the form of its result."""
-    if memory.op != "call_function" or phase_of(memory) is not phase_of(node) or memory.target in ops.STARTS:
+def _fits(node: fx.Node, source: fx.Node, memory: fx.Node, begins: bool) -> bool:
+    """Whether an operand is all of some memory that a call's phase has made, in the form of its result.
+
+    Args:
+        begins: forward may have made it, too.
+    """
+    if memory.op != "call_function" or memory.target in ops.STARTS:
+        return False
+    if phase_of(memory) is not phase_of(node) and not (begins and phase_of(memory) is Phase.FORWARD):
         return False
     val, there = node.meta["val"], source.meta["val"]
     if not _is_tensor(source):

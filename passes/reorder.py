@@ -113,7 +113,7 @@ class _Descent:
         here = self.at.get(nodes[peak], len(order))
         alive = [life for life in lifetimes(self.program, staged=self.staged) if life.first <= peak <= life.last]
         for life in sorted(alive, key=lambda life: (-life.num_bytes, life.first))[:_NUM_LARGEST]:
-            if life.num_bytes and not life.is_received and life.node.target not in ops.STARTS:
+            if life.num_bytes and not life.is_beside and life.node.target not in ops.STARTS:
                 yield from self._later(life, here)
                 yield from self._earlier(life, here)
 

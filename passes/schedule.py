@@ -22,6 +22,7 @@ from zgraph.hardware import Hardware
 from zgraph.liveness import held_bytes, lifetimes, owners
 from zgraph.passes.gathers import prepares
 from zgraph.passes.inplace import fused_updates
+from zgraph.passes.join_loss import joinable
 from zgraph.passes.order import arrange
 from zgraph.passes.overlap import Overlap
 from zgraph.passes.overwrite import overwriting, storing
@@ -154,6 +155,7 @@ class Holding:
         self._program, self._staged = program, staged
         self.owner = owners(program)
         self._inside = {node for nodes in fused_updates(program).values() for node in nodes}
+        self._inside.update(joinable(program).values())
         self._stores = storing(program)
 
     def now(self) -> list[int]:

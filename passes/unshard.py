@@ -109,7 +109,7 @@ class _Twice:
 
 def _gathered_twice(program: Program, *, staged: bool) -> list[_Twice]:
     """Each gather of parameters before the update that brings what the first one of its like has brought."""
-    lives = {life.node: life for life in lifetimes(program, staged=staged) if not life.is_received}
+    lives = {life.node: life for life in lifetimes(program, staged=staged) if not life.is_beside}
     firsts: dict[Any, fx.Node] = {}
     found = []
     for wait in program.graph.find_nodes(op="call_function", target=ops.wait):

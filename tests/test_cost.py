@@ -291,6 +291,7 @@ def test_attention_does_what_torch_counts_and_half_of_it_if_causal(
         (aten._softmax_backward_data.default, [T(3, 5), T(3, 5), 1, F32], (120, 60)),
         (aten.nll_loss_forward.default, [T(3, 5), T(3, dtype=I64), None, 1, -100], (3 * 8 + 3 * 4, 4 + 4)),
         (aten.nll_loss_backward.default, [T(), T(3, 5), T(3, dtype=I64), None, 1, -100, T()], (4 + 24, 60)),
+        (ops.cross_entropy_backward, [T(), T(3, 5), T(3, dtype=I64), None, 1, -100, T(), 1], (4 + 60 + 24 + 4, 60)),
         (aten.mse_loss.default, [T(3, 5), T(3, 5)], (120, 4)),
         (aten.native_layer_norm.default, [T(3, 5), [5], T(5), T(5), 1e-5], (60 + 40, 60 + 2 * 12)),
         (aten.native_dropout.default, [T(3, 5), 0.5, True], (60, 60 + 15)),

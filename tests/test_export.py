@@ -15,10 +15,11 @@ from torch import nn
 import zgraph
 from tests.exported import assert_same_state, run_apart, run_here
 from tests.ranks import Ranks
-from zgraph import export, standalone
+from zgraph import export, ops, standalone
 from zgraph.codegen import kernel, library
 from zgraph.codegen.kernel import SLICE
 from zgraph.codegen.region import Region
+from zgraph.passes import overwrite
 
 
 class Model(nn.Module):
@@ -91,6 +92,18 @@ def test_the_program_is_the_one_that_ran_and_names_no_zgraph(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+def test_the_gradient_of_logits_is_computed_a_few_rows_at_a_time_there_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(ops.AT_ONCE_BYTES, "cpu", 1000)
+    monkeypatch.setattr(overwrite, "SMALLEST_BYTES", 1)
+    model = trained()
+    assert_goes_on_alike(model, tmp_path)
+    operators = (tmp_path / "exported" / "operators.py").read_text()
+    assert "def _cross_entropy_backward_into(" in operators
+    assert "AT_ONCE_BYTES = {'cpu': 1000" in operators
+
+
 def test_it_runs_where_zgraph_cannot_be_imported(tmp_path: Path) -> None:
     model = trained(partial(torch.optim.AdamW, lr=1e-3))
     for module in model.modules():

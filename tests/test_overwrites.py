@@ -56,7 +56,7 @@ programs = pytest.mark.parametrize("name", PROGRAMS)
 
 def placed_wrongly(program: Program, wrong: Mapping[fx.Node, Lifetime]) -> Placement:
     """Where values lie if some lifetimes are others than they should be."""
-    told = [wrong.get(life.node, life) if not life.is_received else life for life in lifetimes(program)]
+    told = [wrong.get(life.node, life) if not life.is_beside else life for life in lifetimes(program)]
     with mock.patch.object(placement, "lifetimes", return_value=told):
         return place(program)
 

@@ -55,7 +55,7 @@ def test_the_default_passes_of_a_stage_are_those_of_the_one_before_and_its_own(z
     names = [p.name for p in default_passes(Config(zero=zero), Mesh(2))]
     steps = ["AverageGradients", "ShardOptimizer", "ShardGradients", "ReadParamsEarly", "ShardParams"]
     steps.append("CastBeforeGather")
-    last = ["Overlap", "UpdateInPlace", "OverwriteOperands", *(["Unshard"] if zero == 3 else [])]
+    last = ["Overlap", "UpdateInPlace", "JoinLossBackward", "OverwriteOperands", *(["Unshard"] if zero == 3 else [])]
     assert names == ["Tidy", "FormBuckets", *steps[: zero + 1 if zero < 3 else 6], *last]
 
 

@@ -164,7 +164,7 @@ def assert_good(program: Program, made: Placement) -> None:
     check_overwrites(program, made)
     everything, num_positions = lifetimes(program), len(program.graph.nodes)
     assert {*made.places} <= {life.node for life in everything}
-    assert len(made.elsewhere) == sum(life.is_received or life.node not in made.places for life in everything)
+    assert len(made.elsewhere) == sum(life.is_beside or life.node not in made.places for life in everything)
     together = [*made.inside, *made.elsewhere]
     assert max(held_bytes(together, num_positions)) <= max(held_bytes(everything, num_positions))
 
@@ -219,7 +219,7 @@ def test_reduced_gradients_lie_in_the_arena_and_parts_of_other_ranks_do_not(worl
     starts = set(program.graph.find_nodes(op="call_function", target=ops.reduce_scatter))
     assert starts
     assert starts <= set(made.places)
-    received = [life.node for life in made.elsewhere if life.is_received]
+    received = [life.node for life in made.elsewhere if life.is_beside]
     assert set(received) == (starts if world > 2 else set()), "the first of them lies where they are added up"
     assert emit(program, made).source.count("comm.reduce_scatter") == len(starts)
     assert all(", out=a" in line for line in emit(program, made).source.splitlines() if ".reduce_scatter(" in line)

@@ -44,10 +44,15 @@ from zgraph.program import Program, Role, describe, target_name
 
 _HEAD = '"""{what}\n\nWritten by zgraph, which it does not need.\n"""\n\nfrom __future__ import annotations\n\n'
 
+_AT_ONCE = f"AT_ONCE_BYTES = {ops.AT_ONCE_BYTES}\n"
+_OF_LOGITS = [ops.rows_at_once, ops._cross_entropy_backward_into]
+
 _OWN: dict[Any, tuple[str, Sequence[Any], str]] = {
     ops.square_sum: ("_square_sum", [ops._square_sum], f"_ROW = {ops._ROW}\n"),
     ops.add_up: ("_add_up", [ops._add_up], ""),
     ops.elements: ("_elements", [ops._elements], ""),
+    ops.cross_entropy_backward: ("_cross_entropy_backward", [*_OF_LOGITS, ops._cross_entropy_backward], _AT_ONCE),
+    torch.ops.zgraph.cross_entropy_backward.out: ("_cross_entropy_backward_into", _OF_LOGITS, _AT_ONCE),
     ops.max_over_ranks: ("torch.clone", [], ""),
     ops.sym_choose: ("sym_choose", [ops.sym_choose], ""),
     quantizers.pack: ("packed.pack", [packed], ""),

@@ -174,7 +174,8 @@ def footprint(
             continue
         origin = life.node.meta["origin"]
         if life.num_bytes:
-            kind = Kind.COMMUNICATION if life.is_received else _kind(life.node, nodes[life.last])
+            is_received = life.is_beside and life.node.target in ops.STARTS
+            kind = Kind.COMMUNICATION if is_received else _kind(life.node, nodes[life.last])
             name = _maker(life.node)
             at = (life.first, life.last, origin.module, origin.source)
             found.append(Holding(name, kind, life.num_bytes, *at, in_arena))

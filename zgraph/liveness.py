@@ -119,14 +119,15 @@ class Lifetime:
         node: the call; of several results, what unpacks one of them.
         num_bytes: of its results that have memory of their own.
         first, last: positions in the graph of the call, and of the last one that needs the memory.
-        is_received: whether it holds what other ranks sent, until that has been added up.
+        is_beside: whether it is none of the results': what other ranks sent, until that has been added up, or what
+            an operator of zgraph's works in.
     """
 
     node: fx.Node
     num_bytes: int
     first: int
     last: int
-    is_received: bool = False
+    is_beside: bool = False
 
 
 def lifetimes(
@@ -153,7 +154,7 @@ def lifetimes(
     first: dict[fx.Node, int] = {}
     last: dict[fx.Node, int] = {}
     unpacked: dict[fx.Node, dict[Any, fx.Node]] = {}
-    received: list[Lifetime] = []
+    beside: list[Lifetime] = []
     for index, node in enumerate(program.graph.nodes):
         if node.op == "placeholder":
             continue
@@ -166,6 +167,8 @@ def lifetimes(
                     del first[node]
                     owner[node] = same
         last[owner[node]] = index
+        if num_bytes := ops.scratch_bytes(node):
+            beside.append(Lifetime(node, num_bytes, index, index, is_beside=True))
         for source in (*node.all_input_nodes, *also_reads.get(node, ())):
             last[_memory(owner, source)] = index
             if node.target is ops.wait and source.target is not ops.all_reduce:
@@ -175,8 +178,8 @@ def lifetimes(
                     # the result is added up where the first part of this rank's slice came to lie
                     size = program.mesh.axes[ops.axis_of(source)]
                     more = own_bytes(source.meta["val"]) * max(size - 2, 0)
-                    received.append(Lifetime(source, more, first[source], index, is_received=True))
-    found = [life for life in received if life.num_bytes]
+                    beside.append(Lifetime(source, more, first[source], index, is_beside=True))
+    found = [life for life in beside if life.num_bytes]
     for node, start in first.items():
         end = last[node]
         if node.target is operator.getitem:
@@ -201,7 +204,7 @@ def values_of(program: Program, lives: Iterable[Lifetime]) -> Iterator[Lifetime]
     """
     writers = writers_of(program)
     for life in lives:
-        begins = [] if life.is_received else writers.get(life.node, [])
+        begins = [] if life.is_beside else writers.get(life.node, [])
         nodes, starts = [life.node, *(node for _, node in begins)], [life.first, *(start for start, _ in begins)]
         ends = [*(start - 1 for start in starts[1:]), life.last]
         for node, first, last in zip(nodes, starts, ends, strict=True):

@@ -227,6 +227,14 @@ def _elements(call: Call) -> Value:
     return call.terms.flat([*pieces, (between, REPEATED, call.args[2] - end)], call.dtype)
 
 
+def _cross_entropy_backward(call: Call) -> Value:
+    """What the two operators give that it is made of."""
+    *of_loss, dim = call.args
+    picked = call.terms.make(aten.nll_loss_backward.default, tuple(of_loss), call.shape, call.dtype)
+    given = (picked, call.args[1], dim, literal(call.dtype))
+    return call.terms.make(aten._log_softmax_backward_data.default, given, call.shape, call.dtype)
+
+
 def _pack_state(call: Call) -> Value:
     return call.terms.make(ops.pack_state, (call.args[0],), call.shape, call.dtype)
 
@@ -316,6 +324,7 @@ RULES: dict[Any, Rule] = {
     aten.amax.default: _amax,
     ops.elements: _elements,
     ops.max_over_ranks: _max_over_ranks,
+    ops.cross_entropy_backward: _cross_entropy_backward,
     ops.pack_state: _pack_state,
     ops.load: _transfer,
     ops.store: _transfer,

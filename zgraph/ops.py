@@ -6,8 +6,9 @@ slice of a flat buffer that this rank has among those of an axis: the one operat
 that the program text is the same on all. ``zgraph::square_sum`` and ``zgraph::add_up`` make a norm of tensors that lie
 in parts; ``zgraph::pack_state`` and ``zgraph::unpack_state`` are for tensors that are kept in 8 bits an element, and
 ``zgraph::quantize`` and what reads its result for those that travel so; ``zgraph::elements`` says where a flat buffer
-has elements of parameters rather than padding. ``zgraph::load``, ``zgraph::store`` and ``zgraph::spill`` start
-transfers from and to a disk, which are waited for as collectives are.
+has elements of parameters rather than padding. ``zgraph::cross_entropy_backward`` is two of ATen's, a few rows at a
+time. ``zgraph::load``, ``zgraph::store`` and ``zgraph::spill`` start transfers from and to a disk, which are waited for
+as collectives are.
 """
 
 from __future__ import annotations
@@ -31,6 +32,12 @@ _library.define("shard(Tensor(a) x, int world, str axis) -> Tensor(a)")  # type:
 _library.define("square_sum(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("add_up(Tensor[] xs) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("elements(int[] starts, int[] stops, int numel, *, Device device) -> Tensor")  # type: ignore[no-untyped-call]
+_OF_LOGITS = (
+    "Tensor gradient, Tensor logs, Tensor target, Tensor? weight, int reduction, int ignore_index, "
+    "Tensor total_weight, int dim"
+)
+_library.define(f"cross_entropy_backward({_OF_LOGITS}) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define(f"cross_entropy_backward.out({_OF_LOGITS}, *, Tensor(a!) out) -> Tensor(a!)")  # type: ignore[no-untyped-call]
 _library.define("max_over_ranks(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("pack_state(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("pack_state.out(Tensor x, *, Tensor(a!) out) -> Tensor(a!)")  # type: ignore[no-untyped-call]
@@ -70,6 +77,53 @@ def _elements(starts: list[int], stops: list[int], numel: int, *, device: torch.
     return found
 
 
+AT_ONCE_BYTES = {"cpu": 2**21, "cuda": 2**26}
+"""Of the gradients of logits, how many are computed at once on a kind of device: on a CPU, what stays in its caches; on
+a GPU, enough that kernels take longer than starting them does."""
+
+
+def rows_at_once(logs: torch.Tensor) -> int:
+    """Of logits, those whose gradients are computed at once; 0 if it is not known how many should be."""
+    of_row = logs.shape[1] * logs.itemsize
+    return max(AT_ONCE_BYTES[logs.device.type] // max(of_row, 1), 1) if logs.device.type in AT_ONCE_BYTES else 0
+
+
+def _cross_entropy_backward_into(
+    gradient: torch.Tensor,
+    logs: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    total_weight: torch.Tensor,
+    dim: int,
+    *,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """Each row is for itself, and is read before it is written: ``out`` may be ``logs``."""
+    num_rows = rows_at_once(logs)
+    picked = torch.empty_like(logs[:num_rows])
+    for start in range(0, len(logs), num_rows):
+        rows = slice(start, start + num_rows)
+        of_rows = gradient[rows] if gradient.dim() else gradient
+        here = picked[: len(logs[rows])]
+        torch.ops.aten.nll_loss_backward.grad_input(
+            of_rows, logs[rows], target[rows], weight, reduction, ignore_index, total_weight, grad_input=here
+        )
+        torch.ops.aten._log_softmax_backward_data.out(here, logs[rows], dim, logs.dtype, out=out[rows])
+    return out
+
+
+def _cross_entropy_backward(gradient: torch.Tensor, logs: torch.Tensor, *others: Any) -> torch.Tensor:
+    return _cross_entropy_backward_into(gradient, logs, *others, out=torch.empty_like(logs))
+
+
+def _logits_shape(gradient: torch.Tensor, logs: torch.Tensor, *others: Any) -> torch.Tensor:  # noqa: ARG001 -- as above
+    if logs.dim() != 2 or others[-1] not in (-1, 1):
+        raise ValueError("logits must be a matrix whose rows are examples")
+    return torch.empty_like(logs)
+
+
 def _packed_shape(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(packed.packed_numel(len(x)), dtype=torch.uint8)
 
@@ -89,9 +143,12 @@ _library.impl("elements", _elements, "CompositeExplicitAutograd")  # type: ignor
 _library.impl("square_sum", _square_sum, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _library.impl("add_up", _add_up, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 for _key in ("CPU", "CUDA"):
+    _library.impl("cross_entropy_backward", _cross_entropy_backward, _key)  # type: ignore[no-untyped-call]
+    _library.impl("cross_entropy_backward.out", _cross_entropy_backward_into, _key)  # type: ignore[no-untyped-call]
     _library.impl("pack_state", packed.pack, _key)  # type: ignore[no-untyped-call]
     _library.impl("pack_state.out", packed.pack_into, _key)  # type: ignore[no-untyped-call]
     _library.impl("unpack_state", packed.unpack, _key)  # type: ignore[no-untyped-call]
+_library.impl("cross_entropy_backward", _logits_shape, "Meta")  # type: ignore[no-untyped-call]
 _library.impl("pack_state", _packed_shape, "Meta")  # type: ignore[no-untyped-call]
 _library.impl("unpack_state", _unpacked_shape, "Meta")  # type: ignore[no-untyped-call]
 
@@ -102,6 +159,9 @@ add_up = torch.ops.zgraph.add_up.default
 """The sum of 0-dim tensors of one dtype."""
 elements = torch.ops.zgraph.elements.default
 """Whether each of ``numel`` elements lies in one of the ranges: a bool vector."""
+cross_entropy_backward = torch.ops.zgraph.cross_entropy_backward.default
+"""The gradient of logits, of whose softmax ``logs`` are the logarithms: bit for bit what ``_log_softmax_backward_data``
+makes of what ``nll_loss_backward`` makes of the loss's."""
 max_over_ranks = torch.ops.zgraph.max_over_ranks.default
 """Each element's largest value on any rank, where it is not implied that the mean is meant; on one rank, a copy."""
 pack_state = torch.ops.zgraph.pack_state.default
@@ -294,6 +354,8 @@ def may_overwrite(node: fx.Node) -> bool:
     (ATen/native/cpu/SoftMaxKernel.cpp, ATen/native/cuda/PersistentSoftmax.cuh and SoftMax.cu).
     """
     target = allocating(node.target)
+    if target is cross_entropy_backward:
+        return True
     if sums_up_rows(target):
         last = len(node.args[0].meta["val"].shape) - 1  # type: ignore[union-attr]
         return argument(node, "dim") in (-1, last)
@@ -312,6 +374,15 @@ def is_softmax(target: Any) -> bool:
 def sums_up_rows(target: Any) -> bool:
     """Whether an operator's kernels sum up a row, if rows are its last dimension, before they write any of it."""
     return allocating(target) in _BY_ROWS
+
+
+def scratch_bytes(node: fx.Node) -> int:
+    """Memory that a call works in beside its result, where that is zgraph's own."""
+    if allocating(node.target) is not cross_entropy_backward:
+        return 0
+    logs = node.args[1].meta["val"]  # type: ignore[union-attr]
+    rows: int = min(rows_at_once(logs), len(logs))
+    return rows * int(logs.shape[1]) * int(logs.itemsize)
 
 
 def view_of(node: fx.Node) -> fx.Node | None:

@@ -126,7 +126,7 @@ def place(program: Program, *, staged: bool = True) -> Placement:
                     places[block.made[index]] = _place_of(block.made[index], start + offset)
                 elif part.meta["val"].numel():
                     copied[block.node][index] = _place_of(part, start + offset)
-    elsewhere = tuple(life for life in found if life.is_received or life.node not in places)
+    elsewhere = tuple(life for life in found if life.is_beside or life.node not in places)
     return Placement(
         places=places,
         copied=copied,
@@ -172,7 +172,7 @@ def _placeable(program: Program, found: Iterable[Lifetime]) -> dict[fx.Node, Lif
     end = len(program.graph.nodes) - 1
     alone: dict[fx.Node, Lifetime] = {}
     for life in found:
-        if life.num_bytes and not life.is_received and life.last < end and _can_be_told(life.node):
+        if life.num_bytes and not life.is_beside and life.last < end and _can_be_told(life.node):
             val = life.node.meta["val"]
             if val.numel() * val.itemsize == life.num_bytes:  # there are no gaps
                 alone[life.node] = life
@@ -269,7 +269,7 @@ def _worthwhile(
     kept = list(flats)
     while kept:
         inside = {part for flat in kept for part in (*flat.parts, flat.node)}
-        held: list[Held] = [*kept, *(life for life in found if life.is_received or life.node not in inside)]
+        held: list[Held] = [*kept, *(life for life in found if life.is_beside or life.node not in inside)]
         alive = held_bytes(held, num_positions)
         peak = max(alive)
         if peak <= bound:

@@ -146,7 +146,7 @@ class Profile:
 
         for life in values_of(scheduled, lifetimes(scheduled, staged=staged)):
             node = life.node
-            if PLACE in node.meta and phase_of(node) is Phase.FORWARD and not life.is_received:
+            if PLACE in node.meta and phase_of(node) is Phase.FORWARD and not life.is_beside:
                 forward = [i for i, user in touched[node] if phase_of(user) is Phase.FORWARD]
                 if node.target is operator.getitem:  # several results are held until all are unpacked
                     forward += [i for i, _ in touched[operand(node)]]

@@ -570,6 +570,17 @@ def _softmax(node: fx.Node) -> Iterable[Work]:
     yield replace(_moving("softmax", node), flops=4 * count, transcendentals=0 if has_none else count)
 
 
+def _cross_entropy_backward(node: fx.Node) -> Iterable[Work]:
+    """What its two operators do, of which the second reads from a cache what the first has written there."""
+    logs = operand(node, 1).meta["val"]
+    count = numel(logs)
+    num_parts = ceiling_of(size_of(logs.shape[0]) / (ops.rows_at_once(logs) or 1))
+    yield replace(_moving("softmax", node), flops=8 * count, transcendentals=count, num_operators=2 * num_parts)
+
+
+_FAMILIES[ops.cross_entropy_backward] = _cross_entropy_backward
+
+
 @_family("nll_loss_forward.default", "nll_loss2d_forward.default")
 def _picking(node: fx.Node) -> Iterable[Work]:
     """Reads one element of each row, and which one."""
