@@ -162,7 +162,9 @@ def _zgraph(model: GPT, batch: Batch, **options: Any) -> Training:
     return Training(lambda: compiled.train_step(*batch), lambda: compiled.stats()["collectives"], disk)
 
 
-def _deepspeed(model: GPT, batch: Batch, stage: int, path: str = "", on_disk: tuple[str, ...] = ()) -> Training:
+def _deepspeed(
+    model: GPT, batch: Batch, stage: int, path: str = "", on_disk: tuple[str, ...] = (), prefetches: bool = True
+) -> Training:
     import deepspeed  # type: ignore[import-not-found]
 
     # Sized from the model's width, as the Hugging Face integration does: the defaults are made for far larger models.
@@ -172,7 +174,7 @@ def _deepspeed(model: GPT, batch: Batch, stage: int, path: str = "", on_disk: tu
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if stage == 3:
         zero |= {
-            "stage3_prefetch_bucket_size": int(0.9 * bucket),
+            "stage3_prefetch_bucket_size": int(0.9 * bucket) if prefetches else 0,
             "stage3_param_persistence_threshold": 10 * width,
             "stage3_max_live_parameters": bucket,
             "stage3_max_reuse_distance": bucket,
@@ -210,10 +212,15 @@ def _deepspeed(model: GPT, batch: Batch, stage: int, path: str = "", on_disk: tu
     return Training(step)
 
 
-def deepspeed_on_disk(path: str, *what: str) -> Peer:
-    """DeepSpeed ZeRO-3 with ``"optimizer"`` state, or ``"parameters"``, too, in files below ``path`` that stay."""
+def deepspeed_on_disk(path: str, *what: str, prefetches: bool = True) -> Peer:
+    """DeepSpeed ZeRO-3 with ``"optimizer"`` state, or ``"parameters"``, too, in files below ``path`` that stay.
+
+    Args:
+        prefetches: it gathers parameters ahead. DeepSpeed 0.19 fails then ("already assigned swap buffer") where layers
+            are wide and few.
+    """
     return Peer(
-        partial(_deepspeed, stage=3, path=path, on_disk=what),
+        partial(_deepspeed, stage=3, path=path, on_disk=what, prefetches=prefetches),
         f"DeepSpeed ZeRO-3, built in parts, with {' and '.join(what)} on a disk",
         optional_package="deepspeed",
         device="meta",
