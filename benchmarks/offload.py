@@ -209,7 +209,7 @@ def run_capped(cap: str, path: str, shape: Shape, settings: Settings, lines: Pat
     with tempfile.TemporaryDirectory(prefix="zgraph-bench-", dir=path) as directory:
         entries = [Entry(name, PEERS[name]) for name in ("single", "fsdp2-meta-tuned", "zgraph-3")]
         if prepare_deepspeed():
-            both = deepspeed_on_disk(directory, "optimizer", "parameters", prefetches=False)
+            both = deepspeed_on_disk(directory, "optimizer", "parameters", ahead=False)
             entries.append(Entry("DeepSpeed, all on disk", both))
         import_for_ranks(entries)
         reaches = [find_reach(entry, shape, settings, cap_bytes, layers_step=1) for entry in entries]

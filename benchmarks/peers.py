@@ -163,7 +163,7 @@ def _zgraph(model: GPT, batch: Batch, **options: Any) -> Training:
 
 
 def _deepspeed(
-    model: GPT, batch: Batch, stage: int, path: str = "", on_disk: tuple[str, ...] = (), prefetches: bool = True
+    model: GPT, batch: Batch, stage: int, path: str = "", on_disk: tuple[str, ...] = (), ahead: bool = True
 ) -> Training:
     import deepspeed  # type: ignore[import-not-found]
 
@@ -174,7 +174,7 @@ def _deepspeed(
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if stage == 3:
         zero |= {
-            "stage3_prefetch_bucket_size": int(0.9 * bucket) if prefetches else 0,
+            "stage3_prefetch_bucket_size": int(0.9 * bucket) if ahead else 0,
             "stage3_param_persistence_threshold": 10 * width,
             "stage3_max_live_parameters": bucket,
             "stage3_max_reuse_distance": bucket,
@@ -182,7 +182,7 @@ def _deepspeed(
         }
     largest = max(parameter.numel() for parameter in model.parameters())
     buffers = {
-        "optimizer": {"buffer_count": 4, "pipeline_read": True, "pipeline_write": True},
+        "optimizer": {"buffer_count": 4, "pipeline_read": ahead, "pipeline_write": ahead},
         # What is put on a disk is kept in memory, too, unless it is told to keep nothing.
         "parameters": {"buffer_count": 5, "buffer_size": largest, "max_in_cpu": 0},
     }
@@ -212,15 +212,15 @@ def _deepspeed(
     return Training(step)
 
 
-def deepspeed_on_disk(path: str, *what: str, prefetches: bool = True) -> Peer:
+def deepspeed_on_disk(path: str, *what: str, ahead: bool = True) -> Peer:
     """DeepSpeed ZeRO-3 with ``"optimizer"`` state, or ``"parameters"``, too, in files below ``path`` that stay.
 
     Args:
-        prefetches: it gathers parameters ahead. DeepSpeed 0.19 fails then ("already assigned swap buffer") where layers
-            are wide and few.
+        ahead: it gathers parameters ahead, and reads and writes state beside its update. DeepSpeed 0.19 fails with
+            either, by assertions on its buffers, where layers are wide and few.
     """
     return Peer(
-        partial(_deepspeed, stage=3, path=path, on_disk=what, prefetches=prefetches),
+        partial(_deepspeed, stage=3, path=path, on_disk=what, ahead=ahead),
         f"DeepSpeed ZeRO-3, built in parts, with {' and '.join(what)} on a disk",
         optional_package="deepspeed",
         device="meta",
