@@ -87,7 +87,12 @@ class Step:
 
 
 def emit(
-    program: Program, placement: Placement | None = None, *, tagged: bool = False, watch: Watch | None = None
+    program: Program,
+    placement: Placement | None = None,
+    *,
+    tagged: bool = False,
+    watch: Watch | None = None,
+    in_one_pass: bool = True,
 ) -> Step:
     """Write and compile ``program``.
 
@@ -95,6 +100,7 @@ def emit(
         placement: where results are stored; all are allocated if None.
         tagged: each collective says which one it is, for ``zgraph.agreement.CheckedComm``.
         watch: who looks on; nobody if None.
+        in_one_pass: vectors are quantised and packed by ``zgraph.codegen.quantizers``; by ATen's calls if not.
     """
     writer = SourceWriter()
     names: dict[fx.Node, str] = {node: f"v{i}" for i, node in enumerate(program.graph.nodes)}
@@ -125,7 +131,7 @@ def emit(
         if node in slots:
             call = f"{slots[node]}.store({names[operand(node)]})"
         else:
-            call = _expression(writer, node, names, tag, arena, program.mesh)
+            call = _expression(writer, node, names, tag, arena, program.mesh, IN_ONE_PASS if in_one_pass else {})
         lines.append(f"    {names[node]} = {call}{comments.mark(node)}")
         if watched is not None:
             assert watch is not None
@@ -198,7 +204,13 @@ def _comm(mesh: Mesh, axis: str) -> str:
 
 
 def _expression(
-    writer: SourceWriter, node: fx.Node, names: dict[fx.Node, str], tag: str | None, arena: _Arena, mesh: Mesh
+    writer: SourceWriter,
+    node: fx.Node,
+    names: dict[fx.Node, str],
+    tag: str | None,
+    arena: _Arena,
+    mesh: Mesh,
+    instead: Mapping[Any, Callable[..., Any]],
 ) -> str:
     place = arena.name(node)
     if place is not None and arena.is_made_of_parts(node):
@@ -234,4 +246,4 @@ def _expression(
         vals = tuple(arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in node.args)
         whose = [f"rank={_comm(mesh, mesh.shard_axis)}.rank"] if node.target.is_divided(vals) else []
         return writer.expression(node.target, [*(writer.argument(arg, names) for arg in node.args), *whose])
-    return writer.call(node, names, IN_ONE_PASS.get(node.target))
+    return writer.call(node, names, instead.get(node.target))

@@ -1,8 +1,8 @@
 """Vectors to 8 bits an element and back in one pass over memory: in C++ on a CPU, in Triton on a GPU.
 
 Bit for bit what ``zgraph.quantized``, of what travels, and ``zgraph.packed``, of state, compute by several calls of
-ATen, which are what runs where nothing compiles these. A block's bytes are read and written once; the mean over ranks
-needs no vector in between.
+ATen on a CPU, which are what runs where nothing compiles these. (On a GPU ATen multiplies by the inverse of 127, which
+these do not.) A block's bytes are read and written once; the mean over ranks needs no vector in between.
 """
 
 from __future__ import annotations
@@ -120,10 +120,17 @@ extern "C" void zgraph_unpack(long num, int threads, const signed char *data, fl
 _DEQUANTIZE = {torch.float32: "dequantize", torch.bfloat16: "dequantize_bf16"}
 
 
-def prepare() -> None:
+def prepare(device_type: str) -> None:
     """Compile for a CPU, before a step needs it."""
-    if "cpu" in _compiled():
+    if device_type == "cpu" and "cpu" in _compiled():
         library.load(SOURCE)
+
+
+def why_not(device_type: str) -> str | None:
+    """What keeps these from being compiled here; None if nothing does."""
+    if device_type in _compiled() or device_type not in ("cpu", "cuda"):
+        return None
+    return library.problem() if device_type == "cpu" else "Triton is not installed"
 
 
 def quantize(x: torch.Tensor) -> torch.Tensor:
@@ -204,6 +211,9 @@ def _compiled() -> frozenset[str]:
 
 def _run(name: str, given: torch.Tensor, out: torch.Tensor, num: int, world: int = 1) -> None:
     """Compute so many blocks."""
+    assert given.dtype in (torch.float32, torch.uint8), given.dtype
+    assert out.is_contiguous(), out.stride()
+    assert out.nbytes == num * (BLOCK_BYTES if out.dtype is torch.uint8 else BLOCK * out.itemsize), (out.shape, num)
     if given.device.type == "cpu":
         function = getattr(library.load(SOURCE), f"zgraph_{name}")
         given = given.contiguous()

@@ -12,10 +12,11 @@ import triton.language as tl
 BLOCK = tl.constexpr(256)
 BYTES = tl.constexpr(260)  # of a block: its scale, and a code of each element
 SMALLEST = tl.constexpr(2.0**-98)
+JIT = triton.jit(do_not_specialize=["num"])  # one block is no constant: it is computed with
 NEAREST = tl.constexpr(1.5 * 2**23)  # added and taken away, it rounds to whole numbers, of two to the even one
 
 
-@triton.jit
+@JIT
 def quantize(x, out, num, WORLD: tl.constexpr, ROWS: tl.constexpr):
     """Float32 vectors to scales and codes."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -43,7 +44,7 @@ def _values(data, row, column, inside):
     return tl.div_rn(level, tl.full(level.shape, 127.0, tl.float32)) * scale[:, None]
 
 
-@triton.jit
+@JIT
 def dequantize(data, out, num, WORLD: tl.constexpr, ROWS: tl.constexpr):
     """The vectors, in the dtype of ``out``."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -54,7 +55,7 @@ def dequantize(data, out, num, WORLD: tl.constexpr, ROWS: tl.constexpr):
     tl.store(out + row[:, None] * BLOCK + column[None, :], values.to(out.dtype.element_ty), mask=both)
 
 
-@triton.jit
+@JIT
 def mean(data, out, num, WORLD: tl.constexpr, ROWS: tl.constexpr):
     """The mean of as many vectors as there are ranks, added up in their order."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -68,7 +69,7 @@ def mean(data, out, num, WORLD: tl.constexpr, ROWS: tl.constexpr):
     tl.store(out + row[:, None] * BLOCK + column[None, :], tl.div_rn(total, whole), mask=both)
 
 
-@triton.jit
+@JIT
 def pack(x, out, num, WORLD: tl.constexpr, ROWS: tl.constexpr):
     """Float32 vectors to codes of their fourth roots, and behind all of these scales."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -89,7 +90,7 @@ def pack(x, out, num, WORLD: tl.constexpr, ROWS: tl.constexpr):
     tl.store((codes + num.to(tl.int64) * BLOCK).to(tl.pointer_type(tl.float32)) + row, scale, mask=inside)
 
 
-@triton.jit
+@JIT
 def unpack(data, out, num, WORLD: tl.constexpr, ROWS: tl.constexpr):
     """The vectors that were packed."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,6 +34,18 @@ class Tagged(Pass):
     """A user's own pass, with options that cannot be looked up."""
 
     tags: list[str]
+
+    takes: ClassVar[Stage] = Stage.CAPTURED
+    gives: ClassVar[Stage] = Stage.CAPTURED
+
+    def rewrite(self, program: Program) -> None: ...
+
+
+@dataclass(frozen=True)
+class Weighted(Pass):
+    """One with an option that is no single truth when it is compared."""
+
+    weights: torch.Tensor
 
     takes: ClassVar[Stage] = Stage.CAPTURED
     gives: ClassVar[Stage] = Stage.CAPTURED
@@ -77,7 +90,7 @@ def test_micro_batches_before_the_last_begin_alike_too(counted: Counter[str]) ->
     for zero in range(4):
         for in_flight in (0, 2):
             config = Config(zero, accumulate=2, in_flight=in_flight)
-            lower(program, config, Mesh(2), None, (), hardware=H100, beginnings=beginnings)
+            lower(program, config, Mesh(2), None, (), hardware=H100, beginnings=beginnings, prove=False)
     assert counted["FormBuckets"] == 4
 
 
@@ -123,3 +136,13 @@ def test_what_is_made_does_not_depend_on_what_was_made_before(
 def test_what_is_derived_is_derived_once() -> None:
     program, beginnings = accumulated(two_layers(), 2), Beginnings()
     assert beginnings.derived(micro_step, program) is beginnings.derived(micro_step, program)
+
+
+def test_passes_whose_options_cannot_be_compared_run_each_time(counted: Counter[str]) -> None:
+    beginnings = Beginnings()
+    for _ in range(3):
+        beginnings.run((Weighted(torch.ones(3)),), two_layers())
+    program = two_layers()
+    for _ in range(3):
+        beginnings.run((Weighted(torch.ones(3)),), program)
+    assert counted["Weighted"] == 6

@@ -101,7 +101,7 @@ def test_the_gradient_of_logits_is_computed_a_few_rows_at_a_time_there_too(
     assert_goes_on_alike(model, tmp_path)
     operators = (tmp_path / "exported" / "operators.py").read_text()
     assert "def _cross_entropy_backward_into(" in operators
-    assert "AT_ONCE_BYTES = {'cpu': 1000" in operators
+    assert "AT_ONCE_BYTES = {'cpu': " in operators
 
 
 def test_it_runs_where_zgraph_cannot_be_imported(tmp_path: Path) -> None:

@@ -6,24 +6,16 @@ import errno
 import fcntl
 import os
 import signal
-import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from zgraph.files import beside, remove_left_behind, scratch
-
-
-def test_a_link_where_the_partial_file_would_be_is_not_followed(tmp_path: Path) -> None:
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.write_text("of others")
-    (tmp_path / f"made.{os.getpid()}.partial").symlink_to(elsewhere)
-    with pytest.raises(OSError, match="symbolic links"), beside(tmp_path / "made"):
-        pass
-    assert elsewhere.read_text() == "of others"
+from zgraph import files
+from zgraph.files import PASSING, beside, passing_name, remove_left_behind, scratch
 
 
 def killed_in(make: Callable[[Path], AbstractContextManager[Path]], where: Path) -> None:
@@ -67,31 +59,41 @@ def test_a_scratch_directory_is_private_and_goes_with_all_that_is_in_it(tmp_path
 
 
 def test_what_killed_processes_leave_is_removed_by_the_next_and_what_is_alive_stays(tmp_path: Path) -> None:
-    near = ("a.partial", "a.1.partial.txt", "b.1.partial", ".zgraph-mine", "zgraph-training", ".zgraph-abcdefgh1")
+    name = passing_name()
+    elsewhere = name.replace(files._MACHINE, "0123abcd")  # of another machine, whose locks may not be seen here
+    near = (
+        "a.1.partial",
+        ".zgraph-settings",
+        f"{PASSING}mine",
+        f"{name}0",
+        name.removesuffix(".partial"),
+        f"a{name}",
+        elsewhere,
+    )
     foreign = ("notes", *near)
     for name in foreign:
         (tmp_path / name).write_text("theirs")
-    (tmp_path / ".zgraph-linked__").symlink_to(tmp_path / "notes")
-    os.mkfifo(tmp_path / ".zgraph-pipe____")
+    linked, pipe = passing_name(), passing_name()
+    (tmp_path / linked).symlink_to(tmp_path / "notes")
+    os.mkfifo(tmp_path / pipe)
     with beside(tmp_path / "a") as file, scratch(tmp_path) as folder:
         alive = there(tmp_path)
         assert len(alive) == len(foreign) + 4
         for _ in range(2):
             killed_in(lambda path: beside(path / "a"), tmp_path)
             killed_in(scratch, tmp_path)
-            assert len(there(tmp_path) - alive) == 2
+            assert len(there(tmp_path) - alive) == 1, "the second has removed what the first has left"
         remove_left_behind(tmp_path)
-        (left,) = there(tmp_path) - alive
-        assert left.startswith("a.")
-        killed_in(scratch, tmp_path)
+        assert there(tmp_path) == alive
+        killed_in(lambda path: beside(path / "a"), tmp_path)
         with scratch(tmp_path) as other:
-            assert there(tmp_path) - alive == {left, other.name}
+            assert there(tmp_path) - alive == {other.name}
         file.write_text("whole")
         file.replace(tmp_path / "a")
         assert folder.is_dir()
     with beside(tmp_path / "a"):
         pass
-    assert there(tmp_path) == {*foreign, "a", ".zgraph-linked__", ".zgraph-pipe____"}
+    assert there(tmp_path) == {*foreign, "a", linked, pipe}
     assert (tmp_path / "notes").read_text() == "theirs"
 
 
@@ -118,27 +120,31 @@ def test_what_another_user_left_or_no_lock_proves_dead_stays(tmp_path: Path, mon
 def test_what_is_taken_for_left_behind_before_it_is_locked_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, opened, taken = tempfile.mkdtemp, os.open, []
+    opened, taken = os.open, list[str]()
 
-    def make(**options: Any) -> str:
-        name = made(**options)
-        if not taken:
-            taken.append(name)
-            remove_left_behind(tmp_path)
-        return name
-
-    def open_partial(path: Any, *options: Any, **more: Any) -> int:
+    def open_and_lose(path: Any, *options: Any, **more: Any) -> int:
         descriptor = opened(path, *options, **more)
-        if str(path).endswith(".partial") and len(taken) == 1:
+        if Path(path).name.startswith(PASSING) and len(taken) < 2:
             taken.append(str(path))
-            os.unlink(path)
+            Path(path).rmdir() if Path(path).is_dir() else Path(path).unlink()
         return descriptor
 
-    monkeypatch.setattr(tempfile, "mkdtemp", make)
-    monkeypatch.setattr(os, "open", open_partial)
+    monkeypatch.setattr(os, "open", open_and_lose)
     with scratch(tmp_path) as folder, beside(tmp_path / "a") as file:
         assert folder.is_dir()
         assert file.is_file()
         remove_left_behind(tmp_path)
         assert there(tmp_path) == {folder.name, file.name}
     assert len(taken) == 2
+
+
+def test_one_process_may_write_a_file_from_several_threads(tmp_path: Path) -> None:
+    def write(number: int) -> None:
+        with beside(tmp_path / "a") as partial:
+            partial.write_text(str(number))
+            partial.replace(tmp_path / "a")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(40)))
+    assert there(tmp_path) == {"a"}
+    assert (tmp_path / "a").read_text() in map(str, range(40))

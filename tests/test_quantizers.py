@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import zgraph
 from tests.interpreter import Interpreted
 from tests.programs import few_examples
-from tests.test_triton import TARGETS
+from tests.test_triton import TARGETS, TOOLS
 from zgraph import packed, quantized
 from zgraph.codegen import library, quantizers
 from zgraph.codegen.quantizers import OPTIONS, ROWS, in_triton, launch
@@ -137,7 +140,7 @@ def test_nothing_is_nothing() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.arch))
 @pytest.mark.parametrize("name", ["quantize", "dequantize", "mean", "pack", "unpack"])
-def test_gpus_move_each_byte_once_and_spill_nothing(name: str, target: Any) -> None:
+def test_gpus_move_each_byte_once_and_spill_nothing(name: str, target: Any, tmp_path: Path) -> None:
     import triton
     from triton.compiler import ASTSource
 
@@ -152,10 +155,40 @@ def test_gpus_move_each_byte_once_and_spill_nothing(name: str, target: Any) -> N
     if target.backend == "hip":
         assert int(re.search(r"vgpr_spill_count:\s+(\d+)", made.asm["amdgcn"])[1]) == 0  # type: ignore[index]
         return
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(made.asm["cubin"])
+    command = [TOOLS / "cuobjdump", "--dump-resource-usage", cubin]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{what}:(\d+)", told)[1]) for what in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
+    assert stack <= 8, "an address at most"
+    assert local == 0
+    assert registers <= 96
     ptx = made.asm["ptx"]
     moved = Counter(re.findall(r"(ld|st)\.global[\w.:]*?\.(v4\.b32|v2\.b32|b32|b8|v4\.b8|v2\.b8|b16|v2\.b16)", ptx))
     vectors = moved["ld", "v4.b32"] if packs else moved["st", "v4.b32"]
     assert vectors == ROWS * BLOCK // (128 * 4), moved
     assert not any(width in ("b8", "v2.b8") for _, width in moved), moved
-    assert "ld.local" not in ptx
-    assert "st.local" not in ptx
+
+
+@pytest.mark.parametrize("name", ["quantize", "dequantize", "mean", "pack", "unpack"])
+def test_how_many_blocks_there_are_is_no_constant_of_a_kernel(name: str) -> None:
+    (number,) = (param for param in in_triton()[name].params if param.name == "num")
+    assert number.do_not_specialize
+
+
+def test_a_half_is_not_read_as_a_float() -> None:
+    with pytest.raises(AssertionError):
+        quantizers.quantize(torch.zeros(BLOCK, dtype=torch.float16))
+
+
+@needs_compiler
+@pytest.mark.parametrize(("kernels", "is_one_pass"), [("eager", False), ("update", True)])
+def test_eager_kernels_are_calls_of_aten(kernels: str, is_one_pass: bool) -> None:
+    model: Any = torch.nn.Linear(32, 32)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model = zgraph.compile(
+        model, optimizer, loss=lambda y, _: y.square().mean(), kernels=kernels, state_precision="int8"
+    )
+    for _ in range(2):
+        model.train_step(torch.ones(4, 32))
+    assert ("quantizers_unpack" in model.source) == is_one_pass

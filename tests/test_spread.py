@@ -39,34 +39,47 @@ def test_state_is_divided_and_gathered_and_gradients_are_each_ranks_own_until_th
     assert found["_c10d_functional.reduce_scatter_tensor.default"] == "sharded"
 
 
+def test_where_nodes_have_replicas_a_part_is_sharded_once_these_have_taken_the_mean_of_theirs() -> None:
+    program = lowered(one_layer(), 4, 3, 2)
+    found = spread_of(program)
+    ((reduced, all_reduced),) = (
+        (node, next(iter(next(iter(node.users)).users)))
+        for node in program.graph.find_nodes(op="call_function", target=ops.reduce_scatter)
+    )
+    assert all_reduced.target is ops.all_reduce
+    assert (found[reduced], found[all_reduced]) == (Spread.PER_RANK, Spread.SHARDED)
+
+
 def test_a_step_of_one_rank_is_not_told_apart() -> None:
     assert spread_of(lowered(one_layer(), 1, 0)) == {}
 
 
 @given(recipes(), st.sampled_from([(2, None), (3, None), (4, 2)]), st.sampled_from([0, 1, 2, 3]), st.booleans())
 @few_examples(15)
-def test_what_is_replicated_is_the_same_on_all_ranks(
+def test_what_is_replicated_is_the_same_on_all_ranks_and_what_is_sharded_on_replicas(
     recipe: Recipe, ranks: tuple[int, int | None], zero: int, micro: bool
 ) -> None:
     captured = build(recipe)
     if micro:
         captured = accumulated(captured, 2)
-    (world, shard_size) = ranks
+    world, shard_size = ranks
     program = lowered(captured, world, zero, shard_size)
     assert program.stage >= Stage.SHARDED
     spread = spread_of(program)
     shown = [
         node
         for node, how in spread.items()
-        if how is Spread.REPLICATED
+        if how is not Spread.PER_RANK
         and node.target not in ops.ASYNCHRONOUS
         and isinstance(node.meta["val"], torch.Tensor)
     ]
     results, outputs = program.results(), list(program.outputs)
     inputs = divide(program, values_for(captured, world=world))
     program.set_results([*results, *shown], [*outputs, *(Input(Role.HYPER, str(i)) for i in range(len(shown)))])
-    first, *others = run_ranks(program, inputs)
-    for what, value in first.items():
-        if what is not None and what.role is Role.HYPER:
-            for other in others:
-                torch.testing.assert_close(other[what], value, rtol=0, atol=0, equal_nan=True)
+    ranks_have = run_ranks(program, inputs)
+    for i, node in enumerate(shown):
+        values = [mine[Input(Role.HYPER, str(i))] for mine in ranks_have]
+        of_a_part = shard_size or world  # ranks so far apart have the same part
+        for rank, value in enumerate(values):
+            like = values[0] if spread[node] is Spread.REPLICATED else values[rank % of_a_part]
+            torch.testing.assert_close(value, like, rtol=0, atol=0, equal_nan=True)

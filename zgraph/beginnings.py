@@ -32,7 +32,7 @@ class _Place:
         """This place and those behind it, as far as a run has come that began with the same passes."""
         found = [self]
         for p in passes:
-            place = next((place for known, place in found[-1].behind if known is p or known == p), None)
+            place = next((place for known, place in found[-1].behind if _is_same(known, p)), None)
             if place is None:
                 break
             found.append(place)
@@ -43,6 +43,14 @@ class _Place:
         place = self
         for p in passes:
             place.behind.append((p, place := _Place()))
+
+
+def _is_same(known: Pass, p: Pass) -> bool:
+    """Whether two passes do the same; of options that cannot be compared, as tensors cannot, they are not known to."""
+    try:
+        return known is p or bool(known == p)
+    except Exception:  # noqa: BLE001 -- whatever the options of a user's pass make of it
+        return False
 
 
 class Beginnings:

@@ -61,5 +61,5 @@ def literal(text: str) -> Any:
     """A value as it is written in Python, or a word, without quotes."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all that it may raise
         return text

@@ -129,11 +129,11 @@ class _WaysOut:
         """On a CPU, the least that goes to a disk, if the user has not said what does."""
         if self._search.hardware.device_type != "cpu" or OFFLOAD in self._search.fixed:
             return
+        fixed = self._fixed(*CHAINED)
         for what in OFFLOADS[1:]:
-            try:
-                search = self._search.beside(fixed={**self._fixed(*CHAINED), OFFLOAD: what})
-            except OptionError:
-                continue  # there are no micro-batches, whose sums of gradients it would move
+            if "gradients" in what and fixed[ACCUMULATE] == 1:
+                continue
+            search = self._search.beside(fixed={**fixed, OFFLOAD: what})
             if (fits := search.within(self._budget, estimated=True)) is not None:
                 yield from self._way(f"{OFFLOAD}={what!r}", fits)
                 return

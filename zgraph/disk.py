@@ -13,7 +13,6 @@ import errno
 import fcntl
 import mmap
 import os
-import tempfile
 import threading
 import weakref
 import zlib
@@ -28,7 +27,7 @@ import numpy as np
 import torch
 
 from zgraph.errors import DiskError
-from zgraph.files import PASSING, remove_left_behind
+from zgraph.files import passing_name, remove_left_behind
 from zgraph.workers import Job, Workers
 
 PAGE = 4096
@@ -413,7 +412,8 @@ def _open_without_name(directory: Path) -> int:
     # The file system knows no such files: the name is gone again before anything is written. It outlasts a process that
     # is killed just then, until the next one.
     remove_left_behind(directory)
-    fd, name = tempfile.mkstemp(prefix=PASSING, dir=directory)
+    name = directory / passing_name()
+    fd = os.open(name, flags | os.O_CREAT | os.O_EXCL, 0o600)
     with contextlib.suppress(FileNotFoundError):  # another run has removed it, which is as well
         os.unlink(name)
     return fd

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from zgraph.config import Config
 from zgraph.errors import OptionError
 from zgraph.plans import NO_WAY_OUT, Owner, Plan, show_bytes, show_options, show_s
 from zgraph.report import Report
@@ -314,9 +315,10 @@ def _more(plan: Plan, search: Search) -> Iterator[str]:
 def _ranks(plan: Plan, search: Search, world: int, what: str) -> Iterator[str]:
     """What it would take on another number of ranks."""
     try:
-        found = search.beside(world=world).within(plan.budget_bytes, estimated=True)
+        Config.from_options(search.fixed).mesh(world)
     except OptionError:  # the user's own options ask for another number
         return
+    found = search.beside(world=world).within(plan.budget_bytes, estimated=True)
     if found is not None:
         made = found.estimate
         rate = world / search.world * plan.chosen.step_s / made.step_s

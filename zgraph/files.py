@@ -1,23 +1,36 @@
 """Files of zgraph: where those lie that are kept for a user, and those that are nobody's once their process has ended.
 
-The latter are locked by their process, and the kernel unlocks them when it ends, by ``kill -9``, too. So what can be
-locked is provably left behind, and the next process that makes such files there removes it.
+The latter have names that nobody else gives, and are locked by their process; the kernel unlocks them when it ends, by
+``kill -9``, too. So what has such a name and can be locked is left behind, and the next process that makes such files
+there removes it.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
+import platform
 import re
+import secrets
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-PASSING = ".zgraph-"
-"""How the name of what belongs to one process begins; eight characters of ``tempfile`` follow."""
+PASSING = "zgraph-of-process-"
+"""How the name of what belongs to one process begins; see ``passing_name``."""
+
+_MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+"""Locks of other machines are not seen everywhere, so what they have made is left to them."""
+
+_OF_PROCESS = re.compile(re.escape(f"{PASSING}{_MACHINE}-") + r"[0-9a-f]{16}\.partial")
+
+
+def passing_name() -> str:
+    """A new name for what belongs to this process."""
+    return f"{PASSING}{_MACHINE}-{secrets.token_hex(8)}.partial"
 
 
 def user_cache() -> Path:
@@ -36,15 +49,16 @@ def beside(path: Path) -> Iterator[Path]:
     Raises:
         OSError: there can be none.
     """
-    _remove_left_behind(path.parent, re.escape(path.name) + r"\.\d+\.partial")
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    while (lock := _lock(os.open(partial, flags, 0o666), partial)) is None:
-        pass
+    remove_left_behind(path.parent)
+    lock = None
+    while lock is None:  # before it was locked, somebody took it for left behind
+        partial = path.parent / passing_name()
+        lock = _lock(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), partial)
     try:
         yield partial
     finally:
-        partial.unlink(missing_ok=True)
+        if _is_at(lock, partial):
+            partial.unlink()
         os.close(lock)
 
 
@@ -56,12 +70,12 @@ def scratch(directory: Path) -> Iterator[Path]:
         OSError: there can be none.
     """
     remove_left_behind(directory)
-    while True:
-        made = Path(tempfile.mkdtemp(prefix=PASSING, dir=directory))
+    lock = None
+    while lock is None:
+        made = directory / passing_name()
+        made.mkdir(mode=0o700)
         with suppress(FileNotFoundError):  # before it was locked, somebody took it for left behind
             lock = _lock(os.open(made, os.O_RDONLY | os.O_CLOEXEC), made)
-            if lock is not None:
-                break
     try:
         yield made
     finally:
@@ -70,20 +84,20 @@ def scratch(directory: Path) -> Iterator[Path]:
 
 
 def remove_left_behind(directory: Path) -> None:
-    """Remove what begins with ``PASSING`` and is of processes of this user that have ended; all else stays."""
-    _remove_left_behind(directory, re.escape(PASSING) + "[a-z0-9_]{8}")
+    """Remove what processes of this user on this machine have made under such names before they ended; all else stays.
 
-
-def _remove_left_behind(directory: Path, pattern: str) -> None:
+    So does what no lock proves dead: directories where the file system, as NFS, locks none.
+    """
     with suppress(OSError):  # who cannot look there leaves it to others
-        for name in os.listdir(directory):
-            if re.fullmatch(pattern, name):
-                _remove_if_left_behind(directory / name)
+        for name in filter(_OF_PROCESS.fullmatch, os.listdir(directory)):
+            _remove_if_left_behind(directory / name)
 
 
 def _remove_if_left_behind(path: Path) -> None:
     with suppress(OSError):  # it is in use, gone or a link, or there are no locks there, which would prove it dead
-        lock = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        is_folder = stat.S_ISDIR(path.lstat().st_mode)
+        access = os.O_RDONLY if is_folder else os.O_RDWR  # NFS locks for itself what may be written to
+        lock = os.open(path, access | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             status = os.fstat(lock)

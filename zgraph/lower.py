@@ -79,6 +79,7 @@ def lower(
         ZgraphError: see ``zgraph.pipeline.run``.
     """
     passes = default_passes(config, mesh, layout, own=own, hardware=hardware, levels=levels)
+    assert beginnings is None or (watch is None and not prove), "what is kept was not proved"
     run_all = partial(run, prove=prove, watch=watch) if beginnings is None else beginnings.run
     last = run_all(passes, captured)
     if config.accumulate == 1:

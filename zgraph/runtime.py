@@ -145,6 +145,7 @@ class Runtime:
     moved: Moved = field(default_factory=Moved)  # from and to a disk, by the last step
     _facts_seen: dict[str, str] = field(default_factory=dict)
     _capturing: bool = False
+    _in_one_pass: bool = False  # vectors are quantised and packed, on all ranks
     timed: dict[Executable, tuple[Executable, Stopwatch]] = field(default_factory=dict)  # twins that read the clock
     _num_to_time: int = 0
 
@@ -368,22 +369,27 @@ class Runtime:
         for node in program.graph.nodes:
             if isinstance(node.target, Kernel):
                 node.target.prepare()
-            elif node.target in IN_ONE_PASS:
-                quantizers.prepare()
-        tagged = isinstance(self.comm, CheckedComm)
+            elif node.target in IN_ONE_PASS and self._in_one_pass:
+                quantizers.prepare(node.meta["val"].device.type)
+        write = partial(emit, tagged=isinstance(self.comm, CheckedComm), in_one_pass=self._in_one_pass)
         if self.config.check_memory:
             watch = MemoryCheck(program, staged=self.comm.is_staged)
-            step = emit(program, tagged=tagged, watch=watch)
+            step = write(program, watch=watch)
         else:
             placement = place(program, staged=self.comm.is_staged)
             check_overwrites(program, placement)
             self.arena.reserve(placement.num_bytes)
-            step = emit(program, placement, tagged=tagged, watch=stopwatch)
+            step = write(program, placement, watch=stopwatch)
         self.spill_room.reserve(step.spilled_bytes)
         return Executable(program, step, self.state, self.comm, self.arena, self.spill_room)
 
     def _agree_on_kernels(self, programs: Sequence[Program]) -> None:
         """Run updates in slices on all ranks where one of them cannot compile: replicas are to be rounded alike."""
+        quantizing = [n for program in programs for n in program.graph.nodes if n.target in IN_ONE_PASS]
+        if quantizing:
+            device_type = quantizing[0].meta["val"].device.type
+            can = self.config.kernels != "eager" and quantizers.why_not(device_type) is None
+            self._in_one_pass = bool(self.agreement.least(can))
         calls = [node for program in programs for node in program.graph.nodes if isinstance(node.target, Kernel)]
         why = next((reason for node in calls if (reason := node.target.why_in_slices())), None)
         if why is not None:

@@ -279,6 +279,7 @@ class Search:
             self._passes,
             hardware=self.hardware,
             levels=self._levels,
+            prove=False,
             beginnings=self._beginnings,
         )
         return lowered, predict(lowered, self.hardware, config.accumulate)

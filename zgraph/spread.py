@@ -12,7 +12,7 @@ import enum
 from torch import fx
 
 from zgraph import ops
-from zgraph.program import Input, Phase, Program, Role, Stage, operand, phase_of
+from zgraph.program import REPLICA, Input, Phase, Program, Role, Stage, phase_of
 
 
 class Spread(enum.Enum):
@@ -29,14 +29,14 @@ _AFTER = {
     ops.all_gather: Spread.REPLICATED,
     ops.all_gather_into: Spread.REPLICATED,
     ops.max_over_ranks: Spread.REPLICATED,
-    ops.reduce_scatter: Spread.SHARDED,
-    ops.mean_of_quantized: Spread.SHARDED,
     ops.all_to_all: Spread.PER_RANK,
 }
 
+_REDUCE = (ops.reduce_scatter, ops.mean_of_quantized)
+
 
 def spread_of(program: Program) -> dict[fx.Node, Spread]:
-    """How each value lies; nothing for a step of one rank.
+    """How each value lies; nothing for a step of one rank, once it is known to be one.
 
     Before gradients are averaged explicitly, the update is that of all ranks: averaging is implied.
 
@@ -46,11 +46,14 @@ def spread_of(program: Program) -> dict[fx.Node, Spread]:
     if program.mesh.size == 1 and program.stage >= Stage.SHARDED:
         return {}
     found: dict[fx.Node, Spread] = {}
+    reduced: set[fx.Node] = set()  # this rank's part of a mean, and what is computed of it
     for node in program.graph.nodes:
         if node.op == "placeholder":
             found[node] = _of_input(program, node.meta["input"], node)
         elif node.op == "call_function":
-            found[node] = _of_call(program, node, found)
+            if node.target in _REDUCE or not reduced.isdisjoint(node.all_input_nodes):
+                reduced.add(node)
+            found[node] = _of_call(program, node, found, reduced)
     return found
 
 
@@ -68,14 +71,18 @@ def _of_input(program: Program, what: Input, node: fx.Node) -> Spread:
     return Spread.SHARDED if is_divided and program.mesh.shard_size > 1 else Spread.REPLICATED
 
 
-def _of_call(program: Program, node: fx.Node, found: dict[fx.Node, Spread]) -> Spread:
+def _of_call(program: Program, node: fx.Node, found: dict[fx.Node, Spread], reduced: set[fx.Node]) -> Spread:
     if program.stage < Stage.SHARDED and phase_of(node) is Phase.UPDATE:
         return Spread.REPLICATED
     if node.target in _AFTER:
         return _AFTER[node.target]
     reads = max((found[each] for each in node.all_input_nodes), key=_ORDER.index, default=Spread.REPLICATED)
+    mesh = program.mesh
+    if node.target in _REDUCE:
+        # Where a part of the ranks divides state, those that have the same part are still to take the mean of theirs.
+        return Spread.PER_RANK if mesh.has_levels else Spread.SHARDED
     if node.target is ops.all_reduce:
-        is_part = found[operand(node)] is Spread.SHARDED and ops.axis_of(node) != program.mesh.shard_axis
+        is_part = mesh.has_levels and ops.axis_of(node) == REPLICA and node in reduced
         return Spread.SHARDED if is_part else Spread.REPLICATED
     if ops.draws(node):
         return Spread.PER_RANK
