@@ -42,7 +42,7 @@ def test_every_question_is_answered_with_numbers(report: Report) -> None:
     ]  # fmt: skip
     plan = report.plan
     assert told["Does it fit?"][0].startswith(f"Yes: {plan.verdict}.")
-    assert f" take {show_bytes(plan.chosen.reserved_bytes)} of the 1 GiB that each of 4 x " in plan.verdict
+    assert f" it takes {show_bytes(plan.chosen.reserved_bytes)} of the 1 GiB that each of 4 x " in plan.verdict
     assert show_bytes(plan.chosen.peak_bytes) in told["What takes the memory?"][0]
     assert told["What limits the step?"][0].startswith(f"A step takes {show_s(plan.chosen.step_s)}: ")
     assert "zero=3: given" in told["Why these options?"][0]
@@ -65,7 +65,7 @@ def test_what_is_waited_for_adds_up_to_what_is_exposed(report: Report) -> None:
 @pytest.mark.parametrize(
     ("hardware", "why"),
     [
-        (H100, "It starts no earlier as {before} keeps the same link until then."),
+        (H100, "It starts no earlier as {before} before it keeps the same link until then."),
         (CPU, "It starts as soon as what it sends has been computed."),
     ],
     ids=["gpu", "cpu"],

@@ -59,7 +59,7 @@ def test_optimizer_state_that_torch_cannot_load_leaves_the_parameters_as_they_ar
         ),
         (
             {"offload": {"gradients": "disk"}},
-            "gradients with accumulate=1, where each dies in the update of its bucket",
+            "gradients with accumulate=1, the default, where each dies in the update of its bucket",
         ),
         ({"offload": {"optimizer": "host"}}, "'optimizer' can lie on 'disk', not on 'host'"),
         ({"offload_path": "/tmp"}, "offload_path without offload"),

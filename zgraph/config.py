@@ -126,7 +126,7 @@ def _check_offload(config: Config) -> None:
                 raise OptionError(f"offload={given!r}: {what!r} can lie on {known}, not on {tier!r}", fix=fix)
     if isinstance(given, dict) and "gradients" in given and config.accumulate == 1:
         raise OptionError(
-            "offload of gradients with accumulate=1, where each dies in the update of its bucket",
+            "offload of gradients with accumulate=1, the default, where each dies in the update of its bucket",
             fix="give accumulate=2 or more, or leave gradients out",
         )
     path: Any = config.offload_path

@@ -68,6 +68,7 @@ def explain(report: Report, search: Search | None = None) -> Explanation:
         "Why these kernels?": _kernels(document),
         "What would help?": _help(plan, document),
         "What would more of it buy?": _more(plan, search) if search is not None else (),
+        "What else is to be known?": document["notes"],
     }
     told = ((question, tuple(sentences)) for question, sentences in answers.items())
     return Explanation(tuple((question, sentences) for question, sentences in told if sentences))
@@ -95,7 +96,7 @@ def _memory(document: Mapping[str, Any]) -> Iterator[str]:
     at = f"in {where}" + (f" of {module}" if module else "")
     yield f"At the peak, {at}, tensors hold {show_bytes(totals[peak])}: {', '.join(shares)}."
     yield from (str(Owner(**owner)) for owner in last["owners"][:_NUM_TOLD])
-    stored = {kind: held[peak] for kind, held in memory.get("on_disk", {}).items() if held[peak]}
+    stored = {kind: held[peak] for kind, held in _on_disk(program).items() if held[peak]}
     if stored:
         told = ", ".join(f"{show_bytes(held)} of {kind}" for kind, held in stored.items())
         yield f"On each rank's disk, then, lie {told}."
@@ -215,7 +216,8 @@ def _longest_wait(document: Mapping[str, Any], wait: _Wait) -> Iterator[str]:
         f"{show_s(ends)} and is needed at {show_s(wait.start_s)}."
     )
     if at and lane[at - 1][1] == begins:
-        yield f"It starts no earlier as {named(lane[at - 1][2])} keeps the same link until then."
+        what = "the disk" if tables["lanes"][rows["lane"][row]] in tables["disk_lanes"] else "the same link"
+        yield f"It starts no earlier as {named(lane[at - 1][2])} before it keeps {what} until then."
     elif "reduce" in named(row):
         yield "It starts as soon as what it sends has been computed."
     else:
@@ -284,9 +286,18 @@ def _help(plan: Plan, document: Mapping[str, Any]) -> Iterator[str]:
     yield from map(str, plan.ways_out)
     if not plan.fits and not plan.ways_out:
         yield f"No way out was found: {NO_WAY_OUT}."
+    stored = max(sum(held[-1] for held in _on_disk(program).values()) for program in document["programs"])
+    if plan.fits and 0 < stored <= plan.budget_bytes - plan.chosen.reserved_bytes:
+        yield f"All of the {show_bytes(stored)} on the disk would fit into memory: leave out offload."
     largest = [kind for kind, _ in Counter(plan.by_kind).most_common(_NUM_TOLD) if kind in document["would_free"]]
     for kind in largest:
         yield f"Fewer bytes of {kind}: {document['would_free'][kind]}."
+
+
+def _on_disk(program: Mapping[str, Any]) -> Mapping[str, Sequence[int]]:
+    """Bytes by kind that lie on each rank's disk over the time of a program."""
+    found: Mapping[str, Sequence[int]] = program["passes"][-1]["memory"].get("on_disk", {})
+    return found
 
 
 def _more(plan: Plan, search: Search) -> Iterator[str]:

@@ -218,6 +218,20 @@ def spilled_bytes(program: Program) -> int:
     return sum(node.meta["val"].nbytes for node in spills)
 
 
+def with_state(found: Footprint, last: Footprint) -> Footprint:
+    """And the optimizer state of the last micro-batch's program, which is there though those before do not read it."""
+    names = {holding.what for holding in (*found.holdings, *found.on_disk)}
+
+    def unread(holdings: Sequence[Holding]) -> Iterator[Holding]:
+        for each in holdings:
+            is_kept = each.kind is Kind.STATE and (each.first, each.last) == (0, last.num_positions - 1)
+            if is_kept and each.what not in names:
+                yield replace(each, last=found.num_positions - 1)
+
+    holdings, on_disk = (*unread(last.holdings), *found.holdings), (*found.on_disk, *unread(last.on_disk))
+    return replace(found, holdings=holdings, on_disk=on_disk)
+
+
 def with_scratch(found: Footprint, program: Program) -> Footprint:
     """And what libraries hold on a CPU, where it lies in the memory that tensors lie in.
 

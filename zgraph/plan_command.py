@@ -46,11 +46,11 @@ def _value(text: str) -> Any:
     return None if text == _NONE else literal(text)
 
 
-def _offload(text: str) -> str | dict[str, str]:
-    """Tiers by kind, of ``kind=tier,...``; a word alone as it is."""
+def _offload(text: str) -> str | dict[str, str] | None:
+    """Tiers by kind, of ``kind=tier,...``; nothing of ``none``, and another word as it is."""
     if "=" not in text:
-        return text
-    pairs = [each.partition("=") for each in text.split(",")]
+        return None if text == _NONE else text
+    pairs = [each.partition("=") for each in text.split(",") if each.strip()]
     return {kind.strip(): tier.strip() for kind, _, tier in pairs}
 
 
@@ -144,15 +144,19 @@ class Telling:
     def __init__(self, first_s: float = 3.0, every_s: float = 20.0) -> None:
         self._start = time.perf_counter()
         self._next, self._every_s = self._start + first_s, every_s
+        self._search: Search | None = None  # the one at work, and since when; others ask about other machines
+        self._began = self._start
 
     def __call__(self, search: Search) -> None:
         """A search works something out."""
         now = time.perf_counter()
+        if search is not self._search:
+            self._search, self._began = search, now
         if now < self._next or len(search.members) == 1:
             return
         self._next = now + self._every_s
         done, left = len(search.tried), len(search.members) - len(search.tried)
-        most = f", {roughly((now - self._start) / done * left)} more at most" if done else ""
+        most = f", {roughly((now - self._began) / done * left)} more at most" if done else ""
         sys.stderr.write(
             f"zgraph: searching options for {search.world} x {search.hardware.name}: {done} of at most "
             f"{len(search.members)} choices estimated, {roughly(now - self._start)} so far{most}\n"

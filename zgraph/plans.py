@@ -235,11 +235,11 @@ class Plan:
         """Whether it fits, in a sentence with its bytes."""
         taken, budget = self.chosen.reserved_bytes, self.budget_bytes
         told = (
-            f"{show_options(self.options) or 'the defaults'} take {show_bytes(taken)} of the {show_bytes(budget)} that "
-            f"each of {self.world_size} x {self.hardware} may take"
+            f"with {show_options(self.options) or 'the defaults'} it takes {show_bytes(taken)} of the "
+            f"{show_bytes(budget)} that each of {self.world_size} x {self.hardware} may take"
         )
         return (
-            f"{told}, and leave {show_bytes(budget - taken)}"
+            f"{told}, and leaves {show_bytes(budget - taken)}"
             if self.fits
             else (f"{told}, {show_bytes(taken - budget)} too much")
         )
@@ -273,8 +273,9 @@ class Plan:
         head.add_row("live peak", f"{show_bytes(self.chosen.peak_bytes)} ({error.words('live')})")
         head.add_row("taken for it", f"{show_bytes(self.chosen.reserved_bytes)} ({error.words('reserved')})")
         exposed = self.chosen.exposed_s / self.chosen.step_s
+        waits = "links or the disk" if self.options.get("offload") else "links"
         head.add_row(
-            "step", f"{show_s(self.chosen.step_s)}, {exposed:.0%} of it waiting for links ({error.words('time')})"
+            "step", f"{show_s(self.chosen.step_s)}, {exposed:.0%} of it waiting for {waits} ({error.words('time')})"
         )
         head.add_row("in any order", f"at least {show_s(self.least_s)}, {self.gap:.1%} less")
         rate = f"{self.examples_per_s:,.4g} examples/s on all ranks"

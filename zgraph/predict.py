@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from zgraph.allocator import reserved_bytes
-from zgraph.footprint import Footprint, footprint, with_scratch
+from zgraph.footprint import Footprint, footprint, with_scratch, with_state
 from zgraph.hardware import Hardware
 from zgraph.lower import Lowered
 from zgraph.placement import place
@@ -116,7 +116,8 @@ def predict(lowered: Lowered, hardware: Hardware, accumulate: int = 1) -> Predic
         accumulate: how many micro-batches a step has.
     """
     timelines = tuple(play(program, hardware) for program in lowered.programs)
-    footprints = in_one_arena([held_by(program, hardware) for program in lowered.programs])
+    *before, last = (held_by(program, hardware) for program in lowered.programs)
+    footprints = in_one_arena([*(with_state(each, last) for each in before), last])
     return Prediction(timelines, footprints, (accumulate - 1, 1)[-len(timelines) :], hardware.device_type)
 
 

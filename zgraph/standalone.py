@@ -78,9 +78,10 @@ class Step:
         self.directory = Path(directory)
         self.rank = 0
         self._comm: Any = None
+        if int(os.environ.get("WORLD_SIZE", "1")) != world:
+            how = f"torchrun --nproc-per-node {world} step.py" if world > 1 else "python step.py"
+            raise SystemExit(f"this step is for {world} rank{'s' if world > 1 else ''}: {how}")
         if world > 1:
-            if int(os.environ.get("WORLD_SIZE", "1")) != world:
-                raise SystemExit(f"this step is for {world} ranks: torchrun --nproc-per-node {world} step.py")
             if not dist.is_initialized():
                 dist.init_process_group("gloo")
             assert make_comm is not None
@@ -153,6 +154,8 @@ def main(step: Step) -> None:
     parser.add_argument("--steps", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--save", action="store_true", help="write the state after them over what was exported")
     arguments = parser.parse_args()
+    if arguments.steps < 1:
+        parser.error(f"--steps {arguments.steps} are none")
     batch = step.example()
     for number in range(arguments.steps):
         loss = step(*batch)

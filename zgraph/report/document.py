@@ -35,7 +35,7 @@ from zgraph.timeline import COMPUTE, DISK_IN, DISK_LANES, DISK_OUT, lane_of, pla
 
 SCHEMA, VERSION = "zgraph-report", 2
 
-_REQUIRED = ("plan", "machine", "mesh", "tables", "programs", "digest", "notes")
+_REQUIRED = ("plan", "options", "machine", "mesh", "tables", "programs", "digest", "notes", "would_free", "is_proved")
 
 
 def files_of(path: str | Path) -> tuple[Path, Path, Path]:

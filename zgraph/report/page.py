@@ -12,13 +12,15 @@ import gzip
 import hashlib
 import html
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
+from itertools import pairwise
 from typing import Any
 
 from zgraph.config import Config
 from zgraph.plans import show_bytes, written
+from zgraph.report.runs import runs, unrolled
 
 SCRIPTS = (
     "words.js", "program.js", "tree.js", "layout.js", "state.js", "passes.js", "graph.js", "text.js", "decisions.js",
@@ -46,10 +48,28 @@ def page(document: Mapping[str, Any]) -> str:
 
 
 def _packed(document: Mapping[str, Any]) -> str:
-    """Without what the script works out itself from the rest: when each call runs."""
-    programs = [{name: value for name, value in each.items() if name != "events"} for each in document["programs"]]
+    """Without what the script works out itself: when each call runs, and what a pass left as it was."""
+    programs = [
+        {name: value for name, value in each.items() if name != "events"} | {"passes": _told_once(each["passes"])}
+        for each in document["programs"]
+    ]
     text = json.dumps({**document, **_shown(document), "programs": programs}, separators=(",", ":"), allow_nan=False)
     return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
+
+
+def _told_once(passes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What passes left, each by what it changed: ``order`` as numbers of places in the order before, and behind these
+    of rows that were not there; without the memory that stayed as it was.
+    """
+    found = [dict(passes[0])]
+    before = list(unrolled(passes[0]["order"]))
+    for last, each in pairwise(passes):
+        place, after = {row: i for i, row in enumerate(before)}, list(unrolled(each["order"]))
+        found.append({**each, "order": runs([place.get(row, len(before) + row) for row in after])})
+        if each["memory"] == last["memory"]:
+            del found[-1]["memory"]
+        before = after
+    return found
 
 
 def _shown(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import fx
 from zgraph import ops
 from zgraph.codegen.kernel import Kernel
 from zgraph.cost import Cost, Costs
-from zgraph.footprint import Footprint, Kind
+from zgraph.footprint import Footprint, Kind, with_state
 from zgraph.hardware import Hardware
 from zgraph.liveness import held_bytes
 from zgraph.pipeline import Pass, PassRecord
@@ -75,6 +75,7 @@ class Recorder:
         ] = {}  # what a node was made of, and its row
         self._made_by: dict[fx.Node, str] = {}  # inputs, which have no origin, by the pass behind which they were seen
         self._before: list[int] = []
+        self._of_last: list[Footprint] = []  # after each pass, of the last micro-batch's program, which is shown first
         self._placed: dict[int, str] = {}  # nodes by number, in the program that is shown
 
     def __call__(self, p: Pass | None, program: Program) -> None:
@@ -91,6 +92,10 @@ class Recorder:
             self.programs.append({"passes": []})
             self.footprints.append(held)
             self._before, self._placed = rows, {}
+        if len(self.programs) == 1:
+            self._of_last.append(held)
+        else:
+            held = with_state(held, self._of_last[min(len(self.programs[-1]["passes"]), len(self._of_last) - 1)])
         self.footprints[-1] = held
         numbers = self._rows["node"]
         before, after = self._before, rows

@@ -76,7 +76,8 @@ function drawRail() {
   for (const row of $("passes").children) {
     if (Number(row.dataset.pass) === state.k) {
       row.setAttribute("aria-current", "true");
-      row.scrollIntoView({ block: "nearest" });
+      const rail = $("rail"), { top, bottom } = row.getBoundingClientRect(), seen = rail.getBoundingClientRect();
+      rail.scrollTop += Math.min(top - seen.top, 0) || Math.max(bottom - seen.bottom, 0); // and the window stays
     } else {
       row.removeAttribute("aria-current");
     }

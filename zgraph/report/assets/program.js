@@ -24,6 +24,7 @@ class Program {
     this.machine = document.machine;
     this.data = data;
     this.passes = data.passes;
+    this.passes.forEach((pass, k) => { pass.memory ||= this.passes[k - 1].memory; }); // told once where it stayed
     this.numNodes = this.rows.node.reduce((most, n) => Math.max(most, n), -1) + 1;
     this.stages = [];
     this.differences = [];
@@ -35,13 +36,21 @@ class Program {
   /** Rows in order after pass k, and for each node its row and its place; -1 where it is not there. */
   stage(k) {
     if (!this.stages[k]) {
-      const order = expand(this.passes[k].order);
+      const order = this._order(k);
       const rowOf = new Int32Array(this.numNodes).fill(-1);
       const at = new Int32Array(this.numNodes).fill(-1);
       order.forEach((row, i) => { rowOf[this.rows.node[row]] = row; at[this.rows.node[row]] = i; });
       this.stages[k] = { order, rowOf, at };
     }
     return this.stages[k];
+  }
+
+  /** Rows in order, of which those that were there before are told by their place in that order, and others behind these. */
+  _order(k) {
+    const told = expand(this.passes[k].order);
+    if (k === 0) return told;
+    const { order: before } = this.stage(k - 1);
+    return told.map((number) => (number < before.length ? before[number] : number - before.length));
   }
 
   /** How each node lies after pass k: on all ranks alike, divided, or each rank's own; nothing of one rank. */
