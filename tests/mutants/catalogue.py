@@ -131,7 +131,7 @@ class Extra:
 
 Mutant = Edit | Extra
 
-THE_BEST_ORDER = "                    best_s, best = found_s, order\n        _put(program, best)\n"
+THE_BEST_ORDER = "                    best = order\n        _put(program, best.calls)\n"
 """Of ``schedule``, what stands last; whatever is wished before, ``zgraph.passes.order`` gives an order that may run."""
 
 EDITS = [
