@@ -16,13 +16,19 @@ JIT = triton.jit(do_not_specialize=["num"])  # one block is no constant: it is c
 NEAREST = tl.constexpr(1.5 * 2**23)  # added and taken away, it rounds to whole numbers, of two to the even one
 
 
-@JIT
-def quantize(x, out, num, WORLD: tl.constexpr, ROWS: tl.constexpr):
-    """Float32 vectors to scales and codes."""
+@triton.jit
+def _blocks(num, ROWS: tl.constexpr):
+    """Which blocks an instance computes, places in them, and whether they are there: of blocks, and of elements."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     inside = row < num
-    both = inside[:, None] & (column >= 0)[None, :]
+    return row, column, inside, inside[:, None] & (column >= 0)[None, :]
+
+
+@JIT
+def quantize(x, out, num, WORLD: tl.constexpr, ROWS: tl.constexpr):
+    """Float32 vectors to scales and codes."""
+    row, column, inside, both = _blocks(num, ROWS)
     values = tl.load(x + row[:, None] * BLOCK + column[None, :], mask=both, other=0.0)
     # Magnitudes have the order of their bits, in which NaN comes last.
     most = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
@@ -47,24 +53,18 @@ def _values(data, row, column, inside):
 @JIT
 def dequantize(data, out, num, WORLD: tl.constexpr, ROWS: tl.constexpr):
     """The vectors, in the dtype of ``out``."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)
-    inside = row < num
+    row, column, inside, both = _blocks(num, ROWS)
     values = _values(data, row, column, inside)
-    both = inside[:, None] & (column >= 0)[None, :]
     tl.store(out + row[:, None] * BLOCK + column[None, :], values.to(out.dtype.element_ty), mask=both)
 
 
 @JIT
 def mean(data, out, num, WORLD: tl.constexpr, ROWS: tl.constexpr):
     """The mean of as many vectors as there are ranks, added up in their order."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)
-    inside = row < num
+    row, column, inside, both = _blocks(num, ROWS)
     total = _values(data, row, column, inside)
     for rank in tl.range(1, WORLD):
         total += _values(data, row + rank * num, column, inside)
-    both = inside[:, None] & (column >= 0)[None, :]
     whole = tl.full(total.shape, WORLD * 1.0, tl.float32)
     tl.store(out + row[:, None] * BLOCK + column[None, :], tl.div_rn(total, whole), mask=both)
 
@@ -72,10 +72,7 @@ def mean(data, out, num, WORLD: tl.constexpr, ROWS: tl.constexpr):
 @JIT
 def pack(x, out, num, WORLD: tl.constexpr, ROWS: tl.constexpr):
     """Float32 vectors to codes of their fourth roots, and behind all of these scales."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)
-    inside = row < num
-    both = inside[:, None] & (column >= 0)[None, :]
+    row, column, inside, both = _blocks(num, ROWS)
     values = tl.load(x + row[:, None] * BLOCK + column[None, :], mask=both, other=0.0)
     most = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1).to(tl.float32, bitcast=True)
     scale = tl.where(most < SMALLEST, 0.0, most)
@@ -93,10 +90,7 @@ def pack(x, out, num, WORLD: tl.constexpr, ROWS: tl.constexpr):
 @JIT
 def unpack(data, out, num, WORLD: tl.constexpr, ROWS: tl.constexpr):
     """The vectors that were packed."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)
-    inside = row < num
-    both = inside[:, None] & (column >= 0)[None, :]
+    row, column, inside, both = _blocks(num, ROWS)
     codes = data.to(tl.pointer_type(tl.int8))
     level = tl.load(codes + row[:, None] * BLOCK + column[None, :], mask=both, other=0).to(tl.float32)
     scales = (codes + num.to(tl.int64) * BLOCK).to(tl.pointer_type(tl.float32))
