@@ -271,9 +271,10 @@ def may_overwrite(loops: Loops, place: int, index: int) -> bool:
     if any(level_of(load) is not Level.ELEMENT or loops.strides[load] != row_major for load in loads):
         return False
     last = Sweep(loops, loops.num_sweeps - 1)
-    # Of a row, one element is picked out by itself, which may be after others were stored.
-    later = [argument(node) for node in last.needed if node.target is pick]
-    for depth in range(loops.depth[stored.value] + 1, last.num_loops):
+    # Of a row, one element is picked out by itself: before the loop of its depth, but maybe after another has stored.
+    at = loops.depth[stored.value]
+    later = [argument(node) for node in last.needed if node.target is pick and loops.depth[node] > at]
+    for depth in range(at + 1, last.num_loops):
         later += [*map(argument, last.reductions(depth)), *(store.value for store in last.element_stores(depth))]
     return loads.isdisjoint(last.elements(later))
 

@@ -207,6 +207,22 @@ def test_a_loss_and_its_gradient_are_one_region(num_classes: int) -> None:
     check(cross_entropy, normal(70, num_classes, scale=4), targets, least=2e-6)
 
 
+def test_gradients_of_logits_may_lie_over_these_as_targets_are_picked_before() -> None:
+    """Of each row the target's logarithm is read before the loop that stores."""
+    x, targets = normal(70, 33, scale=4), torch.arange(70) % 33
+    targets[3:9] = -100
+    region = region_of(cross_entropy, x, targets)
+    expected = region(x, targets)
+    places = [i for i, each in enumerate(expected) if each.shape == x.shape]
+    assert places
+    for place in places:
+        assert region.may_overwrite(place, 0)
+        over = tuple(0 if i == place else None for i in range(len(expected)))
+        found = region.writing_over(over)(given := x.clone(), targets)
+        assert found[place] is given
+        assert all(map(torch.equal, found, expected))
+
+
 def test_a_target_that_is_no_class_is_an_error() -> None:
     region = region_of(cross_entropy, normal(4, 5), torch.arange(4))
     with pytest.raises(IndexError, match="1 targets are out of bounds: there are 5 classes"):
