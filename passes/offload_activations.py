@@ -144,8 +144,10 @@ class _Choice:
             families.setdefault(owner, []).append(node)
         changed = {memory for node in self._nodes if node.op == "call_function" for memory in written(node)}
         for life in lives:
+            if life.is_beside:  # what a call works in, which is gone with it
+                continue
             kept, *views = _last_value(families[life.node])
-            if life.is_beside or not self._can_go(life, kept) or not changed.isdisjoint((kept, *views)):
+            if not self._can_go(life, kept) or not changed.isdisjoint((kept, *views)):
                 continue
             if any(len(node.all_input_nodes) > 1 for node in views):
                 continue

@@ -217,8 +217,23 @@ class Classifies(nn.Module):
         (F.cross_entropy, {"accumulate": 2, "clip_norm": 1.0}, 1),
         (F.cross_entropy, {"precision": "bf16"}, 1),
         (F.cross_entropy, {"recompute": ["layers"]}, 1),
+        (F.cross_entropy, {"memory_first": True}, 1),
+        (F.cross_entropy, {"offload": {"activations": "disk"}}, 1),
     ],
-    ids=["mean", "weights", "ignored", "none", "logarithms", "smoothing", "2d", "micro-batches", "bf16", "recompute"],
+    ids=[
+        "mean",
+        "weights",
+        "ignored",
+        "none",
+        "logarithms",
+        "smoothing",
+        "2d",
+        "micro-batches",
+        "bf16",
+        "recompute",
+        "memory first",
+        "offload",
+    ],  # fmt: skip
 )
 def test_training_is_bit_for_bit_what_it_is_with_two_operators(loss: Any, options: dict[str, Any], num: int) -> None:
     x = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
@@ -228,7 +243,8 @@ def test_training_is_bit_for_bit_what_it_is_with_two_operators(loss: Any, option
         torch.manual_seed(0)
         model = Classifies(loss)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-        with mock.patch.dict(ops.AT_ONCE_BYTES, cpu=at_once):
+        written_over = mock.patch.object(overwrite, "SMALLEST_BYTES", 1)
+        with mock.patch.dict(ops.AT_ONCE_BYTES, cpu=at_once), written_over:
             zgraph.compile(model, optimizer, **options)
             losses = [model.train_step(x, t) for _ in range(3)]
         targets = [ops.allocating(node.target) for node in model.program.graph.nodes]
