@@ -233,7 +233,7 @@ class Classifies(nn.Module):
         "recompute",
         "memory first",
         "offload",
-    ],  # fmt: skip
+    ],
 )
 def test_training_is_bit_for_bit_what_it_is_with_two_operators(loss: Any, options: dict[str, Any], num: int) -> None:
     x = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
