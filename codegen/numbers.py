@@ -13,16 +13,16 @@ or bool; hyperparameters, which the host has, are read as float64.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
+from zgraph import standalone
 from zgraph.codegen.cpp import CppWriter
 from zgraph.codegen.elementwise import COMPARISONS, FILLS, FORM, MOVES, Writer, is_vector, results_of
 from zgraph.codegen.ir import form
@@ -35,8 +35,6 @@ from zgraph.errors import OptionError, first_line
 from zgraph.program import copy_graph
 
 aten = torch.ops.aten
-
-_ADDRESS = ctypes.c_void_p
 
 LOGIC: dict[Any, str] = {aten.logical_not: "!", aten.logical_and: "&&", aten.logical_or: "||"}
 """Operators on what is true or false, in C++."""
@@ -265,19 +263,7 @@ def _in_cpp(kernel: Numbers) -> Callable[[Sequence[Any], Sequence[torch.Tensor]]
         OptionError: it cannot be compiled.
     """
     text = kernel.text(CPP)
-    name = text.split("(")[0].split()[-1]
-    function = getattr(load(text), name)
-    function.argtypes = [ctypes.POINTER(_ADDRESS)] * 2
-    function.restype = None
-    return partial(_run, function)
-
-
-def _run(function: Any, inputs: Sequence[Any], outputs: Sequence[torch.Tensor]) -> None:
-    numbers = [ctypes.c_double(x) for x in inputs if not isinstance(x, torch.Tensor)]  # to live as long as addresses
-    of_host = map(ctypes.addressof, numbers)
-    given = [x.data_ptr() if isinstance(x, torch.Tensor) else next(of_host) for x in inputs]
-    places = [output.data_ptr() for output in outputs]
-    function((_ADDRESS * len(given))(*given), (_ADDRESS * len(places))(*places))
+    return standalone.numbers(load(text), text.split("(")[0].split()[-1])
 
 
 def define(kernel: Numbers) -> Any:

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from zgraph import standalone
 from zgraph.codegen import ir, region_cpp, region_triton
 from zgraph.codegen.elementwise import Writer, results_of
 from zgraph.codegen.ir import CannotWriteError
@@ -71,6 +72,11 @@ class Region(Kernel):
         """How inputs lie in memory; None for a number."""
         return tuple(_form(node.meta["val"]) for node in self.body.find_nodes(op="placeholder"))
 
+    @property
+    def forms(self) -> tuple[standalone.Form, ...]:
+        """Shape, strides and dtype of each result."""
+        return tuple((tuple(val.shape), tuple(val.stride()), val.dtype) for val in self._results)
+
     @cached_property
     def operations(self) -> tuple[int, int] | None:
         """Arithmetic operations, and exponentials and the like, of its loops in C++; None if it is in no such loops."""
@@ -121,22 +127,8 @@ class Region(Kernel):
         return region_cpp.compile_region(lower(self.body, RegionCppWriter))
 
     def _in_loops(self, language: str) -> Callable[..., list[torch.Tensor]]:
-        run = self._loops_in(language)
-        forms = self.input_strides
-        results = [(tuple(val.shape), val.stride(), val.dtype, val.device) for val in self._results]
-
-        def call(*inputs: Any, outs: Sequence[torch.Tensor | None] = ()) -> list[torch.Tensor]:
-            given = [x if strides is None else _laid_out(x, strides) for x, strides in zip(inputs, forms, strict=True)]
-            told = outs or (None,) * len(results)
-            told = [out if write is None else given[write] for out, write in zip(told, self.writes, strict=True)]
-            places = [
-                torch.empty_strided(shape, strides, dtype=dtype, device=device) if out is None else out
-                for (shape, strides, dtype, device), out in zip(results, told, strict=True)
-            ]
-            run(given, places)
-            return places
-
-        return call
+        run, device = self._loops_in(language), self._results[0].device
+        return standalone.region(run, self.writes, self.input_strides, self.forms, device)
 
     def source(self, writer: SourceWriter, slice_size: int | None = None) -> str:
         """The body as a Python function ``kernel(*inputs, outs)``; ``writer`` collects its globals."""
@@ -177,10 +169,3 @@ def key_of(body: fx.Graph) -> Hashable:
 def _form(val: Any) -> tuple[int, ...] | None:
     """The strides of a tensor; None for a number."""
     return tuple(val.stride()) if isinstance(val, torch.Tensor) and val.dim() else None
-
-
-def _laid_out(x: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
-    """A tensor that lies in memory as it does in the program: an operator may give its results otherwise."""
-    if x.stride() == strides:
-        return x
-    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)

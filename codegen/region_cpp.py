@@ -13,15 +13,14 @@ A value of bfloat16 is a float32 that is rounded where an operator gives it, as 
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
+from zgraph import standalone
 from zgraph.codegen import ir, vector_math
 from zgraph.codegen.cpp import CppWriter
 from zgraph.codegen.ir import Level, Loops, Store, Sweep, level_of
@@ -61,8 +60,6 @@ static inline unsigned short half_of(float rounded) {
 
 static inline float rounded(float x) { return bits_of(upper_half(x) & 0xffff0000u); }
 """
-
-_ADDRESS = ctypes.c_void_p
 
 
 class RegionCppWriter(CppWriter):
@@ -443,34 +440,5 @@ def compile_region(loops: Loops) -> Callable[[Sequence[Any], Sequence[torch.Tens
     """
     writer = RegionCppWriter(loops)
     parts = dict(writer.parts())
-    function = getattr(load("\n".join(parts.values())), list(parts)[-1])
-    function.argtypes = [ctypes.c_int, ctypes.POINTER(_ADDRESS), ctypes.POINTER(_ADDRESS), _ADDRESS]
-    function.restype = ctypes.c_long
-    return partial(_run, function, writer.workspace, loops.num_columns)
-
-
-@cache
-def _addresses(num: int) -> type[ctypes.Array[Any]]:
-    return _ADDRESS * num
-
-
-def _run(
-    function: Any, num_numbers: int, num_columns: int, inputs: Sequence[Any], outputs: Sequence[torch.Tensor]
-) -> None:
-    numbers: list[ctypes.c_double] = []  # which must live as long as their addresses
-    given: list[int] = []
-    for x in inputs:
-        if isinstance(x, torch.Tensor) and x.dim():
-            given.append(x.data_ptr())
-        else:
-            numbers.append(ctypes.c_double(float(x)))
-            given.append(ctypes.addressof(numbers[-1]))
-    workspace = torch.empty(num_numbers, dtype=torch.float32, device="cpu") if num_numbers else None
-    wrong = function(
-        torch.get_num_threads(),
-        _addresses(len(given))(*given),
-        _addresses(len(outputs))(*[output.data_ptr() for output in outputs]),
-        workspace.data_ptr() if workspace is not None else None,
-    )
-    if wrong:
-        raise IndexError(f"{wrong} targets are out of bounds: there are {num_columns} classes")
+    library = load("\n".join(parts.values()))
+    return standalone.loops(library, list(parts)[-1], writer.workspace, loops.num_columns)

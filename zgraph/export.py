@@ -347,13 +347,12 @@ class _Needed:
             self._kernels[name] = text
             call = f"runtime.numbers(LIBRARY, {name!r})"
         else:
-            writer = RegionCppWriter(lower(region.body, RegionCppWriter))
+            made = lower(region.body, RegionCppWriter)
+            writer = RegionCppWriter(made)
             parts = dict(writer.parts())
             self._kernels |= parts
-            call = f"runtime.loops(LIBRARY, {list(parts)[-1]!r}, {writer.workspace})"
-        vals = [node.meta["val"] for node in results_of(region)]
-        results = tuple((tuple(val.shape), tuple(val.stride()), val.dtype) for val in vals)
-        return f"runtime.region({call}, {region.writes!r}, {region.input_strides!r}, {results!r})"
+            call = f"runtime.loops(LIBRARY, {list(parts)[-1]!r}, {writer.workspace}, {made.num_columns})"
+        return f"runtime.region({call}, {region.writes!r}, {region.input_strides!r}, {region.forms!r})"
 
 
 def _collectives_text() -> str:

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,7 @@ def region(
     writes: Sequence[int | None],
     inputs: Sequence[tuple[int, ...] | None],
     results: Sequence[Form],
+    device: str | torch.device = "cpu",
 ) -> Callable[..., list[torch.Tensor]]:
     """A region of a step as a function of tensors of any shapes, that gives its results.
 
@@ -256,10 +258,14 @@ def region(
         writes: for each result, the index of the input that it overwrites, or None for a tensor of its own.
         inputs: strides that each has; None for a number.
         results: of which form each is.
+        device: of the results.
     """
 
     def laid_out(x: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
-        return x if x.stride() == strides else torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
+        """A tensor that lies in memory as it does in the program: an operator may give its results otherwise."""
+        if x.stride() == strides:
+            return x
+        return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
 
     def run(*values: Any, outs: Sequence[torch.Tensor | None] = ()) -> list[torch.Tensor]:
         given = [x if strides is None else laid_out(x, strides) for x, strides in zip(values, inputs, strict=True)]
@@ -268,7 +274,7 @@ def region(
             for out, write in zip(outs or [None] * len(results), writes, strict=True)
         ]
         places = [
-            torch.empty_strided(shape, strides, dtype=dtype) if out is None else out
+            torch.empty_strided(shape, strides, dtype=dtype, device=device) if out is None else out
             for (shape, strides, dtype), out in zip(results, told, strict=True)
         ]
         call(given, places)
@@ -277,28 +283,30 @@ def region(
     return run
 
 
-def loops(library: ctypes.CDLL, name: str, workspace: int) -> Callable[[Sequence[Any], Sequence[torch.Tensor]], None]:
+def loops(
+    library: ctypes.CDLL, name: str, workspace: int, num_columns: int
+) -> Callable[[Sequence[Any], Sequence[torch.Tensor]], None]:
     """What computes a region in loops.
 
     Args:
         library: that it is in.
         name: there.
         workspace: float32 numbers that it takes while it runs.
+        num_columns: of a row.
     """
     function, pointers = getattr(library, name), ctypes.POINTER(ctypes.c_void_p)
     function.argtypes = [ctypes.c_int, pointers, pointers, ctypes.c_void_p]
     function.restype = ctypes.c_long
 
     def call(inputs: Sequence[Any], outputs: Sequence[torch.Tensor]) -> None:
-        numbers = [ctypes.c_double(float(x)) for x in inputs if not isinstance(x, torch.Tensor) or not x.dim()]
-        left = iter(numbers)  # which must live as long as their addresses
-        given = [
-            x.data_ptr() if isinstance(x, torch.Tensor) and x.dim() else ctypes.addressof(next(left)) for x in inputs
-        ]
-        scratch = torch.empty(workspace, dtype=torch.float32)
-        wrong = function(torch.get_num_threads(), _pointers(given), _places(outputs), scratch.data_ptr())
+        values = [float(x) if isinstance(x, torch.Tensor) and not x.dim() else x for x in inputs]
+        given, kept = _given(values)
+        scratch = torch.empty(workspace, dtype=torch.float32, device="cpu") if workspace else None
+        address = scratch.data_ptr() if scratch is not None else None
+        wrong = function(torch.get_num_threads(), given, _places(outputs), address)
+        del kept
         if wrong:
-            raise IndexError(f"{wrong} targets are out of bounds")
+            raise IndexError(f"{wrong} targets are out of bounds: there are {num_columns} classes")
 
     return call
 
@@ -310,17 +318,31 @@ def numbers(library: ctypes.CDLL, name: str) -> Callable[[Sequence[Any], Sequenc
     function.restype = None
 
     def call(inputs: Sequence[Any], outputs: Sequence[torch.Tensor]) -> None:
-        of_host = [ctypes.c_double(x) for x in inputs if not isinstance(x, torch.Tensor)]
-        left = iter(of_host)  # which must live as long as their addresses
-        given = [x.data_ptr() if isinstance(x, torch.Tensor) else ctypes.addressof(next(left)) for x in inputs]
-        function(_pointers(given), _places(outputs))
+        given, kept = _given(inputs)
+        function(given, _places(outputs))
+        del kept
 
     return call
 
 
+def _given(values: Sequence[Any]) -> tuple[ctypes.Array[ctypes.c_void_p], list[ctypes.c_double]]:
+    """Addresses of tensors and of numbers, and the numbers, which must live as long as these are used."""
+    numbers: list[ctypes.c_double] = []
+    addresses: list[int] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            addresses.append(value.data_ptr())
+        else:
+            numbers.append(ctypes.c_double(value))
+            addresses.append(ctypes.addressof(numbers[-1]))
+    return _pointers(len(addresses))(*addresses), numbers
+
+
 def _places(tensors: Sequence[torch.Tensor]) -> ctypes.Array[ctypes.c_void_p]:
-    return _pointers([tensor.data_ptr() for tensor in tensors])
+    return _pointers(len(tensors))(*[tensor.data_ptr() for tensor in tensors])
 
 
-def _pointers(addresses: Sequence[int]) -> ctypes.Array[ctypes.c_void_p]:
-    return (ctypes.c_void_p * len(addresses))(*addresses)
+@cache
+def _pointers(num: int) -> type[ctypes.Array[ctypes.c_void_p]]:
+    """So many; kept, as making a type takes longer than calling a small kernel."""
+    return ctypes.c_void_p * num
