@@ -5,6 +5,8 @@
     python benchmarks/kernels.py --step small         a whole step of a GPT, one thread and all cores
     python benchmarks/kernels.py --regions small      each region of forward and backward beside ATen's and Inductor's
     python benchmarks/kernels.py --compile small      how long a GPT compiles, with and without what caches keep
+    python benchmarks/kernels.py --eight-bits         vectors to 8 bits an element and back, beside ATen's calls
+    python benchmarks/kernels.py --loss               the gradient of a loss's logits, beside the two calls it replaces
     python benchmarks/kernels.py --count              bytes and launches of steps of one block; nothing runs
 
 Beside the update runs a loop that reads four vectors and writes three, as the update does: an update in one pass can be
@@ -24,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -35,7 +37,9 @@ from models import GPT, SHAPES, Shape, VisionTransformer, build_batch, build_mod
 from torch import fx
 
 import zgraph
+from zgraph import packed, quantized
 from zgraph.capture import capture
+from zgraph.codegen import quantizers
 from zgraph.codegen.inductor import InductorRegion
 from zgraph.codegen.inductor import can_write as inductor_can_write
 from zgraph.codegen.kernel import CPP, INDUCTOR, SLICES, Kernel
@@ -45,6 +49,7 @@ from zgraph.config import Config
 from zgraph.into import into
 from zgraph.lower import lower
 from zgraph.machines import available_cores
+from zgraph.packed import BLOCK
 from zgraph.placement import place
 from zgraph.presets import Decoder, ModelConfig
 from zgraph.program import Mesh, Program
@@ -111,7 +116,12 @@ def contenders(kernel: Kernel, numel: int) -> dict[str, Callable[[], object]]:
     }
 
 
+LOSSES = ((512, 32768), (512, 8192), (4096, 1000))
+"""Rows and classes of logits."""
+
 PRODUCTS = "its products and attention alone"
+
+aten = torch.ops.aten
 
 COMPILED = ("torch.compile", "zgraph", "zgraph, kernels='auto'")
 """Contenders in whole steps that compile something."""
@@ -211,6 +221,48 @@ def time_compiling(shape: Shape, name: str) -> None:
         step()
         took.append((time.perf_counter() - wall, sum(os.times()[:4]) - cpu))
     print(*(first - later for first, later in zip(*took, strict=True)))
+
+
+def compare_losses(rounds: int, sizes: Sequence[tuple[int, int]] = LOSSES) -> None:
+    """Print how long the gradients of logits take, of two calls and of one that goes a few rows at a time."""
+    print("| logits | threads | two calls | one | of them |\n| --- | --- | --- | --- | --- |")
+    for threads in sorted({1, available_cores()}):
+        torch.set_num_threads(threads)
+        for rows, classes in sizes:
+            logs, target = torch.randn(rows, classes).log_softmax(1), torch.arange(rows) % classes
+            given = (torch.tensor(1.0), logs, target, None, 1, -100, torch.tensor(float(rows)))
+            of_loss, of_logs, over = torch.empty_like(logs), torch.empty_like(logs), logs.clone()
+
+            def two_calls(given: Any = given, of_loss: Any = of_loss, of_logs: Any = of_logs) -> None:
+                aten.nll_loss_backward.grad_input(*given, grad_input=of_loss)
+                aten._log_softmax_backward_data.out(of_loss, given[1], 1, torch.float32, out=of_logs)
+
+            # As in a step, over the logarithms: from the second round on these are other numbers, of the same size.
+            one = partial(torch.ops.zgraph.cross_entropy_backward.out, given[0], over, *given[2:], 1, out=over)
+            took = take_turns({"two": two_calls, "one": one}, rounds)
+            figures = f"{took['two'] * 1e3:.1f} ms | {took['one'] * 1e3:.1f} ms | {took['one'] / took['two']:.2f}"
+            print(f"| {rows} x {classes} | {threads} | {figures} |", flush=True)
+
+
+def compare_eight_bits(numel: int, rounds: int) -> None:
+    """Print how long vectors of so many elements take to 8 bits an element and back."""
+    x = torch.randn(numel // BLOCK * BLOCK)
+    data, state = quantized.quantize(x), packed.pack(x)
+    both = torch.cat([data, data])
+    turns: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+        "quantize": (partial(quantized.quantize, x), partial(quantizers.quantize, x)),
+        "dequantize": (partial(quantized.dequantize, data), partial(quantizers.dequantize, data)),
+        "mean of two": (partial(quantized.mean_of_quantized, both, 2), partial(quantizers.mean_of_quantized, both, 2)),
+        "pack": (partial(packed.pack, x), partial(quantizers.pack, x)),
+        "unpack": (partial(packed.unpack, state), partial(quantizers.unpack, state)),
+    }
+    print("| vectors | threads | ATen's calls | in one pass | of them |\n| --- | --- | --- | --- | --- |")
+    for threads in sorted({1, available_cores()}):
+        torch.set_num_threads(threads)
+        for name, (calls, one_pass) in turns.items():
+            took = take_turns({"calls": calls, "ours": one_pass}, rounds)
+            figures = f"{took['calls'] * 1e3:.1f} ms | {took['ours'] * 1e3:.1f} ms | {took['ours'] / took['calls']:.2f}"
+            print(f"| {name} | {threads} | {figures} |", flush=True)
 
 
 def compare_regions(shape: Shape, rounds: int) -> None:
@@ -327,12 +379,14 @@ def take_turns(turns: dict[str, Callable[[], object]], rounds: int) -> dict[str,
 def main() -> int:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--numel", type=int, default=20_000_000, help="parameters (default: 20,000,000)")
+    parser.add_argument("--numel", type=int, default=20_000_000, help="parameters, or elements (default: 20,000,000)")
     parser.add_argument("--rounds", type=int, default=9, help="(default: 9)")
     parser.add_argument("--step", type=Shape.parse, help=f"time steps of a GPT: {', '.join(SHAPES)}, or six integers")
     parser.add_argument("--regions", type=Shape.parse, help="time regions of a GPT: names or integers as of --step")
     parser.add_argument("--compile", type=Shape.parse, help="time compiling a GPT: names or integers as of --step")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
+    parser.add_argument("--eight-bits", action="store_true", help="time vectors to 8 bits an element and back")
+    parser.add_argument("--loss", action="store_true", help="time the gradient of a loss's logits")
     parser.add_argument("--count", action="store_true", help="count what a step of one block moves and starts")
     options = parser.parse_args()
     if options.count:
@@ -343,6 +397,12 @@ def main() -> int:
         return 0
     if options.regions is not None:
         compare_regions(options.regions, options.rounds)
+        return 0
+    if options.loss:
+        compare_losses(options.rounds)
+        return 0
+    if options.eight_bits:
+        compare_eight_bits(options.numel, options.rounds)
         return 0
     if options.step is not None:
         compare_steps(options.step, options.rounds)

@@ -25,9 +25,9 @@ class JoinLossBackward(Pass):
         gy = nll_loss_backward(gl, y, t, ...)
         gx = log_softmax_backward(gy, y, 1)       ->    gx = cross_entropy_backward(gl, y, t, ..., 1)
 
-    Bit for bit the same; on a CPU it takes no longer, as what the first of them gives stays in a cache. Logits of more
-    rows than are computed at once (``zgraph.ops.rows_at_once``) are, whose gradient nothing else reads. A region that
-    has these calls keeps them.
+    Bit for bit the same, and on a CPU what the first of them gives stays in a cache. Logits of more rows than are
+    computed at once (``zgraph.ops.rows_at_once``) are, whose gradient nothing else reads. A region that has these calls
+    keeps them.
     """
 
     takes = gives = Stage.INPLACE

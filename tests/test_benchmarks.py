@@ -13,6 +13,7 @@ from types import ModuleType
 from xml.etree import ElementTree as ET
 
 import pytest
+import torch
 
 from tests.scripts import BENCHMARKS, scripts
 
@@ -315,3 +316,16 @@ def test_measured_steps_take_turns_with_others_and_run_in_the_predicted_order(tm
     (program,) = json.loads(page.with_suffix(".json").read_text())["programs"]
     assert program["measured"]["end_s"][-1] == found["measured_s"]
     assert len(program["measured"]["steps_s"]) == 4
+
+
+def test_what_is_done_in_one_call_is_timed_beside_several(
+    bench: dict[str, ModuleType], capsys: pytest.CaptureFixture[str]
+) -> None:
+    threads = torch.get_num_threads()
+    try:
+        bench["kernels"].compare_eight_bits(2560, rounds=1)
+        bench["kernels"].compare_losses(1, ((8, 5),))
+    finally:
+        torch.set_num_threads(threads)
+    rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if "ms" in line]
+    assert set(rows) == {"quantize", "dequantize", "mean of two", "pack", "unpack", "8 x 5"}
