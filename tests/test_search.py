@@ -34,7 +34,7 @@ class Given:
     """Stands for ``Captures``: the same program, whatever the options."""
 
     notes: tuple[str, ...] = ()
-    num_rows, num_blocks, sizes = 1, 1, (1,)
+    num_rows, num_blocks, sizes, is_long = 1, 1, (1,), False
     model = nn.Module()
 
     def __init__(self, program: Program) -> None:

@@ -27,6 +27,10 @@ from zgraph.repetition import KEPT, repeat_blocks
 SIZES = (KEPT, KEPT + 2)
 """Numbers of blocks that stand for a model with more of them."""
 
+FEW = 16
+"""Blocks of a model that is estimated as it is: that takes hardly longer than to estimate two smaller ones, and where a
+bucket holds several blocks, few of these do not tell how the whole model's lie in theirs."""
+
 
 class Captures:
     """The captured step of one model and batch.
@@ -73,7 +77,12 @@ class Captures:
     @property
     def sizes(self) -> tuple[int, ...]:
         """Numbers of blocks from which the whole model's estimate is extended; its own number if it is not."""
-        return SIZES if self._short is not None else (self.num_blocks,)
+        return SIZES if self.is_long and self.num_blocks > FEW else (self.num_blocks,)
+
+    @property
+    def is_long(self) -> bool:
+        """Whether the model repeats more blocks than are captured."""
+        return self._short is not None
 
     @property
     def num_rows(self) -> int:

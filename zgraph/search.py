@@ -87,11 +87,10 @@ class Search:
         self.captures, self.hardware, self.world, self.fixed, self._passes = captures, hardware, world, fixed, passes
         self._tell = tell
         self._on_cpu = hardware.device_type == "cpu"
-        is_long = len(captures.sizes) > 1
         matrices = (param for param in captures.model.parameters() if param.dim() == 2)
         has_tiles = any(matrix.nbytes > TILE_BYTES for matrix in matrices)
         self.members = family(
-            captures.num_rows, world, fixed, hardware.devices_per_node, is_long=is_long, has_tiles=has_tiles
+            captures.num_rows, world, fixed, hardware.devices_per_node, is_long=captures.is_long, has_tiles=has_tiles
         )
         self.tried: dict[Choice, Tried | None] = {}
         self._more_milder: dict[Choice, list[Choice]] = {choice: [] for choice in self.members}

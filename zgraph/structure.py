@@ -137,6 +137,8 @@ def _check_collective(program: Program, node: fx.Node, after: str) -> None:
     if node.target in (ops.all_reduce, ops.reduce_scatter) and node.args[1] not in ("avg", "sum"):
         raise broken(after, node, f"reduces by {node.args[1]!r}; only 'avg' and 'sum' are known")
     divided = operand(node).meta["val"]
+    if starts and not divided.is_contiguous():
+        raise broken(after, node, f"sends {describe(divided)} with strides {list(divided.stride())}, which has gaps")
     divides = node.target in (ops.shard, ops.reduce_scatter, ops.all_to_all)
     if divides and (divided.dim() != 1 or len(divided) % size):
         raise broken(after, node, f"divides {describe(divided)} over {size} ranks")
