@@ -26,7 +26,7 @@ OFFLOAD = "offload"
 
 _STATE = {"optimizer": "disk"}
 _ALL_STATE = {**_STATE, "parameters": "disk"}
-_HIDDEN, _WAITED_FOR = {"activations": "disk"}, {"activations": WAITED_FOR}
+_HIDDEN, _WAITED_FOR = {"activations": "disk"}, {"activations": WAITED_FOR["disk"]}
 
 OFFLOADS: tuple[Any, ...] = (
     None,

@@ -17,7 +17,13 @@ from zgraph.curves import Collective, Curve, Matmul, MeasuredCollective, Network
 from zgraph.errors import OptionError
 
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
-TIERS = ("device", "host", "disk")
+LOWER_TIERS = {"host": "the host", "disk": "a disk"}
+"""Where tensors may lie instead of in a device's memory, each with words for it."""
+
+MOVERS = {"host": "the link to the host", "disk": "the disk"}
+"""What moves tensors to each of them and back, in words."""
+
+TIERS = ("device", *LOWER_TIERS)
 TF32 = "tf32"
 
 _Value = TypeVar("_Value")

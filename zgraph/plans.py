@@ -18,13 +18,13 @@ from zgraph.batches import common_rows
 from zgraph.config import Config
 from zgraph.errors import BudgetError, StateError, first_line, quoted
 from zgraph.expected_error import NOTHING_MEASURED, ExpectedError, Spread, expected_error
-from zgraph.footprint import Holding, spilled_bytes, state_on_disk
-from zgraph.hardware import Hardware
+from zgraph.footprint import Holding, spilled_bytes, state_on
+from zgraph.hardware import LOWER_TIERS, Hardware
 from zgraph.lower import Lowered
 from zgraph.machines import ASSUMED
 from zgraph.predict import Prediction
 from zgraph.program import Role
-from zgraph.timeline import least_s
+from zgraph.timeline import INWARD, OUTWARD, least_s
 
 VERSION = 1
 
@@ -69,7 +69,7 @@ class Estimate:
     Attributes:
         options: those of ``zgraph.Config`` that were chosen.
         step_s: seconds of a step.
-        exposed_s: of these, seconds in which computing waits for communication or a disk.
+        exposed_s: of these, seconds in which computing waits for communication or a lower tier.
         peak_bytes: the most that tensors hold at once.
         reserved_bytes: what the allocator takes for them, which is what has to fit.
     """
@@ -273,7 +273,7 @@ class Plan:
         head.add_row("live peak", f"{show_bytes(self.chosen.peak_bytes)} ({error.words('live')})")
         head.add_row("taken for it", f"{show_bytes(self.chosen.reserved_bytes)} ({error.words('reserved')})")
         exposed = self.chosen.exposed_s / self.chosen.step_s
-        waits = "links or the disk" if self.options.get("offload") else "links"
+        waits = "links or a lower tier" if self.options.get("offload") else "links"
         head.add_row(
             "step", f"{show_s(self.chosen.step_s)}, {exposed:.0%} of it waiting for {waits} ({error.words('time')})"
         )
@@ -361,7 +361,7 @@ def describe(
         ways_out=ways_out,
         error=expected_error(hardware.device_type, hardware.name) if _was_compared(hardware) else NOTHING_MEASURED,
         unknown=dict(prediction.unknown),
-        notes=tuple(dict.fromkeys((*notes, *_disk_notes(lowered, prediction, hardware)))),
+        notes=tuple(dict.fromkeys((*notes, *_tier_notes(lowered, prediction, hardware)))),
     )
 
 
@@ -370,22 +370,22 @@ def _counts_tokens(dtype: torch.dtype) -> bool:
     return not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool)
 
 
-def _disk_notes(lowered: Lowered, prediction: Prediction, hardware: Hardware) -> Iterator[str]:
-    """What lies on a disk, if anything does, and how much of it a step moves."""
-    found = state_on_disk(lowered.last)
-    spilled = max(map(spilled_bytes, lowered.programs))
-    stored = sum(found.values()) + spilled
-    if stored:
+def _tier_notes(lowered: Lowered, prediction: Prediction, hardware: Hardware) -> Iterator[str]:
+    """What lies on lower tiers, if anything does, and how much of it a step moves."""
+    for tier, where in LOWER_TIERS.items():
+        found = state_on(tier, lowered.last)
+        spilled = max(spilled_bytes(program, tier) for program in lowered.programs)
+        stored = sum(found.values()) + spilled
+        if not stored:
+            continue
         named = {Role.PARAM: "parameters", Role.OPT_STATE: "optimizer state", Role.GRADIENT: "sums of gradients"}
         state = [words for role, words in named.items() if any(what.role is role for what in found)]
         *first, last = [*state, *(["activations"] if spilled else [])]
         kinds = f"{', '.join(first)} and {last}" if first else last
-        moved = [show_bytes(num_bytes) for num_bytes in prediction.disk_moved_bytes.values()]
-        yield (
-            f"{show_bytes(stored)} of each rank's {kinds} lie on a disk; a step reads {moved[0]} and writes {moved[1]}"
-        )
+        read, written = (show_bytes(prediction.moved_bytes[way[tier]]) for way in (INWARD, OUTWARD))
+        yield f"{show_bytes(stored)} of each rank's {kinds} lie on {where}; a step reads {read} and writes {written}"
         if hardware.device_type != "cpu":
-            yield "what lies on a disk is simulated: zgraph does not run this on GPUs so far"
+            yield f"what lies on {where} is simulated: zgraph does not run this on GPUs so far"
 
 
 def _was_compared(hardware: Hardware) -> bool:
