@@ -115,12 +115,14 @@ def check_tier(tier: str, program: Program, hardware: Hardware | None) -> None:
     A program that is planned for GPUs is on CPUs until it runs there, so what it would have there is simulated.
 
     Raises:
-        OptionError: the program is on GPUs; or the tier is the host's memory, and it is on CPUs.
+        OptionError: it is a disk, and the program is on GPUs; or the host's memory, and it is on CPUs.
     """
     assert program.layout is not None
     devices = {bucket.device.type for bucket in program.layout.buckets} - {"cpu"}
-    if devices:
-        raise OptionError(f"offload on {devices.pop()}: so far tensors move on CPUs only", fix="leave offload out")
+    if tier == "disk" and devices:
+        raise OptionError(
+            f"offload to a disk on {devices.pop()}: so far tensors move there on CPUs only", fix="say 'host'"
+        )
     if tier == "host" and not devices and (hardware is None or hardware.device_type == "cpu"):
         raise OptionError(
             "offload to the host on a CPU, where what lies in memory lies in the host's already", fix="say 'disk'"

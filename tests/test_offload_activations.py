@@ -414,7 +414,7 @@ def test_tiers_that_a_machine_does_not_have_are_refused() -> None:
     assert program.layout is not None
     there = [replace(bucket, device=torch.device("cuda")) for bucket in program.layout.buckets]
     program.layout = replace(program.layout, buckets=tuple(there))
-    with pytest.raises(OptionError, match="on cuda: so far tensors move on CPUs only"):
+    with pytest.raises(OptionError, match=r"to a disk on cuda: so far tensors move there on CPUs only\n.*say 'host'"):
         OffloadActivations(machine(NO_TIME)).rewrite(program)
 
 

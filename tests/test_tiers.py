@@ -151,7 +151,7 @@ def planned(**options: Any) -> zgraph.Plan:
 def test_a_plan_for_a_gpu_says_what_lies_on_the_host() -> None:
     before, plan = planned(), planned(offload=ON_HOST)
     state = 3 * 8 * 4 * (64 * 64 + 64)
-    note, _ = plan.notes
+    (note,) = plan.notes
     assert note.startswith("390 KiB of each rank's parameters and optimizer state lie on the host; a step reads 487.8")
     assert state // 2 < before.chosen.peak_bytes - plan.chosen.peak_bytes < state
     assert "waiting for links or a lower tier" in str(plan)

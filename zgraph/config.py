@@ -244,8 +244,8 @@ class Config:
         unshard: with ZeRO-3: of the bytes that are gathered for forward and again for backward, the share, from 0 to
             1, that may stay whole in between: 1 is ``reshard_after_forward=False`` of FSDP. Those stay whose second
             gathers hold backward up the longest. By default only what stays without a higher peak does.
-        offload: where what a step does not need all the time lies instead of in memory: on a CPU ``"disk"``, as here;
-            a plan for GPUs simulates that, and ``"host"``, the memory of their host. ``{"optimizer": "disk"}``
+        offload: where what a step does not need all the time lies instead of in memory: on a CPU ``"disk"``, as here,
+            and on a GPU ``"host"``, the memory of its host. ``{"optimizer": "disk"}``
             keeps vectors of optimizer state on a disk: each bucket's come from there for its update, and go back, while
             others are computed. ``"parameters": "disk"`` does so with what each rank stores of parameters, which come
             for forward, for backward and for their update. ``"gradients": "disk"``, with ``accumulate``, does so with

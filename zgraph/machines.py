@@ -468,6 +468,16 @@ def available_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+HOST_MARGIN = 0.1
+"""Part of a host's memory that what is offloaded there leaves alone: for the system, for Python, and for what drivers
+and libraries hold; assumed."""
+
+
+def host_budget(num_bytes: int) -> int:
+    """How much of so much memory of a host what is offloaded there may take."""
+    return int(num_bytes * (1 - HOST_MARGIN))
+
+
 def available_bytes() -> int:
     """Bytes of this machine's memory that this process may take now."""
     return min(_available())

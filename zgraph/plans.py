@@ -384,8 +384,8 @@ def _tier_notes(lowered: Lowered, prediction: Prediction, hardware: Hardware) ->
         kinds = f"{', '.join(first)} and {last}" if first else last
         read, written = (show_bytes(prediction.moved_bytes[way[tier]]) for way in (INWARD, OUTWARD))
         yield f"{show_bytes(stored)} of each rank's {kinds} lie on {where}; a step reads {read} and writes {written}"
-        if hardware.device_type != "cpu":
-            yield f"what lies on {where} is simulated: zgraph does not run this on GPUs so far"
+        if tier == "disk" and hardware.device_type != "cpu":
+            yield "what lies on a disk is simulated: zgraph does not run this on GPUs so far"
 
 
 def _was_compared(hardware: Hardware) -> bool:

@@ -49,6 +49,7 @@ from zgraph.footprint import state_on
 from zgraph.groups import open_axes
 from zgraph.hardware import LOWER_TIERS, Hardware
 from zgraph.heap import release_free_memory
+from zgraph.host import Cuda, Host
 from zgraph.layout import Layout
 from zgraph.lower import Lowered, check_same_buckets, lower
 from zgraph.machines import ranks_here
@@ -277,7 +278,7 @@ class Runtime:
         missing = max(wanted, 0) + self.spill_room.missing_bytes
         try:
             with self.agreement.together():
-                tier = self.state.open_tier(self._open_tier)
+                tier = self.state.open_tier(partial(self._open_tier, compiled))
                 tier.check_room(missing, ranks_here(self.agreement.world))
             with self.agreement.together():
                 tier.reserve(missing)
@@ -286,8 +287,11 @@ class Runtime:
             self.spill_room.give_up()
             raise
 
-    def _open_tier(self) -> Tier:
+    def _open_tier(self, compiled: Compiled) -> Tier:
         """Where what does not lie in the memory that is computed in is to go: each kind of device has one tier."""
+        if any("host" in program.tiers() for program in compiled.lowered.programs):
+            device = compiled.layout.buckets[0].device
+            return Host(device, Cuda(device))
         return Disk(self.config.offload_path or DEFAULT_PATH)
 
     def _keep(self, used: Sequence[Compiled]) -> None:
