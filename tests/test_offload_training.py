@@ -313,22 +313,6 @@ def test_where_it_would_help_a_refusal_says_so() -> None:
     assert way.reserved_bytes < least.reserved_bytes
 
 
-def test_on_a_gpu_nothing_is_chosen_for_the_disk_and_the_plan_says_so() -> None:
-    batch = (torch.empty(4, 512),)
-    plan = zgraph.plan(
-        stack,
-        torch.optim.AdamW,
-        batch=batch,
-        world_size=1,
-        hardware="A100-80",
-        loss=mean_square,
-        offload="auto",
-        zero=0,
-    )
-    assert "offload" not in plan.options
-    assert "nothing was offloaded: on cuda, so far nothing can be" in plan.notes
-
-
 def test_a_model_is_trained_as_its_budget_says() -> None:
     least = planned(1).chosen.reserved_bytes
     losses = []

@@ -94,6 +94,16 @@ def test_nodes_are_given_to_a_plan_by_their_ranks(
     assert {name: options[name] for name in expected} == expected
 
 
+@pytest.mark.parametrize(("memory", "fits"), [("64GiB", True), ("1MiB", False)])
+def test_the_memory_of_the_host_says_what_fits_there(
+    memory: str, fits: bool, config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", "--hf", config, "--world", "1", "--hardware", "h100", "--seq", "16", *FIXED, "--json"]
+    assert cli.main([*arguments, "--offload", "optimizer=host", "--host-memory", memory]) == (0 if fits else 1)
+    found = json.loads(capsys.readouterr().out)
+    assert (found["chosen"]["host_bytes"] <= found["host_budget_bytes"]) is fits
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -162,6 +172,8 @@ def test_a_function_gives_a_model_and_its_batch(
         (["--preset", "gpt2", "--world", "4", "--secondary-size", "auto"], "secondary_size='auto'"),
         (["--preset", "gpt2", "--world", "1", "--nic", "fast"], "nic='fast'"),
         (["--preset", "gpt2", "--world", "1", "--nic", "1GB"], "--nic"),
+        (["--preset", "gpt2", "--world", "1", "--host-memory", "64GiB"], "--host-memory"),
+        (["--preset", "gpt2", "--world", "1", "--host-memory", "much"], "host_memory='much'"),
         (["--preset", "gpt2", "--world", "1", "--devices-per-node", "2"], "--devices-per-node"),
         (["--hf", "absent.json", "--world", "1"], "absent.json"),
         (["--hf", "absent.json", "--preset", "gpt2", "--world", "1"], "--preset and --hf name a model each (leave one"),

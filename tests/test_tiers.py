@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from zgraph.config import Config
 from zgraph.errors import OptionError, VerifyError
 from zgraph.explain import explain
 from zgraph.footprint import Kind, footprint, spilled_bytes, state_on
-from zgraph.machines import assumed_cpu, preset
+from zgraph.machines import HOST_MARGIN, assumed_cpu, preset
 from zgraph.passes import Offload, OffloadActivations, default_passes
 from zgraph.pipeline import Pass, run
 from zgraph.program import Mesh, Program
@@ -168,3 +169,72 @@ def test_a_report_and_an_explanation_name_the_host() -> None:
     told = str(explain(report))
     assert "On each rank's host, then, lie" in told
     assert "waiting for links or the link to the host" in told
+
+
+# Chosen by a budget
+
+
+def stack() -> nn.Module:
+    return nn.Sequential(*(nn.Linear(512, 512) for _ in range(4)))
+
+
+STATE_BYTES = 2 * 4 * 4 * (512 * 512 + 512)
+"""Of Adam's two vectors."""
+
+
+def chosen(memory: int, host_bytes: float = 2**40, world: int = 1, rows: int = 4, **options: Any) -> zgraph.Plan:
+    """A plan on GPUs of which two share a host with so much memory to take."""
+    hardware = replace(GPU, host_memory_bytes=int(host_bytes / (1 - HOST_MARGIN)) + 1, devices_per_node=2)
+    given = {"accumulate": 1, "recompute": None, "bucket_bytes": 1, "zero": 0, "hardware": hardware, **options}
+    batch = (torch.empty(rows, 512),)
+    return zgraph.plan(
+        stack, torch.optim.AdamW, batch=batch, world_size=world, loss=mean_square, memory=memory, **given
+    )
+
+
+def test_what_a_budget_has_no_room_for_goes_to_the_host_state_first() -> None:
+    budget, found = 2**40, []
+    while (plan := chosen(budget, offload="auto")).fits:
+        found.append(plan)
+        budget = plan.chosen.reserved_bytes - 1
+    assert [plan.options.get("offload") for plan in found if "activations" not in plan.options.get("offload", {})] == [
+        None,
+        {"optimizer": "host"},
+        ON_HOST,
+    ]
+    assert sorted(plan.chosen.step_s for plan in found) == [plan.chosen.step_s for plan in found]
+    assert [plan.chosen.host_bytes for plan in found][:2] == [0, STATE_BYTES]
+    assert "on the host" in str(found[-1])
+    assert zgraph.Plan.from_json(found[-1].to_json()) == found[-1]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_no_more_goes_to_the_host_than_it_has_for_each_rank(world: int) -> None:
+    fitting = chosen(2**40, STATE_BYTES * world, world, offload={"optimizer": "host"})
+    assert fitting.fits
+    assert fitting.host_budget_bytes == fitting.chosen.host_bytes == STATE_BYTES
+    short = chosen(2**40, STATE_BYTES * world - world, world, offload={"optimizer": "host"})
+    assert not short.fits
+    assert short.verdict.endswith("and 8.016 MiB of the 8.016 MiB of its host, 1 B too much")
+    assert "does not fit: 1 B too much on the host" in str(short)
+    assert "1 B too much" in str(short.refusal())
+    budget = fitting.chosen.reserved_bytes
+    tight = chosen(budget, STATE_BYTES * world - world, world, offload="auto")
+    assert not tight.fits
+    assert tight.chosen.host_bytes < STATE_BYTES, "what takes least of what the host has room for"
+    assert any(other.why == "1 B too much on the host" for other in tight.rejected)
+
+
+def test_where_it_would_help_a_refusal_says_so() -> None:
+    least = chosen(1)
+    (way,) = (way for way in chosen(least.chosen.reserved_bytes - 1).ways_out if "offload" in way.change)
+    assert way.change == "offload={'optimizer': 'host'}"
+    short = chosen(least.chosen.reserved_bytes - 1, STATE_BYTES - 1)
+    assert not any("offload" in way.change for way in short.ways_out)
+
+
+def test_a_directory_for_files_is_of_no_use_on_a_gpu() -> None:
+    plan = chosen(1, offload="auto", offload_path="/var/tmp")
+    assert plan.options["offload"]["optimizer"] == "host"
+    assert "offload_path" not in plan.options
+    assert "offload_path is of no use: on cuda, nothing is chosen for a disk" in plan.notes

@@ -237,6 +237,11 @@ class Hardware:
         return replace(found, devices_per_node=ranks, launch_s=nearest.launch_s * in_turns)
 
 
+def lower_tier(hardware: Hardware) -> str:
+    """Where a machine has what is offloaded: a CPU on a disk, and a device on its host."""
+    return "disk" if hardware.device_type == "cpu" else "host"
+
+
 def _of_dtype(table: Mapping[str, _Value], dtype: torch.dtype, what: str) -> _Value:
     try:
         return table[str(dtype).removeprefix("torch.")]

@@ -21,7 +21,7 @@ from zgraph.expected_error import NOTHING_MEASURED, ExpectedError, Spread, expec
 from zgraph.footprint import Holding, spilled_bytes, state_on
 from zgraph.hardware import LOWER_TIERS, Hardware
 from zgraph.lower import Lowered
-from zgraph.machines import ASSUMED
+from zgraph.machines import ASSUMED, host_budget
 from zgraph.predict import Prediction
 from zgraph.program import Role
 from zgraph.timeline import INWARD, OUTWARD, least_s
@@ -72,6 +72,7 @@ class Estimate:
         exposed_s: of these, seconds in which computing waits for communication or a lower tier.
         peak_bytes: the most that tensors hold at once.
         reserved_bytes: what the allocator takes for them, which is what has to fit.
+        host_bytes: what lies on the host beside a device, which has to fit there.
     """
 
     options: Mapping[str, Any]
@@ -79,11 +80,13 @@ class Estimate:
     exposed_s: float
     peak_bytes: int
     reserved_bytes: int
+    host_bytes: int = 0
 
     @classmethod
     def of(cls, options: Mapping[str, Any], made: Prediction) -> Estimate:
         """What was predicted for these options."""
-        return cls(options, made.step_s, made.exposed_s, made.peak_bytes, made.reserved_bytes)
+        away = made.away_bytes("host")
+        return cls(options, made.step_s, made.exposed_s, made.peak_bytes, made.reserved_bytes, away)
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,7 @@ class Plan:
         error: how far predictions of this class were off where they were measured.
         unknown: operators that were costed by their bytes alone, and how often a step calls them.
         notes: what else a reader should know.
+        host_budget_bytes: what one rank may have on the host beside a device.
     """
 
     model: str
@@ -162,11 +166,16 @@ class Plan:
     error: ExpectedError
     unknown: Mapping[str, int]
     notes: tuple[str, ...] = ()
+    host_budget_bytes: int = 0
 
     @property
     def fits(self) -> bool:
-        """Whether what the chosen options take is within the budget."""
-        return self.chosen.reserved_bytes <= self.budget_bytes
+        """Whether what the chosen options take is within the budget, and what they have on the host fits there."""
+        return self.chosen.reserved_bytes <= self.budget_bytes and not self._too_much_on_host
+
+    @property
+    def _too_much_on_host(self) -> int:
+        return max(self.chosen.host_bytes - self.host_budget_bytes, 0)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -238,6 +247,9 @@ class Plan:
             f"with {show_options(self.options) or 'the defaults'} it takes {show_bytes(taken)} of the "
             f"{show_bytes(budget)} that each of {self.world_size} x {self.hardware} may take"
         )
+        if self._too_much_on_host:
+            on_host = f"{show_bytes(self.chosen.host_bytes)} of the {show_bytes(self.host_budget_bytes)} of its host"
+            return f"{told}, and {on_host}, {show_bytes(self._too_much_on_host)} too much"
         return (
             f"{told}, and leaves {show_bytes(budget - taken)}"
             if self.fits
@@ -260,6 +272,8 @@ class Plan:
         error = self.error
         if self.fits:
             verdict = f"fits, with {show_bytes(self.budget_bytes - self.chosen.reserved_bytes)} to spare"
+        elif self._too_much_on_host:
+            verdict = f"does not fit: {show_bytes(self._too_much_on_host)} too much on the host"
         else:
             verdict = f"does not fit: {show_bytes(self.chosen.reserved_bytes - self.budget_bytes)} too much"
         head = Table.grid(padding=(0, 2))
@@ -272,6 +286,9 @@ class Plan:
         head.add_row("options", show_options(self.options) or "defaults")
         head.add_row("live peak", f"{show_bytes(self.chosen.peak_bytes)} ({error.words('live')})")
         head.add_row("taken for it", f"{show_bytes(self.chosen.reserved_bytes)} ({error.words('reserved')})")
+        if self.chosen.host_bytes:
+            there = f"{show_bytes(self.chosen.host_bytes)} of {show_bytes(self.host_budget_bytes)} for each rank"
+            head.add_row("on the host", there)
         exposed = self.chosen.exposed_s / self.chosen.step_s
         waits = "links or a lower tier" if self.options.get("offload") else "links"
         head.add_row(
@@ -362,6 +379,7 @@ def describe(
         error=expected_error(hardware.device_type, hardware.name) if _was_compared(hardware) else NOTHING_MEASURED,
         unknown=dict(prediction.unknown),
         notes=tuple(dict.fromkeys((*notes, *_tier_notes(lowered, prediction, hardware)))),
+        host_budget_bytes=host_share(hardware, lowered.last.mesh.size),
     )
 
 
@@ -396,6 +414,11 @@ def _was_compared(hardware: Hardware) -> bool:
 def default_budget(hardware: Hardware) -> int:
     """Bytes that one rank may take if nobody says: ``MARGIN`` less than the device has."""
     return int(hardware.memory_bytes * (1 - MARGIN))
+
+
+def host_share(hardware: Hardware, world: int) -> int:
+    """Bytes that one of so many ranks may have on the host beside its device: ``HOST_MARGIN`` less than its part."""
+    return host_budget(hardware.host_memory_bytes) // min(world, hardware.devices_per_node)
 
 
 def owners_of(held: Sequence[Holding], num: int = 8) -> tuple[Owner, ...]:

@@ -58,7 +58,7 @@ from zgraph.metrics import Metric, by_name
 from zgraph.overwrites import check_overwrites
 from zgraph.pipeline import Pass, PassRecord
 from zgraph.placement import place
-from zgraph.plans import Plan, describe, show_bytes
+from zgraph.plans import Plan, describe, host_share, show_bytes
 from zgraph.predict import predict
 from zgraph.program import Guard, Input, Program, Role
 from zgraph.progress import PASSES, Phases
@@ -602,7 +602,7 @@ class Runtime:
         if self._last_decided is None or self.hardware is None:
             return
         made, budget = predict(lowered, self.hardware, self.config.accumulate), self._last_decided.budget_bytes
-        if made.reserved_bytes > budget:
+        if made.reserved_bytes > budget or made.away_bytes("host") > host_share(self.hardware, self.agreement.world):
             raise describe(self.model, lowered, made, self.config.given(), self.hardware, budget).refusal()
 
     # -- around steps ---------------------------------------------------------------------------------------
