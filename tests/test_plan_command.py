@@ -109,6 +109,10 @@ def test_the_memory_of_the_host_says_what_fits_there(
     [
         (["--offload", "optimizer=disk", "--in-flight", "none"], {"offload": {"optimizer": "disk"}, "in_flight": None}),
         (["--offload", "optimizer=disk,parameters=disk"], {"offload": {"optimizer": "disk", "parameters": "disk"}}),
+        (
+            ["--offload", "activations=disk, waited for,optimizer=disk"],
+            {"offload": {"activations": "disk, waited for", "optimizer": "disk"}},
+        ),
         (["--zero", "3", "--unshard", "0.5"], {"unshard": 0.5}),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -50,7 +51,7 @@ def _offload(text: str) -> str | dict[str, str] | None:
     """Tiers by kind, of ``kind=tier,...``; nothing of ``none``, and another word as it is."""
     if "=" not in text:
         return None if text == _NONE else text
-    pairs = [each.partition("=") for each in text.split(",") if each.strip()]
+    pairs = [each.partition("=") for each in re.split(r",(?=[^,]*=)", text)]  # a tier may have words behind a comma
     return {kind.strip(): tier.strip() for kind, _, tier in pairs}
 
 
