@@ -235,6 +235,15 @@ def test_what_lies_on_the_host_trains_bit_for_bit_as_on_the_gpu(
     assert (spilled_bytes(model.program, "host") > 0) == ("activations" in offload)
 
 
+def test_gradients_are_added_up_on_the_host_bit_for_bit_as_on_the_gpu() -> None:
+    offload = {**STATE, "gradients": "host"}
+    model, plain = (compiled_layers(accumulate=4, **options)[0] for options in ({"offload": offload}, {}))
+    batch = torch.randn(256, 512, device=GPU)
+    for _ in range(3):
+        assert torch.equal(model.train_step(batch), plain.train_step(batch))
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+
+
 def test_state_on_the_host_stays_the_users() -> None:
     (model, optimizer), (plain, _) = compiled_layers(offload=STATE), compiled_layers()
     batch = torch.randn(256, 512, device=GPU)

@@ -7,6 +7,7 @@ import gc
 import random
 from collections.abc import Iterable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tests.programs import few_examples
 from tests.streams import Event, Streams
 from zgraph import host as on_host
 from zgraph.errors import HostError
-from zgraph.host import Host, Way
+from zgraph.host import Cuda, Host, Way
 from zgraph.tiers import PAGE, padded
 
 CPU = torch.device("cpu")
@@ -212,3 +213,60 @@ def test_what_has_no_room_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(HostError, match="4096 more than there are: cudaHostRegister gave error 2"):
         host.reserve(PAGE)
     assert host.num_bytes == 0
+
+
+# What is asked of CUDA
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> mock.MagicMock:
+    """In place of ``torch.cuda``, with what it has of the same names; calls are noted."""
+    noted = mock.MagicMock(spec_set=torch.cuda)
+    noted.Stream.side_effect = [mock.MagicMock(name=way, spec_set=torch.cuda.Stream) for way in ("in", "out")]
+    noted.cudart.return_value.cudaHostRegister.return_value = 0
+    monkeypatch.setattr(torch, "cuda", noted)
+    return noted
+
+
+def test_copies_run_on_streams_of_their_own_between_events(cuda: mock.MagicMock) -> None:
+    device = torch.device("cuda", 0)
+    streams = Cuda(device)
+    inward = streams._copying[Way.IN]
+    calls = mock.MagicMock()
+    for name, each in (("wait", inward.wait_event), ("record", inward.record_event), ("on", cuda.stream)):
+        calls.attach_mock(each, name)
+    target, source = mock.MagicMock(spec_set=torch.Tensor), torch.ones(3)
+    calls.attach_mock(target.copy_, "copy")
+    event = streams.copy(Way.IN, target, source, ["first", "second"])
+    assert event is inward.record_event.return_value
+    assert [call for call in calls.mock_calls if not call[0].startswith("on().")] == [
+        mock.call.wait("first"),
+        mock.call.wait("second"),
+        mock.call.on(inward),
+        mock.call.copy(source, non_blocking=True),
+        mock.call.record(),
+    ]
+    computing = cuda.current_stream.return_value
+    assert streams.computed() is computing.record_event.return_value
+    streams.hold_up(event)
+    computing.wait_event.assert_called_once_with(event)
+    cuda.current_stream.assert_called_with(device)
+    assert not cuda.synchronize.called
+
+
+def test_pages_are_locked_for_all_devices_and_let_go_when_copies_are_done(
+    cuda: mock.MagicMock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams, memory = Cuda(torch.device("cuda", 0)), torch.ones(8)
+    runtime = cuda.cudart.return_value
+    streams.pin(memory)
+    runtime.cudaHostRegister.assert_called_once_with(memory.data_ptr(), 32, 1)
+    cuda.synchronize.side_effect = RuntimeError("the device has failed")
+    streams.unpin(memory)
+    runtime.cudaHostUnregister.assert_called_once_with(memory.data_ptr())
+    runtime.cudaHostRegister.return_value = 2
+    seen: list[Any] = []
+    monkeypatch.setattr(torch, "zeros", lambda *_, **given: seen.append(given) or torch.ones(()))
+    with pytest.raises(RuntimeError, match="cudaHostRegister gave error 2"):
+        streams.pin(memory)
+    assert seen, "what CUDA remembers of the error is told to nobody else"
