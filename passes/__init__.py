@@ -29,6 +29,7 @@ from zgraph.passes.schedule import FAR, Schedule
 from zgraph.passes.secondary import KeepSecondaryShards
 from zgraph.passes.shard import AverageGradients, ReadParamsEarly, ShardGradients, ShardOptimizer, ShardParams
 from zgraph.passes.tidy import Tidy
+from zgraph.passes.tile import TileProducts
 from zgraph.passes.unshard import Unshard
 from zgraph.pipeline import Pass
 from zgraph.program import Mesh
@@ -68,6 +69,7 @@ def default_passes(
             *((GatherQuantized(),) if config.gather_precision == "int8" and mesh.size > 1 else ()),
             *((ReadGathered(),) if config.keep_gathered else ()),
             *((KeepSecondaryShards(mesh),) if config.secondary_size is not None else ()),
+            *((TileProducts(mesh, config.tile_bytes),) if config.tile_bytes is not None else ()),
         ),
     )
     steps = (
@@ -203,6 +205,7 @@ __all__ = [
     "ShardOptimizer",
     "ShardParams",
     "Tidy",
+    "TileProducts",
     "Unshard",
     "UpdateInPlace",
     "default_passes",

@@ -138,9 +138,9 @@ def _begins_backward(node: fx.Node, result: fx.Node) -> bool:
 
 
 def _may_lie_over(node: fx.Node, result: fx.Node, source: fx.Node) -> bool:
-    """Whether what a region stores may lie where an operand does; of other calls that is known."""
+    """Whether what a call stores may lie where an operand does, of those that may lie over one."""
     if result is node:
-        return True
+        return ops.allocating(node.target) is not ops.product_columns or source is node.args[0]
     region: Any = node.target
     return bool(region.may_overwrite(result.args[1], node.args.index(source)))
 
@@ -159,7 +159,9 @@ def _may_store(node: fx.Node) -> bool:
 
 def _is_of_phase(node: fx.Node, target: Any) -> bool:
     """Whether what an operator makes may lie over an operand in the phase of a call."""
-    return phase_of(node) is Phase.BACKWARD or (phase_of(node) is Phase.FORWARD and ops.is_softmax(target))
+    if phase_of(node) is Phase.BACKWARD or ops.allocating(target) is ops.product_columns:
+        return True
+    return phase_of(node) is Phase.FORWARD and ops.is_softmax(target)
 
 
 def _is_tensor(node: fx.Node) -> bool:

@@ -19,6 +19,7 @@ def test_a_family_is_every_stage_and_recomputation_with_one_variation_at_most() 
             {},
             *({"bucket_bytes": size} for size in (4 * mebi, 64 * mebi, 256 * mebi, "auto")),
             *([{"in_flight": 0}, {"in_flight": None}, {"unshard": 0.5}, {"unshard": 1.0}] if zero == 3 else []),
+            *([{"tile_bytes": 8 * mebi}] if zero == 3 else []),
         )
     ]
 
@@ -100,3 +101,10 @@ def test_where_ranks_fill_several_nodes_they_may_have_copies() -> None:
         assert {choice.config.shard_size for choice in family(2, world, {}, per_node)} == {None}
     given = family(2, 16, {"shard_size": 4}, 8)
     assert {(choice.config.zero, choice.config.shard_size) for choice in given} == {(1, 4), (2, 4), (3, 4)}
+
+
+def test_tiles_are_tried_where_a_matrix_is_larger_than_one() -> None:
+    with_tiles, without = (family(1, 2, {"recompute": None}, has_tiles=has) for has in (True, False))
+    tiled = [choice.options for choice in with_tiles if "tile_bytes" in choice.options]
+    assert tiled == [{"zero": 3, "tile_bytes": 8 * 2**20, "recompute": None}]
+    assert [c.options for c in without] == [c.options for c in with_tiles if c.options not in tiled]

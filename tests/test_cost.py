@@ -292,6 +292,9 @@ def test_attention_does_what_torch_counts_and_half_of_it_if_causal(
         (aten.nll_loss_forward.default, [T(3, 5), T(3, dtype=I64), None, 1, -100], (3 * 8 + 3 * 4, 4 + 4)),
         (aten.nll_loss_backward.default, [T(), T(3, 5), T(3, dtype=I64), None, 1, -100, T()], (4 + 24, 60)),
         (ops.cross_entropy_backward, [T(), T(3, 5), T(3, dtype=I64), None, 1, -100, T(), 1], (4 + 60 + 24 + 4, 60)),
+        # of a product, the columns that are made; where they do not follow each other, they are made elsewhere before
+        (ops.product_columns, [T(3, 9), T(3, 5), T(5, 4), 1, 2, 9], (60 + 80, 48)),
+        (ops.product_columns, [None, T(3, 5), T(5, 4), 2, 1, 12], (60 + 80 + 48, 48 + 48)),
         (aten.mse_loss.default, [T(3, 5), T(3, 5)], (120, 4)),
         (aten.native_layer_norm.default, [T(3, 5), [5], T(5), T(5), 1e-5], (60 + 40, 60 + 2 * 12)),
         (aten.native_dropout.default, [T(3, 5), 0.5, True], (60, 60 + 15)),
@@ -303,6 +306,7 @@ def test_attention_does_what_torch_counts_and_half_of_it_if_causal(
         # of a table, the rows that are asked for
         (aten.embedding.default, [T(100, 5), T(3, dtype=I64)], (60 + 24, 60)),
         (aten.embedding_dense_backward.default, [T(3, 5), T(3, dtype=I64), 100, -1, False], (60 + 24 + 60, 2000 + 60)),
+        (ops.embedding_rows_backward, [T(3, 5), T(3, dtype=I64), 100, 2, 7, 10], (60 + 24 + 60, 400 + 60)),
         (aten.index_select.default, [T(100, 5), 0, T(3, dtype=I64)], (60 + 24, 60)),
         (aten.gather.default, [T(100, 5), 0, T(3, 5, dtype=I64)], (60 + 120, 60)),
         (aten.gather.default, [T(100, 5, dtype=I64), 0, T(3, 5, dtype=I64)], (120 + 120, 120)),

@@ -215,6 +215,7 @@ def export_and_go_on(directory: str, options: dict[str, Any]) -> list[float]:
         (2, {"zero": 3, "clip_norm": 1.0}),
         (2, {"zero": 2, "accumulate": 2}),
         (2, {"zero": 3, "gather_precision": "int8", "reduce_precision": "int8"}),
+        (2, {"zero": 3, "bucket_bytes": 1, "tile_bytes": 1024}),
         (3, {"zero": 1}),
     ],
     ids=str,

@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 
 from tests.mutants.catalogue import MACHINE, MUTANTS, Edit, Extra, Mutant
-from tests.mutants.steps import steps
+from tests.mutants.steps import TABLE_AND_HEAD, steps
 from tests.programs import assert_same_step
 from tests.reference import slow
 from zgraph.config import Config
@@ -35,6 +35,9 @@ SCHEDULED = [(Config(zero, 1), Mesh(2)) for zero in (3, 2)]
 
 IN_NODES = [(Config(zero, 200, shard_size=2), Mesh(4, shard=2)) for zero in (3, 1)]
 """For mistakes inside of nodes or between them."""
+
+TILED = [(Config(3, 1, tile_bytes=4 * 16 * 8), Mesh(2))]
+"""For mistakes in tiles: of a step that has large matrices."""
 
 INEXACT = [(Config(zero, 200, reduce_precision="bf16", state_precision="int8"), Mesh(2)) for zero in (0, 1, 3)]
 INEXACT += [
@@ -62,6 +65,9 @@ def attempts(mutant: Mutant, *, exact: bool) -> Iterator[tuple[Program, Config, 
         ordered = (*(inexact if edit.module == "quantize" else inexact[::-1]), *configs)
     everything = ((program, *at) for at in ordered for program in captured().values())
     with_blocks = ((captured()["two blocks"], *at) for at in RECOMPUTING)
+    if edit and edit.module == "tile":
+        yield from ((captured()[TABLE_AND_HEAD], *at) for at in TILED)
+        return
     in_blocks = ("again", "recompute", "recompute_activations")
     recomputes = edit.module in in_blocks if edit else isinstance(mutant, Extra) and mutant.recomputes
     yield from (*with_blocks, *everything) if recomputes else (*everything, *with_blocks)
@@ -93,7 +99,8 @@ def is_shown_by_numbers(mutant: Mutant) -> bool:
 
 @pytest.mark.parametrize("step", ["two layers", *slow(*(name for name in captured() if name != "two layers"))])
 def test_without_a_mistake_nothing_is_refused(step: str) -> None:
-    for config, mesh in (*CONFIGS, *SCHEDULED, *IN_NODES, *(RECOMPUTING if step == "two blocks" else ())):
+    others = {"two blocks": RECOMPUTING, TABLE_AND_HEAD: TILED}.get(step, [])
+    for config, mesh in (*CONFIGS, *SCHEDULED, *IN_NODES, *others):
         program = run(default_passes(config, mesh, hardware=MACHINE), captured()[step]).program
         assert_same_step(program, captured()[step])
 
@@ -107,7 +114,7 @@ def test_a_mistake_is_refused_for_what_it_is_with_its_pass_its_place_and_the_use
     name = error.what.split(" ")[0].rstrip(":")
     assert name in {
         p.name
-        for config, mesh in (*CONFIGS, *SCHEDULED, *IN_NODES, *INEXACT, *RECOMPUTING)
+        for config, mesh in (*CONFIGS, *SCHEDULED, *IN_NODES, *INEXACT, *RECOMPUTING, *TILED)
         for p in default_passes(config, mesh, hardware=MACHINE)
     } | {type(getattr(mutant, "extra", None)).__name__}
     assert (error.where or "").startswith("model.py:"), error

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from tests.programs import assert_same_step, blocks, few_examples, network
 from tests.test_liveness import assert_counts_agree
@@ -34,6 +35,7 @@ class Given:
 
     notes: tuple[str, ...] = ()
     num_rows, num_blocks, sizes = 1, 1, (1,)
+    model = nn.Module()
 
     def __init__(self, program: Program) -> None:
         self.program = program

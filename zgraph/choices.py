@@ -77,10 +77,16 @@ def _gathers(config: Config) -> bool:
     return config.zero == 3
 
 
+TILE_BYTES = 8 * 2**20
+"""Of large matrices, how much is gathered at a time where that is tried: a small part of what takes most at a peak, and
+still enough that products of matrices take long beside what starts them."""
+
+
 VARIED: dict[str, Variation] = {
     "bucket_bytes": Variation((*(mebi * 2**20 for mebi in (4, 64, 256)), BY_COST)),
     "in_flight": Variation((0, None), lambda config: _gathers(config) and config.prefetch is None),
     "unshard": Variation((0.5, 1.0), lambda config: _gathers(config) and not config.keep_gathered),
+    "tile_bytes": Variation((TILE_BYTES,), _gathers),
     "keep_gathered": Variation((True,), lambda config: _gathers(config) and config.accumulate > 1, {"zero": 2}),
 }
 """None of them matters on a single rank."""
@@ -124,6 +130,7 @@ def family(
     devices_per_node: int = 1,
     *,
     is_long: bool = True,
+    has_tiles: bool = True,
     tier: str = "disk",
 ) -> list[Choice]:
     """All choices, milder ones first.
@@ -134,6 +141,7 @@ def family(
         fixed: options that the user gave; of them, ``offload`` is open if it is ``"auto"``.
         devices_per_node: of the machine.
         is_long: the model repeats more blocks than are captured.
+        has_tiles: the model has a matrix that is larger than ``TILE_BYTES``.
         tier: where the machine has what is offloaded.
 
     Raises:
@@ -150,9 +158,10 @@ def family(
     crossed = {
         name: (fixed[name],) if name in fixed and name != OFFLOAD else values for name, values in crossed.items()
     }
+    variations = [each for each in _variations(fixed) if has_tiles or "tile_bytes" not in each] if world > 1 else [{}]
     found: dict[Any, Choice] = {}
     for options in _product(crossed):
-        for varied in _variations(fixed) if world > 1 else [{}]:
+        for varied in variations:
             both = {**options, **varied}
             given = {name: value for name, value in fixed.items() if name not in both}
             if {**given, **both}.get(OFFLOAD) is None:

@@ -146,6 +146,23 @@ def _check_offload(config: Config) -> None:
         raise OptionError(f"offload_path, and with offload={given!r} nothing lies on a disk", fix="leave it out")
 
 
+def _check_tiles(config: Config) -> None:
+    if config.tile_bytes is None:
+        return
+    if config.zero < 3:
+        raise OptionError(
+            f"tile_bytes={config.tile_bytes} with zero={config.zero}, where parameters are whole in any case",
+            fix="give zero=3, or leave it out",
+        )
+    for name in ("keep_gathered", "secondary_size", "gather_precision", "reduce_precision"):
+        given = getattr(config, name)
+        if given:
+            raise OptionError(
+                f"tile_bytes={config.tile_bytes} with {name}={given!r}, which is for whole buckets",
+                fix="leave one of them out",
+            )
+
+
 def _names(value: Any, option: str, example: str) -> tuple[str, ...]:
     names = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (None,)
     if not all(isinstance(name, str) for name in names):
@@ -244,6 +261,12 @@ class Config:
         unshard: with ZeRO-3: of the bytes that are gathered for forward and again for backward, the share, from 0 to
             1, that may stay whole in between: 1 is ``reshard_after_forward=False`` of FSDP. Those stay whose second
             gathers hold backward up the longest. By default only what stays without a higher peak does.
+        tile_bytes: with ZeRO-3 on several ranks: how many bytes are gathered at a time of a matrix that is larger, has
+            a bucket of its own and is read by products of matrices alone, as the head of a language model is; its
+            gradient is made and reduced a tile at a time, and so is that of an embedding's table (memory-centric
+            tiling: ZeRO-Infinity, Rajbhandari et al., 2021, section 5.1.3). Every element is the same sum as in the
+            whole product, up to the order in which a library adds up for another width. By default a matrix is whole
+            where it is read.
         offload: where what a step does not need all the time lies instead of in memory: on a CPU ``"disk"``, as here,
             and on a GPU ``"host"``, the memory of its host. ``{"optimizer": "disk"}``
             keeps vectors of optimizer state on a disk: each bucket's come from there for its update, and go back, while
@@ -302,6 +325,7 @@ class Config:
     accumulate: int = 1
     keep_gathered: bool = False
     unshard: float = 0.0
+    tile_bytes: int | None = None
     offload: dict[str, str] | str | None = field(default=None, hash=False)
     offload_path: str | None = None
     memory_first: bool = False
@@ -335,6 +359,8 @@ class Config:
             values["recompute"] = _recompute(values["recompute"])
         if values.get("bucket_bytes", BY_COST) != BY_COST:
             values["bucket_bytes"] = parse_bytes(values["bucket_bytes"], "bucket_bytes")
+        if values.get("tile_bytes") is not None:
+            values["tile_bytes"] = parse_bytes(values["tile_bytes"], "tile_bytes")
         config = cls(**values)
         for name, low, high in _RANGES:
             value = getattr(config, name)
@@ -459,6 +485,7 @@ class Config:
                 f"unshard={share} with {why}, where no backward gathers what its forward has gathered",
                 fix="leave one of them out",
             )
+        _check_tiles(config)
         return config
 
     def given(self) -> dict[str, Any]:

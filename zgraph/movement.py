@@ -6,6 +6,7 @@ is known of it.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ from typing import Any
 import torch
 
 from zgraph import ops
+from zgraph.matrices import MOST_RANGES, beside, columns, product, rows
 from zgraph.program import Mesh
 from zgraph.terms import REPEATED, Form, Piece, Shape, Term, Terms, literal
+from zgraph.tiles import columns_of
 
 aten = torch.ops.aten
 
@@ -106,11 +109,37 @@ def _slice(call: Call) -> Value | None:
     x, *given = call.args
     defaults: list[Any] = [0, None, None, 1]
     dim, start, stop, step = given + defaults[len(given) :]
+    dim %= len(x.shape)
     size = x.shape[dim]
     start, stop, step = slice(start, stop, step).indices(size)
     if (start, stop, step) == (0, size, 1):
         return x
-    return call.terms.slice(x, start, stop) if len(x.shape) == 1 and step == 1 else None
+    if len(x.shape) == 1 and step == 1:
+        return call.terms.slice(x, start, stop)
+    middle = math.prod(x.shape[1:dim])
+    if step != 1 or dim == 0 or middle > MOST_RANGES:
+        return None
+    inner = math.prod(x.shape[dim + 1 :])
+    matrix = call.terms.reshape(x, (x.shape[0], math.prod(x.shape[1:])))
+    ranges = (((each * size + start) * inner, (stop - start) * inner) for each in range(middle))
+    return call.terms.reshape(columns(call.terms, matrix, ranges), call.shape)
+
+
+def _mm(call: Call) -> Value | None:
+    return None if call.kwargs else product(call.terms, *call.args)
+
+
+def _product_columns(call: Call) -> Value:
+    rest, x, tile, num_blocks, start, num_columns = call.args
+    at = columns_of(num_columns, num_blocks, start, tile.shape[1] // num_blocks)
+    return beside(call.terms, rest, product(call.terms, x, tile), at, num_columns)
+
+
+def _embedding_rows_backward(call: Call) -> Value:
+    gradient, indices, num_weights, num_blocks, start, width = call.args
+    args = (gradient, indices, num_weights, -1, literal(False))
+    whole = call.terms.make(aten.embedding_dense_backward.default, args, (num_weights, call.shape[1]), call.dtype)
+    return rows(call.terms, whole, columns_of(num_weights, num_blocks, start, width))
 
 
 def _cat(call: Call) -> Value | None:
@@ -325,6 +354,9 @@ RULES: dict[Any, Rule] = {
     ops.elements: _elements,
     ops.max_over_ranks: _max_over_ranks,
     ops.cross_entropy_backward: _cross_entropy_backward,
+    aten.mm.default: _mm,
+    ops.product_columns: _product_columns,
+    ops.embedding_rows_backward: _embedding_rows_backward,
     ops.pack_state: _pack_state,
     ops.load: _transfer,
     ops.store: _transfer,

@@ -7,8 +7,9 @@ that the program text is the same on all. ``zgraph::square_sum`` and ``zgraph::a
 in parts; ``zgraph::pack_state`` and ``zgraph::unpack_state`` are for tensors that are kept in 8 bits an element, and
 ``zgraph::quantize`` and what reads its result for those that travel so; ``zgraph::elements`` says where a flat buffer
 has elements of parameters rather than padding. ``zgraph::cross_entropy_backward`` is two of ATen's, a few rows at a
-time. ``zgraph::load``, ``zgraph::store`` and ``zgraph::spill`` start transfers from and to a lower tier, the host's
-memory or a disk, which are waited for as collectives are.
+time; ``zgraph::product_columns`` and ``embedding_rows_backward`` are parts of one (``zgraph.tiles``). ``zgraph::load``,
+``zgraph::store`` and ``zgraph::spill`` start transfers from and to a lower tier, the host's memory or a disk, which are
+waited for as collectives are.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 import torch.distributed._functional_collectives  # registers torch.ops._c10d_functional
 from torch import fx
 
-from zgraph import packed, quantized
+from zgraph import packed, quantized, tiles
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
@@ -38,6 +39,11 @@ _OF_LOGITS = (
 )
 _library.define(f"cross_entropy_backward({_OF_LOGITS}) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define(f"cross_entropy_backward.out({_OF_LOGITS}, *, Tensor(a!) out) -> Tensor(a!)")  # type: ignore[no-untyped-call]
+_OF_TILE = "Tensor? rest, Tensor x, Tensor tile, int num_blocks, int start, int num_columns"
+_library.define(f"product_columns({_OF_TILE}) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define(f"product_columns.out({_OF_TILE}, *, Tensor(a!) out) -> Tensor(a!)")  # type: ignore[no-untyped-call]
+_OF_ROWS = "Tensor gradient, Tensor indices, int num_weights, int num_blocks, int start, int width"
+_library.define(f"embedding_rows_backward({_OF_ROWS}) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("max_over_ranks(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("pack_state(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("pack_state.out(Tensor x, *, Tensor(a!) out) -> Tensor(a!)")  # type: ignore[no-untyped-call]
@@ -145,10 +151,15 @@ _library.impl("add_up", _add_up, "CompositeExplicitAutograd")  # type: ignore[no
 for _key in ("CPU", "CUDA"):
     _library.impl("cross_entropy_backward", _cross_entropy_backward, _key)  # type: ignore[no-untyped-call]
     _library.impl("cross_entropy_backward.out", _cross_entropy_backward_into, _key)  # type: ignore[no-untyped-call]
+    _library.impl("product_columns", tiles.product_columns, _key)  # type: ignore[no-untyped-call]
+    _library.impl("product_columns.out", tiles.product_columns_into, _key)  # type: ignore[no-untyped-call]
+    _library.impl("embedding_rows_backward", tiles.embedding_rows_backward, _key)  # type: ignore[no-untyped-call]
     _library.impl("pack_state", packed.pack, _key)  # type: ignore[no-untyped-call]
     _library.impl("pack_state.out", packed.pack_into, _key)  # type: ignore[no-untyped-call]
     _library.impl("unpack_state", packed.unpack, _key)  # type: ignore[no-untyped-call]
 _library.impl("cross_entropy_backward", _logits_shape, "Meta")  # type: ignore[no-untyped-call]
+_library.impl("product_columns", tiles.product_columns_shape, "Meta")  # type: ignore[no-untyped-call]
+_library.impl("embedding_rows_backward", tiles.embedding_rows_shape, "Meta")  # type: ignore[no-untyped-call]
 _library.impl("pack_state", _packed_shape, "Meta")  # type: ignore[no-untyped-call]
 _library.impl("unpack_state", _unpacked_shape, "Meta")  # type: ignore[no-untyped-call]
 
@@ -162,6 +173,10 @@ elements = torch.ops.zgraph.elements.default
 cross_entropy_backward = torch.ops.zgraph.cross_entropy_backward.default
 """The gradient of logits, of whose softmax ``logs`` are the logarithms: bit for bit what ``_log_softmax_backward_data``
 makes of what ``nll_loss_backward`` makes of the loss's."""
+product_columns = torch.ops.zgraph.product_columns.default
+"""``rest`` with some of its columns replaced by a product of matrices: see ``zgraph.tiles``."""
+embedding_rows_backward = torch.ops.zgraph.embedding_rows_backward.default
+"""Some rows of the gradient of a table: see ``zgraph.tiles``."""
 max_over_ranks = torch.ops.zgraph.max_over_ranks.default
 """Each element's largest value on any rank, where it is not implied that the mean is meant; on one rank, a copy."""
 pack_state = torch.ops.zgraph.pack_state.default
@@ -361,7 +376,7 @@ def may_overwrite(node: fx.Node) -> bool:
     (ATen/native/cpu/SoftMaxKernel.cpp, ATen/native/cuda/PersistentSoftmax.cuh and SoftMax.cu).
     """
     target = allocating(node.target)
-    if target is cross_entropy_backward:
+    if target in (cross_entropy_backward, product_columns):
         return True
     if sums_up_rows(target):
         last = len(node.args[0].meta["val"].shape) - 1  # type: ignore[union-attr]
@@ -385,7 +400,11 @@ def sums_up_rows(target: Any) -> bool:
 
 def scratch_bytes(node: fx.Node) -> int:
     """Memory that a call works in beside its result, where that is zgraph's own."""
-    if allocating(node.target) is not cross_entropy_backward:
+    target = allocating(node.target)
+    if target is product_columns:
+        made = node.args[1].meta["val"].shape[0] * node.args[2].meta["val"].shape[1]  # type: ignore[union-attr]
+        return 0 if node.args[3] == 1 else int(made) * int(node.meta["val"].itemsize)
+    if target is not cross_entropy_backward:
         return 0
     logs = node.args[1].meta["val"]  # type: ignore[union-attr]
     rows: int = min(rows_at_once(logs), len(logs))

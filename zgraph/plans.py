@@ -454,6 +454,7 @@ def show_options(options: Mapping[str, Any]) -> str:
 def written(options: Mapping[str, Any]) -> dict[str, str]:
     """The value of each as it is written in a call."""
     shown = {**options}
-    if isinstance(shown.get("bucket_bytes"), int):
-        shown["bucket_bytes"] = show_bytes(shown["bucket_bytes"]).replace(" ", "")
+    for name in ("bucket_bytes", "tile_bytes"):
+        if isinstance(shown.get(name), int):
+            shown[name] = show_bytes(shown[name]).replace(" ", "")
     return {name: repr(value) for name, value in shown.items()}

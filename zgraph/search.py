@@ -19,7 +19,7 @@ from typing import Any
 
 from zgraph.beginnings import Beginnings
 from zgraph.captures import Captures
-from zgraph.choices import CHAINED, LEVELS, MEMORY_FIRST, OFFLOAD, Choice, family
+from zgraph.choices import CHAINED, LEVELS, MEMORY_FIRST, OFFLOAD, TILE_BYTES, Choice, family
 from zgraph.config import BY_COST, Config
 from zgraph.errors import OptionError
 from zgraph.hardware import Hardware, lower_tier
@@ -91,8 +91,16 @@ class Search:
         self._on_cpu = hardware.device_type == "cpu"
         self._host_budget = host_share(hardware, world)
         is_long = len(captures.sizes) > 1
+        matrices = (param for param in captures.model.parameters() if param.dim() == 2)
+        has_tiles = any(matrix.nbytes > TILE_BYTES for matrix in matrices)
         self.members = family(
-            captures.num_rows, world, fixed, hardware.devices_per_node, is_long=is_long, tier=self.tier
+            captures.num_rows,
+            world,
+            fixed,
+            hardware.devices_per_node,
+            is_long=is_long,
+            has_tiles=has_tiles,
+            tier=self.tier,
         )
         self.tried: dict[Choice, Tried | None] = {}
         self._more_milder: dict[Choice, list[Choice]] = {choice: [] for choice in self.members}
@@ -342,7 +350,7 @@ class Search:
     def least_bytes(self, choice: Choice) -> int:
         """Bytes that a rank holds at least where forward ends, without passes that shard."""
         config = choice.config
-        sharding = ("bucket_bytes", "in_flight", "keep_gathered", MEMORY_FIRST, "shard_size", "unshard")
+        sharding = ("bucket_bytes", "in_flight", "keep_gathered", MEMORY_FIRST, "shard_size", "tile_bytes", "unshard")
         before = replace(config, zero=0, **{name: getattr(Config, name) for name in sharding})
         chosen_late = isinstance(config.recompute, float)  # by all passes together
         before = replace(before, recompute=None) if chosen_late else before

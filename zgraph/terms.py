@@ -12,6 +12,8 @@ collective and back:
     Mean, Sum   over the ranks, or those of an axis           all_reduce, reduce_scatter
     Max         over the ranks                                all_gather and amax, zgraph::max_over_ranks
     Squares     the sum of the squares of all elements        zgraph::square_sum, add_up
+    Columns     some columns of a matrix, see zgraph.matrices slice, product_columns
+    Beside      columns of matrices beside each other         product_columns
 
 An elementwise operator on such a vector is the vector of the operator on its pieces. Padding stays padding under
 elementwise operators; anything else that reads it makes a term that no captured step has.
@@ -66,6 +68,8 @@ class Form(enum.Enum):
     SHARE = "share"
     GATHER = "gather"
     EXCHANGE = "exchange"
+    COLUMNS = "columns"
+    BESIDE = "beside"
 
 
 class Term:
@@ -193,7 +197,7 @@ class Terms:
         if x.target is Form.SPLAT or not x.shape:
             return self.splat(x.args[0] if x.shape else x, shape)
         base = x.args[0] if x.target is Form.RESHAPE else x
-        return base if base.shape == shape else self._move(Form.RESHAPE, base, shape, shape)
+        return base if base.shape == shape else self.move(Form.RESHAPE, base, shape, shape)
 
     def permute(self, x: Term, order: Sequence[int]) -> Term:
         """Dimension i of the result is dimension ``order[i]`` of ``x``."""
@@ -205,7 +209,7 @@ class Terms:
         if x.target is Form.PERMUTE:
             x, inner = x.args
             dims = tuple(inner[d] for d in dims)
-        return x if dims == tuple(range(len(dims))) else self._move(Form.PERMUTE, x, dims, shape)
+        return x if dims == tuple(range(len(dims))) else self.move(Form.PERMUTE, x, dims, shape)
 
     def cast(self, x: Term, dtype: torch.dtype) -> Term:
         """Converted elements; nothing if they have that dtype already."""
@@ -233,7 +237,21 @@ class Terms:
             if length == base.numel:
                 return self.reshape(base, (length,))
         total = sum(length for _, _, length in merged)
+        if merged and all(base.target is Form.SHARD for base, _, _ in merged):
+            of_ranks = {(base.args[0].numel // base.numel, axis_of(base)) for base, _, _ in merged}
+            if len(of_ranks) == 1:
+                ((world, axis),) = of_ranks
+                return self.shard(self._of_all_ranks(merged, world, dtype), (total,), axis)
         return self.make(Form.FLAT, tuple(merged), (total,), dtype)
+
+    def _of_all_ranks(self, pieces: Sequence[Piece], world: int, dtype: torch.dtype | None) -> Term:
+        """The vector of which each of ``world`` ranks has pieces of its parts of others: rank by rank, these pieces."""
+        found: list[Piece] = []
+        for rank in range(world):
+            for part, offset, length in pieces:
+                start = rank * part.numel + offset
+                found += self.pieces(self.slice(part.args[0], start, start + length))
+        return self.flat(found, dtype)
 
     def slice(self, x: Term, start: int, stop: int) -> Term:
         """Elements [start, stop) of a vector."""
@@ -470,7 +488,8 @@ class Terms:
         number = self._numbers
         return sorted(pieces, key=lambda piece: (number.setdefault(piece[0], len(number)), *piece[1:]))
 
-    def _move(self, form: Form, x: Term, how: Any, shape: Shape) -> Term:
+    def move(self, form: Form, x: Term, how: Any, shape: Shape) -> Term:
+        """Elements of ``x`` in another form."""
         return self.make(form, (x, how), shape, x.dtype, varies=x.varies or x.target is Form.SHARD)
 
 

@@ -368,6 +368,19 @@ def _product_of_matrices(
     return Work(family, MATRIX, flops, 0, read_bytes, written_bytes, dtype=dtype, shape=shape)
 
 
+def _product_columns(node: fx.Node) -> Iterable[Work]:
+    """A product; what it gives is copied to its columns where these do not follow each other. Others stay."""
+    x, tile = operand(node, 1).meta["val"], operand(node, 2).meta["val"]
+    shape = (1, size_of(x.shape[0]), size_of(tile.shape[1]), size_of(x.shape[1]))
+    made = _product(shape[1:3]) * x.dtype.itemsize
+    yield _product_of_matrices("matmul", x.dtype, shape, num_bytes_of(x) + num_bytes_of(tile), made)
+    if node.args[3] != 1:
+        yield Work("copy", read_bytes=made, written_bytes=made, dtype=x.dtype)
+
+
+_FAMILIES[ops.product_columns] = _product_columns
+
+
 @_family(
     "_scaled_dot_product_flash_attention.default",
     "_scaled_dot_product_flash_attention_for_cpu.default",
@@ -486,6 +499,9 @@ def _lookup_backward(node: fx.Node) -> Iterable[Work]:
     rows = numel(grad) * table.dtype.itemsize
     read, written = _read_bytes(node) + rows, num_bytes_of(table) + rows
     yield Work("lookup backward", flops=numel(grad), read_bytes=read, written_bytes=written, dtype=table.dtype)
+
+
+_FAMILIES[ops.embedding_rows_backward] = _lookup_backward
 
 
 @_family("index_put", "_unsafe_index_put", "index_add", "index_copy", "index_fill", "scatter", "scatter_add")

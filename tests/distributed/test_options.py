@@ -257,3 +257,23 @@ def train_like_simulated_ranks(optimizer: str, clip: dict[str, float], **options
 @pytest.mark.parametrize("pair", [*PAIRS[:2], *slow(*PAIRS[2:])], ids=lambda pair: "-".join(map(str, pair.values())))
 def test_options_together_are_the_same_on_real_ranks_as_on_simulated_ones(ranks: Ranks, pair: dict[str, Any]) -> None:
     ranks.run(train_like_simulated_ranks, **pair)
+
+
+def train_with_tiles(**options: Any) -> None:
+    rank, num_ranks = world()
+    tokens = torch.arange(8 * 9 * num_ranks).view(-1, 9).remainder(64).chunk(num_ranks)[rank]
+    found = []
+    for tile_bytes in (None, 1024):
+        torch.manual_seed(0)
+        model = GPT(width=32, vocab=64).double()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        zgraph.compile(model, optimizer, zero=3, bucket_bytes=4096, tile_bytes=tile_bytes, **options)
+        losses = [model.train_step(tokens[:, :-1], tokens[:, 1:]) for _ in range(4)]
+        found.append({"loss": torch.stack(losses), **model.state_dict()})
+        assert ("product_columns" in model.source) == (tile_bytes is not None and num_ranks > 1)
+    assert_equal(found[1], found[0], "with tiles")
+
+
+@pytest.mark.parametrize("options", [{}, *slow({"clip_norm": 0.1, "accumulate": 2}, {"kernels": "zgraph"})])
+def test_tiles_of_large_matrices_compute_the_same(ranks: Ranks, options: dict[str, Any]) -> None:
+    ranks.run(train_with_tiles, **options)

@@ -715,6 +715,49 @@ EDITS = [
         "latest = min(others, key=order.__getitem__)",
         Refusal.ORDER,
     ),
+    # Tiles
+    Edit(
+        "all tiles of rows are stored in the first columns",
+        "tile",
+        "ops.product_columns, made, operand(product), turned, world, first, rows,",
+        "ops.product_columns, made, operand(product), turned, world, 0, rows,",
+    ),
+    Edit(
+        "the rows of a tile are stored as if they followed each other",
+        "tile",
+        "ops.product_columns, made, operand(product), turned, world, first, rows,",
+        "ops.product_columns, made, operand(product), turned, 1, first, rows,",
+    ),
+    Edit(
+        "the first columns are sent for every tile",
+        "tile",
+        "aten.slice.Tensor, here, 1, first, last,",
+        "aten.slice.Tensor, here, 1, 0, last - first,",
+    ),
+    Edit(
+        "a tile forgets what the tiles before have given",
+        "tile",
+        "ops.product_columns, made, operand(product), tile, 1,",
+        "ops.product_columns, None, operand(product), tile, 1,",
+    ),
+    Edit(
+        "the tiles of a gradient are put together the wrong way round",
+        "tile",
+        "aten.cat.default, parts,",
+        "aten.cat.default, parts[::-1],",
+    ),
+    Edit(
+        "every tile of a gradient is made of the first columns",
+        "tile",
+        "aten.slice.Tensor, blocks, 2, first, last,",
+        "aten.slice.Tensor, blocks, 2, 0, last - first,",
+    ),
+    Edit(
+        "every tile of a table's gradient is of the first rows",
+        "tile",
+        "ops.embedding_rows_backward, gradient, indices, num_weights, world, first, last - first,",
+        "ops.embedding_rows_backward, gradient, indices, num_weights, world, 0, last - first,",
+    ),
     # Precision
     Edit(
         "a reader of full precision reads what was cast",

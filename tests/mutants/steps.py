@@ -9,10 +9,12 @@ import torch
 
 from tests.programs import (
     Builder,
+    TableAndHead,
     accumulated,
     averaged,
     blocks,
     clipped,
+    language_model,
     noisy,
     param,
     scaled,
@@ -24,6 +26,8 @@ from zgraph.accumulation import micro_step
 from zgraph.program import Guard, Input, Phase, Program, Role, StateInit
 
 aten = torch.ops.aten
+
+TABLE_AND_HEAD = "a table and a head"
 
 
 def many_parameters(*, first: bool = False) -> Program:
@@ -179,4 +183,5 @@ def steps() -> dict[str, Program]:
         "updates that mix elements, clipped": clipped(mixed_elements(), 0.1),
         "the last micro-batch of these": accumulated(mixed_elements(), 2, limit=0.1),
         "the last micro-batch, clipped": accumulated(two_layers(), 3, weighted=True, limit=0.1),
+        TABLE_AND_HEAD: language_model(TableAndHead(4, 16, 16)),
     }
