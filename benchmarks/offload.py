@@ -248,7 +248,8 @@ def time_disk(path: str, num_ranks: int, read_bytes: int, written_bytes: int) ->
 def _move(path: str, read_bytes: int, written_bytes: int, ready: object, go: object) -> None:
     import torch
 
-    from zgraph.disk import PAGE, Disk
+    from zgraph.disk import Disk
+    from zgraph.tiers import PAGE
 
     disk = Disk(path)
     sizes = [BLOCK] * (read_bytes // BLOCK) + ([read_bytes % BLOCK] if read_bytes % BLOCK else [])

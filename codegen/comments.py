@@ -1,8 +1,8 @@
 """What an emitted step says of itself in comments: its inputs, buckets, lanes, phases, and where calls come from.
 
 A call computes unless its line says on which other lane it starts something: the links along an axis of the mesh, or a
-way of the disk. A wait says for which lane. Names of a model's modules and parameters stay inside of comments, whatever
-they contain.
+way from or to a lower tier. A wait says for which lane. Names of a model's modules and parameters stay inside of
+comments, whatever they contain.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from collections.abc import Iterator, Mapping
 from torch import fx
 
 from zgraph import ops
+from zgraph.hardware import LOWER_TIERS
 from zgraph.layout import Bucket
 from zgraph.program import Phase, Program, describe, operand
-from zgraph.timeline import COMPUTE, DISK_LANES, lane_of
+from zgraph.timeline import COMPUTE, INWARD, TRANSFER_LANES, lane_of
 
 
 def header(program: Program, names: Mapping[fx.Node, str]) -> Iterator[str]:
@@ -34,7 +35,8 @@ def header(program: Program, names: Mapping[fx.Node, str]) -> Iterator[str]:
         yield from (f"#   {bucket.name}: {_parameters(bucket)}" for bucket in program.layout.buckets)
     yield "# Inputs:"
     for node, what in program.placeholders():
-        where = " on a disk" if program.is_on_disk(node) else ""
+        tier = program.tier_of(node)
+        where = f" on {LOWER_TIERS[tier]}" if tier else ""
         yield f"#   {names[node]}: {describe(node.meta['val'])} is {plain(str(what))}{where}"
 
 
@@ -46,9 +48,9 @@ def _parameters(bucket: Bucket) -> str:
 
 def _uses(program: Program, lane: str, count: int) -> str:
     plural = "" if count == 1 else "s"
-    if lane not in DISK_LANES.values():
+    if lane not in TRANSFER_LANES:
         return f"{count} collective{plural} between {program.mesh.axes[lane]} ranks"
-    return f"{count} {'read' if lane == DISK_LANES[ops.load] else 'write'}{plural}"
+    return f"{count} {'read' if lane in INWARD.values() else 'write'}{plural}"
 
 
 class Groups:

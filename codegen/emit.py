@@ -2,8 +2,8 @@
 
 Each value is dropped right after its last use, and the argument list is emptied on entry, so that a buffer is free as
 soon as the program is done with it. What has a place in an arena is stored there. Collectives go through a ``comm``
-object, transfers through what lies on a disk (``zgraph.disk.DiskTensor``), which for what is spilled there comes with
-the call; everything else is a plain call.
+object, transfers through what lies on a lower tier (``zgraph.tiers.Stored``), which for what is spilled there comes
+with the call; everything else is a plain call.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from zgraph.codegen.owned import OwnedUpdate
 from zgraph.codegen.quantizers import IN_ONE_PASS
 from zgraph.codegen.region import Region
 from zgraph.codegen.source import SourceWriter
-from zgraph.disk import padded
 from zgraph.into import into
 from zgraph.liveness import last_uses
 from zgraph.placement import Place, Placement, copied_bytes, is_of_region, spilled_places
 from zgraph.program import Mesh, Program, describe, operand
+from zgraph.tiers import padded
 
 aten = torch.ops.aten
 
@@ -68,10 +68,10 @@ class Step:
     Attributes:
         source: what is run.
         function: ``step(inputs, comm) -> results``; where there are places, ``step(inputs, comm, arena) -> results``,
-            and where something is spilled, ``disk`` comes behind these.
+            and where something is spilled, ``room`` comes behind these.
         places: what ``arena`` has a tensor for each.
         copied_bytes: see ``zgraph.placement.Placement``.
-        spilled: what ``disk`` has a ``DiskTensor`` for each.
+        spilled: what ``room`` has a ``Stored`` for each.
     """
 
     source: str
@@ -82,7 +82,7 @@ class Step:
 
     @property
     def spilled_bytes(self) -> int:
-        """Of the room on a disk."""
+        """Of the room on a lower tier."""
         return sum(padded(place.num_bytes) for place in self.spilled)
 
 
@@ -108,7 +108,7 @@ def emit(
     arena = _Arena(placement)
     spilled = spilled_places(program)
     slots = {node: f"d{i}" for i, node in enumerate(spilled)}
-    lines = [f"def step(inputs, comm{', arena' if arena.names else ''}{', disk' if slots else ''}):"]
+    lines = [f"def step(inputs, comm{', arena' if arena.names else ''}{', room' if slots else ''}):"]
     lines += [f"    {line}" for line in comments.header(program, names)]
     lines += _unpack([names[node] for node, _ in program.placeholders()], "inputs")
     watched = writer.bind(watch, "watch") if watch is not None else None
@@ -116,7 +116,7 @@ def emit(
         lines.append(f"    {watched}.begin(inputs)")
     lines.append("    inputs.clear()")
     lines += _unpack(list(arena.names.values()), "arena") if arena.names else []
-    lines += _unpack(list(slots.values()), "disk") if slots else []
+    lines += _unpack(list(slots.values()), "room") if slots else []
     groups = comments.Groups()
     for number, node in enumerate(program.graph.nodes):
         if node.op == "output":
@@ -141,7 +141,7 @@ def emit(
             lines.append(f"    del {', '.join(dead)}")
     lines += arena.legend()
     if slots:
-        lines.append("    # Places in a room on a disk:")
+        lines.append("    # Places in a room on a lower tier:")
     for node, name in slots.items():
         lines.append(f"    #   {name}: {describe(spilled[node].like())} from byte {spilled[node].start} on")
     source = "\n".join(lines) + "\n"

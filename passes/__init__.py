@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zgraph.config import BUCKET_BYTES, WAITED_FOR, Config
+from zgraph.config import BUCKET_BYTES, Config, activations_on
 from zgraph.errors import OptionError
 from zgraph.hardware import Hardware
 from zgraph.layout import ALIGN, Layout
@@ -109,12 +109,13 @@ def _offload(config: Config, hardware: Hardware | None) -> tuple[Pass, ...]:
         raise OptionError(
             f"offload={config.offload!r} is chosen by a budget, and none was given", fix="say what lies where, or None"
         )
-    state = tuple(what for what in sorted(config.offload) if what != "activations")
+    state = tuple((what, tier) for what, tier in sorted(config.offload.items()) if what != "activations")
     passes: tuple[Pass, ...] = (Offload(state, hardware),) if state else ()
     if "activations" not in config.offload:
         return passes
+    tier, waits = activations_on(config.offload)
     known = _known(hardware, f"offload={config.offload!r} weighs seconds", "leave activations out")
-    return (*passes, OffloadActivations(known, config.offload["activations"] == WAITED_FOR))
+    return (*passes, OffloadActivations(known, waits, tier=tier))
 
 
 def _known(hardware: Hardware | None, what: str, instead: str) -> Hardware:

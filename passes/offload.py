@@ -1,4 +1,4 @@
-"""Keep what belongs to parameters on a disk, and stream it through memory bucket by bucket as it is needed."""
+"""Keep what belongs to parameters on a lower tier, and stream it through memory bucket by bucket as it is needed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zgraph import ops
 from zgraph.cost import Costs
 from zgraph.errors import OptionError
 from zgraph.hardware import Hardware
-from zgraph.layout import Layout
+from zgraph.layout import Away
 from zgraph.passes.copies import Copies, erase_unread, readers_of
 from zgraph.pipeline import Pass
 from zgraph.program import Origin, Phase, Program, Role, Stage, operand
@@ -51,25 +51,26 @@ class Offload(Pass):
     the machine is known, or else with the step.
 
     Args:
-        what: any of ``"optimizer"``, ``"parameters"`` and ``"gradients"``: their sums over micro-batches.
+        what: any of ``"optimizer"``, ``"parameters"`` and ``"gradients"``, their sums over micro-batches; each with
+            the tier that it lies on, ``"host"`` or ``"disk"``.
         hardware: the machine, as each rank finds it; all ranks are given the same.
     """
 
-    what: tuple[str, ...] = ("optimizer",)
+    what: tuple[tuple[str, str], ...] = (("optimizer", "disk"),)
     hardware: Hardware | None = field(default=None, repr=False)
 
     takes = gives = Stage.INPLACE
 
     def rewrite(self, program: Program) -> None:
-        layout = layout_on_cpus(program)
-        trained = tuple(bucket.name for bucket in layout.buckets if bucket.trainable)
-        program.layout = replace(
-            layout,
-            on_disk=trained if "optimizer" in self.what else (),
-            params_on_disk=tuple(bucket.name for bucket in layout.buckets) if "parameters" in self.what else (),
-            gradients_on_disk=trained if "gradients" in self.what else (),
-        )
-        if program.layout.params_on_disk:
+        layout = program.layout
+        assert layout is not None
+        away = []
+        for what, tier in self.what:
+            check_tier(tier, program, self.hardware)
+            moved = [bucket.name for bucket in layout.buckets if bucket.trainable or what == "parameters"]
+            away.append(Away(what, tier, tuple(moved)))
+        program.layout = replace(layout, away=tuple(away))
+        if program.layout.buckets_away("parameters"):
             _wait_before_others_come(program)
         for find in (_of_parameters, partial(_of_state, Role.GRADIENT), partial(_of_state, Role.OPT_STATE)):
             order = {node: i for i, node in enumerate(program.graph.nodes)}
@@ -101,31 +102,38 @@ class Offload(Pass):
             return calls[0]
         at, costs = calls.index(first[0].first), Costs(program, self.hardware)
         num_bytes = sum(state.meta["val"].nbytes for each in first for state in each.readers)
-        left = MARGIN * self.hardware.transfer_s("disk", "device", num_bytes)
+        left = MARGIN * self.hardware.transfer_s(first[0].tier, "device", num_bytes)
         while at > 0 and left > 0:
             at -= 1
             left -= costs.of(calls[at]).seconds
         return calls[at]
 
 
-def layout_on_cpus(program: Program) -> Layout:
-    """How state lies that may go to a disk.
+def check_tier(tier: str, program: Program, hardware: Hardware | None) -> None:
+    """Refuse a tier that a machine does not have.
+
+    A program that is planned for GPUs is on CPUs until it runs there, so what it would have there is simulated.
 
     Raises:
-        OptionError: it is not on CPUs.
+        OptionError: it is a disk, and the program is on GPUs; or the host's memory, and it is on CPUs.
     """
-    layout = program.layout
-    assert layout is not None
-    devices = {bucket.device.type for bucket in layout.buckets} - {"cpu"}
-    if devices:
-        raise OptionError(f"offload on {devices.pop()}: so far tensors move on CPUs only", fix="leave offload out")
-    return layout
+    assert program.layout is not None
+    devices = {bucket.device.type for bucket in program.layout.buckets} - {"cpu"}
+    if tier == "disk" and devices:
+        raise OptionError(
+            f"offload to a disk on {devices.pop()}: so far tensors move there on CPUs only", fix="say 'host'"
+        )
+    if tier == "host" and not devices and (hardware is None or hardware.device_type == "cpu"):
+        raise OptionError(
+            "offload to the host on a CPU, where what lies in memory lies in the host's already", fix="say 'disk'"
+        )
 
 
 class _Stay:
     """What a bucket has in memory for a while.
 
     Attributes:
+        tier: where it lies otherwise.
         readers: inputs that are read in memory, and the calls that read them or views of them.
         written: inputs that have a new value, and what that is.
         first, last: the calls between which they are needed in memory.
@@ -134,13 +142,14 @@ class _Stay:
 
     def __init__(
         self,
+        tier: str,
         bucket: str,
         readers: Mapping[fx.Node, list[fx.Node]],
         written: Mapping[fx.Node, fx.Node],
         order: Mapping[fx.Node, int],
         ahead: fx.Node | None = None,
     ) -> None:
-        self.readers, self.written, self.ahead = readers, written, ahead
+        self.tier, self.readers, self.written, self.ahead = tier, readers, written, ahead
         needed = sorted([*(r for mine in readers.values() for r in mine), *written.values()], key=order.__getitem__)
         self.first, self.last = needed[0], needed[-1]
         origin = self.first.meta["origin"]
@@ -151,7 +160,7 @@ class _Stay:
         """Start to store each new value as soon as it is there."""
         for state, new in self.written.items():
             origin = replace(self._origin, phase=Phase.UPDATE)
-            self._stores[state] = program.call(ops.store, new, out=state, origin=origin, before=new.next)
+            self._stores[state] = program.call(ops.store, new, self.tier, out=state, origin=origin, before=new.next)
 
     def finish(self, program: Program, before: fx.Node) -> None:
         """Wait until all is stored."""
@@ -165,7 +174,7 @@ class _Stay:
         """Start to load before a call, and wait before the first call that reads it; the first call that waits."""
         waits = []
         for state, readers in self.readers.items():
-            start = program.call(ops.load, state, origin=self._origin, before=before)
+            start = program.call(ops.load, state, self.tier, origin=self._origin, before=before)
             loaded = program.call(ops.wait, start, origin=self._origin, before=self.first)
             waits.append(loaded)
             copies = Copies(program, state, loaded)
@@ -181,8 +190,9 @@ def _of_parameters(program: Program, order: Mapping[fx.Node, int]) -> list[_Stay
     algorithms for a virtual-storage computer").
     """
     results = dict(zip(program.outputs, program.results(), strict=True))
-    flats = [node for node, what in program.placeholders() if what.role is Role.PARAM and program.is_on_disk(node)]
-    uses = {flat: sorted(readers_of(flat), key=order.__getitem__) for flat in flats}
+    flats = {node: program.tier_of(node) for node, what in program.placeholders() if what.role is Role.PARAM}
+    tiers = {flat: tier for flat, tier in flats.items() if tier is not None}
+    uses = {flat: sorted(readers_of(flat), key=order.__getitem__) for flat in tiers}
     kept: dict[fx.Node, list[fx.Node]] = {}
     found: list[tuple[fx.Node, list[fx.Node], fx.Node | None]] = []
     before: fx.Node | None = None  # where the last bucket but this one came into use
@@ -205,24 +215,25 @@ def _of_parameters(program: Program, order: Mapping[fx.Node, int]) -> list[_Stay
         what = flat.meta["input"]
         new = results.get(what, flat)
         written = {flat: new} if new is not flat and latest[flat] is readers else {}
-        stays.append(_Stay(what.name, {flat: readers}, written, order, ahead))
+        stays.append(_Stay(tiers[flat], what.name, {flat: readers}, written, order, ahead))
     return stays
 
 
 def _of_state(role: Role, program: Program, order: Mapping[fx.Node, int]) -> list[_Stay]:
     """The optimizer state of each bucket that is read or written, or the sum of its gradients, in order."""
     results = dict(zip(program.outputs, program.results(), strict=True))
-    states: dict[str, list[fx.Node]] = {}
+    states: dict[tuple[str, str], list[fx.Node]] = {}
     for node, what in program.placeholders():
-        if what.role is role and program.is_on_disk(node):
-            states.setdefault(what.name, []).append(node)
+        tier = program.tier_of(node)
+        if what.role is role and tier is not None:
+            states.setdefault((tier, what.name), []).append(node)
     stays = []
-    for bucket, inputs in states.items():
+    for (tier, bucket), inputs in states.items():
         users = {node: [user for user in node.users if user.op == "call_function"] for node in inputs}
         new = {node: results.get(node.meta["input"], node) for node in inputs}
         written = {node: result for node, result in new.items() if result is not node}
         if written or any(users.values()):
-            stays.append(_Stay(bucket, {node: mine for node, mine in users.items() if mine}, written, order))
+            stays.append(_Stay(tier, bucket, {node: mine for node, mine in users.items() if mine}, written, order))
     return sorted(stays, key=lambda stay: order[stay.first])
 
 

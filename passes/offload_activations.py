@@ -1,4 +1,4 @@
-"""Keep on a disk what forward leaves for backward, while neither needs it."""
+"""Keep on a lower tier what forward leaves for backward, while neither needs it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,19 +15,19 @@ from torch import fx
 from zgraph import ops
 from zgraph.hardware import Hardware
 from zgraph.liveness import Lifetime, lifetimes, owners, written
-from zgraph.passes.offload import MARGIN, layout_on_cpus
+from zgraph.passes.offload import MARGIN, check_tier
 from zgraph.pipeline import Pass
 from zgraph.placement import SMALLEST_BYTES
 from zgraph.program import Phase, Program, Stage, Target, operand, phase_of
-from zgraph.timeline import COMPUTE, DISK_IN, play
+from zgraph.timeline import COMPUTE, INWARD, play
 
 SLACK = 1e-2
-"""Of the seconds of a step: so much longer it may be predicted to take where nothing is to wait for the disk. To
+"""Of the seconds of a step: so much longer it may be predicted to take where nothing is to wait for transfers. To
 start a transfer takes some time in any case."""
 
 IN_FLIGHT = 2
-"""Where computing may wait for the disk, of the largest tensor that is spilled: so many times its bytes may be on their
-way at once, each way."""
+"""Where computing may wait for transfers, of the largest tensor that is spilled: so many times its bytes may be on
+their way at once, each way."""
 
 
 @dataclass(frozen=True)
@@ -43,28 +44,30 @@ class OffloadActivations(Pass):
         gy = mm(gz, t(w))                       gy = mm(gz, t(w))       # while it is read
         gh = gelu_backward(gy, h)               gh = gelu_backward(gy, wait(s))
 
-    Those go that are needed last again, and of these the largest first, as long as the disk is predicted to have
-    written each before it has to begin to read it, in the time in which others are computed. What does not lower the
-    peak in the end stays. When a write is waited for, and when a read begins, is decided by what calls cost on the
+    Those go that are needed last again, and of these the largest first, as long as each is predicted to have gone
+    before it has to begin to come back, in the time in which others are computed. What does not lower the peak in the
+    end stays. When one that goes is waited for, and when one begins to come, is decided by what calls cost on the
     machine; where that turns out wrong, computing waits, and no more is held than was said.
 
     Args:
         hardware: the machine, as each rank finds it; all ranks are given the same.
-        waits: computing may wait for the disk: all goes that lowers the peak.
+        waits: computing may wait for transfers: all goes that lowers the peak.
         smallest_bytes: of what goes.
+        tier: where it goes, ``"host"`` or ``"disk"``.
     """
 
     hardware: Hardware
     waits: bool = False
     smallest_bytes: int = SMALLEST_BYTES
+    tier: str = "disk"
 
     takes = gives = Stage.INPLACE
 
     def rewrite(self, program: Program) -> None:
-        layout_on_cpus(program)
+        check_tier(self.tier, program, self.hardware)
         choice = _Choice(self, program)
         ways = [[], choice.hidden(), *([choice.all()] if self.waits else [])]
-        _spill(program, min(ways, key=choice.peak_bytes))
+        _spill(program, min(ways, key=choice.peak_bytes), self.tier)
 
 
 @dataclass(frozen=True)
@@ -90,11 +93,11 @@ class _Held:
 
 @dataclass(frozen=True)
 class _Trip:
-    """To the disk and back.
+    """To a lower tier and back.
 
     Attributes:
         held: what goes.
-        stored_at, load_at: positions of the calls before which it has been written, and before which it is loaded.
+        stored_at, load_at: positions of the calls before which it has gone, and before which it begins to come.
     """
 
     held: _Held
@@ -133,8 +136,9 @@ class _Choice:
             self._starts.append(now if event is None else event.start_s)
             now = now if event is None else event.end_s
             self._ends.append(now)
-        loading_s = {event.node: event.end_s - event.start_s for event in timeline.events if event.lane == DISK_IN}
-        # What comes from the disk in any case: until when, and how long that takes.
+        inward = INWARD[self._made.tier]
+        loading_s = {event.node: event.end_s - event.start_s for event in timeline.events if event.lane == inward}
+        # What comes from there in any case: until when, and how long that takes.
         self._others = [(self._starts[self._place[next(iter(load.users))]], taken) for load, taken in loading_s.items()]
         return timeline.step_s
 
@@ -224,12 +228,12 @@ class _Choice:
         return trips
 
     def _stored_at(self, chosen: Sequence[_Held], window: int | None) -> dict[_Held, int]:
-        """When the disk has written each, one after the other as forward is done with them."""
+        """When each has gone, one after the other as forward is done with them."""
         found: dict[_Held, int] = {}
         going: deque[_Held] = deque()
         free_s = 0.0
         for each in sorted(chosen, key=lambda each: (each.read, each.first)):
-            writing_s = self._hardware.transfer_s("device", "disk", each.num_bytes)
+            writing_s = self._hardware.transfer_s("device", self._made.tier, each.num_bytes)
             free_s = max(free_s, self._ends[each.read]) + MARGIN * float(writing_s)
             found[each] = max(bisect_left(self._starts, free_s), each.read + 1)
             going.append(each)
@@ -239,11 +243,11 @@ class _Choice:
         return found
 
     def _load_at(self, chosen: Sequence[_Held], window: int | None) -> dict[_Held, int]:
-        """When the disk has to begin to read each, to be done when backward needs it."""
+        """When each has to begin to come, to be there when backward needs it."""
         found: dict[_Held, int] = {}
         jobs: list[tuple[float, float, _Held | None]] = [(until_s, taken, None) for until_s, taken in self._others]
         for each in chosen:
-            reading_s = MARGIN * float(self._hardware.transfer_s("disk", "device", each.num_bytes))
+            reading_s = MARGIN * float(self._hardware.transfer_s(self._made.tier, "device", each.num_bytes))
             jobs.append((self._starts[each.again], reading_s, each))
         begin_s = float("inf")
         for until_s, taken, job in sorted(jobs, key=lambda job: (-job[0], job[2].again if job[2] else 0)):
@@ -269,7 +273,7 @@ class _Choice:
 
     def _seconds(self, trips: Sequence[_Trip]) -> float:
         copy = self._program.clone()
-        _spill(copy, trips)
+        _spill(copy, trips, self._made.tier)
         return play(copy, self._hardware).step_s
 
 
@@ -283,28 +287,28 @@ def _readers(family: Sequence[fx.Node]) -> set[fx.Node]:
     return {user for node in family for user in node.users} - set(family)
 
 
-def _spill(program: Program, trips: Sequence[_Trip]) -> None:
+def _spill(program: Program, trips: Sequence[_Trip], tier: str) -> None:
     """Let trips be made."""
     nodes = list(program.graph.nodes)
     place = {node: i for i, node in enumerate(nodes)}
     owner = owners(program)
     made: dict[_Trip, fx.Node] = {}
 
-    def add(target: Target, source: fx.Node, trip: _Trip, at: int) -> None:
+    def add(target: Target, trip: _Trip, at: int, *args: Any) -> None:
         origin = replace(nodes[trip.held.first].meta["origin"], phase=_phase_before(nodes[at]))
-        made[trip] = program.call(target, source, origin=origin, before=nodes[at])
+        made[trip] = program.call(target, *args, origin=origin, before=nodes[at])
 
     for trip in sorted(trips, key=lambda trip: trip.held.read):
-        add(ops.spill, nodes[trip.held.first], trip, trip.held.read + 1)
+        add(ops.spill, trip, trip.held.read + 1, nodes[trip.held.first], tier)
     for trip in sorted(trips, key=lambda trip: trip.stored_at):
-        add(ops.wait, made[trip], trip, trip.stored_at)
+        add(ops.wait, trip, trip.stored_at, made[trip])
     for trip in sorted(trips, key=lambda trip: (trip.load_at, trip.held.again)):
-        add(ops.load, made[trip], trip, trip.load_at)
+        add(ops.load, trip, trip.load_at, made[trip], tier)
     families: dict[fx.Node, list[fx.Node]] = {}
     for node in nodes:
         families.setdefault(owner[node], []).append(node)
     for trip in trips:
-        add(ops.wait, made[trip], trip, trip.held.again)
+        add(ops.wait, trip, trip.held.again, made[trip])
         family = _last_value(families[owner[nodes[trip.held.first]]])
         views = {family[0]: made[trip]}
         for reader in sorted(_readers(family) & place.keys(), key=place.__getitem__):

@@ -1,7 +1,11 @@
-"""On a GPU: steps equal to eager's, memory as predicted, and nothing that waits for the device. Skipped without one."""
+"""On a GPU: steps equal to eager's, memory as predicted, also on the host, and nothing that waits for the device.
+
+Skipped without one.
+"""
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Iterator
 from typing import Any
@@ -12,11 +16,14 @@ from torch import nn
 
 import zgraph
 from tests.models import CASES
-from tests.optimizers import OPTIMIZERS
+from tests.optimizers import OPTIMIZERS, tensors_of
 from tests.reference import assert_equal, train_like_eager
 from tests.test_planner import Stack, rows
 from zgraph.codegen.kernel import SLICES, TRITON, Kernel
 from zgraph.codegen.region import Region
+from zgraph.config import WAITED_FOR
+from zgraph.footprint import spilled_bytes, state_on
+from zgraph.host import Cuda, Host
 from zgraph.machines import preset_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -124,7 +131,17 @@ def no_waiting() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("options", [{}, {"recompute": "blocks"}, {"accumulate": 2}, {"kernels": "zgraph"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"recompute": "blocks"},
+        {"accumulate": 2},
+        {"kernels": "zgraph"},
+        {"offload": {"optimizer": "host", "parameters": "host"}},
+    ],
+    ids=str,
+)
 @pytest.mark.usefixtures("no_waiting")
 def test_a_step_never_waits_for_the_device(options: dict[str, Any]) -> None:
     case = CASES["gpt"]
@@ -160,15 +177,128 @@ def test_tensors_of_a_step_take_what_is_predicted(options: dict[str, Any]) -> No
     assert abs(measured / predicted - 1) < 0.02, f"{measured:,} bytes, {predicted:,} predicted"
 
 
-def test_memory_auto_takes_what_the_gpu_has_free() -> None:
+def needs_preset() -> None:
+    """Skip a test of what goes by a machine's seconds where they are not known."""
     properties = torch.cuda.get_device_properties(GPU)
     if preset_of(properties.name, properties.total_memory) is None:
         pytest.skip(f"{properties.name} has no preset")
+
+
+def test_memory_auto_takes_what_the_gpu_has_free() -> None:
+    needs_preset()
     model = Stack().to(GPU)
     zgraph.compile(model, optimizer=torch.optim.AdamW(model.parameters()), memory="auto")
     losses = [model.train_step(*rows(device="cuda")).item() for _ in range(5)]
     assert losses[-1] < losses[0]
     assert model.plan.fits
+
+
+def layers(num: int = 4) -> nn.Module:
+    torch.manual_seed(0)
+    blocks = (nn.Sequential(nn.Linear(512, 1024), nn.GELU(), nn.Linear(1024, 512)) for _ in range(num))
+    return nn.Sequential(*blocks).to(GPU)
+
+
+def compiled_layers(**options: Any) -> tuple[Any, torch.optim.Optimizer]:
+    model = layers()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    options = {"loss": lambda output, _: output.square().mean(), "bucket_bytes": "1MiB", **options}
+    return zgraph.compile(model, optimizer, **options), optimizer
+
+
+SPILLED = {"activations": WAITED_FOR["host"]}
+STATE = {"optimizer": "host", "parameters": "host"}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"zero": 3}, {"accumulate": 2}, {"precision": "bf16", "clip_norm": 0.1}], ids=str
+)
+@pytest.mark.parametrize(
+    "offload", [{"optimizer": "host"}, {"parameters": "host"}, STATE, SPILLED, {**STATE, **SPILLED}], ids=" and ".join
+)
+def test_what_lies_on_the_host_trains_bit_for_bit_as_on_the_gpu(
+    offload: dict[str, str], options: dict[str, Any]
+) -> None:
+    if "activations" in offload:
+        needs_preset()
+    torch.manual_seed(1)
+    batches = [torch.randn(2048, 512, device=GPU) for _ in range(6)]
+    (model, optimizer), (plain, theirs) = compiled_layers(offload=offload, **options), compiled_layers(**options)
+    for batch in batches:
+        assert torch.equal(model.train_step(batch), plain.train_step(batch))
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+    for found, expected in zip(tensors_of(optimizer).values(), tensors_of(theirs).values(), strict=True):
+        assert torch.equal(found, expected)
+    stats = model.stats()
+    assert stats["host_bytes"] == sum(state_on("host", model.program).values())
+    assert (stats["host_bytes"] > 0) == ("optimizer" in offload or "parameters" in offload)
+    assert (spilled_bytes(model.program, "host") > 0) == ("activations" in offload)
+
+
+def test_gradients_are_added_up_on_the_host_bit_for_bit_as_on_the_gpu() -> None:
+    offload = {**STATE, "gradients": "host"}
+    model, plain = (compiled_layers(accumulate=4, **options)[0] for options in ({"offload": offload}, {}))
+    batch = torch.randn(256, 512, device=GPU)
+    for _ in range(3):
+        assert torch.equal(model.train_step(batch), plain.train_step(batch))
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_state_on_the_host_stays_the_users() -> None:
+    (model, optimizer), (plain, _) = compiled_layers(offload=STATE), compiled_layers()
+    batch = torch.randn(256, 512, device=GPU)
+    for each in (model, plain):
+        each.train_step(batch)
+    saved, progress = model.state_dict(), optimizer.state_dict()
+    copied = copy.deepcopy(model)
+    expected = [plain.train_step(batch) for _ in range(2)]
+    assert all(torch.equal(model.train_step(batch), loss) for loss in expected)
+    model.load_state_dict(saved)
+    optimizer.load_state_dict(progress)
+    assert all(torch.equal(model.train_step(batch), loss) for loss in expected)
+    assert all(torch.equal(copied.train_step(batch), loss) for loss in expected)
+    with torch.no_grad():
+        assert torch.equal(model(batch), plain(batch))
+
+
+def test_state_on_the_host_takes_no_memory_of_the_gpu() -> None:
+    """Between steps there are batches, step counts and what libraries keep; in a step, what is predicted."""
+    torch.nn.functional.linear(torch.ones(8, 8, device=GPU), torch.ones(8, 8, device=GPU))  # cuBLAS takes a workspace
+    gc.collect()
+    before = torch.cuda.memory_allocated(GPU)
+    model, _ = compiled_layers(offload=STATE)
+    x = torch.randn(256, 512, device=GPU)
+    for _ in range(3):
+        model.train_step(x)
+    assert torch.cuda.memory_allocated(GPU) - before < x.nbytes + 2**24
+    torch.cuda.reset_peak_memory_stats(GPU)
+    model.train_step(x)
+    measured = torch.cuda.max_memory_allocated(GPU) - before
+    predicted = model.plan.chosen.peak_bytes
+    assert abs(measured / predicted - 1) < 0.1, f"{measured:,} bytes, {predicted:,} predicted"
+
+
+def test_copies_come_behind_what_is_computed_before_and_computing_behind_copies() -> None:
+    """On a device that is behind: what is told to it is not done when it is told."""
+    host = Host(GPU, Cuda(GPU))
+    stored = host.allocate(2**22, torch.float32)
+    assert stored._memory.is_pinned()
+    values = [torch.full((2**22,), float(i), device=GPU) for i in range(3)]
+    work = torch.zeros_like(values[0])
+    for value in values:
+        torch.cuda._sleep(10**8)
+        work.copy_(value)
+        going = stored.store(work)
+        going.wait()
+        work.fill_(-1.0)  # over what was still on its way, were computing not held up
+        coming = stored.load(out=work)
+        assert coming.wait() is work
+        assert torch.equal(work, value)
+        assert torch.equal(stored.read(), value)
+    memory = stored._memory
+    del stored, going, coming, host
+    gc.collect()
+    assert not memory.is_pinned()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -25,8 +25,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.programs import few_examples
-from zgraph.disk import BLOCK_BYTES, DEFAULT_PATH, PAGE, Disk, DiskTensor, padded
+from zgraph.disk import BLOCK_BYTES, DEFAULT_PATH, Disk, DiskTensor
 from zgraph.errors import DiskError
+from zgraph.tiers import PAGE, padded
 
 REPO = Path(__file__).parents[1]
 
@@ -95,16 +96,16 @@ def test_room_is_used_again_in_whatever_order_tensors_go(disk_path: Path) -> Non
     disk.reserve(6 * PAGE)
     tensors = [disk.allocate(PAGE, torch.uint8) for _ in range(6)]
     assert disk.used_bytes == disk.num_bytes == 6 * PAGE
-    starts = {tensor._start for tensor in tensors}
+    starts = {tensor.start for tensor in tensors}
     assert len(starts) == 6
     del tensors[1], tensors[2], tensors[0]
     assert disk.used_bytes == 3 * PAGE
     large = disk.allocate(2 * PAGE, torch.uint8)  # two that lay side by side
     assert disk.num_bytes == 6 * PAGE
-    assert large._start in starts
+    assert large.start in starts
     more = disk.allocate(2 * PAGE, torch.uint8)  # there is one page left, which is not enough
     assert disk.num_bytes == 8 * PAGE
-    assert len({tensor._start for tensor in (*tensors, large, more)}) == 5
+    assert len({tensor.start for tensor in (*tensors, large, more)}) == 5
 
 
 def test_a_file_has_no_name_and_goes_with_its_last_tensor(disk_path: Path) -> None:
@@ -167,10 +168,10 @@ def test_the_name_of_a_run_that_was_killed_before_it_lost_it_goes_with_the_next(
 
 def test_a_copy_has_a_file_of_its_own(disk_path: Path) -> None:
     tensors = [there(Disk(disk_path), torch.full([100], float(i))) for i in range(2)]
-    tensors.append(there(tensors[0]._disk, torch.full([100], 2.0)))
+    tensors.append(there(tensors[0].tier, torch.full([100], 2.0)))
     copied = copy.deepcopy(tensors)
-    assert copied[0]._disk is copied[2]._disk
-    assert len({id(tensor._disk) for tensor in (*tensors, *copied)}) == 4
+    assert copied[0].tier is copied[2].tier
+    assert len({id(tensor.tier) for tensor in (*tensors, *copied)}) == 4
     for i, tensor in enumerate(tensors):
         tensor.write(torch.full([100], -1.0))
         assert torch.equal(copied[i].read(), torch.full([100], float(i)))
@@ -247,7 +248,7 @@ def test_a_byte_that_has_changed_is_found(disk_path: Path, byte: int) -> None:
     disk.allocate(100, torch.uint8)
     tensor = there(disk, torch.zeros(BLOCK_BYTES + 100, dtype=torch.uint8))
     with open(f"/proc/self/fd/{disk._fd}", "r+b") as file:
-        file.seek(tensor._start + byte)
+        file.seek(tensor.start + byte)
         file.write(b"\1")
     with pytest.raises(DiskError, match=f"the disk .{disk_path}. gave back other bytes than were written"):
         tensor.read()

@@ -314,6 +314,7 @@ def test_an_unknown_name_is_told_what_there_is() -> None:
     [
         (lambda: find_hardware("H100", devices_per_node=0), "devices_per_node=0 is not a number of devices"),
         (lambda: find_hardware("H100", nic_bytes_per_s=0), "nic_bytes_per_s=0 is not a rate"),
+        (lambda: find_hardware("H100", host_memory_bytes=0), "host_memory_bytes=0 is not a number of bytes"),
         (lambda: hardware("H100").collective_s("broadcast", 1, 2), "'broadcast' is unknown"),
         (lambda: hardware("H100").transfer_s("device", "moon", 1), "'moon' is unknown"),
         (lambda: hardware("H100").matmul_s(torch.int64, 1, 1, 1, 1), "no matmuls on H100 of torch.int64"),
@@ -357,7 +358,8 @@ def test_what_a_machine_tells_makes_the_same_machine_elsewhere(tmp_path: Path, m
     assert told(text, 2) == made_up().hardware().for_ranks(2)
     made_up("cuda").save(saved)
     assert hardware_of(cpu, 2) == machines.this_cpu().for_ranks(2)  # what was measured was no CPU
-    assert told('{"preset": "H100"}', 8) == machines.preset("H100")
+    known = replace(machines.preset("H100"), host_memory_bytes=2**36)
+    assert told('{"preset": "H100", "host_memory_bytes": 68719476736}', 8) == known
 
 
 def test_the_saved_one_is_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from zgraph import ops
 from zgraph.accumulation import micro_step
 from zgraph.config import Config
 from zgraph.errors import VerifyError
-from zgraph.footprint import Kind, footprint, state_on_disk
+from zgraph.footprint import Kind, footprint, state_on
 from zgraph.liveness import lifetimes
 from zgraph.lower import Lowered, lower
 from zgraph.passes import Offload, default_passes
@@ -133,7 +133,7 @@ wait for store 0""",
 def test_no_more_buckets_have_parameters_in_memory_than_is_said(num: int, zero: int, world: int) -> None:
     program = lowered(blocks(num), zero, world, offload=PARAMETERS)
     assert program.layout is not None
-    assert program.layout.params_on_disk == tuple(bucket.name for bucket in program.layout.buckets)
+    assert program.layout.buckets_away("parameters") == {bucket.name for bucket in program.layout.buckets}
     loaded = [life for life in lifetimes(program) if life.node.target is ops.load]
     assert 2 * num <= len(loaded) <= 4 * num
     at_once = [sum(life.first <= at <= life.last for life in loaded) for at in range(program.num_nodes())]
@@ -171,8 +171,8 @@ def test_the_text_of_a_program_says_what_lies_on_a_disk() -> None:
         """\
 %1: f64[16] = input opt_state:bucket0:m on disk
 %3: f64[16] = input opt_state:bucket1:m on disk
-%7: f64[16] = zgraph.load.default(%3)
-%8: f64[16] = zgraph.load.default(%1)""",
+%7: f64[16] = zgraph.load.default(%3, 'disk')
+%8: f64[16] = zgraph.load.default(%1, 'disk')""",
     )
 
 
@@ -259,12 +259,12 @@ def test_steps_that_add_gradients_up_on_a_disk_are_the_same(zero: int, limit: fl
     config = Config(zero, 1, 1, accumulate=2, offload=SUMS_TOO, clip_norm=limit)
     both = lower(captured, config, Mesh(3), None, ())
     assert both.micro is not None
-    assert both.layout.gradients_on_disk == tuple(bucket.name for bucket in both.layout.buckets)
+    assert both.layout.buckets_away("gradients") == {bucket.name for bucket in both.layout.buckets}
     for program, reference in ((both.last, captured), (both.micro, micro_step(captured))):
         assert_same_step(program, reference, late=True)
         sums = [node for node, what in program.placeholders() if what.role is Role.GRADIENT]
         stores = program.graph.find_nodes(op="call_function", target=ops.store)
-        assert all(program.is_on_disk(node) for node in sums)
+        assert {program.tier_of(node) for node in sums} == {"disk"}
         assert set(sums) <= {node.kwargs["out"] for node in stores}
         held = [life for life in lifetimes(program) if life.node.target is ops.load and operand(life.node) in sums]
         at_once = [sum(life.first <= at <= life.last for life in held) for at in range(program.num_nodes())]
@@ -277,8 +277,8 @@ def test_micro_batches_have_the_same_buckets_on_disk() -> None:
     both = lower(accumulated(momentum(2), 2), config, Mesh(2), None, ())
     assert both.micro is not None
     assert both.micro.layout == both.last.layout
-    assert both.layout.on_disk == tuple(bucket.name for bucket in both.layout.buckets)
-    assert both.layout.params_on_disk == both.layout.on_disk
+    assert both.layout.buckets_away("optimizer") == {bucket.name for bucket in both.layout.buckets}
+    assert both.layout.buckets_away("parameters") == both.layout.buckets_away("optimizer")
     assert not any(node.target is ops.store for node in both.micro.graph.nodes)
     assert {node.meta["input"].role for node in loaded(both.micro)} == {Role.PARAM}
 
@@ -304,7 +304,7 @@ def store_before_it_is_loaded(program: Program) -> None:
 
 def load_what_is_still_written(program: Program) -> None:
     store = nth(program, ops.store)
-    again = program.call(ops.load, store.kwargs["out"], **at(store.next))
+    again = program.call(ops.load, store.kwargs["out"], "disk", **at(store.next))
     program.call(ops.wait, again, **at(again.next))
 
 
@@ -327,7 +327,7 @@ def update_it_where_it_lies(program: Program) -> None:
 
 def load_what_is_in_memory(program: Program) -> None:
     load = nth(program, ops.load)
-    again = program.call(ops.load, program.inputs(Role.PARAM)["bucket0", ""], **at(load))
+    again = program.call(ops.load, program.inputs(Role.PARAM)["bucket0", ""], "disk", **at(load))
     program.call(ops.wait, again, **at(again.next))
 
 
@@ -408,7 +408,7 @@ def test_a_parameter_that_is_not_stored_is_refused() -> None:
 def test_bytes_and_seconds_are_predicted(zero: int) -> None:
     program = lowered(momentum(3), zero, 2)
     state = sum(node.meta["val"].nbytes for _, node in program.inputs(Role.OPT_STATE).items())
-    assert sum(state_on_disk(program).values()) == state
+    assert sum(state_on("disk", program).values()) == state
     held = footprint(program)
     largest = max(node.meta["val"].nbytes for node in program.inputs(Role.OPT_STATE).values())
     assert 0 < max(held.by_kind()[Kind.STATE]) <= IN_MEMORY * largest
@@ -422,7 +422,7 @@ def test_bytes_and_seconds_are_predicted(zero: int) -> None:
     moved = [event for event in timeline.events if event.lane.startswith("disk")]
     assert sum(event.cost.num_bytes for event in moved) == 2 * state
     predicted = predict(Lowered(program, None, ()), machine)
-    assert predicted.disk_moved_bytes == {"disk in": state, "disk out": state}
+    assert {lane: num for lane, num in predicted.moved_bytes.items() if num} == {"disk in": state, "disk out": state}
     fast = play(program, Speed(1e30).hardware())
     assert fast.busy_s[COMPUTE] == timeline.busy_s[COMPUTE]
 

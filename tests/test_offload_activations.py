@@ -24,7 +24,6 @@ from tests.reference import slow
 from zgraph import memory_check, ops
 from zgraph.capture import capture
 from zgraph.config import WAITED_FOR, Config
-from zgraph.disk import padded
 from zgraph.errors import DiskError, OptionError, VerifyError
 from zgraph.footprint import Kind, footprint, spilled_bytes
 from zgraph.hardware import Hardware
@@ -35,7 +34,8 @@ from zgraph.passes.offload_activations import SLACK
 from zgraph.pipeline import Pass, run
 from zgraph.plans import show_bytes
 from zgraph.program import Mesh, Program, operand, target_name
-from zgraph.timeline import DISK_IN, DISK_OUT, play
+from zgraph.tiers import padded
+from zgraph.timeline import INWARD, OUTWARD, play
 
 aten = torch.ops.aten
 ACTIVATIONS = {"activations": "disk"}
@@ -164,7 +164,7 @@ def test_what_was_written_over_in_forward_goes_as_it_is_left() -> None:
 def test_bytes_and_seconds_are_predicted() -> None:
     program, spilled = spilling(deep(), SOME_TIME), 4 * ONE
     timeline = play(program, machine(SOME_TIME))
-    for lane in (DISK_IN, DISK_OUT):
+    for lane in (INWARD["disk"], OUTWARD["disk"]):
         moved = [event for event in timeline.events if event.lane == lane]
         assert sum(event.cost.num_bytes for event in moved) == spilled
         assert timeline.busy_s[lane] == pytest.approx(spilled / SOME_TIME * machine(SOME_TIME).devices_per_node)
@@ -274,8 +274,8 @@ def losses(model: Any, *batches: Tensor) -> list[Tensor]:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "alone": {},
-    "all on the disk": {"offload": {**EVERYTHING, "activations": WAITED_FOR}},
-    "waited for": {"offload": {"activations": WAITED_FOR}},
+    "all on the disk": {"offload": {**EVERYTHING, "activations": WAITED_FOR["disk"]}},
+    "waited for": {"offload": {"activations": WAITED_FOR["disk"]}},
     "accumulated": {"accumulate": 2, "clip_norm": 0.1},
     "in low precision": {"precision": "bf16"},
     "recomputed": {"recompute": "operators"},
@@ -336,7 +336,7 @@ def test_steps_share_the_room_that_is_found_before_they_run() -> None:
     for batch in (X, X[:900], torch.cat([X, X])):
         model.train_step(batch)
         sizes.append(model.stats()["spilled_bytes"])
-        disk = model._zgraph.state.disk
+        disk = model._zgraph.state.tier
         assert padded(sizes[-1]) == disk.used_bytes
     assert sizes[0] == sizes[1] < sizes[2]
 
@@ -407,12 +407,14 @@ def test_what_only_backward_reads_goes_as_soon_as_it_is_there() -> None:
     assert spilled_bytes(model.program) > 0
 
 
-def test_on_a_gpu_it_is_refused() -> None:
+def test_tiers_that_a_machine_does_not_have_are_refused() -> None:
     program = plain(deep())
+    with pytest.raises(OptionError, match=r"to the host on a CPU, .*\n.*say 'disk'"):
+        OffloadActivations(machine(NO_TIME), tier="host").rewrite(program)
     assert program.layout is not None
     there = [replace(bucket, device=torch.device("cuda")) for bucket in program.layout.buckets]
     program.layout = replace(program.layout, buckets=tuple(there))
-    with pytest.raises(OptionError, match="on cuda: so far tensors move on CPUs only"):
+    with pytest.raises(OptionError, match=r"to a disk on cuda: so far tensors move there on CPUs only\n.*say 'host'"):
         OffloadActivations(machine(NO_TIME)).rewrite(program)
 
 

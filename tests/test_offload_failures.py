@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from tests.offloading import EVERYTHING, ON_DISK, X, small
-from zgraph.disk import padded
 from zgraph.errors import DiskError, OptionError, StateError
-from zgraph.footprint import state_on_disk
+from zgraph.footprint import state_on
+from zgraph.tiers import padded
 
 REPO = Path(__file__).parents[1]
 
@@ -61,7 +61,8 @@ def test_optimizer_state_that_torch_cannot_load_leaves_the_parameters_as_they_ar
             {"offload": {"gradients": "disk"}},
             "gradients with accumulate=1, the default, where each dies in the update of its bucket",
         ),
-        ({"offload": {"optimizer": "host"}}, "'optimizer' can lie on 'disk', not on 'host'"),
+        ({"offload": {"optimizer": "tape"}}, "'optimizer' can lie on 'host' or 'disk', not on 'tape'"),
+        ({"offload": {"optimizer": "host"}, "offload_path": "/tmp"}, "offload_path, and .* nothing lies on a disk"),
         ({"offload_path": "/tmp"}, "offload_path without offload"),
         ({"offload": ON_DISK, "offload_path": 3}, "offload_path=3 is no path"),
     ],
@@ -94,13 +95,13 @@ def test_a_disk_without_room_is_refused_before_anything_changes(monkeypatch: pyt
         with pytest.raises(DiskError, match=r"cannot reserve .* bytes, .*: No space left on device\n.*make room there"):
             model.train_step(X)
     model.train_step(X)
-    assert asked == [sum(padded(size) for size in state_on_disk(model.program).values())]
+    assert asked == [sum(padded(size) for size in state_on("disk", model.program).values())]
 
 
 def test_a_block_that_has_changed_stops_the_step_that_reads_it() -> None:
     model, _ = small(offload=ON_DISK)
     model.train_step(X)
-    disk = model._zgraph.state.disk
+    disk = model._zgraph.state.tier
     with open(f"/proc/self/fd/{disk._fd}", "r+b") as file:
         file.write(b"\xff" * 8)
     with pytest.raises(DiskError, match="gave back other bytes than were written"):

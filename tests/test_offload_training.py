@@ -18,7 +18,7 @@ from tests.reference import slow
 from zgraph.disk import DiskTensor
 from zgraph.errors import StateError, ZgraphError
 from zgraph.flat import FlatTensors
-from zgraph.footprint import state_on_disk
+from zgraph.footprint import state_on
 from zgraph.program import Role
 
 
@@ -49,7 +49,7 @@ def test_any_optimizer_trains_bit_for_bit_as_in_memory(optimizer: str) -> None:
     expected, found = train("awkward", optimizer), train("awkward", optimizer, offload=ON_DISK)
     assert_bitwise(found, expected)
     in_memory, on_disk = expected[3].stats(), found[3].stats()
-    moved = sum(state_on_disk(found[3].program).values())
+    moved = sum(state_on("disk", found[3].program).values())
     assert on_disk["disk_bytes"] == on_disk["disk_read_bytes"] == on_disk["disk_written_bytes"] == moved > 0
     assert on_disk["optimizer_state_bytes"] + moved == in_memory["optimizer_state_bytes"]
     assert in_memory["disk_bytes"] == 0
@@ -80,7 +80,7 @@ def test_any_recipe_trains_bit_for_bit_as_in_memory(options: str) -> None:
     for offload in (ON_DISK, EVERYTHING):
         found = train("gpt_tied", "adamw", **OPTIONS[options], offload=offload)
         assert_bitwise(found, expected)
-        assert found[3].stats()["disk_bytes"] == sum(state_on_disk(found[3].program).values()) > 0
+        assert found[3].stats()["disk_bytes"] == sum(state_on("disk", found[3].program).values()) > 0
 
 
 @pytest.mark.slow
@@ -91,7 +91,7 @@ def test_gradients_are_added_up_on_a_disk_bit_for_bit_as_in_memory(options: dict
     assert_bitwise(found, expected)
     runtime = found[3].__dict__["_zgraph"]
     assert all(isinstance(each, DiskTensor) for each in runtime.state.gradients.values())
-    on_disk = state_on_disk(found[3].program)
+    on_disk = state_on("disk", found[3].program)
     sums = sum(num_bytes for what, num_bytes in on_disk.items() if what.role is Role.GRADIENT)
     stats = found[3].stats()
     assert 0 < sums < stats["disk_bytes"] == sum(on_disk.values())
@@ -169,7 +169,7 @@ def test_parameters_on_a_disk_are_the_users_and_have_no_memory() -> None:
     model.register_forward_pre_hook(lambda module, _: module[0].weight.zero_())
     with (
         torch.no_grad(),
-        pytest.raises(StateError, match=r"would write to parameter '0\.weight', which lies on a disk"),
+        pytest.raises(StateError, match=r"would write to parameter '0\.weight', which lies on a lower tier"),
     ):
         model(X)
 
@@ -311,22 +311,6 @@ def test_where_it_would_help_a_refusal_says_so() -> None:
     ways = planned(least.reserved_bytes - 1, disk=1e12).ways_out
     (way,) = (way for way in ways if way.change == f"offload={ON_DISK!r}")
     assert way.reserved_bytes < least.reserved_bytes
-
-
-def test_on_a_gpu_nothing_is_chosen_for_the_disk_and_the_plan_says_so() -> None:
-    batch = (torch.empty(4, 512),)
-    plan = zgraph.plan(
-        stack,
-        torch.optim.AdamW,
-        batch=batch,
-        world_size=1,
-        hardware="A100-80",
-        loss=mean_square,
-        offload="auto",
-        zero=0,
-    )
-    assert "offload" not in plan.options
-    assert "nothing was offloaded: on cuda, so far nothing can be" in plan.notes
 
 
 def test_a_model_is_trained_as_its_budget_says() -> None:

@@ -94,11 +94,25 @@ def test_nodes_are_given_to_a_plan_by_their_ranks(
     assert {name: options[name] for name in expected} == expected
 
 
+@pytest.mark.parametrize(("memory", "fits"), [("64GiB", True), ("1MiB", False)])
+def test_the_memory_of_the_host_says_what_fits_there(
+    memory: str, fits: bool, config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", "--hf", config, "--world", "1", "--hardware", "h100", "--seq", "16", *FIXED, "--json"]
+    assert cli.main([*arguments, "--offload", "optimizer=host", "--host-memory", memory]) == (0 if fits else 1)
+    found = json.loads(capsys.readouterr().out)
+    assert (found["chosen"]["host_bytes"] <= found["host_budget_bytes"]) is fits
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
         (["--offload", "optimizer=disk", "--in-flight", "none"], {"offload": {"optimizer": "disk"}, "in_flight": None}),
         (["--offload", "optimizer=disk,parameters=disk"], {"offload": {"optimizer": "disk", "parameters": "disk"}}),
+        (
+            ["--offload", "activations=disk, waited for,optimizer=disk"],
+            {"offload": {"activations": "disk, waited for", "optimizer": "disk"}},
+        ),
         (["--zero", "3", "--unshard", "0.5"], {"unshard": 0.5}),
     ],
 )
@@ -162,6 +176,8 @@ def test_a_function_gives_a_model_and_its_batch(
         (["--preset", "gpt2", "--world", "4", "--secondary-size", "auto"], "secondary_size='auto'"),
         (["--preset", "gpt2", "--world", "1", "--nic", "fast"], "nic='fast'"),
         (["--preset", "gpt2", "--world", "1", "--nic", "1GB"], "--nic"),
+        (["--preset", "gpt2", "--world", "1", "--host-memory", "64GiB"], "--host-memory"),
+        (["--preset", "gpt2", "--world", "1", "--host-memory", "much"], "host_memory='much'"),
         (["--preset", "gpt2", "--world", "1", "--devices-per-node", "2"], "--devices-per-node"),
         (["--hf", "absent.json", "--world", "1"], "absent.json"),
         (["--hf", "absent.json", "--preset", "gpt2", "--world", "1"], "--preset and --hf name a model each (leave one"),

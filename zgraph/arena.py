@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from zgraph.codegen.emit import Step
-from zgraph.disk import PAGE
+from zgraph.tiers import PAGE
 
 
 class Arena:

@@ -5,10 +5,8 @@ What the model and its optimizer hold on the device already is part of what a st
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from zgraph.choices import ACCUMULATE, SEARCHED
 from zgraph.config import Config, parse_bytes
 from zgraph.decision import AUTO, fixed_options
 from zgraph.errors import OptionError
+from zgraph.machines import available_bytes, ranks_here
 from zgraph.plans import MARGIN
 
 
@@ -82,23 +81,7 @@ def free_bytes(device: torch.device, num_ranks: int, held: Iterable[torch.Tensor
         free = torch.cuda.mem_get_info(device)[0]
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # what torch keeps for itself
     else:
-        free = min(_free_on_host()) // int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
+        free = available_bytes() // ranks_here(num_ranks)
     storages = {t.untyped_storage() for t in held if t.device.type == device.type}
     sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
     return int((free + sum(sizes.values())) * (1 - MARGIN))
-
-
-def _free_on_host() -> Iterator[int]:
-    """Bytes of memory that are available: on the machine, and within each control group (v2) of this process."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            yield int(line.split()[1]) * 1024
-    own = next((line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line[:3] == "0::"), "/")
-    group = Path("/sys/fs/cgroup") / own.lstrip("/")
-    for each in (group, *group.parents):
-        try:
-            most, used = ((each / f"memory.{name}").read_text().strip() for name in ("max", "current"))
-        except OSError:  # the root has no limit, and a container may not see its group
-            continue
-        if most != "max":
-            yield max(int(most) - int(used), 0)

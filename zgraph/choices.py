@@ -22,28 +22,33 @@ CHAINED: dict[str, tuple[Any, ...]] = {"recompute": (None, "operators", "blocks"
 micro-batches."""
 
 OFFLOAD = "offload"
-"""Searched, where that is asked for, in ``OFFLOADS``."""
+"""Searched, where that is asked for, in ``offloads``."""
 
-_STATE = {"optimizer": "disk"}
-_ALL_STATE = {**_STATE, "parameters": "disk"}
-_HIDDEN, _WAITED_FOR = {"activations": "disk"}, {"activations": WAITED_FOR}
 
-OFFLOADS: tuple[Any, ...] = (
-    None,
-    _HIDDEN,
-    _STATE,
-    {**_STATE, **_HIDDEN},
-    _ALL_STATE,
-    {**_ALL_STATE, **_HIDDEN},
-    {**_ALL_STATE, **_WAITED_FOR},
-    {**_ALL_STATE, "gradients": "disk", **_WAITED_FOR},
-)
-"""What lies on a disk: activations as far as nothing waits for them, and state, which is needed once in a step, before
-parameters, which are needed twice or more; then activations for which computing waits; last of all, where there are
-micro-batches, sums of gradients, which are needed and written in each of them."""
+def offloads(tier: str) -> tuple[Any, ...]:
+    """What may lie on a lower tier, by options.
+
+    Activations as far as nothing waits for them, and state, which is needed once in a step, before parameters, which
+    are needed twice or more; then activations for which computing waits; last of all, where there are micro-batches,
+    sums of gradients, which are needed and written in each of them.
+    """
+    state = {"optimizer": tier}
+    all_state = {**state, "parameters": tier}
+    hidden, waited_for = {"activations": tier}, {"activations": WAITED_FOR[tier]}
+    return (
+        None,
+        hidden,
+        state,
+        {**state, **hidden},
+        all_state,
+        {**all_state, **hidden},
+        {**all_state, **waited_for},
+        {**all_state, "gradients": tier, **waited_for},
+    )
+
 
 _LESS = (None, 0, 0, 2, 2, 4, 5, 6)
-"""For each of ``OFFLOADS`` the one, by index, of which all lies there, too, and which is never slower."""
+"""For each of ``offloads`` the one, by index, of which all lies there, too, and which is never slower."""
 
 LEVELS = (None, 0.25, 0.5, 0.75, 1.0)
 """Of recomputation, instead, where a model is not long: to weigh single activations takes seconds for each choice."""
@@ -126,6 +131,7 @@ def family(
     *,
     is_long: bool = True,
     has_tiles: bool = True,
+    tier: str = "disk",
 ) -> list[Choice]:
     """All choices, milder ones first.
 
@@ -136,6 +142,7 @@ def family(
         devices_per_node: of the machine.
         is_long: the model repeats more blocks than are captured.
         has_tiles: the model has a matrix that is larger than ``TILE_BYTES``.
+        tier: where the machine has what is offloaded.
 
     Raises:
         OptionError: one of them cannot be.
@@ -144,7 +151,7 @@ def family(
     if not is_long:
         chains["recompute"] = LEVELS
     if fixed.get(OFFLOAD) == BY_COST:
-        chains[OFFLOAD] = OFFLOADS
+        chains[OFFLOAD] = offloads(tier)
     crossed = {**chains, **(CROSSED if world > 1 else {"zero": (0,), "shard_size": (None,)})}
     if 1 < devices_per_node < world and world % devices_per_node == 0:
         crossed["shard_size"] = (None, devices_per_node)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from zgraph.errors import OptionError
+from zgraph.hardware import LOWER_TIERS
 from zgraph.program import Mesh
 
 _UNITS = {
@@ -99,16 +100,23 @@ def check_numbers(numbers: Mapping[str, Any], config: Config) -> None:
             raise OptionError(f"{name}={value!r} is out of range", fix=f"give a number from 0 to {_NUMBERS[name]}")
 
 
-WAITED_FOR = "disk, waited for"
-"""Where ``offload`` may keep activations even if computing waits for the disk then."""
+WAITED_FOR = {tier: f"{tier}, waited for" for tier in LOWER_TIERS}
+"""Where ``offload`` may keep activations even if computing waits for them then, by tier."""
 
+_TIERS = tuple(LOWER_TIERS)
 OFFLOADED = {
-    "optimizer": ("disk",),
-    "parameters": ("disk",),
-    "gradients": ("disk",),
-    "activations": ("disk", WAITED_FOR),
+    "optimizer": _TIERS,
+    "parameters": _TIERS,
+    "gradients": _TIERS,
+    "activations": (*_TIERS, *WAITED_FOR.values()),
 }
-"""What may lie elsewhere than in memory, and where."""
+"""What may lie elsewhere than in the memory that is computed in, and where."""
+
+
+def activations_on(offload: Mapping[str, str]) -> tuple[str, bool]:
+    """The tier that activations go to, and whether computing may wait for them."""
+    given = offload["activations"]
+    return given.split(",")[0], given in WAITED_FOR.values()
 
 
 def _check_offload(config: Config) -> None:
@@ -134,6 +142,8 @@ def _check_offload(config: Config) -> None:
         raise OptionError(f"offload_path={path!r} is no path", fix="give the directory as a string")
     if path is not None and given is None:
         raise OptionError("offload_path without offload", fix=fix)
+    if path is not None and isinstance(given, dict) and not any(tier.startswith("disk") for tier in given.values()):
+        raise OptionError(f"offload_path, and with offload={given!r} nothing lies on a disk", fix="leave it out")
 
 
 def _check_tiles(config: Config) -> None:
@@ -257,13 +267,14 @@ class Config:
             tiling: ZeRO-Infinity, Rajbhandari et al., 2021, section 5.1.3). Every element is the same sum as in the
             whole product, up to the order in which a library adds up for another width. By default a matrix is whole
             where it is read.
-        offload: where what a step does not need all the time lies instead of in memory. ``{"optimizer": "disk"}``
+        offload: where what a step does not need all the time lies instead of in memory: on a CPU ``"disk"``, as here,
+            and on a GPU ``"host"``, the memory of its host. ``{"optimizer": "disk"}``
             keeps vectors of optimizer state on a disk: each bucket's come from there for its update, and go back, while
             others are computed. ``"parameters": "disk"`` does so with what each rank stores of parameters, which come
             for forward, for backward and for their update. ``"gradients": "disk"``, with ``accumulate``, does so with
             their sums over micro-batches. ``"activations": "disk"`` spills what forward leaves for
             backward, as much as the disk is predicted to take and give back while other calls compute; ``"disk, waited
-            for"`` spills all that lowers the peak, and lets them wait. On CPUs. With ``memory=``, ``"auto"`` keeps
+            for"`` spills all that lowers the peak, and lets them wait. With ``memory=``, ``"auto"`` keeps
             there what the budget has no room for, where that is faster than other ways to take less memory.
         offload_path: the directory, on a local disk, for files without names that are gone when the process ends; by
             default ``/var/tmp``.

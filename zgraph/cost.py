@@ -20,7 +20,7 @@ from zgraph.curves import maximum, minimum
 from zgraph.hardware import Hardware
 from zgraph.into import into
 from zgraph.program import REPLICA, Mesh, Program
-from zgraph.work import ATTENTION, DISK, FREE, LINK, LOOKUP, MATRIX, NOTHING, Size, Work, works
+from zgraph.work import ATTENTION, DISK, FREE, HOST, LINK, LOOKUP, MATRIX, NOTHING, Size, Work, works
 
 _AS_FAST_AS = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
 _COUNTED = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
@@ -137,8 +137,8 @@ def _alone(work: Work, hardware: Hardware) -> Size:
     """Seconds of some work that nothing precedes."""
     if work.unit == LINK:
         return hardware.collective_s(work.collective, work.read_bytes, work.world, together=work.together)
-    if work.unit == DISK:
-        way = ("disk", "device") if work.family == "load" else ("device", "disk")
+    if work.unit in (HOST, DISK):
+        way = (work.unit, "device") if work.family == "load" else ("device", work.unit)
         return hardware.transfer_s(*way, work.num_bytes)
     if work.unit == LOOKUP:
         return hardware.gather_s(work.num_bytes)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from zgraph.choices import ACCUMULATE, CHAINED, OFFLOAD, OFFLOADS, SEARCHED, searched
+from zgraph.choices import ACCUMULATE, CHAINED, OFFLOAD, SEARCHED, offloads, searched
 from zgraph.config import Config
 from zgraph.errors import OptionError, ZgraphError
 from zgraph.hardware import Hardware
@@ -43,7 +43,7 @@ def decide(search: Search, budget: int) -> Plan:
     if best is None:
         best = search.least()
         ordered = search.ordered(best)
-        if ordered is not None and ordered.estimate.reserved_bytes <= budget:
+        if ordered is not None and search.fits(ordered.estimate, budget):
             best = ordered
         else:
             ways_out = _WaysOut(search, best, budget).cheapest()
@@ -55,14 +55,16 @@ def decide(search: Search, budget: int) -> Plan:
         best.choice.options,
         search.hardware,
         budget,
-        rejected=tuple(Rejected(tried.estimate, _why(tried, best, budget)) for tried in _others(search, best, budget)),
+        rejected=tuple(
+            Rejected(tried.estimate, _why(search, tried, best, budget)) for tried in _others(search, best, budget)
+        ),
         ways_out=ways_out,
         notes=search.notes,
     )
 
 
 def _others(search: Search, best: Tried, budget: int) -> list[Tried]:
-    """The best other of each stage, mesh, number of micro-batches, recomputation and what lies on a disk.
+    """The best other of each stage, mesh, number of micro-batches, recomputation and what lies on a lower tier.
 
     Those that fit come first.
     """
@@ -76,7 +78,9 @@ def _others(search: Search, best: Tried, budget: int) -> list[Tried]:
     return list(found.values())[:_NUM_REJECTED]
 
 
-def _why(tried: Tried, best: Tried, budget: int) -> str:
+def _why(search: Search, tried: Tried, best: Tried, budget: int) -> str:
+    if excess := search.too_much_on_host(tried.estimate):
+        return f"{show_bytes(excess)} too much on the host"
     if tried.estimate.reserved_bytes > budget:
         return f"{show_bytes(tried.estimate.reserved_bytes - budget)} too much"
     slower = tried.estimate.step_s / best.estimate.step_s - 1
@@ -105,7 +109,7 @@ class _WaysOut:
     def _found(self) -> list[WayOut]:
         estimate = self._least.estimate
         found: list[WayOut] = []
-        if estimate.reserved_bytes <= (most := default_budget(self._search.hardware)):
+        if self._search.fits(estimate, most := default_budget(self._search.hardware)):
             words = f"{_memory(estimate.reserved_bytes)}, of {show_bytes(most)} that there is"
             found.append(WayOut(words, estimate.step_s, estimate.reserved_bytes, 1.0))
         for ways in (self._offloads(), self._precisions(), self._ranks(), self._machines(), self._batches()):
@@ -126,11 +130,11 @@ class _WaysOut:
         return {**chosen, **self._search.fixed}
 
     def _offloads(self) -> Iterator[WayOut]:
-        """On a CPU, the least that goes to a disk, if the user has not said what does."""
-        if self._search.hardware.device_type != "cpu" or OFFLOAD in self._search.fixed:
+        """The least that goes to a lower tier, if the user has not said what does."""
+        if OFFLOAD in self._search.fixed:
             return
         fixed = self._fixed(*CHAINED)
-        for what in OFFLOADS[1:]:
+        for what in offloads(self._search.tier)[1:]:
             if "gradients" in what and fixed[ACCUMULATE] == 1:
                 continue
             search = self._search.beside(fixed={**fixed, OFFLOAD: what})

@@ -8,7 +8,6 @@ the file system lets them (``O_DIRECT``). Each block has a CRC, kept in memory a
 from __future__ import annotations
 
 import contextlib
-import copy
 import errno
 import fcntl
 import mmap
@@ -16,7 +15,6 @@ import os
 import threading
 import weakref
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,10 +26,8 @@ import torch
 
 from zgraph.errors import DiskError
 from zgraph.files import passing_name, remove_left_behind
+from zgraph.tiers import PAGE, Stored, Tier, bytes_of, padded
 from zgraph.workers import Job, Workers
-
-PAGE = 4096
-"""Bytes: direct transfers begin and end at multiples of it, in memory and in the file; no disk of today needs more."""
 
 BLOCK_BYTES = 2**21
 """Of one read or write, and of what has one CRC: enough for a disk to be at its fastest with a few of them at once."""
@@ -44,40 +40,25 @@ DEFAULT_PATH = "/var/tmp"
 that it is not in memory, as ``/tmp`` often is."""
 
 
-def padded(num_bytes: int) -> int:
-    """Bytes that a tensor of so many takes up in a file: a page at least."""
-    return max(-(-num_bytes // PAGE), 1) * PAGE
-
-
-@dataclass
-class Moved:
-    """Bytes of tensors that were read and written."""
-
-    read_bytes: int = 0
-    written_bytes: int = 0
-
-
-class Disk:
+class Disk(Tier):
     """A file, and the room in it.
 
     Args:
         path: of the directory that it lies in.
 
     Attributes:
-        num_bytes: of the file: what is reserved.
+        num_bytes: of the file.
         is_direct: transfers go past the page cache.
-        moved: since it was last set anew.
 
     Raises:
         DiskError: there can be no file; with the path and the reason.
     """
 
+    name = "disk"
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__()
         self.path = Path(path)
-        self.num_bytes = 0
-        self.moved = Moved()
-        self._free: list[tuple[int, int]] = []  # start and end of what is free, in order
-        self._returned: deque[tuple[int, int]] = deque()  # what has become free since, in whichever thread
         self._scratch = threading.local()
         self._failure: DiskError | None = None
         with self._explained("make a file"):
@@ -97,36 +78,16 @@ class Disk:
         memo[id(self)] = copied = Disk(self.path)
         return copied
 
-    @property
-    def used_bytes(self) -> int:
-        """Of the file, what tensors take up."""
-        return self.num_bytes - sum(end - start for start, end in self._gaps())
+    def tensor(self, start: int, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> DiskTensor:
+        return DiskTensor(self, start, shape, strides, dtype)
 
-    def reserve(self, num_bytes: int) -> None:
-        """Have room for so many bytes beside those that are used, or refuse.
+    def check_room(self, num_bytes: int, ranks: int) -> None:
+        """Room is taken at once or not at all: see ``reserve``."""
 
-        Raises:
-            DiskError: there is no room, or no writing; with what is missing.
-        """
-        more = self.used_bytes + num_bytes - self.num_bytes
-        if more > 0:
-            with self._explained(f"reserve {num_bytes} bytes, {more} more than there are,"):
-                os.posix_fallocate(self._fd, self.num_bytes, padded(more))
-            self.give_back(self.num_bytes, self.num_bytes + padded(more))
-            self.num_bytes += padded(more)
-
-    def allocate(self, numel: int, dtype: torch.dtype) -> DiskTensor:
-        """Room for a vector, which may not be read before it is written; it is free again when nothing refers to it."""
-        size = padded(numel * dtype.itemsize)
-        if all(end - start < size for start, end in self._gaps()):
-            self.reserve(size + self.num_bytes - self.used_bytes)  # in one piece, and not in those that there are
-        gaps = self._gaps()
-        index = next(i for i, (start, end) in enumerate(gaps) if end - start >= size)
-        start, end = gaps[index]
-        gaps[index : index + 1] = [(start + size, end)] if end - start > size else []
-        found = DiskTensor(self, start, (numel,), (1,), dtype)
-        weakref.finalize(found, self.give_back, start, start + size)
-        return found
+    def _grow(self, more: int, num_bytes: int) -> int:
+        with self._explained(f"reserve {num_bytes} bytes, {more} more than there are,"):
+            os.posix_fallocate(self._fd, self.num_bytes, more)
+        return self.num_bytes
 
     def check(self) -> None:
         """Tell what could not be written.
@@ -218,23 +179,6 @@ class Disk:
                 raise OSError(errno.EIO, f"only {done} bytes were moved")
             done += moved
 
-    # -- room -------------------------------------------------------------------------------------------------
-
-    def give_back(self, start: int, end: int) -> None:
-        """What lies there is needed no more."""
-        self._returned.append((start, end))
-
-    def _gaps(self) -> list[tuple[int, int]]:
-        """What is free, neighbours joined."""
-        while self._returned:
-            self._free.append(self._returned.popleft())
-        self._free.sort()
-        for i in range(len(self._free) - 1, 0, -1):
-            (start, end), (then, last) = self._free[i - 1 : i + 1]
-            if end == then:
-                self._free[i - 1 : i + 1] = [(start, last)]
-        return self._free
-
     @contextlib.contextmanager
     def _explained(self, action: str) -> Iterator[None]:
         """Say what could not be done where."""
@@ -250,42 +194,20 @@ class Disk:
 _RESTART = "restart from what was saved last"
 
 
-class DiskTensor:
-    """A tensor without gaps between its elements that lies in a file.
+class DiskTensor(Stored):
+    """A tensor in a file."""
 
-    Attributes:
-        shape, strides, dtype, nbytes: as of a tensor in memory; strides in elements.
-    """
+    tier: Disk
 
     def __init__(
         self, disk: Disk, start: int, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype
     ) -> None:
-        self._disk, self._start = disk, start
-        self._room: DiskTensor | None = None
-        self.shape, self.strides, self.dtype = torch.Size(shape), tuple(strides), dtype
-        self.nbytes = self.shape.numel() * dtype.itemsize
+        super().__init__(disk, start, shape, strides, dtype)
         self._crcs: list[int | None] = [None] * -(-self.nbytes // BLOCK_BYTES)
         self._writing: list[Job] = []
         self._unwritten: torch.Tensor | None = None
 
-    def part(self, start: int, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> DiskTensor:
-        """A tensor in the room of this one, which keeps it; what parts share is what was written there last.
-
-        Args:
-            start: its first byte, counted from this one's: a multiple of ``PAGE``.
-            shape, strides, dtype: of a tensor without gaps between its elements.
-        """
-        found = DiskTensor(self._disk, self._start + start, shape, strides, dtype)
-        found._room = self
-        return found
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> DiskTensor:
-        disk: Disk = copy.deepcopy(self._disk, memo)
-        memo[id(self)] = copied = disk.allocate(self.shape[0], self.dtype)
-        copied.write(self.read())
-        return copied
-
-    def load(self, out: torch.Tensor | None = None) -> Transfer:
+    def load(self, out: torch.Tensor | None = None) -> DiskTransfer:
         """Start to read it.
 
         Args:
@@ -293,53 +215,33 @@ class DiskTensor:
         """
         assert all(job.is_done for job in self._writing), "it is still being written"
         if self._unwritten is not None:
-            return Transfer([], self._unwritten if out is None else out.copy_(self._unwritten))
+            return DiskTransfer([], self._unwritten if out is None else out.copy_(self._unwritten))
         result = torch.empty_strided(self.shape, self.strides, dtype=self.dtype) if out is None else out
-        self._disk.moved.read_bytes += self.nbytes
-        disk = self._disk
+        self.tier.moved.read_bytes += self.nbytes
+        disk = self.tier
         jobs = [disk.submit(disk.read, block, start, self._crcs[index]) for index, block, start in self._blocks(result)]
-        return Transfer(jobs, result)
+        return DiskTransfer(jobs, result)
 
-    def store(self, value: torch.Tensor) -> Transfer:
+    def store(self, value: torch.Tensor) -> DiskTransfer:
         """Start to write ``value``, which must stay as it is until that has been waited for.
 
         What fails is told by ``Disk.check``, so that a step can go on to its end, together with other ranks. What a
         room was to hold is then held in memory, so that it can be loaded as if it had been written.
         """
-        assert value.shape == self.shape, "another shape"
-        assert value.dtype == self.dtype, "another dtype"
-        if _layout(value.shape, value.stride()) != _layout(self.shape, self.strides):
-            value = torch.empty_strided(self.shape, self.strides, dtype=self.dtype).copy_(value)
+        value = self._as_stored(value)
         self._unwritten = None
-        self._disk.moved.written_bytes += self.nbytes
+        self.tier.moved.written_bytes += self.nbytes
         self._crcs = [None] * len(self._crcs)
         self._writing = [
-            self._disk.submit(self._write_block, index, block, start) for index, block, start in self._blocks(value)
+            self.tier.submit(self._write_block, index, block, start) for index, block, start in self._blocks(value)
         ]
-        return Transfer(self._writing, self, value, self._disk)
-
-    def read(self) -> torch.Tensor:
-        """All of it, in memory of its own.
-
-        Raises:
-            DiskError: it cannot be read, or is not what was written.
-        """
-        return self.load().wait()  # type: ignore[no-any-return]
-
-    def write(self, value: torch.Tensor) -> None:
-        """Write all of it.
-
-        Raises:
-            DiskError: it cannot be written.
-        """
-        self.store(value).wait()
-        self._disk.check()
+        return DiskTransfer(self._writing, self, value, self.tier)
 
     def _blocks(self, tensor: torch.Tensor) -> Iterator[tuple[int, np.ndarray, int]]:
         """Number, memory and place in the file of each block."""
-        data = tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
+        data = bytes_of(tensor).numpy()
         for index, at in enumerate(range(0, self.nbytes, BLOCK_BYTES)):
-            yield index, data[at : at + BLOCK_BYTES], self._start + at
+            yield index, data[at : at + BLOCK_BYTES], self.start + at
 
     def keep_unwritten(self, value: torch.Tensor) -> None:
         """Hold what could not be written, if this is part of a room: nothing but this step needs it."""
@@ -347,11 +249,11 @@ class DiskTensor:
             self._unwritten = value.clone()
 
     def _write_block(self, index: int, data: np.ndarray, start: int) -> None:
-        self._crcs[index] = self._disk.write(data, start)
+        self._crcs[index] = self.tier.write(data, start)
 
 
 @dataclass
-class Transfer:
+class DiskTransfer:
     """A read or a write that has been started."""
 
     jobs: list[Job]
@@ -382,11 +284,6 @@ class Transfer:
 def _close(fd: int, workers: Workers) -> None:
     workers.end()
     os.close(fd)
-
-
-def _layout(shape: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
-    """Sizes and strides, but for dimensions of one element, whose strides say nothing."""
-    return [(size, stride) for size, stride in zip(shape, strides, strict=True) if size != 1]
 
 
 def _is_in_memory(fd: int) -> bool:

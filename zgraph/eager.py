@@ -85,7 +85,7 @@ class GatherOnUse(OnTouch):
         if written is not None and func not in _METADATA:
             raise StateError(
                 f"{func.__name__} would write to parameter {written!r}, which "
-                + ("is divided over the ranks" if self._params.sharded else "lies on a disk"),
+                + ("is divided over the ranks" if self._params.sharded else "lies on a lower tier"),
                 fix="change parameters through model.load_state_dict(), or before zgraph.compile",
             )
         return super().__torch_function__(func, types, args, kwargs)

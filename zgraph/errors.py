@@ -56,6 +56,10 @@ class DiskError(ZgraphError, OSError):
     """State that lies on a disk cannot be written there, or not be read again."""
 
 
+class HostError(ZgraphError):
+    """What is to lie in the memory of a device's host has no room there."""
+
+
 class VerifyError(ZgraphError):
     """A pass produced a program that breaks a rule; the program was not run."""
 

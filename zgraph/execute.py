@@ -12,7 +12,6 @@ from zgraph.agreement import CheckedComm
 from zgraph.arena import Arena
 from zgraph.codegen.emit import Step
 from zgraph.comm import Comm
-from zgraph.disk import DiskTensor
 from zgraph.heap import release_free_memory
 from zgraph.layout import Bucket
 from zgraph.packed import pack, unpacked_numel
@@ -20,6 +19,7 @@ from zgraph.program import Input, Program, Role, StateInit
 from zgraph.skipping import NUM_SKIPPED
 from zgraph.spilled import SpillRoom
 from zgraph.state import TrainingState
+from zgraph.tiers import Stored
 
 
 class Executable:
@@ -46,15 +46,15 @@ class Executable:
         with torch.no_grad():
             inputs = [self._fetch(what, batch, hypers) for what in self._values]
             arena = (self._arena.tensors(self.step),) if self.step.places else ()
-            disk = (self._spill_room.tensors(self.step),) if self.step.spilled else ()
+            room = (self._spill_room.tensors(self.step),) if self.step.spilled else ()
             # In grad mode, as in eager: nn.LSTM's operator keeps what its backward needs only there. No input requires
             # a gradient, so autograd records nothing.
             try:
                 with torch.enable_grad():
-                    loss, *new = self.step.function(inputs, self._comm, *arena, *disk)
+                    loss, *new = self.step.function(inputs, self._comm, *arena, *room)
             finally:
-                if self._state.disk is not None:
-                    self._state.disk.finish()  # a step that failed must not have its memory written to by and by
+                if self._state.tier is not None:
+                    self._state.tier.finish()  # a step that failed must not have its memory written to by and by
             results = dict(zip(self.program.outputs[1:], new, strict=True))
             count = self._state.recipe.get(NUM_SKIPPED.name)
             for what, value in without_unmade(self._values, count, results).items():
@@ -91,7 +91,7 @@ class Executable:
                 bucket = self.program.layout.by_name[what.name]
                 shard = self._divided.shard
                 stored = self._state.keep(what.name, what.key, initial_state(start, val, param, shard, bucket))
-                if isinstance(stored, DiskTensor):
+                if isinstance(stored, Stored):
                     release_free_memory()  # small blocks would come to lie there, and leave no room for the next one
                 return stored
             return entries[what.key]
@@ -114,18 +114,18 @@ class Executable:
     def _stored_param(self, bucket: str) -> torch.Tensor:
         """What this rank stores of a bucket's parameters, in memory."""
         stored = self._state.params[bucket]
-        return stored.read() if isinstance(stored, DiskTensor) else stored
+        return stored.read() if isinstance(stored, Stored) else stored
 
     def _store(self, what: Input, value: Any) -> None:
         if what.role is Role.OPT_STATE:
             old = self._state.opt.get(what.name, {}).get(what.key)
             if isinstance(old, torch.Tensor) and old.dim() == 1:
                 _copy(old, value)
-            elif value is not old:  # the step has not stored it on a disk
+            elif value is not old:  # the step has not stored it on a lower tier
                 self._state.keep(what.name, what.key, value)
         elif what.role is Role.PARAM:
             param = self._state.params[what.name]
-            if isinstance(param, torch.Tensor):  # or the step has stored it on a disk
+            if isinstance(param, torch.Tensor):  # or the step has stored it on a lower tier
                 _copy(param, value)
         elif what.role is Role.BUFFER:
             _copy(self._state.buffer(what.name), value)
@@ -133,7 +133,7 @@ class Executable:
             self._state.recipe[what.name] = value
         elif what.role is Role.GRADIENT:
             total = self._state.gradients[what.name]
-            if isinstance(total, torch.Tensor):  # or the step has stored it on a disk
+            if isinstance(total, torch.Tensor):  # or the step has stored it on a lower tier
                 _copy(total, value)
         else:
             _copy(self.program.constants[what.name], value)

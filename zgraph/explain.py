@@ -14,6 +14,7 @@ from typing import Any
 
 from zgraph.config import Config
 from zgraph.errors import OptionError
+from zgraph.hardware import LOWER_TIERS, MOVERS
 from zgraph.plans import NO_WAY_OUT, Owner, Plan, show_bytes, show_options, show_s
 from zgraph.report import Report
 from zgraph.report.runs import unrolled
@@ -29,6 +30,7 @@ _LIMITS = {
     "computing": "The device's computing limits it",
     "links": "The links between ranks limit it",
     "the host": "The host, which issues calls, limits it",
+    "the link to the host": "The link to the host limits it",
     "the disk": "The disk limits it",
 }
 
@@ -96,17 +98,18 @@ def _memory(document: Mapping[str, Any]) -> Iterator[str]:
     at = f"in {where}" + (f" of {module}" if module else "")
     yield f"At the peak, {at}, tensors hold {show_bytes(totals[peak])}: {', '.join(shares)}."
     yield from (str(Owner(**owner)) for owner in last["owners"][:_NUM_TOLD])
-    stored = {kind: held[peak] for kind, held in _on_disk(program).items() if held[peak]}
-    if stored:
-        told = ", ".join(f"{show_bytes(held)} of {kind}" for kind, held in stored.items())
-        yield f"On each rank's disk, then, lie {told}."
+    for tier, on_tier in _away(program).items():
+        stored = {kind: held[peak] for kind, held in on_tier.items() if held[peak]}
+        if stored:
+            told = ", ".join(f"{show_bytes(held)} of {kind}" for kind, held in stored.items())
+            yield f"On each rank's {tier}, then, lie {told}."
 
 
 def _step(plan: Plan, document: Mapping[str, Any]) -> Iterator[str]:
     chosen = plan.chosen
     parts: Counter[str] = Counter()
     families: Counter[str] = Counter()
-    waiting = "waiting for links" + (" or the disk" if _has_disk(document) else "")
+    waiting = " or ".join(["waiting for links", *_movers(document)])
     for program in document["programs"]:
         last, times = program["passes"][-1], program["repeats"]
         parts[waiting] += last["exposed_s"] * times
@@ -144,9 +147,10 @@ def _step(plan: Plan, document: Mapping[str, Any]) -> Iterator[str]:
         yield f"No order of the same calls takes less than {show_s(plan.least_s)}, which is {plan.gap:.1%} less."
 
 
-def _has_disk(document: Mapping[str, Any]) -> bool:
-    """Whether a step moves something to or from a disk."""
-    return any("the disk" in program["if_faster"] for program in document["programs"])
+def _movers(document: Mapping[str, Any]) -> list[str]:
+    """What moves something to or from lower tiers in a step, in words."""
+    used = {what for program in document["programs"] for what in program["if_faster"]}
+    return [words for words in MOVERS.values() if words in used]
 
 
 def _families(document: Mapping[str, Any], order: Sequence[Sequence[int]]) -> Counter[str]:
@@ -164,7 +168,8 @@ def _families(document: Mapping[str, Any], order: Sequence[Sequence[int]]) -> Co
 def _communication(document: Mapping[str, Any]) -> Iterator[str]:
     received = sum(each["passes"][-1]["communicated_bytes"] * each["repeats"] for each in document["programs"])
     num = sum(each["passes"][-1]["num_collectives"] * each["repeats"] for each in document["programs"])
-    if not num and not _has_disk(document):
+    movers = _movers(document)
+    if not num and not movers:
         return
     if num:
         yield f"A rank receives {show_bytes(received)} in the {num:,} collectives of a step."
@@ -180,7 +185,7 @@ def _communication(document: Mapping[str, Any]) -> Iterator[str]:
         exposed += each.seconds * times
     told = [(what, seconds) for what, seconds in waits.most_common(_NUM_TOLD) if seconds > _SMALL * exposed]
     if not told or not exposed:
-        yield f"Computing never waits for {'them' if num else 'the disk'}."
+        yield f"Computing never waits for {'them' if num else ' or '.join(movers)}."
     for (operator, where), seconds in told:
         times = counts[operator, where]
         yield f"Computing waits {show_s(seconds)} for {times:,} x {operator} in {where}."
@@ -216,7 +221,7 @@ def _longest_wait(document: Mapping[str, Any], wait: _Wait) -> Iterator[str]:
         f"{show_s(ends)} and is needed at {show_s(wait.start_s)}."
     )
     if at and lane[at - 1][1] == begins:
-        what = "the disk" if tables["lanes"][rows["lane"][row]] in tables["disk_lanes"] else "the same link"
+        what = tables["transfer_lanes"].get(tables["lanes"][rows["lane"][row]], "the same link")
         yield f"It starts no earlier as {named(lane[at - 1][2])} before it keeps {what} until then."
     elif "reduce" in named(row):
         yield "It starts as soon as what it sends has been computed."
@@ -286,18 +291,21 @@ def _help(plan: Plan, document: Mapping[str, Any]) -> Iterator[str]:
     yield from map(str, plan.ways_out)
     if not plan.fits and not plan.ways_out:
         yield f"No way out was found: {NO_WAY_OUT}."
-    stored = max(sum(held[-1] for held in _on_disk(program).values()) for program in document["programs"])
+    stored = max(
+        sum(held[-1] for on_tier in _away(program).values() for held in on_tier.values())
+        for program in document["programs"]
+    )
     if plan.fits and 0 < stored <= plan.budget_bytes - plan.chosen.reserved_bytes:
-        yield f"All of the {show_bytes(stored)} on the disk would fit into memory: leave out offload."
+        yield f"All of the {show_bytes(stored)} on lower tiers would fit into memory: leave out offload."
     largest = [kind for kind, _ in Counter(plan.by_kind).most_common(_NUM_TOLD) if kind in document["would_free"]]
     for kind in largest:
         yield f"Fewer bytes of {kind}: {document['would_free'][kind]}."
 
 
-def _on_disk(program: Mapping[str, Any]) -> Mapping[str, Sequence[int]]:
-    """Bytes by kind that lie on each rank's disk over the time of a program."""
-    found: Mapping[str, Sequence[int]] = program["passes"][-1]["memory"].get("on_disk", {})
-    return found
+def _away(program: Mapping[str, Any]) -> Mapping[str, Mapping[str, Sequence[int]]]:
+    """By lower tier, bytes by kind that each rank has there over the time of a program."""
+    memory = program["passes"][-1]["memory"]
+    return {tier: memory.get(f"on_{tier}", {}) for tier in LOWER_TIERS}
 
 
 def _more(plan: Plan, search: Search) -> Iterator[str]:

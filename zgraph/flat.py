@@ -1,9 +1,9 @@
 """Flat buffers at run time: what one rank stores of every bucket, and how to read and write parameters in it.
 
 ``FlatTensors`` holds one value (the parameters, or one kind of optimizer state) for all buckets of a layout, whole on
-every rank or divided, in memory or on a disk. The collectives here serve rare operations (building, loading and saving
-state), so they are plain and synchronous; the training step has its own. Values travel as bytes, so that every dtype
-works.
+every rank or divided, in memory or on a lower tier. The collectives here serve rare operations (building, loading and
+saving state), so they are plain and synchronous; the training step has its own. Values travel as bytes, so that every
+dtype works.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from zgraph.disk import Disk, DiskTensor
 from zgraph.groups import HeldGroup, backends
 from zgraph.heap import release_free_memory
 from zgraph.layout import Bucket, Layout
+from zgraph.tiers import Stored, Tier
 
 
 def broadcast(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> None:
@@ -68,9 +68,9 @@ class FlatTensors:
         sharded: each rank stores 1/world of every bucket; otherwise all of it.
         group: the ranks; None for a single process.
         tensors: flat tensors that exist already, by bucket name.
-        num_cached: how many buckets, gathered or read from a disk, are kept in memory at most.
-        on_disk: the buckets that lie on a disk. What is written of them has to be followed by ``flush``.
-        disk: where.
+        num_cached: how many buckets, gathered or read from a lower tier, are kept in memory at most.
+        away: the buckets that lie on a lower tier. What is written of them has to be followed by ``flush``.
+        tier: which.
     """
 
     group = HeldGroup()
@@ -83,21 +83,21 @@ class FlatTensors:
         group: dist.ProcessGroup | None,
         tensors: dict[str, Any] | None = None,
         num_cached: int = 1,
-        on_disk: Collection[str] = (),
-        disk: Disk | None = None,
+        away: Collection[str] = (),
+        tier: Tier | None = None,
     ) -> None:
         self.layout, self.group, self.num_cached = layout, group, num_cached
         self.sharded = sharded and layout.world > 1
         self.tensors: dict[str, Any] = {} if tensors is None else tensors
-        self._on_disk, self._disk = frozenset(on_disk), disk
-        self._opened: OrderedDict[str, torch.Tensor] = OrderedDict()  # of those on a disk
+        self._away, self._tier = frozenset(away), tier
+        self._opened: OrderedDict[str, torch.Tensor] = OrderedDict()  # of those on a lower tier
         self._changed: set[str] = set()
         self._rank = dist.get_rank(group) if group is not None else 0
         self._gathered: OrderedDict[str, torch.Tensor] = OrderedDict()
 
     def is_away(self, name: str) -> bool:
-        """Whether no memory holds the whole value of a parameter for good: its bucket is divided, or on a disk."""
-        return self.sharded or self.layout.find(name)[0].name in self._on_disk
+        """Whether no memory holds the whole value of a parameter for good: its bucket is divided, or is not there."""
+        return self.sharded or self.layout.find(name)[0].name in self._away
 
     def allocate(self, bucket: Bucket, dtype: torch.dtype | None = None) -> torch.Tensor:
         """This rank's flat tensor for a bucket, in memory; zeros (so the padding is zero) if there was none."""
@@ -105,11 +105,11 @@ class FlatTensors:
             return self._in_memory(bucket)
         numel = bucket.numel // self.layout.world if self.sharded else bucket.numel
         flat = torch.zeros(numel, dtype=dtype or bucket.dtype, device=bucket.device)
-        if bucket.name not in self._on_disk:
+        if bucket.name not in self._away:
             self.tensors[bucket.name] = flat
             return flat
-        assert self._disk is not None, "no room was reserved"
-        self.tensors[bucket.name] = self._disk.allocate(numel, flat.dtype)
+        assert self._tier is not None, "no room was reserved"
+        self.tensors[bucket.name] = self._tier.allocate(numel, flat.dtype)
         self._changed.add(bucket.name)
         return self._open(bucket, flat)
 
@@ -118,7 +118,7 @@ class FlatTensors:
         bucket, segment = self.layout.find(name)
         flat = self.allocate(bucket)
         self._gathered.pop(bucket.name, None)
-        if bucket.name in self._on_disk:
+        if bucket.name in self._away:
             self._changed.add(bucket.name)
         start = self._rank * flat.numel() if self.sharded else 0
         low, high = max(segment.offset, start), min(segment.offset + segment.numel, start + flat.numel())
@@ -129,7 +129,7 @@ class FlatTensors:
     def read(self, name: str) -> torch.Tensor:
         """The full value, a view of a bucket; a collective where the bucket is divided and not in the cache.
 
-        Of a bucket that is divided, or on a disk, it is there to be read only.
+        Of a bucket that is divided, or on a lower tier, it is there to be read only.
         """
         bucket, segment = self.layout.find(name)
         whole = self._whole(bucket)
@@ -144,33 +144,33 @@ class FlatTensors:
         self._gathered.clear()
 
     def flush(self) -> None:
-        """Have on the disk what was written of buckets that lie there, and nothing of them in memory.
+        """Have on the lower tier what was written of buckets that lie there, and nothing of them in memory.
 
         Raises:
-            DiskError: it cannot be written.
+            ZgraphError: it cannot be written.
         """
         while self._opened:
             self._close()
 
     def _in_memory(self, bucket: Bucket) -> torch.Tensor:
-        """This rank's flat tensor for a bucket; of one on a disk, what it is."""
+        """This rank's flat tensor for a bucket; of one on a lower tier, what it is."""
         stored = self.tensors[bucket.name]
-        if not isinstance(stored, DiskTensor):
+        if not isinstance(stored, Stored):
             return stored  # type: ignore[no-any-return]
         if bucket.name in self._opened:
             self._opened.move_to_end(bucket.name)
             return self._opened[bucket.name]
         return self._open(bucket, stored)
 
-    def _open(self, bucket: Bucket, value: torch.Tensor | DiskTensor) -> torch.Tensor:
-        """Keep a bucket that lies on a disk in memory for a while, instead of others."""
+    def _open(self, bucket: Bucket, value: torch.Tensor | Stored) -> torch.Tensor:
+        """Keep a bucket that lies on a lower tier in memory for a while, instead of others."""
         while len(self._opened) >= self.num_cached:
             self._close()
-        self._opened[bucket.name] = value.read() if isinstance(value, DiskTensor) else value
+        self._opened[bucket.name] = value.read() if isinstance(value, Stored) else value
         return self._opened[bucket.name]
 
     def _close(self) -> None:
-        """Of the buckets in memory that lie on a disk, have the one there that was used the longest ago."""
+        """Of the buckets in memory that lie on a lower tier, have the one there that was used the longest ago."""
         name, value = self._opened.popitem(last=False)
         if name in self._changed:
             self.tensors[name].write(value)

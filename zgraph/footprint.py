@@ -1,6 +1,6 @@
 """Which bytes a step holds, of what kind, from when to when.
 
-State, batch and constants are held throughout, but for what lies on a disk; temporaries from the call that makes
+State, batch and constants are held throughout, but for what lies on a lower tier; temporaries from the call that makes
 them to the last one that reads them (``zgraph.liveness``). What is alive at the peak, and what it is for, answers why a
 step does not fit.
 """
@@ -10,8 +10,8 @@ from __future__ import annotations
 import enum
 import operator
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -94,27 +94,31 @@ class Footprint:
         holdings: in order of their first position.
         num_positions: nodes of the graph.
         arena_bytes: what a model's arena holds throughout, whatever lies in it.
-        on_disk: what lies on a disk instead, which counts nowhere else.
+        away: what lies on lower tiers instead, by tier, which counts nowhere else.
     """
 
     holdings: tuple[Holding, ...]
     num_positions: int
     arena_bytes: int = 0
-    on_disk: tuple[Holding, ...] = ()
+    away: Mapping[str, tuple[Holding, ...]] = field(default_factory=dict)
 
     @cached_property
     def alive_bytes(self) -> Sequence[int]:
         """Bytes held while each node of the graph runs."""
         return held_bytes(self.holdings, self.num_positions)
 
-    def by_kind(self, *, on_disk: bool = False) -> dict[Kind, Sequence[int]]:
-        """Bytes of each kind held in memory, or on a disk, while each node of the graph runs."""
-        holdings = self.on_disk if on_disk else self.holdings
+    def by_kind(self, tier: str | None = None) -> dict[Kind, Sequence[int]]:
+        """Bytes of each kind held in memory, or on a lower tier, while each node of the graph runs."""
+        holdings = self.holdings if tier is None else self.away.get(tier, ())
         return {kind: held_bytes((h for h in holdings if h.kind is kind), self.num_positions) for kind in Kind}
 
     @cached_property
     def _outside_bytes(self) -> Sequence[int]:
         return held_bytes((h for h in self.holdings if not h.in_arena), self.num_positions)
+
+    def away_bytes(self, tier: str) -> int:
+        """The most that lies on a lower tier at once, with the room of all that a step spills there."""
+        return sum(holding.num_bytes for holding in self.away.get(tier, ()))
 
     @cached_property
     def peak_bytes(self) -> int:
@@ -162,7 +166,7 @@ def footprint(
     found = []
     for node, what in program.placeholders():
         val = node.meta["val"]
-        if isinstance(val, torch.Tensor) and not program.is_on_disk(node):
+        if isinstance(val, torch.Tensor) and program.tier_of(node) is None:
             kind = _OF_ROLE.get(what.role, Kind.BUFFERS)
             found.append(Holding(str(what), kind, val.nbytes, 0, len(nodes) - 1))
     if placement is None:
@@ -180,47 +184,53 @@ def footprint(
             at = (life.first, life.last, origin.module, origin.source)
             found.append(Holding(name, kind, life.num_bytes, *at, in_arena))
     arena_bytes = placement.num_bytes if placement is not None else 0
-    return Footprint(tuple(found), len(nodes), arena_bytes, tuple(_on_disk(program)))
+    away: dict[str, list[Holding]] = {}
+    for tier, holding in _away(program):
+        away.setdefault(tier, []).append(holding)
+    by_tier = {tier: tuple(there) for tier, there in away.items()}
+    return Footprint(tuple(found), len(nodes), arena_bytes, by_tier)
 
 
-def _on_disk(program: Program) -> Iterator[Holding]:
-    """State that lies on a disk, from when it is there on, and what a step spills, until it has been loaded."""
+def _away(program: Program) -> Iterator[tuple[str, Holding]]:
+    """State on a lower tier, from when it is there on, and what a step spills, until it has been loaded."""
     at = {node: position for position, node in enumerate(program.graph.nodes)}
-    for what, node in _stored(program).items():
+    for what, (tier, node) in _stored(program).items():
         first = 0 if node.op == "placeholder" else at[node]
-        yield Holding(str(what), _OF_ROLE[what.role], node.meta["val"].nbytes, first, len(at) - 1)
+        yield tier, Holding(str(what), _OF_ROLE[what.role], node.meta["val"].nbytes, first, len(at) - 1)
     for node in program.graph.find_nodes(op="call_function", target=ops.spill):
         reads = [at[end] for wait in node.users for load in wait.users for end in (load, *load.users)]
         made, num_bytes = operand(node), node.meta["val"].nbytes
         origin: Origin = made.meta["origin"]
-        yield Holding(_maker(made), Kind.ACTIVATIONS, num_bytes, at[node], max(reads), origin.module, origin.source)
+        kept = Holding(_maker(made), Kind.ACTIVATIONS, num_bytes, at[node], max(reads), origin.module, origin.source)
+        yield ops.tier_of(node), kept
 
 
-def state_on_disk(program: Program) -> dict[Input, int]:
-    """Bytes of one rank's parameters and optimizer state that lie on a disk, or will once the program has made them."""
-    return {what: node.meta["val"].nbytes for what, node in _stored(program).items()}
+def state_on(tier: str, program: Program) -> dict[Input, int]:
+    """Bytes of one rank's parameters and what is theirs that lie on a tier, or will once the program has made them."""
+    return {what: node.meta["val"].nbytes for what, (where, node) in _stored(program).items() if where == tier}
 
 
-def _stored(program: Program) -> dict[Input, fx.Node]:
-    """Inputs that lie on a disk, and results that will."""
-    found = {what: node for node, what in program.placeholders() if program.is_on_disk(node)}
+def _stored(program: Program) -> dict[Input, tuple[str, fx.Node]]:
+    """Inputs that lie on lower tiers, and results that will, each with its tier."""
+    found = {what: (tier, node) for node, what in program.placeholders() if (tier := program.tier_of(node)) is not None}
     for what, result in zip(program.outputs, program.results(), strict=True):
         if what is None or what in found or not isinstance(result, fx.Node):
             continue
-        if program.keeps_on_disk(what, result.meta["val"]):
-            found[what] = result
+        tier = program.kept_on(what, result.meta["val"])
+        if tier is not None:
+            found[what] = (tier, result)
     return found
 
 
-def spilled_bytes(program: Program) -> int:
-    """Bytes that a run of a program keeps on a disk for a while."""
+def spilled_bytes(program: Program, tier: str | None = None) -> int:
+    """Bytes that a run of a program keeps for a while on a lower tier; on all of them if None."""
     spills = program.graph.find_nodes(op="call_function", target=ops.spill)
-    return sum(node.meta["val"].nbytes for node in spills)
+    return sum(node.meta["val"].nbytes for node in spills if tier in (None, ops.tier_of(node)))
 
 
 def with_state(found: Footprint, last: Footprint) -> Footprint:
     """And the optimizer state of the last micro-batch's program, which is there though those before do not read it."""
-    names = {holding.what for holding in (*found.holdings, *found.on_disk)}
+    names = {holding.what for holdings in (found.holdings, *found.away.values()) for holding in holdings}
 
     def unread(holdings: Sequence[Holding]) -> Iterator[Holding]:
         for each in holdings:
@@ -228,8 +238,9 @@ def with_state(found: Footprint, last: Footprint) -> Footprint:
             if is_kept and each.what not in names:
                 yield replace(each, last=found.num_positions - 1)
 
-    holdings, on_disk = (*unread(last.holdings), *found.holdings), (*found.on_disk, *unread(last.on_disk))
-    return replace(found, holdings=holdings, on_disk=on_disk)
+    holdings = (*unread(last.holdings), *found.holdings)
+    away = {tier: (*found.away.get(tier, ()), *unread(there)) for tier, there in last.away.items()}
+    return replace(found, holdings=holdings, away={**found.away, **away})
 
 
 def with_scratch(found: Footprint, program: Program) -> Footprint:

@@ -17,7 +17,13 @@ from zgraph.curves import Collective, Curve, Matmul, MeasuredCollective, Network
 from zgraph.errors import OptionError
 
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
-TIERS = ("device", "host", "disk")
+LOWER_TIERS = {"host": "the host", "disk": "a disk"}
+"""Where tensors may lie instead of in a device's memory, each with words for it."""
+
+MOVERS = {"host": "the link to the host", "disk": "the disk"}
+"""What moves tensors to each of them and back, in words."""
+
+TIERS = ("device", *LOWER_TIERS)
 TF32 = "tf32"
 
 _Value = TypeVar("_Value")
@@ -229,6 +235,11 @@ class Hardware:
         in_turns = max(ranks, self.devices_per_node) / max(before, self.devices_per_node)  # where cores are fewer
         found = _slower(nearest, ranks / before)
         return replace(found, devices_per_node=ranks, launch_s=nearest.launch_s * in_turns)
+
+
+def lower_tier(hardware: Hardware) -> str:
+    """Where a machine has what is offloaded: a CPU on a disk, and a device on its host."""
+    return "disk" if hardware.device_type == "cpu" else "host"
 
 
 def _of_dtype(table: Mapping[str, _Value], dtype: torch.dtype, what: str) -> _Value:

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from zgraph.batches import Call, MicroBatches, call_of, micro_batches, tensors_of, with_tensors_on
-from zgraph.disk import DiskTensor
 from zgraph.export import check_batch, check_exportable, rank_of, write
-from zgraph.hardware import Hardware
+from zgraph.hardware import LOWER_TIERS, Hardware
 from zgraph.lower import lower
 from zgraph.plans import Plan, default_budget, describe
 from zgraph.predict import predict
@@ -19,6 +18,7 @@ from zgraph.report import Recorder, Report, make_report
 from zgraph.runtime import Compiled, Runtime
 from zgraph.skipping import report
 from zgraph.stopwatch import Measured
+from zgraph.tiers import Moved, Stored
 from zgraph.update import hyperparameters
 from zgraph.which_hardware import hardware_of
 
@@ -102,9 +102,7 @@ def stats_of(runtime: Runtime) -> dict[str, Any]:
     return {
         "param_bytes": _num_bytes(state.params.values()),
         "optimizer_state_bytes": _num_bytes(entries),
-        "disk_bytes": sum(v.nbytes for v in stored if isinstance(v, DiskTensor)),
-        "disk_read_bytes": runtime.moved.read_bytes,
-        "disk_written_bytes": runtime.moved.written_bytes,
+        **_away(runtime, stored),
         "spilled_bytes": runtime.spill_room.num_bytes,
         "buffer_bytes": _num_bytes(runtime.model.buffers()),
         "arena_bytes": runtime.arena.num_bytes,
@@ -116,6 +114,17 @@ def stats_of(runtime: Runtime) -> dict[str, Any]:
         "passes_s": sum(record.time_s + record.verify_s for record in last.records),
         **report(state.recipe),
     }
+
+
+def _away(runtime: Runtime, stored: Sequence[Any]) -> dict[str, int]:
+    """What lies on each lower tier, and what the last step moved from and to it."""
+    found: dict[str, int] = {}
+    for name in LOWER_TIERS:
+        on_it = [value for value in stored if isinstance(value, Stored) and value.tier.name == name]
+        moved = runtime.moved if runtime.state.tier is not None and runtime.state.tier.name == name else Moved()
+        found[f"{name}_bytes"] = sum(value.nbytes for value in on_it)
+        found[f"{name}_read_bytes"], found[f"{name}_written_bytes"] = moved.read_bytes, moved.written_bytes
+    return found
 
 
 def _num_bytes(values: Any) -> int:

@@ -79,6 +79,22 @@ class Bucket:
 
 
 @dataclass(frozen=True)
+class Away:
+    """What of some buckets lies on a lower tier instead of in the memory that is computed in.
+
+    Attributes:
+        what: ``"optimizer"``, vectors of optimizer state; ``"parameters"``; or ``"gradients"``, added up over
+            micro-batches.
+        tier: ``"host"`` or ``"disk"``.
+        buckets: their names.
+    """
+
+    what: str
+    tier: str
+    buckets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Layout:
     """All buckets of a model and how they are divided.
 
@@ -87,9 +103,7 @@ class Layout:
         shard_params: each rank stores 1/world of every bucket's parameters (ZeRO-3).
         shard_state: each rank stores 1/world of every bucket's optimizer state (ZeRO-1, 2, 3).
         packed: bucket and key of optimizer state that lies in 8 bits an element (``zgraph.packed``).
-        on_disk: buckets whose vectors of optimizer state lie on a disk.
-        params_on_disk: buckets whose parameters lie on a disk.
-        gradients_on_disk: buckets whose gradients, added up over micro-batches, lie on a disk.
+        away: what lies on lower tiers.
     """
 
     buckets: tuple[Bucket, ...]
@@ -97,9 +111,7 @@ class Layout:
     shard_params: bool = False
     shard_state: bool = False
     packed: tuple[tuple[str, str], ...] = ()
-    on_disk: tuple[str, ...] = ()
-    params_on_disk: tuple[str, ...] = ()
-    gradients_on_disk: tuple[str, ...] = ()
+    away: tuple[Away, ...] = ()
     _index: dict[str, tuple[Bucket, Segment]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _of_state: dict[str, Layout] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -118,9 +130,8 @@ class Layout:
         return {bucket.name: bucket for bucket in self.buckets}
 
     def undivided(self) -> Layout:
-        """The same buckets, before passes divide them or put them on a disk."""
-        in_memory = replace(self, on_disk=(), params_on_disk=(), gradients_on_disk=())
-        return replace(in_memory, shard_params=False, shard_state=False)
+        """The same buckets, before passes divide them or put them on lower tiers."""
+        return replace(self, shard_params=False, shard_state=False, away=())
 
     def of_state(self, key: str) -> Layout:
         """Where optimizer state called ``key`` lies if it is a tensor: as parameters do, but for shapes of its own."""
@@ -138,10 +149,17 @@ class Layout:
         """Whether the optimizer state of a bucket called ``key`` lies packed."""
         return (bucket, key) in self.packed
 
-    @property
-    def needs_disk(self) -> bool:
-        """Whether anything lies on a disk."""
-        return bool(self.on_disk or self.params_on_disk or self.gradients_on_disk)
+    def buckets_away(self, what: str) -> frozenset[str]:
+        """The buckets of which something lies on a lower tier.
+
+        Args:
+            what: see ``Away``.
+        """
+        return frozenset(name for each in self.away if each.what == what for name in each.buckets)
+
+    def tier_of(self, what: str, bucket: str) -> str | None:
+        """The lower tier on which something of a bucket lies; None where it is in memory."""
+        return next((each.tier for each in self.away if each.what == what and bucket in each.buckets), None)
 
     def param_numel(self, bucket: Bucket) -> int:
         """Elements of the bucket's parameters that one rank stores."""

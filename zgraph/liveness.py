@@ -1,8 +1,8 @@
 """Bytes of temporary memory that are alive while a program runs, node by node.
 
 State, batch and constants belong to the caller and are not counted. Views share the memory of what they view; the
-result of a collective, or of a load from a disk, exists from its start; what is sent or stored stays until the wait;
-what has been spilled to a disk takes no memory.
+result of a collective, or of a load from a lower tier, exists from its start; what is sent or stored stays until the
+wait; what has been spilled takes no memory.
 Values die after their last reader, as in the emitted code.
 """
 

@@ -100,7 +100,7 @@ def run_ranks(
 
 
 def _together(mesh: Mesh, node: fx.Node, num_ranks: int) -> list[range]:
-    """The ranks that take part in a collective, or each by itself in a transfer to its disk; likewise of its wait."""
+    """The ranks that take part in a collective, or each by itself in a transfer between tiers; likewise of its wait."""
     started = node.args[0] if node.target is ops.wait else node
     if isinstance(started, fx.Node) and started.target in ops.TRANSFERS:
         return [range(rank, rank + 1) for rank in range(num_ranks)]
@@ -119,7 +119,7 @@ def part_of(full: torch.Tensor, rank: int, world: int) -> torch.Tensor:
 
 
 class _Started:
-    """A collective in flight, on all ranks, or a transfer on one; here, what lies on a disk is in memory, too."""
+    """A collective in flight, on all ranks, or a transfer on one; here, what lies on a lower tier is in memory, too."""
 
     def __init__(self, node: fx.Node, values: Sequence[Mapping[fx.Node, Any]]) -> None:
         self._node = node

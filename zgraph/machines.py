@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import MappingProxyType
 
 from zgraph import fitted
@@ -465,6 +466,42 @@ def available_cores() -> int:
 def available_memory() -> int:
     """Bytes of memory that this machine has."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+HOST_MARGIN = 0.1
+"""Part of a host's memory that what is offloaded there leaves alone: for the system, for Python, and for what drivers
+and libraries hold; assumed."""
+
+
+def host_budget(num_bytes: int) -> int:
+    """How much of so much memory of a host what is offloaded there may take."""
+    return int(num_bytes * (1 - HOST_MARGIN))
+
+
+def available_bytes() -> int:
+    """Bytes of this machine's memory that this process may take now."""
+    return min(_available())
+
+
+def ranks_here(num_ranks: int) -> int:
+    """How many of so many ranks are on this machine: as torchrun says, and all of them if it says nothing."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
+
+
+def _available() -> Iterator[int]:
+    """Bytes of memory that are available: on the machine, and within each control group (v2) of this process."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            yield int(line.split()[1]) * 1024
+    own = next((line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line[:3] == "0::"), "/")
+    group = Path("/sys/fs/cgroup") / own.lstrip("/")
+    for each in (group, *group.parents):
+        try:
+            most, used = ((each / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        except OSError:  # the root has no limit, and a container may not see its group
+            continue
+        if most != "max":
+            yield max(int(most) - int(used), 0)
 
 
 def this_cpu() -> Hardware:

@@ -211,7 +211,7 @@ def _all_to_all(call: Call) -> Value:
 
 
 def _transfer(call: Call) -> Value:
-    """What lies on a disk is what was stored there."""
+    """What lies on a lower tier is what was stored there."""
     return Started(call.args[0])
 
 

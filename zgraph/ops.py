@@ -8,7 +8,8 @@ in parts; ``zgraph::pack_state`` and ``zgraph::unpack_state`` are for tensors th
 ``zgraph::quantize`` and what reads its result for those that travel so; ``zgraph::elements`` says where a flat buffer
 has elements of parameters rather than padding. ``zgraph::cross_entropy_backward`` is two of ATen's, a few rows at a
 time; ``zgraph::product_columns`` and ``embedding_rows_backward`` are parts of one (``zgraph.tiles``). ``zgraph::load``,
-``zgraph::store`` and ``zgraph::spill`` start transfers from and to a disk, which are waited for as collectives are.
+``zgraph::store`` and ``zgraph::spill`` start transfers from and to a lower tier, the host's memory or a disk, which are
+waited for as collectives are.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ _library.define("unpack_state(Tensor packed) -> Tensor")  # type: ignore[no-unty
 _library.define("quantize(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("dequantize(Tensor data, ScalarType dtype) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("mean_of_quantized(Tensor data, int world) -> Tensor")  # type: ignore[no-untyped-call]
-_library.define("load(Tensor stored) -> Tensor")  # type: ignore[no-untyped-call]
-_library.define("store(Tensor x, *, Tensor(a!) out) -> Tensor(a!)")  # type: ignore[no-untyped-call]
-_library.define("spill(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("load(Tensor stored, str tier) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("store(Tensor x, str tier, *, Tensor(a!) out) -> Tensor(a!)")  # type: ignore[no-untyped-call]
+_library.define("spill(Tensor x, str tier) -> Tensor")  # type: ignore[no-untyped-call]
 
 
 def _shard_shape(x: torch.Tensor, world: int, axis: str) -> torch.Tensor:  # noqa: ARG001 -- the operator's schema
@@ -141,9 +142,9 @@ _library.impl("shard", _shard_shape, "Meta")  # type: ignore[no-untyped-call]
 for _name in ("quantize", "dequantize", "mean_of_quantized"):
     _library.impl(_name, getattr(quantized, _name), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _library.impl("max_over_ranks", torch.clone, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-_library.impl("load", torch.clone, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-_library.impl("spill", torch.clone, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-_library.impl("store", lambda x, out: out.copy_(x), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_library.impl("load", lambda stored, _: stored.clone(), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_library.impl("spill", lambda x, _: x.clone(), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_library.impl("store", lambda x, _, out: out.copy_(x), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _library.impl("elements", _elements, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _library.impl("square_sum", _square_sum, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _library.impl("add_up", _add_up, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
@@ -202,14 +203,14 @@ STARTS = frozenset({all_gather, all_gather_into, all_reduce, reduce_scatter, all
 """Operators that start a collective; each value is waited for exactly once before it is read."""
 
 load = torch.ops.zgraph.load.default
-"""What lies on the disk, in new memory."""
+"""What lies on a lower tier, ``"host"`` or ``"disk"``, in new memory."""
 store = torch.ops.zgraph.store.default
-"""A vector, over what lies on the disk as ``out``."""
+"""A vector, over what lies on a lower tier as ``out``."""
 spill = torch.ops.zgraph.spill.default
-"""A tensor of this step, in a place of its own on the disk."""
+"""A tensor of this step, in a place of its own on a lower tier."""
 
 TRANSFERS = frozenset({load, store, spill})
-"""Operators that start a transfer between memory and disk, waited for as collectives are."""
+"""Operators that start a transfer between memory and a lower tier, waited for as collectives are."""
 
 ASYNCHRONOUS = STARTS | TRANSFERS
 """Operators whose value is there once it has been waited for."""
@@ -304,6 +305,13 @@ def axis_of(node: fx.Node) -> str:
     axis = source.args[-1]
     assert isinstance(axis, str), source
     return axis
+
+
+def tier_of(node: fx.Node) -> str:
+    """The tier that a transfer goes to or comes from."""
+    tier = node.args[1]
+    assert isinstance(tier, str), node
+    return tier
 
 
 def draws(node: fx.Node) -> bool:

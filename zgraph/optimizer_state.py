@@ -1,8 +1,8 @@
 """Optimizer state in flat buckets, and in torch's own format when the user asks for it.
 
-Per bucket and key there is one flat tensor (``exp_avg`` of all its parameters), in memory or on a disk, or one number
-(``step``), whatever the optimizer. The user's ``optimizer.state`` is empty meanwhile: hooks fill it for the moment of
-``optimizer.state_dict()`` and empty it again after ``optimizer.load_state_dict()``.
+Per bucket and key there is one flat tensor (``exp_avg`` of all its parameters), in memory or on a lower tier, or one
+number (``step``), whatever the optimizer. The user's ``optimizer.state`` is empty meanwhile: hooks fill it for the
+moment of ``optimizer.state_dict()`` and empty it again after ``optimizer.load_state_dict()``.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import nn
 
 from zgraph.agreement import Agreement
 from zgraph.averages import WEIGHT_EMA, dtype_of_average
-from zgraph.disk import Disk, DiskTensor
 from zgraph.errors import StateError
 from zgraph.flat import FlatTensors, place, without_memory
 from zgraph.groups import HeldGroup
 from zgraph.layout import Bucket, Layout
 from zgraph.packed import pack, unpack
+from zgraph.tiers import Stored, Tier
 
-Value = torch.Tensor | DiskTensor | int | float | None
+Value = torch.Tensor | Stored | int | float | None
 """One entry of a parameter's optimizer state."""
 
 Params = Mapping[str, nn.Parameter]
@@ -70,14 +70,14 @@ class OptimizerState:
 
     Attributes:
         stored: bucket name -> state key -> this rank's flat tensor, a 0-dim tensor, or a number.
-        disk: where flat tensors lie that are not in memory, those of parameters, too; None before one does.
+        tier: where flat tensors lie that are not in memory, those of parameters, too; None before one does.
     """
 
     _group = HeldGroup()
 
     def __init__(self, optimizer: torch.optim.Optimizer | None, agreement: Agreement) -> None:
         self.stored: dict[str, dict[str, Value]] = {}
-        self.disk: Disk | None = None
+        self.tier: Tier | None = None
         self._optimizer, self._group, self._agreement = optimizer, None, agreement
         self._layout = Layout((), world=1)
         self._params: Params = {}
@@ -99,31 +99,18 @@ class OptimizerState:
                 forms[name] = stored[name]
         return forms
 
-    def reserve(self, path: str, num_bytes: int) -> None:
-        """Have room on a disk for flat tensors of so many bytes in all, beside those that are there.
-
-        Args:
-            path: of a directory, for the first time.
-
-        Raises:
-            DiskError: there is none.
-        """
-        if self.disk is None:
-            self.disk = Disk(path)
-        self.disk.reserve(num_bytes)
-
     def keep(self, bucket: str, key: str, value: Value) -> Value:
         """Store an entry where the layout has it; as it is stored."""
         entries = self.stored.setdefault(bucket, {})
-        entries[key] = self.placed(self._layout.on_disk, bucket, value)
+        entries[key] = self.placed(self._layout.buckets_away("optimizer"), bucket, value)
         return entries[key]
 
-    def placed(self, on_disk: Collection[str], bucket: str, value: Value) -> Value:
-        """A value of a bucket as it is stored: flat tensors of some of them on the disk."""
-        if bucket not in on_disk or not isinstance(value, torch.Tensor) or value.dim() != 1:
+    def placed(self, away: Collection[str], bucket: str, value: Value) -> Value:
+        """A value of a bucket as it is stored: flat tensors of some of them on the lower tier."""
+        if bucket not in away or not isinstance(value, torch.Tensor) or value.dim() != 1:
             return value
-        assert self.disk is not None, "no room was reserved"
-        there = self.disk.allocate(len(value), value.dtype)
+        assert self.tier is not None, "no room was reserved"
+        there = self.tier.allocate(len(value), value.dtype)
         there.write(value)
         return there
 
@@ -160,7 +147,7 @@ class OptimizerState:
                         flat.write(name, value)
                     if layout.packs(bucket.name, key):
                         entries[key] = pack(flat.tensors[bucket.name])
-                    entries[key] = self.placed(layout.on_disk, bucket.name, entries[key])
+                    entries[key] = self.placed(layout.buckets_away("optimizer"), bucket.name, entries[key])
                 else:
                     entries[key] = _copy(self._value(names[0], params[names[0]], key, readers))
             if self._optimizer is not None:
@@ -349,7 +336,7 @@ class _Unpacked(Mapping[str, torch.Tensor]):
             return value
         if self._last is None or self._last[0] != bucket:
             self._last = None
-            value = value.read() if isinstance(value, DiskTensor) else value
+            value = value.read() if isinstance(value, Stored) else value
             self._last = bucket, unpack(value) if self._packs[bucket] else value
         return self._last[1]
 
@@ -450,7 +437,7 @@ def stored_form(value: Value, *, packed: bool) -> StateForm:
     """The form of an entry as a rank stores it."""
     if packed:
         return StateForm(True, torch.float32)
-    if isinstance(value, DiskTensor):
+    if isinstance(value, Stored):
         return StateForm(True, value.dtype)
     if isinstance(value, torch.Tensor):
         return StateForm(True, value.dtype) if value.dim() else StateForm(False, value.dtype, value.item())
@@ -458,7 +445,7 @@ def stored_form(value: Value, *, packed: bool) -> StateForm:
 
 
 def _is_flat(value: Value) -> bool:
-    return isinstance(value, DiskTensor) or (isinstance(value, torch.Tensor) and value.dim() > 0)
+    return isinstance(value, Stored) or (isinstance(value, torch.Tensor) and value.dim() > 0)
 
 
 def _copy(value: Value) -> Value:

@@ -21,11 +21,11 @@ from torch import fx
 
 from zgraph import ops
 from zgraph.codegen.region import Region
-from zgraph.disk import PAGE, padded
 from zgraph.into import into
 from zgraph.liveness import Held, Lifetime, held_bytes, lifetimes, owners
 from zgraph.offsets import ALIGNMENT, assign_offsets
 from zgraph.program import Program, operand
+from zgraph.tiers import PAGE, padded
 
 aten = torch.ops.aten
 
@@ -38,7 +38,7 @@ class Place:
     """Where a value lies.
 
     Attributes:
-        start: its first byte in the arena, or in the room on a disk.
+        start: its first byte in the arena, or in the room on a lower tier.
         shape, strides, dtype: of the tensor there; strides in elements. There are no gaps between its elements.
     """
 
@@ -63,7 +63,7 @@ class Place:
 
 
 def spilled_places(program: Program) -> dict[fx.Node, Place]:
-    """Where what a program spills lies in its room on a disk: one after the other, each from a page on."""
+    """Where what a program spills lies in its room on a lower tier: one after the other, each from a page on."""
     places, start = {}, 0
     for node in program.graph.find_nodes(op="call_function", target=ops.spill):
         places[node] = _place_of(node, start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -50,7 +51,7 @@ def _offload(text: str) -> str | dict[str, str] | None:
     """Tiers by kind, of ``kind=tier,...``; nothing of ``none``, and another word as it is."""
     if "=" not in text:
         return None if text == _NONE else text
-    pairs = [each.partition("=") for each in text.split(",") if each.strip()]
+    pairs = [each.partition("=") for each in re.split(r",(?=[^,]*=)", text)]  # a tier may have words behind a comma
     return {kind.strip(): tier.strip() for kind, _, tier in pairs}
 
 
@@ -67,6 +68,7 @@ _OPTIONS = (
     click.option("--hardware", default="cpu", metavar="NAME", help="h100, a100-80, ..., cpu, or a calibration"),
     click.option("--devices-per-node", type=int, metavar="N", show_default="what is usual for the hardware"),
     click.option("--nic", metavar="BYTES", help="per second, device and direction between nodes, such as 50GB"),
+    click.option("--host-memory", metavar="BYTES", help="of a node of GPUs, such as 64GiB; as is usual if not given"),
     click.option("--memory", metavar="BYTES", show_default="the device's, less 6 %", help="of one rank, such as 80GiB"),
     click.option("--batch", type=Integer(1), default=1, metavar="N", help="examples of one rank in a step"),
     click.option("--seq", type=Integer(1), default=1024, metavar="N", help="tokens of an example"),
@@ -104,7 +106,7 @@ _OPTIONS = (
         type=_offload,
         metavar="KIND=TIER,...",
         show_default="nothing",
-        help="such as optimizer=disk,parameters=disk, or auto",
+        help="such as optimizer=disk,parameters=disk, or with host on GPUs, or auto",
     ),
     click.option("--unshard", type=_value, metavar="0-1", show_default="searched", help="part of parameters"),
     click.option("--tile-bytes", metavar="BYTES", show_default="searched", help="of large matrices at a time"),
@@ -173,6 +175,7 @@ def search_for(
     hardware: str,
     devices_per_node: int | None,
     nic: str | None,
+    host_memory: str | None,
     memory: str | None,
     batch: int,
     seq: int,
@@ -201,9 +204,14 @@ def search_for(
     if memory is not None and memory.isdecimal() and int(memory) < 2**20:
         raise OptionError(f"--memory {memory} is bytes", fix=f"--memory {memory}GiB, with a unit")
     rate = float(parse_bytes(nic, "nic")) if nic is not None else None
-    machine = find_hardware(hardware, devices_per_node=devices_per_node, nic_bytes_per_s=rate)
-    if machine.device_type == "cpu" and (nic is not None or devices_per_node is not None):
-        raise OptionError("--nic and --devices-per-node are for GPUs: all ranks of a CPU share one machine")
+    on_host = parse_bytes(host_memory, "host_memory") if host_memory is not None else None
+    machine = find_hardware(
+        hardware, devices_per_node=devices_per_node, nic_bytes_per_s=rate, host_memory_bytes=on_host
+    )
+    if machine.device_type == "cpu" and {nic, devices_per_node, host_memory} != {None}:
+        raise OptionError(
+            "--nic, --devices-per-node and --host-memory are for GPUs: all ranks of a CPU share one machine"
+        )
     tokens = torch.empty(batch, seq, dtype=torch.int64, device="meta")
     with torch.device("meta"):
         if model is not None:

@@ -18,13 +18,13 @@ from zgraph.batches import common_rows
 from zgraph.config import Config
 from zgraph.errors import BudgetError, StateError, first_line, quoted
 from zgraph.expected_error import NOTHING_MEASURED, ExpectedError, Spread, expected_error
-from zgraph.footprint import Holding, spilled_bytes, state_on_disk
-from zgraph.hardware import Hardware
+from zgraph.footprint import Holding, spilled_bytes, state_on
+from zgraph.hardware import LOWER_TIERS, Hardware
 from zgraph.lower import Lowered
-from zgraph.machines import ASSUMED
+from zgraph.machines import ASSUMED, host_budget
 from zgraph.predict import Prediction
 from zgraph.program import Role
-from zgraph.timeline import least_s
+from zgraph.timeline import INWARD, OUTWARD, least_s
 
 VERSION = 1
 
@@ -69,9 +69,10 @@ class Estimate:
     Attributes:
         options: those of ``zgraph.Config`` that were chosen.
         step_s: seconds of a step.
-        exposed_s: of these, seconds in which computing waits for communication or a disk.
+        exposed_s: of these, seconds in which computing waits for communication or a lower tier.
         peak_bytes: the most that tensors hold at once.
         reserved_bytes: what the allocator takes for them, which is what has to fit.
+        host_bytes: what lies on the host beside a device, which has to fit there.
     """
 
     options: Mapping[str, Any]
@@ -79,11 +80,13 @@ class Estimate:
     exposed_s: float
     peak_bytes: int
     reserved_bytes: int
+    host_bytes: int = 0
 
     @classmethod
     def of(cls, options: Mapping[str, Any], made: Prediction) -> Estimate:
         """What was predicted for these options."""
-        return cls(options, made.step_s, made.exposed_s, made.peak_bytes, made.reserved_bytes)
+        away = made.away_bytes("host")
+        return cls(options, made.step_s, made.exposed_s, made.peak_bytes, made.reserved_bytes, away)
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,7 @@ class Plan:
         error: how far predictions of this class were off where they were measured.
         unknown: operators that were costed by their bytes alone, and how often a step calls them.
         notes: what else a reader should know.
+        host_budget_bytes: what one rank may have on the host beside a device.
     """
 
     model: str
@@ -162,11 +166,16 @@ class Plan:
     error: ExpectedError
     unknown: Mapping[str, int]
     notes: tuple[str, ...] = ()
+    host_budget_bytes: int = 0
 
     @property
     def fits(self) -> bool:
-        """Whether what the chosen options take is within the budget."""
-        return self.chosen.reserved_bytes <= self.budget_bytes
+        """Whether what the chosen options take is within the budget, and what they have on the host fits there."""
+        return self.chosen.reserved_bytes <= self.budget_bytes and not self._too_much_on_host
+
+    @property
+    def _too_much_on_host(self) -> int:
+        return max(self.chosen.host_bytes - self.host_budget_bytes, 0)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -238,6 +247,9 @@ class Plan:
             f"with {show_options(self.options) or 'the defaults'} it takes {show_bytes(taken)} of the "
             f"{show_bytes(budget)} that each of {self.world_size} x {self.hardware} may take"
         )
+        if self._too_much_on_host:
+            on_host = f"{show_bytes(self.chosen.host_bytes)} of the {show_bytes(self.host_budget_bytes)} of its host"
+            return f"{told}, and {on_host}, {show_bytes(self._too_much_on_host)} too much"
         return (
             f"{told}, and leaves {show_bytes(budget - taken)}"
             if self.fits
@@ -260,6 +272,8 @@ class Plan:
         error = self.error
         if self.fits:
             verdict = f"fits, with {show_bytes(self.budget_bytes - self.chosen.reserved_bytes)} to spare"
+        elif self._too_much_on_host:
+            verdict = f"does not fit: {show_bytes(self._too_much_on_host)} too much on the host"
         else:
             verdict = f"does not fit: {show_bytes(self.chosen.reserved_bytes - self.budget_bytes)} too much"
         head = Table.grid(padding=(0, 2))
@@ -272,8 +286,11 @@ class Plan:
         head.add_row("options", show_options(self.options) or "defaults")
         head.add_row("live peak", f"{show_bytes(self.chosen.peak_bytes)} ({error.words('live')})")
         head.add_row("taken for it", f"{show_bytes(self.chosen.reserved_bytes)} ({error.words('reserved')})")
+        if self.chosen.host_bytes:
+            there = f"{show_bytes(self.chosen.host_bytes)} of {show_bytes(self.host_budget_bytes)} for each rank"
+            head.add_row("on the host", there)
         exposed = self.chosen.exposed_s / self.chosen.step_s
-        waits = "links or the disk" if self.options.get("offload") else "links"
+        waits = "links or a lower tier" if self.options.get("offload") else "links"
         head.add_row(
             "step", f"{show_s(self.chosen.step_s)}, {exposed:.0%} of it waiting for {waits} ({error.words('time')})"
         )
@@ -361,7 +378,8 @@ def describe(
         ways_out=ways_out,
         error=expected_error(hardware.device_type, hardware.name) if _was_compared(hardware) else NOTHING_MEASURED,
         unknown=dict(prediction.unknown),
-        notes=tuple(dict.fromkeys((*notes, *_disk_notes(lowered, prediction, hardware)))),
+        notes=tuple(dict.fromkeys((*notes, *_tier_notes(lowered, prediction, hardware)))),
+        host_budget_bytes=host_share(hardware, lowered.last.mesh.size),
     )
 
 
@@ -370,21 +388,21 @@ def _counts_tokens(dtype: torch.dtype) -> bool:
     return not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool)
 
 
-def _disk_notes(lowered: Lowered, prediction: Prediction, hardware: Hardware) -> Iterator[str]:
-    """What lies on a disk, if anything does, and how much of it a step moves."""
-    found = state_on_disk(lowered.last)
-    spilled = max(map(spilled_bytes, lowered.programs))
-    stored = sum(found.values()) + spilled
-    if stored:
+def _tier_notes(lowered: Lowered, prediction: Prediction, hardware: Hardware) -> Iterator[str]:
+    """What lies on lower tiers, if anything does, and how much of it a step moves."""
+    for tier, where in LOWER_TIERS.items():
+        found = state_on(tier, lowered.last)
+        spilled = max(spilled_bytes(program, tier) for program in lowered.programs)
+        stored = sum(found.values()) + spilled
+        if not stored:
+            continue
         named = {Role.PARAM: "parameters", Role.OPT_STATE: "optimizer state", Role.GRADIENT: "sums of gradients"}
         state = [words for role, words in named.items() if any(what.role is role for what in found)]
         *first, last = [*state, *(["activations"] if spilled else [])]
         kinds = f"{', '.join(first)} and {last}" if first else last
-        moved = [show_bytes(num_bytes) for num_bytes in prediction.disk_moved_bytes.values()]
-        yield (
-            f"{show_bytes(stored)} of each rank's {kinds} lie on a disk; a step reads {moved[0]} and writes {moved[1]}"
-        )
-        if hardware.device_type != "cpu":
+        read, written = (show_bytes(prediction.moved_bytes[way[tier]]) for way in (INWARD, OUTWARD))
+        yield f"{show_bytes(stored)} of each rank's {kinds} lie on {where}; a step reads {read} and writes {written}"
+        if tier == "disk" and hardware.device_type != "cpu":
             yield "what lies on a disk is simulated: zgraph does not run this on GPUs so far"
 
 
@@ -396,6 +414,11 @@ def _was_compared(hardware: Hardware) -> bool:
 def default_budget(hardware: Hardware) -> int:
     """Bytes that one rank may take if nobody says: ``MARGIN`` less than the device has."""
     return int(hardware.memory_bytes * (1 - MARGIN))
+
+
+def host_share(hardware: Hardware, world: int) -> int:
+    """Bytes that one of so many ranks may have on the host beside its device: ``HOST_MARGIN`` less than its part."""
+    return host_budget(hardware.host_memory_bytes) // min(world, hardware.devices_per_node)
 
 
 def owners_of(held: Sequence[Holding], num: int = 8) -> tuple[Owner, ...]:

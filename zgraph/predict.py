@@ -13,7 +13,7 @@ from zgraph.hardware import Hardware
 from zgraph.lower import Lowered
 from zgraph.placement import place
 from zgraph.program import Program
-from zgraph.timeline import DISK_IN, DISK_OUT, Timeline, play
+from zgraph.timeline import TRANSFER_LANES, Timeline, play
 
 
 def compiled_bytes(num_nodes: int) -> int:
@@ -51,13 +51,13 @@ class Prediction:
 
     @property
     def exposed_s(self) -> float:
-        """Seconds of a step in which computing waits for communication or a disk."""
+        """Seconds of a step in which computing waits for communication or a lower tier."""
         return sum(t.exposed_s * times for t, times in zip(self.timelines, self.repeats, strict=True))
 
     @property
-    def disk_moved_bytes(self) -> dict[str, int]:
-        """Bytes of a step that this rank reads from a disk (``disk in``) and writes to it (``disk out``)."""
-        found = {DISK_IN: 0, DISK_OUT: 0}
+    def moved_bytes(self) -> dict[str, int]:
+        """Bytes of a step that this rank moves from and to lower tiers, by lane."""
+        found = dict.fromkeys(sorted(TRANSFER_LANES), 0)
         for timeline, times in zip(self.timelines, self.repeats, strict=True):
             for event in timeline.events:
                 if event.lane in found:
@@ -81,6 +81,10 @@ class Prediction:
         On a CPU the arena counts as a whole, which holds it from step to step.
         """
         return self.peak.peak_bytes
+
+    def away_bytes(self, tier: str) -> int:
+        """What lies on a lower tier: state, and room for what the program that spills most of them spills."""
+        return max(footprint.away_bytes(tier) for footprint in self.footprints)
 
     @property
     def num_nodes(self) -> int:

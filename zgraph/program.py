@@ -70,6 +70,9 @@ class Role(enum.Enum):
 OF_PARAMETERS = frozenset({Role.PARAM, Role.OPT_STATE, Role.GRADIENT})
 """Roles of what belongs to one parameter, or to the bucket that it lies in."""
 
+AWAY = {Role.PARAM: "parameters", Role.OPT_STATE: "optimizer", Role.GRADIENT: "gradients"}
+"""What may lie on a lower tier between steps, as a ``zgraph.layout.Away`` calls it."""
+
 
 @dataclass(frozen=True)
 class Input:
@@ -282,24 +285,24 @@ class Program:
         written = {what for what in self.outputs if what is not None and what.role is Role.OPT_STATE}
         return written <= {what for _, what in self.placeholders()}
 
-    def is_on_disk(self, node: fx.Node) -> bool:
-        """Whether a value lies on a disk: what has been spilled, and of some buckets, parameters and what is theirs."""
+    def tier_of(self, node: fx.Node) -> str | None:
+        """The lower tier where a value lies: what was spilled, and of some buckets, parameters and what is theirs."""
         if node.target is ops.wait:
-            return operand(node).target is ops.spill
+            return ops.tier_of(operand(node)) if operand(node).target is ops.spill else None
         what: Input | None = node.meta.get("input")
-        return what is not None and self.keeps_on_disk(what, node.meta["val"])
+        return None if what is None else self.kept_on(what, node.meta["val"])
 
-    def keeps_on_disk(self, what: Input, val: Any) -> bool:
-        """Whether such a value is kept on a disk between steps."""
-        if self.layout is None or not isinstance(val, torch.Tensor) or val.dim() != 1:
-            return False
-        layout = self.layout
-        there = {
-            Role.PARAM: layout.params_on_disk,
-            Role.OPT_STATE: layout.on_disk,
-            Role.GRADIENT: layout.gradients_on_disk,
-        }
-        return what.name in there.get(what.role, ())
+    def kept_on(self, what: Input, val: Any) -> str | None:
+        """The lower tier where such a value is kept between steps."""
+        if self.layout is None or what.role not in AWAY or not isinstance(val, torch.Tensor) or val.dim() != 1:
+            return None
+        return self.layout.tier_of(AWAY[what.role], what.name)
+
+    def tiers(self) -> set[str]:
+        """The lower tiers where something of it lies."""
+        away = () if self.layout is None else self.layout.away
+        spills = self.graph.find_nodes(op="call_function", target=ops.spill)
+        return {each.tier for each in away} | set(map(ops.tier_of, spills))
 
     @property
     def output_node(self) -> fx.Node:
@@ -456,7 +459,8 @@ class Program:
                 + [f"{k}={show(v, number)}" for k, v in sorted(node.kwargs.items())]
             )
             if node.op == "placeholder":
-                where = " on disk" if self.is_on_disk(node) else ""
+                tier = self.tier_of(node)
+                where = f" on {tier}" if tier else ""
                 line = f"{number[node]}: {describe(node.meta['val'])} = input {node.meta['input']}{where}"
             elif node.op == "output":
                 named = ", ".join("loss" if o is None else str(o) for o in self.outputs)

@@ -40,23 +40,25 @@ from zgraph.comm import Comm
 from zgraph.compile_times import CAPTURE
 from zgraph.config import Config, check_numbers
 from zgraph.decision import AUTO, KERNELS, decide
-from zgraph.disk import DEFAULT_PATH, Moved, padded
+from zgraph.disk import DEFAULT_PATH, Disk
 from zgraph.eager import GatherOnUse
-from zgraph.errors import DiskError, OptimizerError, OptionError, ZgraphError
+from zgraph.errors import OptimizerError, OptionError, ZgraphError
 from zgraph.execute import Executable
 from zgraph.facts import ARGUMENTS, ATTRIBUTES, STEP_COUNTS, Facts, fact_of, hold, state_spec
-from zgraph.footprint import state_on_disk
+from zgraph.footprint import state_on
 from zgraph.groups import open_axes
-from zgraph.hardware import Hardware
+from zgraph.hardware import LOWER_TIERS, Hardware
 from zgraph.heap import release_free_memory
+from zgraph.host import Cuda, Host
 from zgraph.layout import Layout
 from zgraph.lower import Lowered, check_same_buckets, lower
+from zgraph.machines import ranks_here
 from zgraph.memory_check import MemoryCheck
 from zgraph.metrics import Metric, by_name
 from zgraph.overwrites import check_overwrites
 from zgraph.pipeline import Pass, PassRecord
 from zgraph.placement import place
-from zgraph.plans import Plan, describe, show_bytes
+from zgraph.plans import Plan, describe, host_share, show_bytes
 from zgraph.predict import predict
 from zgraph.program import Guard, Input, Program, Role
 from zgraph.progress import PASSES, Phases
@@ -65,6 +67,7 @@ from zgraph.skipping import GRADIENT_NORM, NUM_SKIPPED
 from zgraph.spilled import SpillRoom
 from zgraph.state import TrainingState
 from zgraph.stopwatch import Measured, Stopwatch
+from zgraph.tiers import Moved, Tier, padded
 from zgraph.tracing import forget
 from zgraph.update import check_step, hyperparameters
 from zgraph.which_comm import make_comm
@@ -142,7 +145,7 @@ class Runtime:
     _num_skipped: int = 0
     _num_changes: Counter[str] = field(default_factory=Counter)
     _last: Compiled | None = None
-    moved: Moved = field(default_factory=Moved)  # from and to a disk, by the last step
+    moved: Moved = field(default_factory=Moved)  # from and to a lower tier, by the last step
     _facts_seen: dict[str, str] = field(default_factory=dict)
     _capturing: bool = False
     _in_one_pass: bool = False  # vectors are quantised and packed, on all ranks
@@ -208,29 +211,28 @@ class Runtime:
             self._compiled(key, call, values, facts, made, layout)
             for key, call in zip(keys[:-1], calls[:-1], strict=True)
         ]
-        needs_disk = layout.needs_disk or self.spill_room.num_bytes > 0
-        if needs_disk and (made or layout != self.state.layout):
-            with self.agreement.together():
-                self._reserve(last.executable.program)
+        needs_tier = bool(layout.away) or self.spill_room.num_bytes > 0
+        if needs_tier and (made or layout != self.state.layout):
+            self._reserve(last)
         if replaced or layout != self.state.layout:
             self.state.commit(layout)
-            if layout.needs_disk:
+            if layout.away:
                 release_free_memory()  # where the model was built, and no state comes to lie
         self._keep((*used, last))
         assert self.comm is not None
         self.comm.traffic.clear()
-        if self.state.disk is not None:
-            self.state.disk.moved = Moved()
+        if self.state.tier is not None:
+            self.state.tier.moved = Moved()
         with self.agreement.no_return(), self.state.adding_up():
             for compiled, call in zip(used, calls[:-1], strict=True):
                 assert compiled.micro is not None
                 self._to_run(compiled.micro).run(tensors_of(call), hypers)
             loss = self._to_run(last.executable).run(tensors_of(calls[-1]), hypers)
         self._num_to_time = max(self._num_to_time - 1, 0)
-        if self.state.disk is not None:
-            self.moved, self.state.disk.moved = self.state.disk.moved, Moved()
+        if self.state.tier is not None:
+            self.moved, self.state.tier.moved = self.state.tier.moved, Moved()
             with self.agreement.together():
-                self.state.disk.check()
+                self.state.tier.check()
         for call, compiled in made:
             facts = self.facts.read(*pytree.tree_flatten(call))
             if compiled.executable.program.reads_all_state():  # what created its state reads it from now on
@@ -267,19 +269,30 @@ class Runtime:
         made.append((call, compiled))
         return compiled
 
-    def _reserve(self, program: Program) -> None:
-        """Have room for all that is to lie on a disk, before any of it is moved there."""
-        wanted = sum(map(padded, state_on_disk(program).values()))
-        disk = self.state.disk
-        if disk is not None and program.layout == self.state.layout:
-            wanted -= disk.used_bytes - self.spill_room.taken_bytes  # it stays where it is
+    def _reserve(self, compiled: Compiled) -> None:
+        """Have room for all that is to lie on a lower tier, before any of it is moved there."""
+        program = compiled.executable.program
+        wanted = sum(padded(num_bytes) for tier in LOWER_TIERS for num_bytes in state_on(tier, program).values())
+        if self.state.tier is not None and program.layout == self.state.layout:
+            wanted -= self.state.tier.used_bytes - self.spill_room.taken_bytes  # it stays where it is
+        missing = max(wanted, 0) + self.spill_room.missing_bytes
         try:
-            self.state.reserve(self.config.offload_path or DEFAULT_PATH, max(wanted, 0) + self.spill_room.missing_bytes)
-            assert self.state.disk is not None
-            self.spill_room.take(self.state.disk)
-        except DiskError:
+            with self.agreement.together():
+                tier = self.state.open_tier(partial(self._open_tier, compiled))
+                tier.check_room(missing, ranks_here(self.agreement.world))
+            with self.agreement.together():
+                tier.reserve(missing)
+                self.spill_room.take(tier)
+        except ZgraphError:
             self.spill_room.give_up()
             raise
+
+    def _open_tier(self, compiled: Compiled) -> Tier:
+        """Where what does not lie in the memory that is computed in is to go: each kind of device has one tier."""
+        if any("host" in program.tiers() for program in compiled.lowered.programs):
+            device = compiled.layout.buckets[0].device
+            return Host(device, Cuda(device))
+        return Disk(self.config.offload_path or DEFAULT_PATH)
 
     def _keep(self, used: Sequence[Compiled]) -> None:
         """Count these as used last; of all steps those used last are kept. All ranks decide alike."""
@@ -589,7 +602,7 @@ class Runtime:
         if self._last_decided is None or self.hardware is None:
             return
         made, budget = predict(lowered, self.hardware, self.config.accumulate), self._last_decided.budget_bytes
-        if made.reserved_bytes > budget:
+        if made.reserved_bytes > budget or made.away_bytes("host") > host_share(self.hardware, self.agreement.world):
             raise describe(self.model, lowered, made, self.config.given(), self.hardware, budget).refusal()
 
     # -- around steps ---------------------------------------------------------------------------------------

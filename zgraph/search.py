@@ -22,13 +22,13 @@ from zgraph.captures import Captures
 from zgraph.choices import CHAINED, LEVELS, MEMORY_FIRST, OFFLOAD, TILE_BYTES, Choice, family
 from zgraph.config import BY_COST, Config
 from zgraph.errors import OptionError
-from zgraph.hardware import Hardware
+from zgraph.hardware import Hardware, lower_tier
 from zgraph.layout import aligned
 from zgraph.liveness import lifetimes
 from zgraph.lower import Lowered, lower
 from zgraph.passes import Levels, default_passes
 from zgraph.pipeline import Pass, Watch
-from zgraph.plans import Estimate
+from zgraph.plans import Estimate, host_share
 from zgraph.predict import Prediction, compiled_bytes, predict
 from zgraph.program import Mesh, Phase, Program, Role, Stage, phase_of
 
@@ -69,6 +69,7 @@ class Search:
     Attributes:
         members: the family.
         tried: what was estimated so far.
+        tier: where the machine has what is offloaded.
     """
 
     def __init__(
@@ -81,16 +82,24 @@ class Search:
         tell: Callable[[Search], None] = lambda _: None,
     ) -> None:
         self._notes: list[str] = []
-        if fixed.get(OFFLOAD) == BY_COST and hardware.device_type != "cpu":
-            fixed = {name: value for name, value in fixed.items() if name not in (OFFLOAD, "offload_path")}
-            self._notes.append(f"nothing was offloaded: on {hardware.device_type}, so far nothing can be")
+        self.tier = lower_tier(hardware)
+        if fixed.get(OFFLOAD) == BY_COST and self.tier != "disk" and "offload_path" in fixed:
+            fixed = {name: value for name, value in fixed.items() if name != "offload_path"}
+            self._notes.append(f"offload_path is of no use: on {hardware.device_type}, nothing is chosen for a disk")
         self.captures, self.hardware, self.world, self.fixed, self._passes = captures, hardware, world, fixed, passes
         self._tell = tell
         self._on_cpu = hardware.device_type == "cpu"
+        self._host_budget = host_share(hardware, world)
         matrices = (param for param in captures.model.parameters() if param.dim() == 2)
         has_tiles = any(matrix.nbytes > TILE_BYTES for matrix in matrices)
         self.members = family(
-            captures.num_rows, world, fixed, hardware.devices_per_node, is_long=captures.is_long, has_tiles=has_tiles
+            captures.num_rows,
+            world,
+            fixed,
+            hardware.devices_per_node,
+            is_long=captures.is_long,
+            has_tiles=has_tiles,
+            tier=self.tier,
         )
         self.tried: dict[Choice, Tried | None] = {}
         self._more_milder: dict[Choice, list[Choice]] = {choice: [] for choice in self.members}
@@ -158,12 +167,12 @@ class Search:
             seconds, *_, choice, tried = heapq.heappop(queue)
             if tried is not None:
                 last = tried if estimated else self.exact(choice)
-                if last.estimate.reserved_bytes <= budget:
+                if self.fits(last.estimate, budget):
                     return last
                 continue
             if self._may_fit(choice, budget) and (tried := self.estimated(choice)) is not None:
                 seconds = max(seconds, tried.estimate.step_s)
-                if tried.num_bytes <= budget:
+                if tried.num_bytes <= budget and not self.too_much_on_host(tried.estimate):
                     put(tried.estimate.step_s, tried.estimate.peak_bytes, choice, tried)
             for later in self._more_milder[choice]:
                 known[later] = max(known[later], seconds)
@@ -172,21 +181,34 @@ class Search:
                     put(known[later], 0, later, None)
         return None
 
+    def fits(self, estimate: Estimate, budget: float) -> bool:
+        """Whether what an estimate takes is within a budget, and the rank's share of its host's memory."""
+        return estimate.reserved_bytes <= budget and not self.too_much_on_host(estimate)
+
+    def too_much_on_host(self, estimate: Estimate) -> int:
+        """Bytes by which an estimate has more on the host than the rank's share of it."""
+        return max(estimate.host_bytes - self._host_budget, 0)
+
     def least(self) -> Tried:
-        """The choice that takes least memory, worked out in full."""
+        """The choice that takes least memory, worked out in full; of those that fit on the host, if any does."""
         best: Tried | None = None
         for choice in sorted(self.members, key=lambda choice: (self.least_bytes(choice), choice.depth)):
-            if best is not None and self.least_bytes(choice) > best.estimate.peak_bytes:
+            if best is not None and self.least_bytes(choice) > best.estimate.peak_bytes and not self._size(best)[0]:
                 break
             if self._further(choice) is not None:
                 continue
             tried = self.estimated(choice)
-            if tried is not None and (best is None or _size(tried) < _size(best)):
+            if tried is not None and (best is None or self._size(tried) < self._size(best)):
                 best = tried
         assert best is not None
         alike = [self.estimated(choice) for choice in self.members if self._further(choice) is best.choice]
-        best = min([*(tried for tried in alike if tried is not None), best], key=_size)  # no more than it takes
+        best = min([*(tried for tried in alike if tried is not None), best], key=self._size)  # no more than it takes
         return self.exact(best.choice)
+
+    def _size(self, tried: Tried) -> tuple[int, int, float, int]:
+        """What is less: bytes, those that the host lacks before all, then seconds, then what is asked for on top."""
+        estimate = tried.estimate
+        return self.too_much_on_host(estimate), estimate.peak_bytes, estimate.step_s, tried.choice.depth
 
     def ordered(self, tried: Tried) -> Tried | None:
         """The same choice in the order of computing that takes least memory; None if the user has said which order."""
@@ -255,6 +277,7 @@ class Search:
             self._extended([each.exposed_s for each in made]),
             live,
             self._reserved(live, made),
+            round(self._extended([each.away_bytes("host") for each in made])),
         )
 
     def _reserved(self, live: int, made: Sequence[Prediction]) -> int:
@@ -359,11 +382,6 @@ class Search:
 
 def _without_level(config: Config) -> Config:
     return replace(config, recompute=None)
-
-
-def _size(tried: Tried) -> tuple[int, float, int]:
-    """What is less: bytes, then seconds, then what is asked for on top of the mildest choice."""
-    return tried.estimate.peak_bytes, tried.estimate.step_s, tried.choice.depth
 
 
 @dataclass(frozen=True)

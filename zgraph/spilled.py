@@ -1,7 +1,7 @@
-"""The room on a disk that a compiled model's steps spill to: what an arena is for memory (``zgraph.arena``).
+"""The room on a lower tier that a compiled model's steps spill to: what an arena is for memory (``zgraph.arena``).
 
 One room for all programs of a model, as large as the largest of them needs, since nothing in it outlives the run of a
-program. It is taken before the first step and kept, so that no step finds the disk full.
+program. It is taken before the first step and kept, so that no step finds the tier full.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from weakref import WeakKeyDictionary
 import torch
 
 from zgraph.codegen.emit import Step
-from zgraph.disk import Disk, DiskTensor
+from zgraph.tiers import Stored, Tier
 
 
 class SpillRoom:
-    """Room in a file, and the tensors in it that emitted steps spill to.
+    """Room on a tier, and the tensors in it that emitted steps spill to.
 
     Attributes:
         num_bytes: what the largest step needs.
@@ -24,8 +24,8 @@ class SpillRoom:
 
     def __init__(self) -> None:
         self.num_bytes = 0
-        self._room: DiskTensor | None = None
-        self._tensors: WeakKeyDictionary[Step, list[DiskTensor]] = WeakKeyDictionary()
+        self._room: Stored | None = None
+        self._tensors: WeakKeyDictionary[Step, list[Stored]] = WeakKeyDictionary()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpillRoom:
         """A copy of a model has a room of its own."""
@@ -49,17 +49,17 @@ class SpillRoom:
         """Need no more than there is: what was asked for was refused."""
         self.num_bytes = self.taken_bytes
 
-    def take(self, disk: Disk) -> None:
+    def take(self, tier: Tier) -> None:
         """Take the room that is needed, instead of one that is too small.
 
         Raises:
-            DiskError: there is none, and all stays as it was.
+            ZgraphError: there is none, and all stays as it was.
         """
         if self.missing_bytes:
-            self._room = disk.allocate(self.num_bytes, torch.uint8)
+            self._room = tier.allocate(self.num_bytes, torch.uint8)
             self._tensors.clear()
 
-    def tensors(self, step: Step) -> list[DiskTensor]:
+    def tensors(self, step: Step) -> list[Stored]:
         """What a step whose bytes have been found is given: a tensor for each that it spills."""
         assert self._room is not None, "no room was taken"
         if step not in self._tensors:

@@ -2,7 +2,7 @@
 
 ``TrainingState`` moves them from the user's objects into the flat buckets of a ``Layout``, and back out for
 ``state_dict``. The user's ``nn.Parameter`` objects stay the same objects: views of a bucket where each rank stores
-whole buckets, on meta (a shape without memory) where buckets are divided or lie on a disk.
+whole buckets, on meta (a shape without memory) where buckets are divided or lie on a lower tier.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch.overrides import TorchFunctionMode
 
 from zgraph.accumulation import ADD_UP
 from zgraph.agreement import Agreement
-from zgraph.disk import Disk, DiskTensor
 from zgraph.eager import getter
 from zgraph.errors import StateError
 from zgraph.flat import FlatTensors, broadcast, place, without_memory
@@ -27,6 +26,7 @@ from zgraph.initialise import find_meta_modules, initialise
 from zgraph.layout import Layout
 from zgraph.optimizer_state import Forms, OptimizerState, Value, check_agreement
 from zgraph.program import Input, Mesh
+from zgraph.tiers import Stored, Tier
 
 
 class TrainingState:
@@ -43,7 +43,7 @@ class TrainingState:
 
     Attributes:
         layout: the buckets; None before the first ``commit``.
-        params: bucket name -> this rank's flat parameters, in memory or on a disk.
+        params: bucket name -> this rank's flat parameters, in memory or on a lower tier.
         gradients: bucket name -> this rank's part of what micro-batches add up; zeros between steps.
         gathered: whole buckets of parameters that a step has gathered for all of its micro-batches; none between steps.
         recipe: what the steps count and report, by name; the same on all ranks.
@@ -62,8 +62,8 @@ class TrainingState:
         self.model, self.optimizer, self.group = model, optimizer, group
         self.mesh = mesh or Mesh(1 if group is None else dist.get_world_size(group))
         self.layout: Layout | None = None
-        self.params: dict[str, torch.Tensor | DiskTensor] = {}
-        self.gradients: dict[str, torch.Tensor | DiskTensor] = {}
+        self.params: dict[str, torch.Tensor | Stored] = {}
+        self.gradients: dict[str, torch.Tensor | Stored] = {}
         self.gathered: dict[Input, torch.Tensor] = {}
         self.recipe: dict[str, torch.Tensor] = {}
         self.agreement = Agreement(group)
@@ -91,23 +91,25 @@ class TrainingState:
         return self._optimizer_state.stored
 
     @property
-    def disk(self) -> Disk | None:
+    def tier(self) -> Tier | None:
         """Where parameters and optimizer state lie that are not in memory."""
-        return self._optimizer_state.disk
+        return self._optimizer_state.tier
 
-    def reserve(self, path: str, num_bytes: int) -> None:
-        """Have room on a disk: see ``OptimizerState.reserve``."""
-        self._optimizer_state.reserve(path, num_bytes)
+    def open_tier(self, opened: Callable[[], Tier]) -> Tier:
+        """The lower tier that there is, or else one that is opened now."""
+        if self._optimizer_state.tier is None:
+            self._optimizer_state.tier = opened()
+        return self._optimizer_state.tier
 
     def keep(self, bucket: str, key: str, value: Value) -> Value:
         """Store optimizer state where the layout has it; as it is stored."""
         return self._optimizer_state.keep(bucket, key, value)
 
-    def keep_gradient(self, bucket: str, value: torch.Tensor) -> torch.Tensor | DiskTensor:
+    def keep_gradient(self, bucket: str, value: torch.Tensor) -> torch.Tensor | Stored:
         """Store what micro-batches are to be added up in, where the layout has it; as it is stored."""
         assert self.layout is not None
-        stored = self._optimizer_state.placed(self.layout.gradients_on_disk, bucket, value)
-        assert isinstance(stored, (torch.Tensor, DiskTensor))
+        stored = self._optimizer_state.placed(self.layout.buckets_away("gradients"), bucket, value)
+        assert isinstance(stored, (torch.Tensor, Stored))
         self.gradients[bucket] = stored
         return stored
 
@@ -262,8 +264,8 @@ class TrainingState:
     def state_dict(self, original: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What the module's own ``state_dict`` method, ``original``, gives when parameters are whole.
 
-        Parameters that are divided, or on a disk, are fresh full tensors (with ``keep_vars`` too). Others, and buffers,
-        are references to live memory, as in plain PyTorch.
+        Parameters that are divided, or on a lower tier, are fresh full tensors (with ``keep_vars`` too). Others, and
+        buffers, are references to live memory, as in plain PyTorch.
 
         Raises:
             RankError: parameters are divided, and another rank has called something else.
@@ -337,13 +339,13 @@ class TrainingState:
             group=self.shard_group,
             tensors=tensors,
             num_cached=num_cached,
-            on_disk=layout.params_on_disk,
-            disk=self.disk,
+            away=layout.buckets_away("parameters"),
+            tier=self.tier,
         )
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
-        """Parameters that are divided, or on a disk, have their full values for a while."""
+        """Parameters that are divided, or on a lower tier, have their full values for a while."""
         stored = self.stored_params()
         away = {name: param for name, param in self._placed.items() if stored.is_away(name)}
         try:

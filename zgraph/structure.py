@@ -1,9 +1,9 @@
 """What must hold of a program's structure at each stage, whatever it computes.
 
 Arguments are defined before use; every node has a value and an origin, and the value is what its operator makes of its
-arguments; collectives fit the mesh, they and transfers to a disk are waited for exactly once, before anything reads
-them; memory that is written over, or is still travelling, is neither read nor written by anything else, and what lies
-on a disk by nothing but transfers; results fit the inputs they replace.
+arguments; collectives fit the mesh, they and transfers to lower tiers are waited for exactly once, before anything
+reads them; memory that is written over, or is still travelling, is neither read nor written by anything else, and what
+lies on a lower tier by nothing but transfers; results fit the inputs they replace.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from zgraph.changes import Look
 from zgraph.codegen.owned import OwnedUpdate, Part
 from zgraph.codegen.region import Region
 from zgraph.errors import MISTAKE_IN_PASS, VerifyError
+from zgraph.hardware import LOWER_TIERS
 from zgraph.layout import Bucket, Layout
 from zgraph.liveness import owners, written
 from zgraph.packed import packed_numel
@@ -100,8 +101,8 @@ def _bound_to_others(program: Program) -> Iterator[fx.Node]:
     for spilled in program.graph.find_nodes(op="call_function", target=ops.spill, sort=False):
         for wait in spilled.users:
             yield from (user for user in wait.users if user.op == "call_function")
-    if program.layout is not None and program.layout.needs_disk:
-        for node in filter(program.is_on_disk, program.graph.find_nodes(op="placeholder")):
+    if program.layout is not None and program.layout.away:
+        for node in filter(program.tier_of, program.graph.find_nodes(op="placeholder")):
             yield from (user for user in node.users if user.op == "call_function")
 
 
@@ -117,7 +118,7 @@ def _check_collective(program: Program, node: fx.Node, after: str) -> None:
                 raise broken(after, user, f"reads {node.name} before it has arrived")
     elif node.target is ops.wait and operand(node).target not in ops.ASYNCHRONOUS:
         raise broken(after, node, "waits for a value that no collective and no transfer produces")
-    _check_disk(program, node, after)
+    _check_tiers(program, node, after)
     if not starts and node.target is not ops.shard:
         return
     mesh = program.mesh
@@ -144,13 +145,19 @@ def _check_collective(program: Program, node: fx.Node, after: str) -> None:
         raise broken(after, node, f"divides {describe(divided)} over {size} ranks")
 
 
-def _check_disk(program: Program, node: fx.Node, after: str) -> None:
-    """What lies on a disk is read by loads and written by stores alone, and these are given nothing else."""
+def _check_tiers(program: Program, node: fx.Node, after: str) -> None:
+    """What lies on a lower tier is read by loads and written by stores of that tier alone; they have nothing else."""
+    if node.target in ops.TRANSFERS and node.args[1:] not in _TIERS_GIVEN:
+        raise broken(after, node, f"moves to or from {node.args[1:]}, and tiers are {', '.join(LOWER_TIERS)}")
     for source in node.all_input_nodes:
-        wanted = node.target is ops.load or (node.target is ops.store and node.kwargs["out"] is source)
-        if program.is_on_disk(source) is not wanted:
-            where = "is in memory" if wanted else "lies on a disk"
+        is_away = node.target is ops.load or (node.target is ops.store and node.kwargs["out"] is source)
+        found = program.tier_of(source)
+        if found != (ops.tier_of(node) if is_away else None):
+            where = f"lies on {LOWER_TIERS[found]}" if found else "is in memory"
             raise broken(after, node, f"is given {source.meta.get('input', source.name)}, which {where}")
+
+
+_TIERS_GIVEN = [(tier,) for tier in LOWER_TIERS]
 
 
 def _ranks(mesh: Mesh, axis: str) -> str:

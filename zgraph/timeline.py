@@ -2,12 +2,14 @@
 
 Each lane does one thing after another: ``issue`` (the host, which starts operators), ``compute``, and one for each axis
 of the mesh, whose process groups have links of their own: those inside of nodes, and those between them; besides ``disk
-in`` and ``disk out``, by which tensors come from a disk and go there. Node order is issue order. A collective or a
+in`` and ``disk out``, by which tensors come from a disk and go there, and ``host in`` and ``host out``, likewise of the
+host's memory, whose link moves as much each way at once. Node order is issue order. A collective or a
 transfer starts when it has been issued, what was computed before it is there, and its lane is free; a wait holds up the
 computing that is issued after it.
 
 Of the compute lane, from the start to the end of the last call on it, every second is one of three: its own work
-(``busy_s["compute"]``), waiting for communication or a disk (``exposed_s``), and waiting for the host (``starved_s``).
+(``busy_s["compute"]``), waiting for communication or a lower tier (``exposed_s``), and waiting for the host to issue
+calls (``starved_s``).
 Before a GPU the host runs ahead and issues to a queue, so computing waits for it only where calls are shorter than
 issuing them; until a wait has been issued it holds up nothing, so that a second in which the host is late is not
 exposed as well. A CPU issues and computes in turns, so there ``starved_s`` is all the time that issuing takes. Its
@@ -28,14 +30,17 @@ from torch import fx
 
 from zgraph import ops
 from zgraph.cost import Cost, Costs
-from zgraph.hardware import Hardware
+from zgraph.hardware import LOWER_TIERS, Hardware
 from zgraph.program import Program, operand, target_name
 from zgraph.work import ATTENTION, MATRIX
 
 COMPUTE = "compute"
 ISSUE = "issue"
-DISK_IN, DISK_OUT = "disk in", "disk out"
-DISK_LANES: dict[Any, str] = {ops.load: DISK_IN, ops.store: DISK_OUT, ops.spill: DISK_OUT}
+INWARD: dict[str, str] = {tier: f"{tier} in" for tier in LOWER_TIERS}
+OUTWARD: dict[str, str] = {tier: f"{tier} out" for tier in LOWER_TIERS}
+"""The lanes from each lower tier, and to it."""
+
+TRANSFER_LANES = frozenset({*INWARD.values(), *OUTWARD.values()})
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Event:
 
     Attributes:
         node: the call.
-        lane: ``compute``, the axis of the mesh whose links it uses, or ``disk in`` or ``disk out``.
+        lane: ``compute``, the axis of the mesh whose links it uses, or a way from or to a lower tier.
         start_s, end_s: of the call; a wait lasts as long as it holds up its lane.
         cost: what it costs.
     """
@@ -64,7 +69,7 @@ class Timeline:
         events: of all calls that take time, and of all waits, in order of issue.
         step_s: from the first call to the end of the last.
         busy_s: seconds of work by lane; of ``issue``, those that the host spends on starting operators.
-        exposed_s: seconds in which computing waits for communication or a disk.
+        exposed_s: seconds in which computing waits for communication or a lower tier.
         starved_s: seconds in which computing waits for the host.
         matrix_flops: floating-point operations of matrix products and attention.
         unknown: calls of operators of no family, which were costed by their bytes, by name.
@@ -86,7 +91,7 @@ class Issued:
     Attributes:
         node: which call.
         cost: what it costs.
-        lane: where it runs: ``compute``, an axis of the mesh, or a way of the disk.
+        lane: where it runs: ``compute``, an axis of the mesh, or a way from or to a lower tier.
         waits_for: of a wait, which of the calls issued before it starts what it waits for.
     """
 
@@ -110,8 +115,10 @@ def issued(program: Program, cost_of: Callable[[fx.Node], Cost]) -> list[Issued]
 
 
 def lane_of(node: fx.Node) -> str:
-    """Where a call runs: ``compute``, an axis of the mesh, or a way of the disk."""
-    return ops.axis_of(node) if node.target in ops.STARTS else DISK_LANES.get(node.target, COMPUTE)
+    """Where a call runs: ``compute``, an axis of the mesh, or a way from or to a lower tier."""
+    if node.target in ops.TRANSFERS:
+        return (INWARD if node.target is ops.load else OUTWARD)[ops.tier_of(node)]
+    return ops.axis_of(node) if node.target in ops.STARTS else COMPUTE
 
 
 def play(program: Program, hardware: Hardware, *, cost_of: Callable[[fx.Node], Cost] | None = None) -> Timeline:
@@ -191,7 +198,7 @@ def play_issued(calls: Sequence[Issued], hardware: Hardware) -> Timeline:
         cost = call.cost
         if call.waits_for is not None:
             started = calls[call.waits_for]
-            is_apart = started.lane in (DISK_IN, DISK_OUT)
+            is_apart = started.lane in TRANSFER_LANES
             start, end = lanes.wait(ends[call.waits_for], 0 if is_apart else started.cost.seconds)
             events.append(Event(call.node, COMPUTE, start, end, cost))
             ends.append(end)
@@ -212,7 +219,7 @@ def least_s(program: Program, hardware: Hardware, *, cost_of: Callable[[fx.Node]
 
     A lane does all its calls one after the other; before the first of them stands what that one needs, and behind the
     last what needs that. The longest chain of calls that need each other is another bound. On a CPU, where nothing
-    but disks runs beside anything else, it is the sum of all other lanes if that is more.
+    but transfers runs beside anything else, it is the sum of all other lanes if that is more.
 
     Args:
         program, hardware, cost_of: as for ``play``.
@@ -223,7 +230,7 @@ def least_s(program: Program, hardware: Hardware, *, cost_of: Callable[[fx.Node]
         busy[call.lane] += call.cost.seconds
         busy[ISSUE] += hardware.launch_s * call.cost.num_calls
     if hardware.device_type == "cpu":
-        beside = [busy.pop(lane, 0.0) for lane in (DISK_IN, DISK_OUT)]
+        beside = [busy.pop(lane, 0.0) for lane in TRANSFER_LANES]
         return max(sum(busy.values()), *beside)
     place = {call.node: i for i, call in enumerate(calls)}
     before, behind = [0.0] * len(calls), [0.0] * len(calls)

@@ -16,7 +16,11 @@ from zgraph.hardware import Hardware
 
 
 def find_hardware(
-    name: str | Hardware | Path, *, devices_per_node: int | None = None, nic_bytes_per_s: float | None = None
+    name: str | Hardware | Path,
+    *,
+    devices_per_node: int | None = None,
+    nic_bytes_per_s: float | None = None,
+    host_memory_bytes: int | None = None,
 ) -> Hardware:
     """The hardware of a name, or of a file that ``zgraph calibrate`` saved.
 
@@ -25,6 +29,7 @@ def find_hardware(
             ``"here"``, this machine, as calibrated if it was; a path.
         devices_per_node: instead of the usual number.
         nic_bytes_per_s: of the network, one direction, per device; instead of the usual.
+        host_memory_bytes: of one node; instead of the usual.
 
     Raises:
         OptionError: there is no such name, or the numbers are not positive.
@@ -58,6 +63,10 @@ def find_hardware(
         if not nic_bytes_per_s > 0:
             raise OptionError(f"nic_bytes_per_s={nic_bytes_per_s!r} is not a rate", fix="bytes per second, above 0")
         found = replace(found, network=replace(found.network, bytes_per_s=nic_bytes_per_s))
+    if host_memory_bytes is not None:
+        if host_memory_bytes < 1:
+            raise OptionError(f"host_memory_bytes={host_memory_bytes!r} is not a number of bytes", fix="at least 1")
+        found = replace(found, host_memory_bytes=host_memory_bytes)
     return found
 
 
@@ -90,14 +99,14 @@ def tell(device: torch.device) -> str:
     name = machines.preset_of(properties.name, properties.total_memory)
     if name is None:
         raise OptionError(f"{properties.name} is not a GPU that is known", fix="run `zgraph calibrate` to measure it")
-    return json.dumps({"preset": name})
+    return json.dumps({"preset": name, "host_memory_bytes": machines.available_memory()})
 
 
 def told(text: str, world: int) -> Hardware:
     """The machine that ``tell`` told, as each of so many ranks finds it."""
     about = json.loads(text)
     if "preset" in about:
-        return machines.preset(about["preset"])
+        return replace(machines.preset(about["preset"]), host_memory_bytes=about["host_memory_bytes"])
     if "calibration" in about:
         return _calibrated(text).for_ranks(world)
     return machines.assumed_cpu(about["cores"], about["memory_bytes"]).for_ranks(world)

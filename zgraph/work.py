@@ -32,8 +32,9 @@ Size = Any
 """A number of elements, bytes or operations: an int, or a sympy expression."""
 
 MATRIX, ATTENTION, VECTOR, LOOKUP, LINK, NOTHING = "matrix", "attention", "vector", "lookup", "link", "nothing"
-DISK = "disk"
-"""What does the work: matrix units, a fused attention, the rest of a device, its memory row by row, links, a disk."""
+HOST, DISK = "host", "disk"
+"""What does the work: matrix units, a fused attention, the rest of a device, its memory row by row, links between
+ranks, and what moves to and from a lower tier, named as that is."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,10 @@ class Work:
 
     Attributes:
         family: of operators, in a word.
-        unit: one of MATRIX, ATTENTION, VECTOR, LOOKUP, LINK, DISK and NOTHING.
+        unit: one of MATRIX, ATTENTION, VECTOR, LOOKUP, LINK, HOST, DISK and NOTHING.
         flops: floating-point operations, but for ``transcendentals``.
         transcendentals: exponentials, logarithms, sines and the like.
-        read_bytes, written_bytes: memory traffic, each argument read once; of a disk, from it and to it.
+        read_bytes, written_bytes: memory traffic, each argument read once; of a lower tier, from it and to it.
         in_place: whether all that is written lies in memory that is in use already, as a rule what is read.
         in_arena: whether it lies in other memory that a CPU keeps in use, from step to step.
         dtype: that the operations are done in.
@@ -108,9 +109,9 @@ def works(node: fx.Node, world: Size) -> tuple[Work, ...]:
         return (_collective(node, world),)
     target = ops.allocating(target)
     if target is ops.load:
-        return (Work("load", DISK, read_bytes=num_bytes_of(node.meta["val"])),)
+        return (Work("load", ops.tier_of(node), read_bytes=num_bytes_of(node.meta["val"])),)
     if target in (ops.store, ops.spill):
-        return (Work("store", DISK, written_bytes=num_bytes_of(operand(node).meta["val"])),)
+        return (Work("store", ops.tier_of(node), written_bytes=num_bytes_of(operand(node).meta["val"])),)
     family = _FAMILIES.get(target)
     if family is not None:
         return tuple(family(node))

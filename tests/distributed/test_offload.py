@@ -16,11 +16,11 @@ from tests.models import CASES
 from tests.optimizers import OPTIMIZERS, tensors_of
 from tests.ranks import Ranks
 from tests.reference import slow, world
-from zgraph.disk import padded
 from zgraph.errors import DiskError, RankError, ZgraphError
-from zgraph.footprint import state_on_disk
+from zgraph.footprint import state_on
 from zgraph.plans import show_bytes
 from zgraph.program import Role
+from zgraph.tiers import padded
 
 ON_DISK = {"optimizer": "disk"}
 EVERYTHING = {**ON_DISK, "parameters": "disk"}
@@ -51,7 +51,7 @@ def train_both_ways(zero: int, optimizer: str, offload: dict[str, str], **option
     for expected, actual in ((params, same_params), (state, same_state)):
         assert list(expected) == list(actual)
         assert all(torch.equal(value, actual[name]) for name, value in expected.items())
-    stored, stats = state_on_disk(model.program), model.stats()
+    stored, stats = state_on("disk", model.program), model.stats()
     on_disk = sum(num_bytes for what, num_bytes in stored.items() if what.role is not Role.GRADIENT)
     assert stats["disk_bytes"] == sum(stored.values()) > 0
     whats = ("param_bytes", "optimizer_state_bytes")
@@ -147,8 +147,8 @@ def start_where_one_disk_is_full() -> None:
     train_where_one_is_refused(model, 1, "posix_fallocate", reason)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     model.train_step(X)
-    disk = model._zgraph.state.disk
-    assert disk.num_bytes == sum(map(padded, state_on_disk(model.program).values()))
+    disk = model._zgraph.state.tier
+    assert disk.num_bytes == sum(map(padded, state_on("disk", model.program).values()))
 
 
 def test_a_full_disk_of_one_rank_is_refused_by_all_before_the_first_step(ranks: Ranks) -> None:

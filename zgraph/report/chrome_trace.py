@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from zgraph.hardware import LOWER_TIERS
 from zgraph.report.runs import unrolled
 from zgraph.timeline import COMPUTE
 
@@ -33,7 +34,7 @@ def _predicted(tables: Mapping[str, Any], program: Mapping[str, Any], process: i
         yield _call(tables, row, process, lane + 1, start, end)
     memory = program["passes"][-1]["memory"]
     for i, second in enumerate(memory["seconds"]):
-        for name, tier in (("memory", memory["bytes"]), ("disk", memory.get("on_disk"))):
+        for name, tier in (("memory", memory["bytes"]), *((tier, memory.get(f"on_{tier}")) for tier in LOWER_TIERS)):
             if tier:
                 held = {kind: each[i] for kind, each in tier.items()}
                 yield {"ph": "C", "name": name, "pid": process, "tid": 0, "ts": second * 1e6, "args": held}

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import fx
 
+from zgraph import ops
 from zgraph.codegen.listing import weighed_as_data
 from zgraph.config import Config
 from zgraph.cost import Cost, Costs
 from zgraph.errors import StateError, first_line
 from zgraph.files import beside
 from zgraph.footprint import Kind
-from zgraph.hardware import Hardware
+from zgraph.hardware import MOVERS, Hardware
 from zgraph.lower import Lowered
 from zgraph.plans import Plan, show_bytes, show_s
 from zgraph.program import Program
@@ -31,7 +32,7 @@ from zgraph.report.chrome_trace import chrome_trace
 from zgraph.report.page import page
 from zgraph.report.recorder import Recorder
 from zgraph.stopwatch import Measured
-from zgraph.timeline import COMPUTE, DISK_IN, DISK_LANES, DISK_OUT, lane_of, play
+from zgraph.timeline import COMPUTE, INWARD, OUTWARD, lane_of, play
 
 SCHEMA, VERSION = "zgraph-report", 2
 
@@ -173,13 +174,14 @@ def make_report(
     last, *micro = recorder.programs  # the last micro-batch's is made first, and runs last
     names = ("step",) if not micro else ("every micro-batch but the last", "last micro-batch")
     repeats = (config.accumulate - 1, 1)[-len(names) :]
-    has_disk = any(node.target in DISK_LANES for made in lowered.programs for node in made.graph.nodes)
+    calls = [node for made in lowered.programs for node in made.graph.nodes if node.target in ops.TRANSFERS]
+    tiers = sorted(set(map(ops.tier_of, calls)))
     programs = [
         {
             "name": name,
             "repeats": times,
             **program,
-            "if_faster": if_faster(made, hardware, has_disk=has_disk),
+            "if_faster": if_faster(made, hardware, tiers),
             "kernels": weighed_as_data(made),
         }
         for name, times, program, made in zip(names, repeats, (*micro, last), lowered.programs, strict=True)
@@ -213,18 +215,19 @@ def make_report(
     return Report(document)
 
 
-def if_faster(program: Program, hardware: Hardware, *, has_disk: bool) -> dict[str, float]:
-    """Seconds that a program would take if computing, links, the host, or the disk were twice as fast.
+def if_faster(program: Program, hardware: Hardware, tiers: Sequence[str]) -> dict[str, float]:
+    """Seconds that a program would take if computing, links, the host, or what moves to a tier were twice as fast.
 
     Args:
         program: one of a step.
         hardware: the machine.
-        has_disk: whether any program of the step moves something to or from a disk.
+        tiers: the lower ones that any program of the step moves something to or from.
     """
     costs = Costs(program, hardware)
 
-    def step_s(*, computing: float = 1.0, links: float = 1.0, host: float = 1.0, disk: float = 1.0) -> float:
-        factors = {COMPUTE: computing, DISK_IN: disk, DISK_OUT: disk}
+    def step_s(*, computing: float = 1.0, links: float = 1.0, host: float = 1.0, faster: str = "") -> float:
+        transfers = {lane[tier]: 0.5 if tier == faster else 1.0 for lane in (INWARD, OUTWARD) for tier in lane}
+        factors = {COMPUTE: computing, **transfers}
 
         def cost_of(node: fx.Node) -> Cost:
             cost = costs.of(node)
@@ -233,7 +236,7 @@ def if_faster(program: Program, hardware: Hardware, *, has_disk: bool) -> dict[s
         return play(program, replace(hardware, launch_s=hardware.launch_s * host), cost_of=cost_of).step_s
 
     found = {"computing": step_s(computing=0.5), "links": step_s(links=0.5), "the host": step_s(host=0.5)}
-    return {**found, "the disk": step_s(disk=0.5)} if has_disk else found
+    return {**found, **{MOVERS[tier]: step_s(faster=tier) for tier in tiers}}
 
 
 def would_free(config: Config, world: int) -> dict[str, str]:

@@ -19,7 +19,7 @@ from zgraph import ops
 from zgraph.codegen.kernel import Kernel
 from zgraph.cost import Cost, Costs
 from zgraph.footprint import Footprint, Kind, with_state
-from zgraph.hardware import Hardware
+from zgraph.hardware import LOWER_TIERS, MOVERS, Hardware
 from zgraph.liveness import held_bytes
 from zgraph.pipeline import Pass, PassRecord
 from zgraph.plans import owners_of
@@ -28,7 +28,7 @@ from zgraph.program import Input, Origin, Program, describe, show, target_name
 from zgraph.report.runs import runs
 from zgraph.report.sources import code_around
 from zgraph.spread import spread_of
-from zgraph.timeline import COMPUTE, DISK_IN, DISK_OUT, Timeline, lane_of, play
+from zgraph.timeline import COMPUTE, INWARD, OUTWARD, Timeline, lane_of, play
 from zgraph.work import LINK
 
 CAPTURE = "capture"
@@ -149,7 +149,7 @@ class Recorder:
             "rows": self._rows,
             "operators": [name for name, _ in operators],
             "wait": target_name(ops.wait),
-            "disk_lanes": [DISK_IN, DISK_OUT],
+            "transfer_lanes": {lane[tier]: words for tier, words in MOVERS.items() for lane in (INWARD, OUTWARD)},
             "bodies": [body for _, body in operators],
             "texts": list(self._texts),
             "text_of": [self._text_of.get(operator) for operator in operators],
@@ -216,7 +216,8 @@ class Recorder:
         found: dict[str, list[int]] = {}
         for node in program.graph.nodes:
             words = [spread[node].value] if node in spread else []
-            placement = ", ".join([*words, *(["on disk"] if program.is_on_disk(node) else [])])
+            tier = program.tier_of(node)
+            placement = ", ".join([*words, *([f"on {tier}"] if tier else [])])
             number = self._number[node]
             if self._placed.get(number, "") != placement:
                 self._placed[number] = placement
@@ -315,8 +316,8 @@ def _moved(before: Sequence[int], after: Sequence[int]) -> set[int]:
 def moments(program: Program, timeline: Timeline, held: Footprint) -> dict[str, Any]:
     """Bytes held by kind over time, at up to ``NUM_MOMENTS`` points: of each part of the step, where most is held.
 
-    ``peak`` is the index of the point that is the footprint's ``peak_position``; ``on_disk`` is as ``bytes``, of what
-    lies on a disk.
+    ``peak`` is the index of the point that is the footprint's ``peak_position``; ``on_host`` and ``on_disk`` are as
+    ``bytes``, of what lies there.
     """
     nodes = list(program.graph.nodes)
     starts = {event.node: event.start_s for event in timeline.events if event.lane == COMPUTE}
@@ -341,8 +342,11 @@ def moments(program: Program, timeline: Timeline, held: Footprint) -> dict[str, 
         "positions": positions,
         "seconds": [round(seconds[i], 9) for i in positions],
         "bytes": {kind.value: [each[i] for i in positions] for kind, each in by_kind.items()},
-        "on_disk": {
-            kind.value: [each[i] for i in positions] for kind, each in held.by_kind(on_disk=True).items() if any(each)
+        **{
+            f"on_{tier}": {
+                kind.value: [each[i] for i in positions] for kind, each in held.by_kind(tier).items() if any(each)
+            }
+            for tier in LOWER_TIERS
         },
     }
 

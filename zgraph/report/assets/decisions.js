@@ -2,7 +2,7 @@
 
 function drawPeak() {
   const { program, k } = state, pass = program.passes[k], { memory } = pass, { peak } = memory;
-  const byKind = heldAt(memory.bytes, peak), onDisk = heldAt(memory.on_disk || {}, peak);
+  const byKind = heldAt(memory.bytes, peak), away = ["host", "disk"].map((tier) => [tier, heldAt(memory[`on_${tier}`] || {}, peak)]).filter(([, held]) => held.length);
   const whole = byKind.reduce((sum, [, held]) => sum + held, 0);
   const kindRows = byKind.map(([kind, held]) => make("tr", {},
     make("td", {}, swatch(kindColour(kind)), kind), make("td", {}, bytes(held)), make("td", { class: "quiet" }, percent(held / whole)),
@@ -17,7 +17,7 @@ function drawPeak() {
   fill($("panel-peak"), make("div", { class: "text" },
     make("p", {}, `The most is held ${seconds(memory.seconds[peak])} into the program, at `,
       nodeLink(program.rows.node[at]), `: ${bytes(whole)} on each rank, of a budget of ${bytes(report.plan.budget_bytes)}.`),
-    ...(onDisk.length ? [make("p", {}, `Then ${onDisk.map(([kind, held]) => `${bytes(held)} of ${kind}`).join(", ")} lie on each rank's disk instead.`)] : []),
+    ...away.map(([tier, held]) => make("p", {}, `Then ${held.map(([kind, held]) => `${bytes(held)} of ${kind}`).join(", ")} lie on each rank's ${tier} instead.`)),
     make("h3", {}, "What it is for, and what would make it less"),
     table(["At the peak", "Bytes", "Share", "Less of it with"], kindRows, [3]),
     make("h3", {}, "What holds most of it"),

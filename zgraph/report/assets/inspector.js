@@ -77,7 +77,7 @@ function lastRow(node) {
 /** Where a node's value lies, in words. */
 function placementOf(node) {
   const words = state.program.placement(state.k).get(node) || "", isAlone = report.mesh.size === 1;
-  const lies = words.split(", ").filter((word) => word && !(isAlone && word !== "on disk"));
+  const lies = words.split(", ").filter((word) => word && !(isAlone && !word.startsWith("on ")));
   return lies.map((word) => PLACEMENTS[word] || word).join(", ");
 }
 

@@ -18,15 +18,15 @@ function drawTop() {
     chip(`peak ${bytes(plan.chosen.peak_bytes)}`, "", "The most that tensors hold at once"),
     chip(`step ${seconds(step)} predicted`, "", "All micro-batches together"),
     ...(measured === null ? [] : [chip(`${seconds(measured)} measured (${measured < step ? "−" : "+"}${percent(Math.abs(measured / step - 1))})`, "", "The median of the steps that were profiled")]),
-    chip(`${percent(plan.chosen.exposed_s / step)} waiting for links${hasDisk() ? " or the disk" : ""}`, "",
-      `Share of the step in which computing waits for communication${hasDisk() ? ", or for what is read from a disk and written to it" : ""}`),
+    chip(`${percent(plan.chosen.exposed_s / step)} waiting for ${["links", ...movers()].join(" or ")}`, "",
+      `Share of the step in which computing waits for communication${movers().length ? ", or for what comes from a lower tier and goes there" : ""}`),
     report.is_proved ? chip("✓ every pass proved", "good", "After each pass, every output is still what was captured")
       : chip("not proved", "", "The passes ran without the proof"),
     chip(`schedule ${report.digest.slice(0, 10)}`, "", `The same on all ranks; SHA-256 ${report.digest}`));
 }
 
-/** Whether the step moves something to or from a disk. */
-const hasDisk = () => report.programs.some((each) => "the disk" in each.if_faster);
+/** What moves something to or from lower tiers in the step. */
+const movers = () => ["the link to the host", "the disk"].filter((name) => report.programs.some((each) => name in each.if_faster));
 
 function drawPass() {
   const { passes } = state.program, pass = passes[state.k];

@@ -141,8 +141,8 @@ class Program {
         const source = this.rows.inputs[row][0];
         start = Math.max(computed, issued);
         starved += start - computed;
-        const isOnDisk = (this.tables.disk_lanes || []).includes(this.lane(rowOf[source]));
-        const isBusy = !isAhead && !isOnDisk; // cores move what travels between ranks
+        const isApart = this.lane(rowOf[source]) in (this.tables.transfer_lanes || {});
+        const isBusy = !isAhead && !isApart; // cores move what travels between ranks
         const before = start === computed ? last : null, alone = isBusy ? start + this.cost(rowOf[source], "seconds") : start;
         computed = Math.max(alone, ends.get(source));
         exposed += computed - start;

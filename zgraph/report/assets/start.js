@@ -75,8 +75,9 @@ function hover(canvas, event) {
   if (second === null) return tip(null);
   let i = memory.seconds.findIndex((each) => each > second) - 1;
   if (i < 0) i = memory.seconds[0] > second ? 0 : memory.seconds.length - 1;
-  const isBelow = event.clientY - canvas.getBoundingClientRect().top > STACK, held = heldAt(isBelow ? memory.on_disk : memory.bytes, i);
-  tip(event, [`${seconds(second)}: ${bytes(held.reduce((sum, [, n]) => sum + n, 0))}${isBelow ? " on disk" : ""}`, ...held.map(([kind, n]) => `${kind} ${bytes(n)}`)].join("\n"));
+  let below = event.clientY - canvas.getBoundingClientRect().top;
+  const all = tiers(), tier = all.find(({ height }) => (below -= height) <= 0) || all[all.length - 1], held = heldAt(tier.bytes, i);
+  tip(event, [`${seconds(second)}: ${bytes(held.reduce((sum, [, n]) => sum + n, 0))}${tier === all[0] ? "" : ` ${tier.name}`}`, ...held.map(([kind, n]) => `${kind} ${bytes(n)}`)].join("\n"));
 }
 
 function theme(name) {

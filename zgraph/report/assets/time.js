@@ -112,12 +112,15 @@ function ticks(from, to, draw) {
   for (let i = Math.ceil(from / apart); i * apart <= to; i++) draw(i * apart, seconds(Number((i * apart).toPrecision(6))));
 }
 
-const STACK = 130, DISK_STACK = 64;
+const STACK = 130, LOWER_STACK = 64;
 
 /** The tiers that hold something: what of each kind is held there over time, below which line, and how high it is drawn. */
 function tiers() {
   const { memory } = state.program.passes[state.k], found = [{ bytes: memory.bytes, height: STACK, budget: report.plan.budget_bytes, at: memory.peak, name: "peak" }];
-  if (Object.keys(memory.on_disk || {}).length) found.push({ bytes: memory.on_disk, height: DISK_STACK, budget: null, at: null, name: "on disk" });
+  for (const tier of ["host", "disk"]) {
+    const held = memory[`on_${tier}`] || {};
+    if (Object.keys(held).length) found.push({ bytes: held, height: LOWER_STACK, budget: null, at: null, name: `on ${tier}` });
+  }
   return found.map((tier) => {
     const kinds = KINDS.filter((kind) => tier.bytes[kind]);
     return { ...tier, kinds, total: memory.seconds.map((_, i) => kinds.reduce((sum, kind) => sum + tier.bytes[kind][i], 0)) };
