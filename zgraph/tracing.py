@@ -1,4 +1,4 @@
-"""The one place that touches torch's tracing internals: run a function on fake tensors, get an ATen graph.
+"""Where torch's tracing internals are touched, here and in ``shortcuts``: run a function on fake tensors, get ATen.
 
 ``trace`` records for every node where it came from: the phase of the step, the path of the user's module and the
 user's source line. Backward nodes inherit both from the forward operator that they differentiate, joined by
@@ -28,7 +28,7 @@ import torch.export._trace  # tracing imports these three on first use; better n
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -36,6 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from zgraph.collector import collect_garbage, collector_paused, is_large
 from zgraph.errors import CaptureError, quoted
 from zgraph.program import Input, Origin, Phase, Role
+from zgraph.shortcuts import Shortcuts
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _OPTIM = os.path.join(_TORCH, "optim") + os.sep
@@ -255,7 +256,9 @@ def trace(
     writes = _UndoWrites()
 
     def recorded(*inner: Any) -> Any:
-        with recorder.attached(), writes:
+        proxies = get_proxy_mode()
+        assert isinstance(proxies, ProxyTorchDispatchMode)
+        with recorder.attached(), writes, Shortcuts(proxies, mode).attached():
             return function(*inner)
 
     try:
@@ -264,11 +267,12 @@ def trace(
             collector_paused(),
             mock.patch("torch._subclasses.fake_tensor.CONSTANT_NUMEL_LIMIT", limit),
             mock.patch("torch.fx.experimental.proxy_tensor.CONSTANT_NUMEL_LIMIT", limit),
+            mock.patch("torch._inductor.fx_passes.dedupe_symint_uses.dedupe_symints"),  # numbers are recorded once
             mode,
             torch.autograd.set_multithreading_enabled(False),
             _use_lazy_graph_module(True),  # nobody runs the module, so nobody needs its code
         ):
-            module = make_fx(recorded, tracing_mode="fake")(*args)
+            module = make_fx(recorded)(*args)
     finally:
         writes.undo()
     graph, constants = _copy(module, mode)
