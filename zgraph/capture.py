@@ -530,10 +530,14 @@ def _join(
     by_input: dict[Input, fx.Node] = {}
     all_constants: dict[str, torch.Tensor] = {}
 
+    known: dict[int, torch.Tensor] = {}  # of values, which nodes share
+
     def real(val: Any) -> Any:
         if not isinstance(val, torch.Tensor):
             return val
-        return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
+        if id(val) not in known:
+            known[id(val)] = torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
+        return known[id(val)]
 
     def add_inputs(source: fx.Graph, values: dict[str, torch.Tensor], prefix: str, skip: set[fx.Node]) -> None:
         for node in source.find_nodes(op="placeholder"):
