@@ -134,7 +134,8 @@ class Shortcuts(TorchDispatchMode):
             ):
                 self._known[key] = _Like(node.meta["val"], func.overloadpacket.__name__)
             return result
-        node = self._tracer.create_node("call_function", func, node_args, node_kwargs, known.name)
+        node = self._tracer.create_node("call_function", func, (), {}, known.name)
+        node.args, node.kwargs = node_args, node_kwargs  # afterwards, as in ``copy_node``
         return self._give(gives, known.val, node, args, kwargs)
 
     def _is_as_expected(self, gives: _Gives, result: Any, args: tuple[Any, ...], node: fx.Node) -> bool:

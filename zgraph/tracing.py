@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from zgraph.collector import collect_garbage, collector_paused, is_large
 from zgraph.errors import CaptureError, quoted
-from zgraph.program import Input, Origin, Phase, Role
+from zgraph.program import Input, Origin, Phase, Role, copy_graph
 from zgraph.shortcuts import Shortcuts
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -283,13 +283,9 @@ def trace(
 
 def _copy(module: fx.GraphModule, mode: FakeTensorMode) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
     """A copy of a traced graph with nothing but values and origins on its nodes; its constants as placeholders."""
-    graph = fx.Graph()
-    node_map: dict[fx.Node, fx.Node] = {}
-    graph.graph_copy(module.graph, node_map)
+    graph = copy_graph(module.graph)
     for node in graph.nodes:
         node.meta = {key: node.meta[key] for key in ("val", "origin") if key in node.meta}
-    last = module.graph.output_node()
-    graph.output(fx.map_arg(last.args[0], lambda n: node_map[n]))
     return graph, _lift_constants(graph, module, mode)
 
 
