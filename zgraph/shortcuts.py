@@ -56,6 +56,7 @@ class _Gives(Enum):
     TENSOR = auto()  # a new one
     FIRST = auto()  # its first argument, written to
     VIEW = auto()  # a view of its first argument
+    TENSORS = auto()  # several new ones
     NUMBER = auto()  # the value of its argument
 
 
@@ -123,47 +124,70 @@ class Shortcuts(TorchDispatchMode):
             return func(*args, **kwargs)
         known = self._known.get(key)
         if known is None:
-            before, num_decisions = self._last_node(), self._num_decisions
+            before, num_decisions = self._tracer.graph._root.prev, self._num_decisions
             result = func(*args, **kwargs)
-            node = self._last_node()
+            node = before.next
             if (
-                (node.prev, node.target, node.args, node.kwargs) == (before, func, node_args, node_kwargs)
+                (node.target, node.args, node.kwargs) == (func, node_args, node_kwargs)
                 and self._num_decisions == num_decisions
                 and self._is_as_expected(gives, result, args, node)
                 and (gives is not _Gives.FIRST or self._form(args) == key[1])
             ):
                 self._known[key] = _Like(node.meta["val"], func.overloadpacket.__name__)
             return result
-        node = self._tracer.create_node("call_function", func, (), {}, known.name)
-        node.args, node.kwargs = node_args, node_kwargs  # afterwards, as in ``copy_node``
+        node = self._new_node(func, node_args, node_kwargs, known.name)
         return self._give(gives, known.val, node, args, kwargs)
 
     def _is_as_expected(self, gives: _Gives, result: Any, args: tuple[Any, ...], node: fx.Node) -> bool:
         """Whether what torch has made of a call is what ``_give`` would."""
+        last = self._tracer.graph._root.prev
         if gives is _Gives.NUMBER:
-            return type(result) is SymFloat and self._in_graph(result) is node
-        if type(result) is not FakeTensor or self._in_graph(result) is not node:
-            return False
+            return node is last and type(result) is SymFloat and self._in_graph(result) is node
+        if gives is _Gives.TENSORS:
+            items = [node]
+            for i, part in enumerate(result):
+                item = items[-1].next
+                if (item.target, item.args) != (operator.getitem, (node, i)) or not self._stands_for(item, part):
+                    return False
+                items.append(item)
+            return type(result) is tuple and items[-1] is last
         is_first = bool(args) and result is args[0]
-        return is_first is (gives is _Gives.FIRST) and self._form(result) == self._form(node.meta["val"])
+        return node is last and is_first is (gives is _Gives.FIRST) and self._stands_for(node, result)
+
+    def _stands_for(self, node: fx.Node, result: Any) -> bool:
+        is_tensor = type(result) is FakeTensor and self._in_graph(result) is node
+        return is_tensor and self._form(result) == self._form(node.meta["val"])
 
     def _give(self, gives: _Gives, val: Any, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Let ``node`` stand for the result of a call, which is like ``val``."""
-        proxy = fx.Proxy(node, self._tracer)
+        node.meta["val"] = val
         if gives is _Gives.NUMBER:
             assert self._env is not None
+            proxy = fx.Proxy(node, self._tracer)
             with self._env.ignore_fresh_unbacked_symbols():
                 number = args[0].item_memo = node.meta["val"] = self._env.create_unbacked_symfloat()
             set_proxy_slot(number, self._tracer, thunkify(self._tracer, lambda: proxy))
             return number
-        node.meta["val"] = val
+        if gives is _Gives.TENSORS:
+            items = []
+            for i, part in enumerate(val):
+                item = self._new_node(operator.getitem, (node, i), {}, "getitem")
+                item.meta["val"] = part
+                items.append(self._track(self._like(part), item))
+            return tuple(items)
         if gives is _Gives.VIEW:
             with disable_proxy_modes_tracing():
-                result = node.target(*args, **kwargs)  # type: ignore[operator]
-        else:
-            result = args[0] if gives is _Gives.FIRST else self._like(val)
-        self._tracer.tensor_tracker[result] = _ProxyTensor(proxy, None)
-        return result
+                return self._track(node.target(*args, **kwargs), node)  # type: ignore[operator]
+        return self._track(args[0] if gives is _Gives.FIRST else self._like(val), node)
+
+    def _track(self, tensor: FakeTensor, node: fx.Node) -> FakeTensor:
+        self._tracer.tensor_tracker[tensor] = _ProxyTensor(fx.Proxy(node, self._tracer), None)
+        return tensor
+
+    def _new_node(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> fx.Node:
+        node = self._tracer.create_node("call_function", target, (), {}, name)
+        node.args, node.kwargs = args, kwargs  # afterwards, as in ``copy_node``
+        return node
 
     def _form(self, value: Any) -> Any:
         """What another argument must have in common with this one for an operator to give the like of it."""
@@ -202,9 +226,6 @@ class Shortcuts(TorchDispatchMode):
         with no_dispatch():
             memory = torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device="meta")
             return FakeTensor(self._mode, memory, val.fake_device)
-
-    def _last_node(self) -> fx.Node:
-        return self._tracer.graph._root.prev
 
     # -- numbers --------------------------------------------------------------------------------------------
 
@@ -254,12 +275,12 @@ def _gives(func: Any) -> _Gives | None:
     if not isinstance(func, torch._ops.OpOverload) or not {*_OTHERWISE}.isdisjoint(func.tags):
         return None
     schema = func._schema
-    if len(schema.returns) != 1 or str(schema.returns[0].type) != "Tensor":
+    if not schema.returns or any(str(given.type) != "Tensor" for given in schema.returns):
         return None
     aliased = [argument for argument in schema.arguments if argument.alias_info is not None]
-    if not aliased and schema.returns[0].alias_info is None:
-        return _Gives.TENSOR
-    if aliased != schema.arguments[:1] or schema.returns[0].alias_info is None:
+    if not aliased and all(given.alias_info is None for given in schema.returns):
+        return _Gives.TENSOR if len(schema.returns) == 1 else _Gives.TENSORS
+    if aliased != schema.arguments[:1] or len(schema.returns) > 1 or schema.returns[0].alias_info is None:
         return None
     if not schema.is_mutable:
         return _Gives.VIEW

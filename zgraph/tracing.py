@@ -28,7 +28,12 @@ import torch.export._trace  # tracing imports these three on first use; better n
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
-from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, get_proxy_mode, make_fx
+from torch.fx.experimental.proxy_tensor import (
+    ProxyTorchDispatchMode,
+    _temp_remove_metadata_torch_function_mode,
+    get_proxy_mode,
+    make_fx,
+)
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -258,7 +263,9 @@ def trace(
     def recorded(*inner: Any) -> Any:
         proxies = get_proxy_mode()
         assert isinstance(proxies, ProxyTorchDispatchMode)
-        with recorder.attached(), writes, Shortcuts(proxies, mode).attached():
+        shortcuts = Shortcuts(proxies, mode)
+        # The mode that is removed notes the name of every function and attribute that Python reads, for nobody here.
+        with _temp_remove_metadata_torch_function_mode(), recorder.attached(), writes, shortcuts.attached():
             return function(*inner)
 
     try:
