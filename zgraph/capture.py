@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from zgraph import ops
 from zgraph.attributes import ModuleAttributes, is_plain, is_same
 from zgraph.averages import check_no_clash, without_averages
+from zgraph.collector import collector_paused
 from zgraph.config import Config
 from zgraph.errors import CaptureError, OptimizerError, ZgraphError, first_line, quoted
 from zgraph.functional import make_functional, own_memory_by_place
@@ -31,7 +32,7 @@ from zgraph.gradients import Gradients
 from zgraph.metrics import Metric, evaluate
 from zgraph.operands import check_operands
 from zgraph.precision import low_precision
-from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage, describe, without_log
+from zgraph.program import Input, Mesh, Origin, Phase, Program, Role, Stage, copy_node, describe, without_log
 from zgraph.recipe import complete
 from zgraph.scaling import LOSS_SCALE
 from zgraph.tracing import Recorder, fake_mode, python_generators_kept, source_of_error, trace, user_source
@@ -45,6 +46,7 @@ LossFunction = Callable[..., torch.Tensor]
 WeightFunction = Callable[..., torch.Tensor | float]
 
 
+@collector_paused()
 def capture(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -530,10 +532,14 @@ def _join(
     by_input: dict[Input, fx.Node] = {}
     all_constants: dict[str, torch.Tensor] = {}
 
+    known: dict[int, torch.Tensor] = {}  # of values, which nodes share
+
     def real(val: Any) -> Any:
         if not isinstance(val, torch.Tensor):
             return val
-        return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
+        if id(val) not in known:
+            known[id(val)] = torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
+        return known[id(val)]
 
     def add_inputs(source: fx.Graph, values: dict[str, torch.Tensor], prefix: str, skip: set[fx.Node]) -> None:
         for node in source.find_nodes(op="placeholder"):
@@ -554,12 +560,12 @@ def _join(
         add_inputs(update.graph, update.constants, "update.", set(gradient_nodes))
         for node in graph.nodes:
             if node.op == "call_function":
-                copies[node] = joined.node_copy(node, copies.__getitem__)
+                copies[node] = copy_node(node, joined, copies)
         for node, name in gradient_nodes.items():
             copies[node] = copies[grads[name]]
         for node in update.graph.nodes:
             if node.op == "call_function":
-                copy = copies[node] = joined.node_copy(node, copies.__getitem__)
+                copy = copies[node] = copy_node(node, joined, copies)
                 val = copy.meta.get("val")
                 copy.meta["val"] = tuple(map(real, val)) if isinstance(val, (tuple, list)) else real(val)
     outputs: list[Input | None] = [None]

@@ -519,14 +519,19 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     copy = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        # Arguments are set afterwards: fx looks for symbols in those that a node is created with, which takes as long
-        # as all else.
-        copies[node] = made = copy.create_node(node.op, node.target, name=node.name, type_expr=node.type)
-        made.args = fx.map_arg(node.args, copies.__getitem__)
-        if node.kwargs:
-            made.kwargs = fx.map_arg(node.kwargs, copies.__getitem__)
-        made.meta = node.meta.copy()
+        copies[node] = copy_node(node, copy, copies)
     return copy
+
+
+def copy_node(node: fx.Node, graph: fx.Graph, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """A copy of a node in another graph, which reads the copies of what the node reads."""
+    # Arguments are set afterwards: fx looks for symbols in those that a node is made with, as long as all else takes.
+    made = graph.create_node(node.op, node.target, name=node.name, type_expr=node.type)
+    made.args = fx.map_arg(node.args, copies.__getitem__)
+    if node.kwargs:
+        made.kwargs = fx.map_arg(node.kwargs, copies.__getitem__)
+    made.meta = node.meta.copy()
+    return made
 
 
 def operand(node: fx.Node, index: int = 0) -> fx.Node:

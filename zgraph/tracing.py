@@ -1,4 +1,4 @@
-"""The one place that touches torch's tracing internals: run a function on fake tensors, get an ATen graph.
+"""Where torch's tracing internals are touched, here and in ``shortcuts``: run a function on fake tensors, get ATen.
 
 ``trace`` records for every node where it came from: the phase of the step, the path of the user's module and the
 user's source line. Backward nodes inherit both from the forward operator that they differentiate, joined by
@@ -28,14 +28,20 @@ import torch.export._trace  # tracing imports these three on first use; better n
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.experimental.proxy_tensor import (
+    ProxyTorchDispatchMode,
+    _temp_remove_metadata_torch_function_mode,
+    get_proxy_mode,
+    make_fx,
+)
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from zgraph.collector import collect_garbage, collector_paused, is_large
 from zgraph.errors import CaptureError, quoted
-from zgraph.program import Input, Origin, Phase, Role
+from zgraph.program import Input, Origin, Phase, Role, copy_graph
+from zgraph.shortcuts import Shortcuts
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _OPTIM = os.path.join(_TORCH, "optim") + os.sep
@@ -255,7 +261,11 @@ def trace(
     writes = _UndoWrites()
 
     def recorded(*inner: Any) -> Any:
-        with recorder.attached(), writes:
+        proxies = get_proxy_mode()
+        assert isinstance(proxies, ProxyTorchDispatchMode)
+        shortcuts = Shortcuts(proxies, mode)
+        # The mode that is removed notes the name of every function and attribute that Python reads, for nobody here.
+        with _temp_remove_metadata_torch_function_mode(), recorder.attached(), writes, shortcuts.attached():
             return function(*inner)
 
     try:
@@ -264,11 +274,12 @@ def trace(
             collector_paused(),
             mock.patch("torch._subclasses.fake_tensor.CONSTANT_NUMEL_LIMIT", limit),
             mock.patch("torch.fx.experimental.proxy_tensor.CONSTANT_NUMEL_LIMIT", limit),
+            mock.patch("torch._inductor.fx_passes.dedupe_symint_uses.dedupe_symints"),  # numbers are recorded once
             mode,
             torch.autograd.set_multithreading_enabled(False),
             _use_lazy_graph_module(True),  # nobody runs the module, so nobody needs its code
         ):
-            module = make_fx(recorded, tracing_mode="fake")(*args)
+            module = make_fx(recorded)(*args)
     finally:
         writes.undo()
     graph, constants = _copy(module, mode)
@@ -279,13 +290,9 @@ def trace(
 
 def _copy(module: fx.GraphModule, mode: FakeTensorMode) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
     """A copy of a traced graph with nothing but values and origins on its nodes; its constants as placeholders."""
-    graph = fx.Graph()
-    node_map: dict[fx.Node, fx.Node] = {}
-    graph.graph_copy(module.graph, node_map)
+    graph = copy_graph(module.graph)
     for node in graph.nodes:
         node.meta = {key: node.meta[key] for key in ("val", "origin") if key in node.meta}
-    last = module.graph.output_node()
-    graph.output(fx.map_arg(last.args[0], lambda n: node_map[n]))
     return graph, _lift_constants(graph, module, mode)
 
 
