@@ -18,7 +18,7 @@ from tests.reference import slow
 from zgraph import ops, placement
 from zgraph.capture import capture
 from zgraph.config import Config
-from zgraph.footprint import Footprint, Holding, Kind, footprint
+from zgraph.footprint import Footprint, Holding, Kind, footprint, with_scratch
 from zgraph.liveness import alive_bytes, held_bytes
 from zgraph.lower import Lowered, lower
 from zgraph.machines import preset, this_cpu
@@ -228,3 +228,19 @@ def test_on_a_cpu_the_arena_is_held_as_a_whole_and_the_rest_comes_and_goes(name:
 
 def test_compiling_leaves_more_the_larger_the_graph_is_up_to_a_limit() -> None:
     assert [compiled_bytes(num_nodes) for num_nodes in (0, 520, 1000, 2000)] == [0, 0, 22_080_000, 40_000_000]
+
+
+def test_a_convolution_lays_out_anew_what_it_reads_on_a_cpu() -> None:
+    """Images of 8,192 bytes, what is made of them, of 16,384, and a weight of 2,304."""
+    b = Builder()
+    images = b.input(Role.BATCH, "0", shape=[1, 4, 16, 16])
+    weight = b.input(Role.PARAM, "w", shape=[8, 4, 3, 3])
+    rest = (None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    y = b.forward(aten.convolution.default, images, weight, *rest)
+    loss = b.forward(aten.sum.default, y)
+    gy = b.backward(aten.ones_like.default, y)
+    b.backward(aten.convolution_backward.default, gy, images, weight, [8], *rest[1:], [False, True, False])
+    program = b.finish({None: loss})
+    held = with_scratch(footprint(program), program).holdings
+    of_convolutions = [h.num_bytes for h in held if h.kind is Kind.SCRATCH and "convolution" in h.what]
+    assert of_convolutions == [16384 + 2304, 2 * (16384 + 2304)]
