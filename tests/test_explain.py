@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import json
 import random
@@ -198,8 +199,9 @@ def applied(asked: dict[str, Any], change: str) -> dict[str, Any]:
     """The same with a suggestion taken."""
     if rows := re.match(r"(\d+) of \d+ rows in a batch(, )?", change):
         asked, change = {**asked, "batch": (asked["batch"][0][: int(rows[1])],)}, change[rows.end() :]
-    options = dict(part.split("=") for part in change.partition(", of ")[0].split(", ") if part)
-    values = {name: value.strip("'") if "'" in value else int(value) for name, value in options.items()}
+    call = ast.parse(f"f({change.partition(', of ')[0]})", mode="eval").body
+    assert isinstance(call, ast.Call)
+    values = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
     if "hardware" in values:
         asked = {**asked, "memory": None}
     return {**asked, **values}

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from zgraph import comm, into, ops, packed, quantized, standalone, tiles
+from zgraph import comm, into, ops, packed, quantized, standalone, tiling
 from zgraph.codegen import quantizers
 from zgraph.codegen.cpp import CppWriter
 from zgraph.codegen.elementwise import results_of
@@ -53,9 +53,9 @@ _OWN: dict[Any, tuple[str, Sequence[Any], str]] = {
     ops.elements: ("_elements", [ops._elements], ""),
     ops.cross_entropy_backward: ("_cross_entropy_backward", [*_OF_LOGITS, ops._cross_entropy_backward], _AT_ONCE),
     torch.ops.zgraph.cross_entropy_backward.out: ("_cross_entropy_backward_into", _OF_LOGITS, _AT_ONCE),
-    ops.product_columns: ("product_columns", [tiles.product_columns_into, tiles.product_columns], ""),
-    torch.ops.zgraph.product_columns.out: ("product_columns_into", [tiles.product_columns_into], ""),
-    ops.embedding_rows_backward: ("embedding_rows_backward", [tiles.embedding_rows_backward], ""),
+    ops.product_columns: ("product_columns", [tiling.product_columns_into, tiling.product_columns], ""),
+    torch.ops.zgraph.product_columns.out: ("product_columns_into", [tiling.product_columns_into], ""),
+    ops.embedding_rows_backward: ("embedding_rows_backward", [tiling.embedding_rows_backward], ""),
     ops.max_over_ranks: ("torch.clone", [], ""),
     ops.sym_choose: ("sym_choose", [ops.sym_choose], ""),
     ops.quantize: ("quantized.quantize", [packed, quantized], ""),

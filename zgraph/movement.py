@@ -19,7 +19,7 @@ from zgraph import ops
 from zgraph.matrices import MOST_RANGES, beside, columns, product, rows
 from zgraph.program import Mesh
 from zgraph.terms import REPEATED, Form, Piece, Shape, Term, Terms, literal
-from zgraph.tiles import columns_of
+from zgraph.tiling import columns_of
 
 aten = torch.ops.aten
 

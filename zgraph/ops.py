@@ -7,9 +7,9 @@ that the program text is the same on all. ``zgraph::square_sum`` and ``zgraph::a
 in parts; ``zgraph::pack_state`` and ``zgraph::unpack_state`` are for tensors that are kept in 8 bits an element, and
 ``zgraph::quantize`` and what reads its result for those that travel so; ``zgraph::elements`` says where a flat buffer
 has elements of parameters rather than padding. ``zgraph::cross_entropy_backward`` is two of ATen's, a few rows at a
-time; ``zgraph::product_columns`` and ``embedding_rows_backward`` are parts of one (``zgraph.tiles``). ``zgraph::load``,
-``zgraph::store`` and ``zgraph::spill`` start transfers from and to a lower tier, the host's memory or a disk, which are
-waited for as collectives are.
+time; ``zgraph::product_columns`` and ``embedding_rows_backward`` are parts of one (``zgraph.tiling``).
+``zgraph::load``, ``zgraph::store`` and ``zgraph::spill`` start transfers from and to a lower tier, the host's memory or
+a disk, which are waited for as collectives are.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 import torch.distributed._functional_collectives  # registers torch.ops._c10d_functional
 from torch import fx
 
-from zgraph import packed, quantized, tiles
+from zgraph import packed, quantized, tiling
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
@@ -151,15 +151,15 @@ _library.impl("add_up", _add_up, "CompositeExplicitAutograd")  # type: ignore[no
 for _key in ("CPU", "CUDA"):
     _library.impl("cross_entropy_backward", _cross_entropy_backward, _key)  # type: ignore[no-untyped-call]
     _library.impl("cross_entropy_backward.out", _cross_entropy_backward_into, _key)  # type: ignore[no-untyped-call]
-    _library.impl("product_columns", tiles.product_columns, _key)  # type: ignore[no-untyped-call]
-    _library.impl("product_columns.out", tiles.product_columns_into, _key)  # type: ignore[no-untyped-call]
-    _library.impl("embedding_rows_backward", tiles.embedding_rows_backward, _key)  # type: ignore[no-untyped-call]
+    _library.impl("product_columns", tiling.product_columns, _key)  # type: ignore[no-untyped-call]
+    _library.impl("product_columns.out", tiling.product_columns_into, _key)  # type: ignore[no-untyped-call]
+    _library.impl("embedding_rows_backward", tiling.embedding_rows_backward, _key)  # type: ignore[no-untyped-call]
     _library.impl("pack_state", packed.pack, _key)  # type: ignore[no-untyped-call]
     _library.impl("pack_state.out", packed.pack_into, _key)  # type: ignore[no-untyped-call]
     _library.impl("unpack_state", packed.unpack, _key)  # type: ignore[no-untyped-call]
 _library.impl("cross_entropy_backward", _logits_shape, "Meta")  # type: ignore[no-untyped-call]
-_library.impl("product_columns", tiles.product_columns_shape, "Meta")  # type: ignore[no-untyped-call]
-_library.impl("embedding_rows_backward", tiles.embedding_rows_shape, "Meta")  # type: ignore[no-untyped-call]
+_library.impl("product_columns", tiling.product_columns_shape, "Meta")  # type: ignore[no-untyped-call]
+_library.impl("embedding_rows_backward", tiling.embedding_rows_shape, "Meta")  # type: ignore[no-untyped-call]
 _library.impl("pack_state", _packed_shape, "Meta")  # type: ignore[no-untyped-call]
 _library.impl("unpack_state", _unpacked_shape, "Meta")  # type: ignore[no-untyped-call]
 
@@ -174,9 +174,9 @@ cross_entropy_backward = torch.ops.zgraph.cross_entropy_backward.default
 """The gradient of logits, of whose softmax ``logs`` are the logarithms: bit for bit what ``_log_softmax_backward_data``
 makes of what ``nll_loss_backward`` makes of the loss's."""
 product_columns = torch.ops.zgraph.product_columns.default
-"""``rest`` with some of its columns replaced by a product of matrices: see ``zgraph.tiles``."""
+"""``rest`` with some of its columns replaced by a product of matrices: see ``zgraph.tiling``."""
 embedding_rows_backward = torch.ops.zgraph.embedding_rows_backward.default
-"""Some rows of the gradient of a table: see ``zgraph.tiles``."""
+"""Some rows of the gradient of a table: see ``zgraph.tiling``."""
 max_over_ranks = torch.ops.zgraph.max_over_ranks.default
 """Each element's largest value on any rank, where it is not implied that the mean is meant; on one rank, a copy."""
 pack_state = torch.ops.zgraph.pack_state.default
