@@ -121,6 +121,8 @@ class Shortcuts(TorchDispatchMode):
             node_args: Any = self._in_graph(args)
             node_kwargs = {name: self._in_graph(value) for name, value in kwargs.items()}
         except _UnknownFormError:
+            key = None
+        if key is None:  # not where the error is handled, or it would be taken for the cause of what fails in there
             return func(*args, **kwargs)
         known = self._known.get(key)
         if known is None:
@@ -131,7 +133,7 @@ class Shortcuts(TorchDispatchMode):
                 (node.target, node.args, node.kwargs) == (func, node_args, node_kwargs)
                 and self._num_decisions == num_decisions
                 and self._is_as_expected(gives, result, args, node)
-                and (gives is not _Gives.FIRST or self._form(args) == key[1])
+                and (gives is not _Gives.FIRST or self._has_form(args, key[1]))
             ):
                 self._known[key] = _Like(node.meta["val"], func.overloadpacket.__name__)
             return result
@@ -155,8 +157,19 @@ class Shortcuts(TorchDispatchMode):
         return node is last and is_first is (gives is _Gives.FIRST) and self._stands_for(node, result)
 
     def _stands_for(self, node: fx.Node, result: Any) -> bool:
-        is_tensor = type(result) is FakeTensor and self._in_graph(result) is node
-        return is_tensor and self._form(result) == self._form(node.meta["val"])
+        tracked = self._tracer.tensor_tracker.get(result) if type(result) is FakeTensor else None
+        if tracked is None or tracked.proxy.node is not node:
+            return False
+        try:
+            return bool(self._form(result) == self._form(node.meta["val"]))
+        except _UnknownFormError:  # such as a sparse tensor's
+            return False
+
+    def _has_form(self, value: Any, form: Any) -> bool:
+        try:
+            return bool(self._form(value) == form)
+        except _UnknownFormError:
+            return False
 
     def _give(self, gives: _Gives, val: Any, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Let ``node`` stand for the result of a call, which is like ``val``."""
