@@ -23,6 +23,9 @@ from zgraph.program import FlatGradient, Mesh, Origin, Program, Stage, operand
 
 aten = torch.ops.aten
 
+_Tile = tuple[fx.Node, int, int]
+"""What stands on the right side of a product, and number of blocks and start as in ``zgraph.tiling.columns_of``."""
+
 
 @dataclass(frozen=True)
 class TileProducts(Pass):
@@ -85,44 +88,39 @@ class TileProducts(Pass):
         if not readers or None in strides.values():
             return
         for reader in readers:
-            if strides[reader] == (columns, 1):
-                made = self._by_columns(program, reader, start, rows, columns)
-            else:
-                made = self._by_rows(program, reader, start, rows, columns)
-            _replace(reader, made)
+            is_turned = strides[reader] != (columns, 1)
+            tiles = (self._of_rows if is_turned else self._of_columns)(program, reader, start, rows, columns)
+            origin, width, made = reader.meta["origin"], rows if is_turned else columns, None
+            for tile, num_blocks, first in tiles:
+                made = program.call(
+                    ops.product_columns, made, operand(reader), tile, num_blocks, first, width,
+                    origin=origin, before=reader,
+                )  # fmt: skip
+            assert made is not None
+            _keep_facts(reader, made)
+            reader.replace_all_uses_with(made)
 
-    def _by_rows(self, program: Program, product: fx.Node, start: fx.Node, rows: int, columns: int) -> fx.Node:
-        """``mm(x, t(w))``: rows of the matrix give columns of the product."""
-        world, origin, part = self.mesh.shard_size, product.meta["origin"], operand(start)
-        made = None
+    def _of_rows(self, program: Program, product: fx.Node, start: fx.Node, rows: int, columns: int) -> Iterator[_Tile]:
+        """Of ``mm(x, t(w))``: rows of the matrix give columns of the product."""
+        world, origin, part = self.mesh.shard_size, start.meta["origin"], operand(start)
         for first, last in self._bounds(rows // world, start.meta["val"].nbytes):
             begin, end = first * columns, last * columns
-            mine = program.call(aten.slice.Tensor, part, 0, begin, end, origin=start.meta["origin"], before=product)
-            tile = self._gather(program, mine, [world * (last - first), columns], start, product)
-            turned = program.call(aten.t.default, tile, origin=origin, before=product)
-            made = program.call(
-                ops.product_columns, made, operand(product), turned, world, first, rows, origin=origin, before=product
-            )
-        assert made is not None
-        return made
+            sent = program.call(aten.slice.Tensor, part, 0, begin, end, origin=origin, before=product)
+            tile = self._gather(program, sent, [world * (last - first), columns], start, product)
+            yield program.call(aten.t.default, tile, origin=product.meta["origin"], before=product), world, first
 
-    def _by_columns(self, program: Program, product: fx.Node, start: fx.Node, rows: int, columns: int) -> fx.Node:
-        """``mm(gy, w)``: columns of the matrix give columns of the product."""
-        origin, sends, part = product.meta["origin"], start.meta["origin"], operand(start)
-        each = rows // self.mesh.shard_size
-        made = None
+    def _of_columns(
+        self, program: Program, product: fx.Node, start: fx.Node, rows: int, columns: int
+    ) -> Iterator[_Tile]:
+        """Of ``mm(gy, w)``: columns of the matrix give columns of the product."""
+        origin, part, each = start.meta["origin"], operand(start), rows // self.mesh.shard_size
         for first, last in self._bounds(columns, start.meta["val"].nbytes):
-            here = program.call(aten.view.default, part, [each, columns], origin=sends, before=product)
-            some = program.call(aten.slice.Tensor, here, 1, first, last, origin=sends, before=product)
+            here = program.call(aten.view.default, part, [each, columns], origin=origin, before=product)
+            some = program.call(aten.slice.Tensor, here, 1, first, last, origin=origin, before=product)
             dense = {"memory_format": torch.contiguous_format}
-            copied = program.call(aten.clone.default, some, origin=sends, before=product, **dense)
-            sent = program.call(aten.view.default, copied, [-1], origin=sends, before=product)
-            tile = self._gather(program, sent, [rows, last - first], start, product)
-            made = program.call(
-                ops.product_columns, made, operand(product), tile, 1, first, columns, origin=origin, before=product
-            )
-        assert made is not None
-        return made
+            copied = program.call(aten.clone.default, some, origin=origin, before=product, **dense)
+            sent = program.call(aten.view.default, copied, [-1], origin=origin, before=product)
+            yield self._gather(program, sent, [rows, last - first], start, product), 1, first
 
     def _gather(self, program: Program, sent: fx.Node, shape: list[int], instead: fx.Node, before: fx.Node) -> fx.Node:
         """What all ranks send, as a matrix."""
@@ -201,11 +199,6 @@ def _can_be_tiled(made: fx.Node, start: fx.Node) -> bool:
     return turned.target is aten.t.default and operand(turned).meta["val"].is_contiguous()
 
 
-def _replace(node: fx.Node, made: fx.Node) -> None:
-    """Let what reads a call read another one, which is known by the same facts."""
-    _keep_facts(node, made)
-    node.replace_all_uses_with(made)
-
-
 def _keep_facts(node: fx.Node, made: fx.Node) -> None:
+    """Let what is made instead of a call be known by the same facts."""
     made.meta = {**node.meta, **made.meta}

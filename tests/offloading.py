@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,3 +72,28 @@ def small(optimizer: Callable[..., Any] = torch.optim.AdamW, **options: Any) -> 
 
 
 X = torch.linspace(-1, 1, 48).view(8, 6)
+
+
+def assert_state_is_the_users(model: Any, optimizer: Any, plain: Any, saved: Mapping[str, Tensor]) -> None:
+    """Copy, load what has been saved, also into what has all in memory, and be evaluated: each trains on alike.
+
+    Args:
+        model, optimizer: ``small`` ones, some of whose state lies elsewhere.
+        plain: a model with the same state, in memory.
+        saved: the parameters of both.
+    """
+    progress = optimizer.state_dict()
+    copied = copy.deepcopy(model)
+    expected = [plain.train_step(X) for _ in range(2)]
+    assert all(torch.equal(model.train_step(X), loss) for loss in expected)
+    model.load_state_dict(saved)
+    optimizer.load_state_dict(progress)
+    assert all(torch.equal(model.train_step(X), loss) for loss in expected)
+    assert all(torch.equal(copied.train_step(X), loss) for loss in expected), "a copy has state of its own"
+    in_memory, its_optimizer = small()
+    in_memory.train_step(X)
+    in_memory.load_state_dict(saved)
+    its_optimizer.load_state_dict(progress)
+    assert all(torch.equal(in_memory.train_step(X), loss) for loss in expected)
+    with torch.no_grad():
+        assert torch.equal(model(X), in_memory(X))

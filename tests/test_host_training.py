@@ -6,7 +6,6 @@ computing is on the CPU. ``tests/test_cuda.py`` trains alike on a GPU.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -14,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.offloading import X, small
+from tests.offloading import X, assert_state_is_the_users, small
 from tests.optimizers import tensors_of
 from tests.reference import slow
 from tests.streams import Streams
@@ -131,21 +130,7 @@ def test_state_stays_the_users(on_streams: Use, seed: int | None) -> None:
     for _ in range(2):
         assert torch.equal(model.train_step(X), plain.train_step(X))
     assert all(param.is_meta for param in model.parameters())
-    saved, progress = dict(model.full_params()), optimizer.state_dict()
-    copied = copy.deepcopy(model)
-    expected = [plain.train_step(X) for _ in range(2)]
-    assert all(torch.equal(model.train_step(X), loss) for loss in expected)
-    model.load_state_dict(saved)
-    optimizer.load_state_dict(progress)
-    assert all(torch.equal(model.train_step(X), loss) for loss in expected)
-    assert all(torch.equal(copied.train_step(X), loss) for loss in expected), "a copy has state of its own"
-    fresh, its_optimizer = small()
-    fresh.train_step(X)
-    fresh.load_state_dict(saved)
-    its_optimizer.load_state_dict(progress)
-    assert all(torch.equal(fresh.train_step(X), loss) for loss in expected)
-    with torch.no_grad():
-        assert torch.equal(model(X), fresh(X))
+    assert_state_is_the_users(model, optimizer, plain, dict(model.full_params()))
     model[0].weight.requires_grad_(False)
     plain[0].weight.requires_grad_(False)
     for each in (model, plain):  # buckets are formed anew

@@ -719,14 +719,14 @@ EDITS = [
     Edit(
         "all tiles of rows are stored in the first columns",
         "tile",
-        "ops.product_columns, made, operand(product), turned, world, first, rows,",
-        "ops.product_columns, made, operand(product), turned, world, 0, rows,",
+        "before=product), world, first",
+        "before=product), world, 0",
     ),
     Edit(
         "the rows of a tile are stored as if they followed each other",
         "tile",
-        "ops.product_columns, made, operand(product), turned, world, first, rows,",
-        "ops.product_columns, made, operand(product), turned, 1, first, rows,",
+        "before=product), world, first",
+        "before=product), 1, first",
     ),
     Edit(
         "the first columns are sent for every tile",
@@ -737,8 +737,8 @@ EDITS = [
     Edit(
         "a tile forgets what the tiles before have given",
         "tile",
-        "ops.product_columns, made, operand(product), tile, 1,",
-        "ops.product_columns, None, operand(product), tile, 1,",
+        "ops.product_columns, made, operand(reader),",
+        "ops.product_columns, None, operand(reader),",
     ),
     Edit(
         "the tiles of a gradient are put together the wrong way round",
