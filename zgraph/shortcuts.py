@@ -129,19 +129,26 @@ class Shortcuts(TorchDispatchMode):
             before, num_decisions = self._tracer.graph._root.prev, self._num_decisions
             result = func(*args, **kwargs)
             node = before.next
+            is_plain = (node.target, node.args, node.kwargs) == (func, node_args, node_kwargs)
             if (
-                (node.target, node.args, node.kwargs) == (func, node_args, node_kwargs)
+                is_plain
                 and self._num_decisions == num_decisions
-                and self._is_as_expected(gives, result, args, node)
-                and (gives is not _Gives.FIRST or self._has_form(args, key[1]))
+                and self._is_as_expected(gives, result, args, node, key[1])
             ):
                 self._known[key] = _Like(node.meta["val"], func.overloadpacket.__name__)
             return result
         node = self._new_node(func, node_args, node_kwargs, known.name)
         return self._give(gives, known.val, node, args, kwargs)
 
-    def _is_as_expected(self, gives: _Gives, result: Any, args: tuple[Any, ...], node: fx.Node) -> bool:
-        """Whether what torch has made of a call is what ``_give`` would."""
+    def _is_as_expected(self, gives: _Gives, result: Any, args: tuple[Any, ...], node: fx.Node, form: Hashable) -> bool:
+        """Whether what torch has made of a call is what ``_give`` would, and arguments have the form they had."""
+        try:
+            is_like = self._gives_the_like(gives, result, args, node)
+            return is_like and (gives is not _Gives.FIRST or self._form(args) == form)
+        except _UnknownFormError:  # such as a sparse tensor's
+            return False
+
+    def _gives_the_like(self, gives: _Gives, result: Any, args: tuple[Any, ...], node: fx.Node) -> bool:
         last = self._tracer.graph._root.prev
         if gives is _Gives.NUMBER:
             return node is last and type(result) is SymFloat and self._in_graph(result) is node
@@ -157,19 +164,8 @@ class Shortcuts(TorchDispatchMode):
         return node is last and is_first is (gives is _Gives.FIRST) and self._stands_for(node, result)
 
     def _stands_for(self, node: fx.Node, result: Any) -> bool:
-        tracked = self._tracer.tensor_tracker.get(result) if type(result) is FakeTensor else None
-        if tracked is None or tracked.proxy.node is not node:
-            return False
-        try:
-            return bool(self._form(result) == self._form(node.meta["val"]))
-        except _UnknownFormError:  # such as a sparse tensor's
-            return False
-
-    def _has_form(self, value: Any, form: Any) -> bool:
-        try:
-            return bool(self._form(value) == form)
-        except _UnknownFormError:
-            return False
+        is_tensor = type(result) is FakeTensor and self._in_graph(result) is node
+        return is_tensor and self._form(result) == self._form(node.meta["val"])
 
     def _give(self, gives: _Gives, val: Any, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Let ``node`` stand for the result of a call, which is like ``val``."""
