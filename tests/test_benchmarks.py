@@ -329,3 +329,11 @@ def test_what_is_done_in_one_call_is_timed_beside_several(
         torch.set_num_threads(threads)
     rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if "ms" in line]
     assert set(rows) == {"quantize", "dequantize", "mean of two", "pack", "unpack", "8 x 5"}
+
+
+@pytest.mark.slow
+def test_no_convolution_works_in_more_than_is_said() -> None:
+    command = [sys.executable, str(BENCHMARKS / "convolutions.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(" MB |") == 4 * 16

@@ -261,24 +261,26 @@ def with_scratch(found: Footprint, program: Program) -> Footprint:
 
 
 def _of_convolutions(program: Program) -> Iterator[Holding]:
-    """What oneDNN lays out anew to convolve: images, weights, and in backward gradients, too, in blocks of channels.
-
-    Measured for eight shapes on a CPU: at most so much, and half of it or more where images are contiguous and 3 x 3;
-    hardly anything where they lie by channels last.
-    """
+    """What convolutions work in, each while it runs."""
     for position, node in enumerate(program.graph.nodes):
         target = ops.allocating(node.target)
         if target is torch.ops.aten.convolution.default:
-            images, weight, times = operand(node).meta["val"], operand(node, 1).meta["val"], 1
-            other = node.meta["val"]
+            num_bytes = convolution_bytes(operand(node).meta["val"], operand(node, 1).meta["val"], node.meta["val"])
         elif target is torch.ops.aten.convolution_backward.default:
-            other, images, weight = (operand(node, index).meta["val"] for index in range(3))
-            times = 2
+            made, images, weight = (operand(node, index).meta["val"] for index in range(3))
+            num_bytes = 2 * convolution_bytes(images, weight, made)
         else:
             continue
-        num_bytes = times * (max(images.nbytes, other.nbytes) + weight.nbytes)
         origin: Origin = node.meta["origin"]
         yield Holding(_maker(node), Kind.SCRATCH, num_bytes, position, position, origin.module, origin.source)
+
+
+def convolution_bytes(images: torch.Tensor, weight: torch.Tensor, made: torch.Tensor) -> int:
+    """What oneDNN lays out anew to convolve on a CPU, in blocks of channels: at most so much, and backward twice that.
+
+    Where images lie by channels last, or weights are 1 x 1, it is hardly anything (``benchmarks/convolutions.py``).
+    """
+    return max(images.nbytes, made.nbytes) + weight.nbytes
 
 
 def _maker(node: fx.Node) -> str:
