@@ -106,7 +106,7 @@ backward bucket0: reduce_scatter_tensor[2] [32]""",
     st.sampled_from([Mesh(2), Mesh(4), Mesh(4, shard=2), Mesh(1)]),
     st.integers(1, 40),
     st.booleans(),
-    st.sampled_from([{}, {"accumulate": 1, "memory_first": False}]),
+    st.sampled_from([{}, {"memory_first": True}]),
 )
 def test_the_ranks_of_any_such_step_compute_the_same(
     shape: TableAndHead, mesh: Mesh, tile: int, late: bool, options: dict[str, Any]
