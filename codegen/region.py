@@ -16,7 +16,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from zgraph import standalone
-from zgraph.codegen import ir, region_cpp, region_triton
+from zgraph.codegen import ir, region_cpp, region_launch, region_triton
 from zgraph.codegen.elementwise import Writer, results_of
 from zgraph.codegen.ir import CannotWriteError
 from zgraph.codegen.kernel import CPP, SLICES, TRITON, Kernel, expressions
@@ -123,7 +123,7 @@ class Region(Kernel):
         """
         if language == TRITON:
             with torch.cuda.device_of(self._results[0]):  # type: ignore[no-untyped-call]
-                return region_triton.compile_region(lower(self.body, RegionTritonWriter), self.name)
+                return region_launch.compile_region(lower(self.body, RegionTritonWriter), self.name)
         return region_cpp.compile_region(lower(self.body, RegionCppWriter))
 
     def _in_loops(self, language: str) -> Callable[..., list[torch.Tensor]]:

@@ -1,18 +1,22 @@
-"""A region's loops in Triton: a program instance has a whole row in registers, so all its sums are at hand.
+"""A region's loops in Triton: a program instance has a row, all of it in registers or a block of columns at a time.
 
     for each row:  for each column:  ...        @triton.jit
                    for each column:  ...   ->   def region(i0, ..., o0, ...): a row is loaded once, and stored once
 
-Without rows, an instance has ``BLOCK`` elements. Sums over all rows are made of those of a few hundred instances, each
-of which goes over rows that follow each other; a second, small kernel adds them up in order, so results are the same
-in every run. Sums of everything, as losses have, and rows that no registers hold stay with ATen.
+A row that registers do not hold, such as scores of a vocabulary, is gone over once for each of its loops: all but the
+first find it in a cache. Without rows, an instance has ``BLOCK`` elements.
+
+Sums over all rows are made of those of a few hundred instances, each of which goes over rows that follow each other; a
+second, small kernel adds them up in order. What each row has one number of, as losses have, is stored row by row, and
+added up in float64 by a single instance. So results are the same in every run.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -20,14 +24,15 @@ from torch import fx
 
 from zgraph.codegen import ir
 from zgraph.codegen.ir import CannotWriteError, Level, Loops, Store, Sweep, level_of
-from zgraph.codegen.source import SourceWriter
 from zgraph.codegen.triton import BLOCK, TritonWriter
-from zgraph.errors import OptionError, first_line
 
 aten = torch.ops.aten
 
 LONGEST_ROW = 8192
 """Elements of a row that an instance holds, a few dozen values of each at a time."""
+
+COLUMNS = 4096
+"""Of a longer row, those that an instance has at a time."""
 
 MOST_CHUNKS = 512
 """Instances that add up rows: a few for each multiprocessor."""
@@ -35,23 +40,69 @@ MOST_CHUNKS = 512
 _FEWEST_ROWS = 4
 """Rows that are added up before anything is written."""
 
+_ADDED = 1024
+"""Numbers of rows that are added up at a time."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of a region's kernels.
+
+    Attributes:
+        name: of its function.
+        lines: of its function's body.
+        parameters: what it is given: inputs ``i0`` in memory, ``n0`` of the host, results ``o0``, and rooms.
+        num_instances: that are launched.
+        options: of the compiler.
+    """
+
+    name: str
+    lines: tuple[str, ...]
+    parameters: tuple[str, ...]
+    num_instances: int
+    options: dict[str, Any]
+
+    @property
+    def source(self) -> str:
+        """Its function."""
+        head = f"@triton.jit\ndef {self.name}({', '.join(self.parameters)}):"
+        return "\n".join((head, *(f"    {line}" for line in self.lines))) + "\n"
+
 
 class RegionTritonWriter(TritonWriter):
-    """Writes a region's loops."""
+    """Writes a region's loops.
 
+    Attributes:
+        rooms: numbers in float32 of what one kernel leaves to another: sums of some rows ``p0`` for each result, and of
+            each total what rows have ``q0`` and the total itself ``t0``.
+    """
+
+    dtypes: ClassVar = {**TritonWriter.dtypes, torch.int64: "tl.int64"}
     functions: ClassVar[tuple[Any, ...]] = (aten.exp, aten.log, aten.erf, aten.tanh)
 
     def __init__(self, loops: Loops, name: str) -> None:
         check(loops)
         self.loops, self.name = loops, name
-        self.this = Sweep(loops, 0)
         self.names: dict[fx.Node, str] = {}
         self.computing = torch.float32
         self.ordering: torch.dtype | None = None
-        for index, node in enumerate(loops.inputs):
+        self.column = "c"  # what columns are called that are written of
+        self.masked: Level | None = Level.ELEMENT  # of what there are many at once
+        self.index = {node: index for index, node in enumerate(loops.inputs)}
+        for node, index in self.index.items():
             self.names[node] = f"{'x' if node in loops.in_memory else 'n'}{index}"
         for index, node in enumerate(node for node in loops.body.nodes if node.op == "call_function"):
             self.names[node] = f"v{index}"
+        self.totals = {n: i for i, n in enumerate(node for node in loops.body.nodes if node.target is ir.total)}
+        self.rooms = {f"p{store.place}": self.num_instances * loops.num_columns for store in self.sums}
+        for index in self.totals.values():
+            self.rooms |= {f"q{index}": loops.num_rows, f"t{index}": 1}
+
+    @classmethod
+    def can_call(cls, node: fx.Node) -> bool:
+        """Whether there is an operator; whole numbers are read by functions of loops alone."""
+        values = (node, *node.all_input_nodes)
+        return all(value.meta["val"].dtype is not torch.int64 for value in values) and super().can_call(node)
 
     @property
     def sums(self) -> list[Store]:
@@ -59,8 +110,13 @@ class RegionTritonWriter(TritonWriter):
         return [store for store in self.loops.stores if store.over_rows]
 
     @property
+    def is_held(self) -> bool:
+        """Whether an instance has a whole row in registers."""
+        return not self.loops.has_rows or is_held(self.loops)
+
+    @property
     def num_instances(self) -> int:
-        """Program instances of the kernel that goes over the rows."""
+        """Program instances of a kernel that goes over the rows."""
         if not self.loops.has_rows:
             return -(-math.prod(self.loops.sizes) // BLOCK)
         return -(-self.loops.num_rows // self.rows_together)
@@ -73,98 +129,233 @@ class RegionTritonWriter(TritonWriter):
     @property
     def block(self) -> int:
         """Elements that an instance has in registers, of which the last ones may be none."""
+        if not self.is_held:
+            return COLUMNS
         return 1 << (self.loops.num_columns - 1).bit_length() if self.loops.has_rows else BLOCK
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """Of the compiler."""
-        return {"num_warps": 4 if self.block <= 1024 else 8 if self.block <= 4096 else 16, "enable_fp_fusion": False}
-
     def source(self) -> str:
-        """``name(*inputs, *results, *sums of some rows)``, and, where there are such sums, what adds them up."""
-        return "\n".join([*self._kernel(), *(self._adding() if self.sums else ())]) + "\n"
+        """All kernels, in the order in which they are launched."""
+        return "\n".join(part.source for part in self.parts)
 
-    # -- the kernel -----------------------------------------------------------------------------------------
+    @cached_property
+    def parts(self) -> list[Part]:
+        """Of each sweep over the rows a kernel, and those that add up what rows have given."""
+        found = []
+        for number in range(self.loops.num_sweeps):
+            this = Sweep(self.loops, number)
+            if self._leaves(this):
+                found.append(self._over_rows(this))
+            if this.is_last and self.sums:
+                found.append(self._adding())
+            if this.totals or (this.is_last and self._numbers):
+                found.append(self._adding_up(this))
+        return found
 
-    def _parameters(self) -> list[str]:
-        is_read = self.loops.in_memory
-        given = [f"i{index}" if node in is_read else f"n{index}" for index, node in enumerate(self.loops.inputs)]
-        results = [f"o{store.place}" for store in self.loops.stores if not store.over_rows]
-        return [*given, *results, *(f"p{store.place}" for store in self.sums)]
+    @property
+    def _numbers(self) -> list[Store]:
+        """Results that are one number for the whole region."""
+        return [store for store in self.loops.stores if not level_of(store.value)]
 
-    def _kernel(self) -> Iterator[str]:
-        yield "@triton.jit"
-        yield f"def {self.name}({', '.join(self._parameters())}):"
+    def _leaves(self, this: Sweep) -> bool:
+        """Whether rows are gone over one by one, and not many at once where their numbers are added up."""
+        return bool(this.stores) or this.num_loops > 0
+
+    def _given(self, needed: Iterable[fx.Node]) -> list[str]:
+        """What a kernel reads to compute some values."""
+        wanted = set(needed)
+        read = [(node, index) for node, index in self.index.items() if node in wanted]
+        found = [f"{'i' if node in self.loops.in_memory else 'n'}{index}" for node, index in read]
+        return [*found, *(f"t{index}" for node, index in self.totals.items() if node in wanted)]
+
+    # -- over the rows --------------------------------------------------------------------------------------
+
+    def _over_rows(self, this: Sweep) -> Part:
+        sums = self.sums if this.is_last else []
+        results = [f"o{store.place}" for store in this.stores if not store.over_rows]
+        rooms = [*(f"p{store.place}" for store in sums), *(f"q{self.totals[node]}" for node in this.totals)]
+        num_warps = 4 if self.block <= 1024 else 8 if self.block <= 4096 else 16
+        options = {"num_warps": num_warps, "enable_fp_fusion": False}
+        if any(node.target is ir.pick for node in this.needed):
+            # Assertions are left out otherwise; additions of whole numbers need none.
+            options |= {"debug": True, "sanitize_overflow": False}
+        return Part(
+            self.name if self.loops.num_sweeps == 1 else f"{self.name}_{this.number}",
+            tuple(self._lines(this) if self.is_held else self._looped(this)),
+            (*self._given(this.needed), *results, *rooms),
+            self.num_instances,
+            options,
+        )
+
+    def _lines(self, this: Sweep) -> Iterator[str]:
+        """Of an instance that holds a row, or some elements."""
         if not self.loops.has_rows:
-            yield f"    at = tl.program_id(0).to(tl.int64) * {self.block} + tl.arange(0, {self.block})"
-            yield f"    inside = at < {math.prod(self.loops.sizes)}"
-            yield from self._row("    ")
+            yield f"at = tl.program_id(0).to(tl.int64) * {self.block} + tl.arange(0, {self.block})"
+            yield f"inside = at < {math.prod(self.loops.sizes)}"
+            yield from self._row(this)
             return
-        yield f"    c = tl.arange(0, {self.block})"
-        yield f"    inside = c < {self.loops.num_columns}"
+        yield f"c = tl.arange(0, {self.block})"
+        yield f"inside = c < {self.loops.num_columns}"
         if not self.sums:
-            yield "    r = tl.program_id(0).to(tl.int64)"
-            yield from self._row("    ")
+            yield "r = tl.program_id(0).to(tl.int64)"
+            yield from self._row(this)
             return
-        yield f"    first = tl.program_id(0).to(tl.int64) * {self.rows_together}"
-        yield from (f"    s{store.place} = tl.zeros(({self.block},), tl.float32)" for store in self.sums)
-        yield f"    for r in range(first, tl.minimum(first + {self.rows_together}, {self.loops.num_rows})):"
-        yield from self._row("        ")
-        for store in self.sums:
+        sums = self.sums if this.is_last else []
+        yield f"first = tl.program_id(0).to(tl.int64) * {self.rows_together}"
+        yield from (f"s{store.place} = tl.zeros(({self.block},), tl.float32)" for store in sums)
+        yield f"for r in range(first, tl.minimum(first + {self.rows_together}, {self.loops.num_rows})):"
+        yield from (f"    {line}" for line in self._row(this))
+        for store in sums:
             place = f"p{store.place} + tl.program_id(0) * {self.loops.num_columns} + c"
-            yield f"    tl.store({place}, s{store.place}, mask=inside)"
+            yield f"tl.store({place}, s{store.place}, mask=inside)"
 
-    def _row(self, indent: str) -> Iterator[str]:
-        for index, node in enumerate(self.loops.inputs):
-            if not level_of(node) and node in self.loops.in_memory:
-                yield f"{indent}x{index} = tl.load(i{index})"
-            elif level_of(node) is Level.ROW:
-                yield f"{indent}x{index} = tl.load(i{index}{self._of_row(node)})"
-            elif level_of(node) is Level.ELEMENT:
-                yield f"{indent}x{index} = tl.load(i{index}{self._of_element(node)}, mask=inside, other=0.0)"
+    def _row(self, this: Sweep) -> Iterator[str]:
+        calls = [node for node in self.loops.body.nodes if node.op == "call_function"]
+        for node in (*self.loops.inputs, *calls):
+            if node in this.needed:
+                yield from self._value(node)
+        yield from self._stored(this.stores)
+        yield from self._left(this)
+
+    def _looped(self, this: Sweep) -> Iterator[str]:
+        """Of an instance that goes over the columns of a row once for each of its loops."""
+        yield "r = tl.program_id(0).to(tl.int64)"
+        yield from self._of_numbers(this.needed)
+        for depth in range(max(this.num_loops, 1 + max(map(self.loops.depth.__getitem__, this.needed), default=0))):
+            row = this.rows(depth)
+            for node in row:
+                yield from self._value(node)
+            if any(node.target is ir.pick for node in row):
+                # All threads have read what was picked before one of them stores over it.
+                yield "tl.debug_barrier()"
+            if depth < this.num_loops:
+                yield from self._loop(this, depth)
+        yield from self._stored(store for store in this.stores if level_of(store.value) is Level.ROW)
+        yield from self._left(this)
+
+    def _loop(self, this: Sweep, depth: int) -> Iterator[str]:
+        """Over the columns of a row."""
+        found, stores = this.reductions(depth), this.element_stores(depth)
+        sinks = [*map(ir.argument, found), *(store.value for store in stores)]
+        if not sinks:
+            return
+        for node in found:
+            yield f"{self._kept(node)} = tl.full(({self.block},), {_least(node)}, tl.float32)"
+        yield f"for first in range(0, {self.loops.num_columns}, {self.block}):"
+        yield f"    c = first + tl.arange(0, {self.block})"
+        yield f"    inside = c < {self.loops.num_columns}"
+        for node in this.elements(sinks):
+            yield from (f"    {line}" for line in self._value(node))
+        for node in found:
+            kept, value = self._kept(node), f"tl.where(inside, {self.names[ir.argument(node)]}, {_least(node)})"
+            both = f"{kept} + {value}" if node.target is ir.row_sum else f"tl.maximum({kept}, {value})"
+            yield f"    {kept} = {both}"
+        yield from (f"    {line}" for line in self._stored(stores))
+        for node in found:
+            yield f"{self.names[node]} = tl.{_function(node)}({self._kept(node)}, 0)"
+
+    def _kept(self, node: fx.Node) -> str:
+        """What of each place in a block is known of a row's sum or maximum."""
+        return f"a{self.names[node][1:]}"
+
+    def _of_numbers(self, needed: set[fx.Node]) -> Iterator[str]:
+        """What is computed of numbers of the whole region, and needed."""
         for node in self.loops.body.nodes:
-            if node.op == "call_function":
-                yield f"{indent}{self._statement(node)}"
-        for store in self.loops.stores:
+            if node in needed and not level_of(node):
+                yield from self._value(node)
+
+    def _left(self, this: Sweep) -> Iterator[str]:
+        """What a row leaves to be added up."""
+        return (f"tl.store(q{self.totals[node]} + r, {self.names[ir.argument(node)]})" for node in this.totals)
+
+    def _stored(self, stores: Iterable[Store]) -> Iterator[str]:
+        for store in stores:
             name = self.names[store.value]
             if store.over_rows:
                 value = name if store.value.meta["val"].dtype is torch.float32 else f"{name}.to(tl.float32)"
-                yield f"{indent}s{store.place} += {value}"
+                yield f"s{store.place} += {value}"
             elif level_of(store.value) is Level.ROW:
-                yield f"{indent}tl.store(o{store.place} + r, {name})"
+                yield f"tl.store(o{store.place} + r, {name})"
             else:
                 where = f"r * {self.loops.num_columns} + c" if self.loops.has_rows else "at"
-                yield f"{indent}tl.store(o{store.place} + {where}, {name}, mask=inside)"
+                yield f"tl.store(o{store.place} + {where}, {name}, mask=inside)"
 
-    def _of_row(self, node: fx.Node) -> str:
-        """Where the row lies of what is read."""
-        return "".join(f" + {term}" for term in self._terms("r", self.loops.sizes[:-1], self.loops.strides[node]))
+    # -- what is read ---------------------------------------------------------------------------------------
 
-    def _of_element(self, node: fx.Node) -> str:
-        strides = self.loops.strides[node]
-        if self.loops.has_rows:
-            return self._of_row(node) + (" + c" if strides[-1] else " + c * 0")
-        terms = list(self._terms("at", self.loops.sizes, strides))
-        return "".join(f" + {term}" for term in terms or ["at * 0"])
+    def _value(self, node: fx.Node) -> Iterator[str]:
+        """What is loaded or computed; a number of the host is there."""
+        if node.op == "call_function" and node.target is not ir.total:
+            yield from self._statements(node)
+        elif node.op == "call_function" or node in self.loops.in_memory:
+            yield f"{self.names[node]} = tl.load({self._place(node)})"
+
+    def _place(self, node: fx.Node) -> str:
+        """Where it lies, and of which rows or elements it is there."""
+        if node.target is ir.total:
+            return f"t{self.totals[node]}"
+        name, level = f"i{self.index[node]}", level_of(node)
+        if not level:
+            return name
+        if not self.loops.has_rows:
+            terms = list(self._terms("at", self.loops.sizes, self.loops.strides[node]))
+        else:
+            terms = list(self._terms("r", self.loops.sizes[:-1], self.loops.strides[node]))
+            if level is Level.ELEMENT:
+                terms.append(self.column if self.loops.strides[node][-1] else f"{self.column} * 0")
+        is_vector = level is self.masked
+        if is_vector and not terms:
+            terms = ["r * 0" if self.loops.has_rows else "at * 0"]
+        return " + ".join([name, *terms]) + (", mask=inside, other=0.0" if is_vector else "")
 
     def _terms(self, at: str, sizes: Sequence[int], strides: Sequence[int]) -> Iterator[str]:
         below = math.prod(sizes)
         for index, (size, stride) in enumerate(zip(sizes, strides, strict=False)):
             below //= size
             if stride:
-                inner = f"{at} // {below}" if below > 1 else at
-                yield f"({inner}) * {stride}" if index == 0 else f"(({inner}) % {size}) * {stride}"
+                each = f"({at} // {below})" if below > 1 else at
+                each = each if index == 0 else f"({each} % {size})"
+                yield each if stride == 1 else f"{each} * {stride}"
 
-    def _statement(self, node: fx.Node) -> str:
-        target: Any = node.target
+    # -- single values --------------------------------------------------------------------------------------
+
+    def _statements(self, node: fx.Node) -> Iterator[str]:
+        name, target = self.names[node], node.target
         if target in ir.REDUCTIONS:
-            function, least = ("sum", "0.0") if target is ir.row_sum else ("max", 'float("-inf")')
             value = self.names[ir.argument(node)]
-            return f"{self.names[node]} = tl.{function}(tl.where(inside, {value}, {least}), 0)"
-        if target is ir.normal_below:
+            yield f"{name} = tl.{_function(node)}(tl.where(inside, {value}, {_least(node)}), 0)"
+        elif target is ir.pick:
+            yield from self._picked(node)
+        elif target is ir.spread:
+            value, column = map(self.names.__getitem__, node.all_input_nodes)
+            yield f"{name} = tl.where({self.column} == {column}, {value}, 0.0)  # spread"
+        elif target is ir.is_not:
+            (number,) = node.all_input_nodes
+            yield f"{name} = {self.names[number]} != {node.args[1]}  # is not"
+        elif target is ir.normal_below:
             (x,) = node.all_input_nodes
-            return f"{self.names[node]} = (tl.erf({self.names[x]} * {math.sqrt(0.5)}) + 1.0) * 0.5  # normal below"
-        return f"{self.names[node]} = {self.expression(node)}  # {target.overloadpacket.__name__}"
+            yield f"{name} = (tl.erf({self.names[x]} * {math.sqrt(0.5)}) + 1.0) * 0.5  # normal below"
+        else:
+            yield f"{name} = {self.expression(node)}  # {target.overloadpacket.__name__}"  # type: ignore[union-attr]
+
+    def _picked(self, node: fx.Node) -> Iterator[str]:
+        """The element in one column: of those that are held, or computed for itself."""
+        value, *others = node.all_input_nodes
+        column, is_wanted = map(self.names.__getitem__, others)
+        width = self.loops.num_columns
+        is_there = f"({is_wanted} == 0) | (({column} >= 0) & ({column} < {width}))"
+        yield f'tl.device_assert({is_there}, "a target is out of bounds: there are {width} classes")'
+        if self.is_held:
+            here = f"(c == {column}) & {is_wanted}"
+            yield f"{self.names[node]} = tl.sum(tl.where({here}, {self.names[value]}, 0.0), 0)  # pick"
+            return
+        yield f"at = tl.where({is_wanted}, {column}, 0)"
+        elements = list(ir.computed_of([value], lambda n: level_of(n) is Level.ELEMENT))
+        names, self.column, self.masked = self.names, "at", None
+        self.names = {**names, **{element: f"{names[element]}p" for element in elements}}
+        for element in (n for n in self.loops.body.nodes if n in elements):
+            yield from self._value(element)
+        picked = self.names[value]
+        self.names, self.column, self.masked = names, "c", Level.ELEMENT
+        yield f"{self.names[node]} = tl.where({is_wanted}, {picked}, 0.0)  # pick"
 
     def fill(self, value: str, dtype: torch.dtype) -> str:
         return f"tl.cast({value}, {self.dtypes[dtype]})"
@@ -180,112 +371,82 @@ class RegionTritonWriter(TritonWriter):
         signed = f"tl.where({x} < 0, -{far}, {far})"
         return f"tl.where((tl.abs({x}) < 0.625) | ({x} != {x}), tl.fma({near} * {x} * {x}, {x}, {x}), {signed})"
 
-    # -- sums over all rows ---------------------------------------------------------------------------------
+    # -- sums -----------------------------------------------------------------------------------------------
 
-    def _adding(self) -> Iterator[str]:
-        width = self.loops.num_columns
-        names = [f"{kind}{store.place}" for kind in "po" for store in self.sums]
-        yield "\n@triton.jit"
-        yield f"def {self.name}_sums({', '.join(names)}):"
-        yield "    c = tl.program_id(0) * 128 + tl.arange(0, 128)"
-        yield f"    inside = c < {width}"
-        yield from (f"    s{store.place} = tl.zeros((128,), tl.float32)" for store in self.sums)
-        yield f"    for k in range({self.num_instances}):"
-        for store in self.sums:
-            yield f"        s{store.place} += tl.load(p{store.place} + k * {width} + c, mask=inside, other=0.0)"
-        for store in self.sums:
-            yield f"    tl.store(o{store.place} + c, s{store.place}, mask=inside)"
+    def _adding(self) -> Part:
+        """Sums over all rows, of those of each instance."""
+        width, names = self.loops.num_columns, [f"{kind}{store.place}" for kind in "po" for store in self.sums]
+        places = [store.place for store in self.sums]
+        lines = [
+            "c = tl.program_id(0) * 128 + tl.arange(0, 128)",
+            f"inside = c < {width}",
+            *(f"s{place} = tl.zeros((128,), tl.float32)" for place in places),
+            f"for k in range({self.num_instances}):",
+            *(f"    s{place} += tl.load(p{place} + k * {width} + c, mask=inside, other=0.0)" for place in places),
+            *(f"tl.store(o{place} + c, s{place}, mask=inside)" for place in places),
+        ]
+        return Part(f"{self.name}_sums", tuple(lines), tuple(names), -(-width // 128), {"num_warps": 4})
+
+    def _adding_up(self, this: Sweep) -> Part:
+        """Totals of what rows have left, and, in the end, what numbers are computed of them."""
+        mine = {node: self.totals[node] for node in this.totals}
+        numbers = self._numbers if this.is_last else []
+        of_rows = set() if self._leaves(this) else this.needed - mine.keys()
+        of_numbers = set(ir.computed_of(store.value for store in numbers)) - mine.keys()
+        lines = [
+            *self._of_numbers(of_rows),
+            *(f"s{index} = tl.zeros(({_ADDED},), tl.float64)" for index in mine.values()),
+            f"for first in range(0, {self.loops.num_rows}, {_ADDED}):",
+            f"    r = first + tl.arange(0, {_ADDED}).to(tl.int64)",
+            f"    inside = r < {self.loops.num_rows}",
+        ]
+        self.masked = Level.ROW
+        for node in self.loops.body.nodes:
+            if node in of_rows and level_of(node):
+                lines += (f"    {line}" for line in self._value(node))
+        self.masked = Level.ELEMENT
+        for node, index in mine.items():
+            left = f"tl.load(q{index} + r, mask=inside, other=0.0)"
+            if of_rows:
+                left = f"tl.where(inside, {self.names[ir.argument(node)]}, 0.0)"
+            lines.append(f"    s{index} += {left}.to(tl.float64)")
+        for node, index in mine.items():
+            lines.append(f"{self.names[node]} = tl.sum(s{index}, 0).to(tl.float32)")
+            lines.append(f"tl.store(t{index}, {self.names[node]})")
+        lines += self._of_numbers(of_numbers - of_rows)
+        lines += (f"tl.store(o{store.place}, {self.names[store.value]})" for store in numbers)
+        rooms = [f"{kind}{index}" for kind in ("t" if of_rows else "qt") for index in mine.values()]
+        given = [*self._given(of_rows | of_numbers), *(f"o{store.place}" for store in numbers), *rooms]
+        options = {"num_warps": 4, "enable_fp_fusion": False}
+        return Part(f"{self.name}_totals_{this.number}", tuple(lines), tuple(given), 1, options)
+
+
+def _least(reduction: fx.Node) -> str:
+    """What changes no sum, or no maximum."""
+    return "0.0" if reduction.target is ir.row_sum else 'float("-inf")'
+
+
+def _function(reduction: fx.Node) -> str:
+    return "sum" if reduction.target is ir.row_sum else "max"
+
+
+def is_held(loops: Loops) -> bool:
+    """Whether registers hold a row."""
+    return loops.num_columns <= LONGEST_ROW
 
 
 def workspace_bytes(loops: Loops) -> int:
-    """What sums of some rows take while a region runs."""
-    writer = RegionTritonWriter(loops, "region")
-    return 4 * writer.num_instances * loops.num_columns * len(writer.sums)
+    """What a region's kernels leave to each other while it runs."""
+    return 4 * sum(RegionTritonWriter(loops, "region").rooms.values())
 
 
 def check(loops: Loops) -> None:
-    """Refuse what an instance cannot hold.
+    """Refuse what there are no kernels for.
 
     Raises:
-        CannotWriteError: it adds up everything, or has rows that are too long.
+        CannotWriteError: it adds up rows, each with all others, that are too long, or gives a number without rows.
     """
-    if any(node.target in (ir.total, ir.pick, ir.spread) for node in loops.body.nodes):
-        raise CannotWriteError("it adds up everything")
-    if loops.has_rows and loops.num_columns > LONGEST_ROW:
-        raise CannotWriteError(f"it has rows of {loops.num_columns} elements")
-    if any(not level_of(store.value) for store in loops.stores):
+    if any(store.over_rows for store in loops.stores) and not is_held(loops):
+        raise CannotWriteError(f"it adds up rows of {loops.num_columns} elements with each other")
+    if not loops.has_rows and any(not level_of(store.value) for store in loops.stores):
         raise CannotWriteError("it gives a number")
-
-
-@dataclass(frozen=True)
-class Jitted:
-    """A region's kernels as ``triton.jit`` makes them, or as an interpreter does.
-
-    Attributes:
-        writer: who wrote them.
-        rows: goes over the rows.
-        sums: adds up what instances have found; None where there is nothing to add up.
-    """
-
-    writer: RegionTritonWriter
-    rows: Any
-    sums: Any
-
-
-def define(loops: Loops, name: str) -> Jitted:
-    """A region's kernels, not compiled yet."""
-    import triton
-    import triton.language as tl
-
-    written = RegionTritonWriter(loops, name)
-    text = written.source()
-    source = SourceWriter()
-    source.namespace |= {"triton": triton, "tl": tl}
-    rows = source.compile(text, name, f"<zgraph {name} {id(loops):x} in Triton>")
-    return Jitted(written, rows, source.namespace.get(f"{name}_sums"))
-
-
-def launch(jitted: Jitted, inputs: Sequence[Any], outputs: Sequence[torch.Tensor]) -> None:
-    """Run a region's kernels."""
-    writer = jitted.writer
-    given = [inputs[index] for index in writer.loops.inputs.values()]
-    is_read = writer.loops.in_memory
-    numbers = [x if node in is_read else float(x) for node, x in zip(writer.loops.inputs, given, strict=True)]
-    results = [outputs[store.place] for store in writer.loops.stores if not store.over_rows]
-    sums = [outputs[store.place] for store in writer.sums]
-    width = writer.loops.num_columns
-    shape = (writer.num_instances, width)
-    partial = [torch.empty(shape, dtype=torch.float32, device=outputs[0].device) for _ in sums]
-    with torch.cuda.device_of(outputs[0]):  # type: ignore[no-untyped-call]
-        jitted.rows[writer.num_instances,](*numbers, *results, *partial, **writer.options)
-        if sums:
-            jitted.sums[-(-width // 128),](*partial, *sums, num_warps=4)
-
-
-def compile_region(loops: Loops, name: str) -> Callable[[Sequence[Any], Sequence[torch.Tensor]], None]:
-    """A function of a region's inputs, and of where its results go. It is compiled for the GPU now.
-
-    Raises:
-        OptionError: it cannot be compiled.
-    """
-    jitted = define(loops, name)
-    writer = jitted.writer
-    try:
-        jitted.rows.warmup(*forms(writer), grid=(1,), **writer.options)
-        if writer.sums:
-            dtypes = [torch.float32] * len(writer.sums)
-            jitted.sums.warmup(*dtypes, *(store.dtype for store in writer.sums), grid=(1,), num_warps=4)
-    except Exception as error:
-        raise OptionError(
-            f"Triton cannot compile {name}: {first_line(error) or type(error).__name__}",
-            fix="mend what it names (it needs a C compiler), or give kernels='update'",
-        ) from error
-    return lambda inputs, outputs: launch(jitted, inputs, outputs)
-
-
-def forms(writer: RegionTritonWriter) -> list[Any]:
-    """What stands for the arguments of the kernel that goes over the rows: dtypes for pointers, numbers for numbers."""
-    is_read = writer.loops.in_memory
-    given = [node.meta["val"].dtype if node in is_read else 0.5 for node in writer.loops.inputs]
-    results = [store.dtype for store in writer.loops.stores if not store.over_rows]
-    return [*given, *results, *(torch.float32 for _ in writer.sums)]

@@ -7,15 +7,19 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from expecttest import assert_expected_inline
+from hypothesis import given
+from hypothesis import strategies as st
 from triton import compile as compile_source
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tests.interpreter import Interpreted
+from tests.programs import few_examples
 from tests.test_region import (
     ACTIVATIONS_AND_SUMS,
     add_and_norm,
@@ -27,11 +31,13 @@ from tests.test_region import (
     region_of,
 )
 from tests.test_triton import TARGETS, TOOLS
+from zgraph.codegen import region_triton
 from zgraph.codegen.ir import CannotWriteError
 from zgraph.codegen.kernel import SLICES, TRITON
 from zgraph.codegen.lowering import lower
 from zgraph.codegen.region import Region, can_write
-from zgraph.codegen.region_triton import Jitted, RegionTritonWriter, define, forms, launch
+from zgraph.codegen.region_launch import Jitted, define, forms, launch
+from zgraph.codegen.region_triton import RegionTritonWriter
 
 aten = torch.ops.aten
 
@@ -41,20 +47,22 @@ def defined(region: Region) -> Jitted:
     return define(lower(region.body, RegionTritonWriter), region.name)
 
 
-def interpreted(region: Region, *args: Any) -> list[torch.Tensor]:
+def interpreted(region: Region, *args: Any, over: dict[int, int] | None = None) -> list[torch.Tensor]:
+    """Its results, some of which lie where arguments did."""
     jitted = defined(region)
-    interpreter = Jitted(jitted.writer, Interpreted(jitted.rows), jitted.sums and Interpreted(jitted.sums))
     results: Any = region.body.output_node().args[0]
     vals = [node.meta["val"] for node in results]
     outputs = [torch.empty_strided(val.shape, val.stride(), dtype=val.dtype) for val in vals]
-    launch(interpreter, args, outputs)
+    for place, index in (over or {}).items():
+        outputs[place] = args[index]
+    launch(Jitted(jitted.writer, tuple(map(Interpreted, jitted.kernels))), args, outputs)
     return outputs
 
 
 def check(function: Callable[..., Any], *args: Any, least: float = 5e-7) -> None:
     """Interpreted, results are as near to those in float64 as ATen's are, twice over, or within ``least``."""
     found, eager = interpreted(region_of(function, *args), *args), as_list(function(*args))
-    exact = as_list(function(*(x.double() for x in args)))
+    exact = as_list(function(*(x.double() if x.is_floating_point() else x for x in args)))
     for mine, theirs, want in zip(found, eager, exact, strict=True):
         assert (mine.dtype, mine.shape) == (theirs.dtype, theirs.shape)
         scale = want.abs().max()
@@ -72,8 +80,8 @@ def region(i0, i1, i2, i3, o0, o1, o2, o3):
     c = tl.arange(0, 8)
     inside = c < 8
     r = tl.program_id(0).to(tl.int64)
-    x0 = tl.load(i0 + (r // 3) * 24 + ((r) % 3) * 8 + c, mask=inside, other=0.0)
-    x1 = tl.load(i1 + ((r) % 3) * 8 + c, mask=inside, other=0.0)
+    x0 = tl.load(i0 + (r // 3) * 24 + (r % 3) * 8 + c, mask=inside, other=0.0)
+    x1 = tl.load(i1 + (r % 3) * 8 + c, mask=inside, other=0.0)
     x2 = tl.load(i2 + c, mask=inside, other=0.0)
     x3 = tl.load(i3 + c, mask=inside, other=0.0)
     v0 = x0 + x1  # add
@@ -134,19 +142,167 @@ def test_numbers_are_read_where_they_lie() -> None:
     check(lambda x, y: x * y + x, normal(3, 8), torch.tensor(0.3))
 
 
-def test_what_instances_cannot_hold_stays_with_aten() -> None:
-    long = region_of(lambda x: aten._softmax(x * 2, -1, False), torch.empty(2, 10_000))
-    loss = region_of(cross_entropy, normal(4, 8), torch.arange(4))
+@pytest.fixture(params=["held", "looped"])
+def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How an instance has its row: all of it, or 16 columns at a time."""
+    if request.param == "looped":
+        monkeypatch.setattr(region_triton, "LONGEST_ROW", 1)
+        monkeypatch.setattr(region_triton, "COLUMNS", 16)
+    return str(request.param)
+
+
+def targets_of(num: int, num_classes: int) -> torch.Tensor:
+    targets = torch.arange(num) * 7 % num_classes
+    targets[2:5] = -100
+    return targets
+
+
+def test_of_a_long_row_blocks_are_gone_over_once_for_each_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(region_triton, "LONGEST_ROW", 16)
+    monkeypatch.setattr(region_triton, "COLUMNS", 16)
+    region = region_of(cross_entropy, normal(70, 33), targets_of(70, 33))
+    assert_expected_inline(
+        region.text(TRITON),
+        """\
+@triton.jit
+def region_totals_0(i1, t1):
+    s1 = tl.zeros((1024,), tl.float64)
+    for first in range(0, 70, 1024):
+        r = first + tl.arange(0, 1024).to(tl.int64)
+        inside = r < 70
+        x1 = tl.load(i1 + r, mask=inside, other=0.0)
+        v6 = x1 != -100  # is not
+        v10 = (v6).to(tl.float32)  # _to_copy
+        s1 += tl.where(inside, v10, 0.0).to(tl.float64)
+    v11 = tl.sum(s1, 0).to(tl.float32)
+    tl.store(t1, v11)
+
+@triton.jit
+def region_1(i0, i1, t1, o1, q0):
+    r = tl.program_id(0).to(tl.int64)
+    v11 = tl.load(t1)
+    v13 = tl.cast(1.0, tl.float32)  # full
+    v14 = -v13  # neg
+    v15 = tl.div_rn(v14, v11)  # div
+    x1 = tl.load(i1 + r)
+    v6 = x1 != -100  # is not
+    v16 = tl.where(v6, v15, 0.0)  # where
+    a0 = tl.full((16,), float("-inf"), tl.float32)
+    for first in range(0, 33, 16):
+        c = first + tl.arange(0, 16)
+        inside = c < 33
+        x0 = tl.load(i0 + r * 33 + c, mask=inside, other=0.0)
+        a0 = tl.maximum(a0, tl.where(inside, x0, float("-inf")))
+    v0 = tl.max(a0, 0)
+    a3 = tl.full((16,), 0.0, tl.float32)
+    for first in range(0, 33, 16):
+        c = first + tl.arange(0, 16)
+        inside = c < 33
+        x0 = tl.load(i0 + r * 33 + c, mask=inside, other=0.0)
+        v1 = x0 - v0  # sub
+        v2 = tl.exp(v1)  # exp
+        a3 = a3 + tl.where(inside, v2, 0.0)
+    v3 = tl.sum(a3, 0)
+    v4 = tl.log(v3)  # log
+    tl.device_assert((v6 == 0) | ((x1 >= 0) & (x1 < 33)), "a target is out of bounds: there are 33 classes")
+    at = tl.where(v6, x1, 0)
+    x0p = tl.load(i0 + r * 33 + at)
+    v1p = x0p - v0  # sub
+    v5p = v1p - v4  # sub
+    v7 = tl.where(v6, v5p, 0.0)  # pick
+    v18 = tl.div_rn(1.0, v3)  # reciprocal
+    v19 = v16 * v18  # mul
+    tl.debug_barrier()
+    for first in range(0, 33, 16):
+        c = first + tl.arange(0, 16)
+        inside = c < 33
+        x0 = tl.load(i0 + r * 33 + c, mask=inside, other=0.0)
+        v1 = x0 - v0  # sub
+        v2 = tl.exp(v1)  # exp
+        v17 = tl.where(c == x1, v16, 0.0)  # spread
+        v20 = v2 * v19  # mul
+        v21 = v17 - v20  # sub
+        tl.store(o1 + r * 33 + c, v21, mask=inside)
+    tl.store(q0 + r, v7)
+
+@triton.jit
+def region_totals_1(t1, o0, q0, t0):
+    s0 = tl.zeros((1024,), tl.float64)
+    for first in range(0, 70, 1024):
+        r = first + tl.arange(0, 1024).to(tl.int64)
+        inside = r < 70
+        s0 += tl.load(q0 + r, mask=inside, other=0.0).to(tl.float64)
+    v8 = tl.sum(s0, 0).to(tl.float32)
+    tl.store(t0, v8)
+    v9 = -v8  # neg
+    v11 = tl.load(t1)
+    v12 = tl.div_rn(v9, v11)  # div
+    tl.store(o0, v12)
+""",
+    )
+
+
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize("shape", [(70, 33), (6, 16)], ids=str)
+def test_a_loss_and_its_gradient(shape: tuple[int, int]) -> None:
+    check(cross_entropy, normal(*shape, scale=4), targets_of(*shape), least=2e-6)
+
+
+def test_a_loss_and_the_gradient_of_a_bias() -> None:
+    """Instances have several rows each, in a sweep that knows how many rows have a target."""
+
+    def both(scores: Any, targets: Any) -> Any:
+        loss, gradient = cross_entropy(scores, targets)
+        return loss, gradient, gradient.sum([0], keepdim=True)
+
+    check(both, normal(70, 33, scale=4), targets_of(70, 33), least=2e-6)
+
+
+@pytest.mark.usefixtures("rows")
+def test_the_gradient_of_scores_may_lie_over_them() -> None:
+    x, targets = normal(70, 33, scale=4), targets_of(70, 33)
+    region = region_of(cross_entropy, x, targets)
+    expected = interpreted(region, x, targets)
+    assert region.may_overwrite(1, 0)
+    found = interpreted(region, given := x.clone(), targets, over={1: 0})
+    assert found[1] is given
+    assert all(map(torch.equal, found, expected))
+
+
+@few_examples(6)
+@given(st.integers(2, 5), st.integers(2, 70), st.sampled_from([1, 16, 64]), st.sampled_from([16, 32]))
+def test_rows_of_any_length_are_held_or_gone_over(num: int, width: int, longest: int, columns: int) -> None:
+    """Of sums, maxima and products of rows, whatever is masked in the last block."""
+    x, y, weight, bias = normal(num, width, scale=2), normal(num, width), normal(width), normal(width)
+    with mock.patch.object(region_triton, "LONGEST_ROW", longest), mock.patch.object(region_triton, "COLUMNS", columns):
+        check(add_and_norm, x, y, weight, bias)
+        check(lambda x: aten._softmax(x * 0.3, -1, False), x)
+        check(lambda x: aten._log_softmax(x, -1, False), x)
+        check(cross_entropy, x, targets_of(num, width), least=2e-6)
+
+
+@pytest.mark.usefixtures("rows")
+def test_rows_of_bfloat16_are_within_one_rounding() -> None:
+    x = normal(5, 70, scale=2).bfloat16()
+    (found,) = interpreted(region_of(lambda x: aten._softmax(x, -1, False) * 2, x), x)
+    exact = torch.softmax(x.double(), -1).bfloat16().double() * 2
+    assert ((found.double() - exact).abs() <= exact * 2**-7).all()
+
+
+def test_what_there_are_no_kernels_for_stays_with_aten() -> None:
+    x, y, weight, bias = wide((4, 10_000), torch.float32)
+    long = region_of(norm_backward, y, x, torch.empty(4, 1), torch.empty(4, 1), weight, bias, y)
     assert not can_write(long.body, "cuda")
-    assert not can_write(loss.body, "cuda")
-    with pytest.raises(CannotWriteError, match="rows of 10000 elements"):
+    with pytest.raises(CannotWriteError, match="rows of 10000 elements with each other"):
         RegionTritonWriter(lower(long.body, RegionTritonWriter), "region")
     assert long.runs_in("cuda") == SLICES
+    with pytest.raises(CannotWriteError, match="int64"):
+        lower(region_of(lambda x: (x + 1).contiguous(), torch.arange(8)).body, RegionTritonWriter)
 
 
 def compiled(jitted: Any, given: list[Any], options: dict[str, Any], target: GPUTarget) -> Any:
     """What a compiler makes of a kernel for a GPU, as it would be launched."""
-    types = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
+    types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64"}
     signature = {name: types.get(form, "fp32") for name, form in zip(jitted.arg_names, given, strict=True)}
     attributes = {(i,): [["tt.divisibility", 16]] for i, form in enumerate(given) if form in types}
     source = ASTSource(fn=jitted, signature=signature, constexprs={}, attrs=attributes)
@@ -172,6 +328,14 @@ def of_gelu_backward(dtype: torch.dtype) -> Region:
     return region_of(gelu_backward_and_sum, y, x)
 
 
+def of_loss(dtype: torch.dtype) -> Region:
+    return region_of(cross_entropy, torch.empty(64, 32_768, dtype=dtype), torch.empty(64, dtype=torch.int64))
+
+
+def of_small_loss(dtype: torch.dtype) -> Region:
+    return region_of(cross_entropy, torch.empty(64, 1024, dtype=dtype), torch.empty(64, dtype=torch.int64))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.arch))
 @pytest.mark.parametrize(
@@ -182,6 +346,8 @@ def of_gelu_backward(dtype: torch.dtype) -> Region:
         (of_norm_backward, torch.float32),
         (of_gelu_backward, torch.float32),
         (of_gelu_backward, torch.bfloat16),
+        (of_loss, torch.float32),
+        (of_small_loss, torch.float32),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
@@ -189,10 +355,14 @@ def test_gpus_get_wide_accesses_and_nothing_is_spilled(
     target: GPUTarget, make: Any, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     jitted = defined(make(dtype))
-    made = compiled(jitted.rows, forms(jitted.writer), jitted.writer.options, target)
-    if jitted.sums is not None:
-        sums = jitted.writer.sums
-        compiled(jitted.sums, [torch.float32] * (2 * len(sums)), {"num_warps": 4}, target)
+    parts = jitted.writer.parts
+    made = [
+        compiled(kernel, forms(jitted.writer, part), part.options, target)
+        for part, kernel in zip(parts, jitted.kernels, strict=True)
+    ]
+    made = next(
+        each for part, each in zip(parts, made, strict=True) if part.num_instances == jitted.writer.num_instances
+    )
     if target.backend == "hip":
         text = made.asm["amdgcn"]
         assert int(re.search(r"vgpr_spill_count:\s+(\d+)", text)[1]) == 0  # type: ignore[index]
