@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from tests.optimizers import OPTIMIZERS, Lion
 from tests.updates import CPU, ByParameter
+from zgraph import shortcuts
 from zgraph.program import Phase, Role, describe
 from zgraph.tracing import Recorder, fake_mode, trace
 from zgraph.update import Update, trace_update
@@ -46,12 +47,12 @@ def update_of(make: Callable[[nn.Module], Optimizer], model: nn.Module) -> Updat
 
 
 def both_ways(made: Callable[[], Any]) -> tuple[Any, Any]:
-    """What is made with shortcuts and without."""
-    found = []
-    for ways in (nullcontext, whole_traces):
-        with ways():
-            found.append(made())
-    return found[0], found[1]
+    """What is made with shortcuts and without; once more, by what the first trace has seen, it is the same."""
+    with mock.patch.dict(shortcuts._SEEN, clear=True):
+        found = made()
+        assert made() == found
+    with whole_traces():
+        return found, made()
 
 
 class Expressions:
@@ -262,27 +263,61 @@ def test_results_have_memory_of_their_own() -> None:
     assert len(set(memory)) == 8
 
 
-@pytest.mark.parametrize("kind", [torch.optim.AdamW, Lion])
-def test_torch_traces_no_more_of_many_parameters_of_one_kind_than_of_two(
-    kind: Callable[[Any], Optimizer], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    traced: list[Any] = []
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The calls that go through torch's tracer."""
+    found: list[Any] = []
     whole = ProxyTorchDispatchMode.__torch_dispatch__
 
     def counted(self: Any, func: Any, *args: Any, **kwargs: Any) -> Any:
         if func is not torch.ops.aten.lift_fresh.default:  # each constant is an input of its own
-            traced.append(func)
+            found.append(func)
         return whole(self, func, *args, **kwargs)
 
     monkeypatch.setattr(ProxyTorchDispatchMode, "__torch_dispatch__", counted)
+    return found
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, Lion])
+def test_torch_traces_no_more_of_many_parameters_of_one_kind_than_of_two(
+    kind: Callable[[Any], Optimizer], traced: list[Any]
+) -> None:
     num_calls = []
     for num in (2, 20):
         traced.clear()
         model = nn.ParameterList(nn.Parameter(torch.zeros(3, 2)) for _ in range(num))
-        update = update_of(lambda m: kind(m.parameters()), model)
+        with mock.patch.dict(shortcuts._SEEN, clear=True):
+            update = update_of(lambda m: kind(m.parameters()), model)
         assert {what.name for what in update.results if what.role is Role.PARAM} == {str(i) for i in range(num)}
         num_calls.append(len(traced))
     assert num_calls[0] == num_calls[1]
+
+
+def test_a_later_trace_asks_torch_for_views_and_numbers_alone(traced: list[Any]) -> None:
+    def once() -> set[str]:
+        traced.clear()
+        mode = fake_mode(scalars=True)
+        with mode:
+            args = (torch.empty(3, 3), torch.empty(3, 3))
+        trace(lambda x, y: [(x + y).mul_(2).t() + y, *torch.var_mean(x)], args, mode, Recorder(Phase.UPDATE))
+        return {func.overloadpacket.__name__ for func in traced}
+
+    with mock.patch.dict(shortcuts._SEEN, clear=True):
+        assert once() == {"add", "mul_", "t", "var_mean"}
+        assert once() == {"t"}
+
+
+def test_what_was_seen_with_another_default_dtype_is_not_known() -> None:
+    found = []
+    with mock.patch.dict(shortcuts._SEEN, clear=True):
+        for dtype in (torch.float32, torch.float64):
+            torch.set_default_dtype(dtype)
+            mode = fake_mode(scalars=False)
+            with mode:
+                x = torch.empty(2, dtype=torch.int64)
+            graph, _ = trace(lambda x: torch.full((2,), 1.0) * (x * 0.5), (x,), mode, Recorder(Phase.UPDATE))
+            found.append({node.meta["val"].dtype for node in graph.nodes if node.op == "call_function"})
+    assert found == [{torch.float32}, {torch.float64}]
 
 
 def test_what_is_computed_of_hyperparameters_is_computed_once_for_all_parameters() -> None:

@@ -6,8 +6,9 @@ its inputs. That is what ``zgraph.liveness`` predicts; what an operator allocate
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -64,11 +65,22 @@ class MemoryCheck:
 
 def _storages(value: Any) -> Iterator[torch.UntypedStorage]:
     """Of all tensors in a value: a transfer that was started has them among its fields."""
-    if isinstance(value, torch.Tensor):
-        yield value.untyped_storage()
-    elif is_dataclass(value) and not isinstance(value, type):
-        for each in fields(value):
-            yield from _storages(getattr(value, each.name))
-    elif isinstance(value, Iterable) and not isinstance(value, (str, bytes)):
-        for each in value:
-            yield from _storages(each)
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, torch.Tensor):
+            yield value.untyped_storage()
+        else:
+            kind: Any = type(value)
+            left += _parts_of(kind)(value)
+
+
+@cache
+def _parts_of(kind: type) -> Callable[[Any], Iterable[Any]]:
+    """What lies in a value of a type; it is asked of every value after every call."""
+    if is_dataclass(kind):
+        names = [field.name for field in fields(kind)]
+        return lambda value: [getattr(value, name) for name in names]
+    if issubclass(kind, Iterable) and not issubclass(kind, (str, bytes)):
+        return iter
+    return lambda _: ()

@@ -2,8 +2,8 @@
 
 An optimizer does to each parameter what it did to the one before. What an operator gives depends on the operator and on
 the forms of its arguments alone, and torch takes half a millisecond to find that out. So the first call of each form
-goes through all of torch, and those after it only add a node like the first one's. The traced function itself still
-runs, so whatever Python decides for one parameter and not for another is in the graph.
+goes through all of torch, and those after it only add a node like the first one's, in later traces of the process, too.
+The traced function itself still runs, so whatever Python decides for one parameter and not for another is in the graph.
 """
 
 from __future__ import annotations
@@ -68,6 +68,15 @@ class _Like:
     name: str
 
 
+_SEEN: dict[Hashable, tuple[list[tuple[Any, ...]], str]] = {}
+"""What calls of PyTorch's operators have given in whichever trace of this process: how tensors lie, and a name.
+
+By what decides it, as in torch's own memory of such things (``FakeTensorMode._cache_key``), which is slower to ask.
+"""
+
+_MOST_SEEN = 20_000
+
+
 class Shortcuts(TorchDispatchMode):
     """A mode for traced functions to run under, above torch's own.
 
@@ -124,7 +133,7 @@ class Shortcuts(TorchDispatchMode):
             key = None
         if key is None:  # not where the error is handled, or it would be taken for the cause of what fails in there
             return func(*args, **kwargs)
-        known = self._known.get(key)
+        known = self._known.get(key) or self._seen(gives, key)
         if known is None:
             before, num_decisions = self._tracer.graph._root.prev, self._num_decisions
             result = func(*args, **kwargs)
@@ -136,9 +145,31 @@ class Shortcuts(TorchDispatchMode):
                 and self._is_as_expected(gives, result, args, node, key[1])
             ):
                 self._known[key] = _Like(node.meta["val"], func.overloadpacket.__name__)
+                self._remember(gives, key)
             return result
         node = self._new_node(func, node_args, node_kwargs, known.name)
         return self._give(gives, known.val, node, args, kwargs)
+
+    def _remember(self, gives: _Gives, key: tuple[Any, ...]) -> None:
+        """Let later traces know, too, if a call gives nothing but new tensors and what it has written to."""
+        if gives not in _SEEN_OF or not torch._library.utils.is_builtin(key[0]):
+            return
+        known = self._known[key]
+        vals = known.val if gives is _Gives.TENSORS else (known.val,)
+        if any(self._form(self._like(val)) != self._form(val) for val in vals):  # in the midst of a larger one, say
+            return
+        if len(_SEEN) >= _MOST_SEEN:
+            _SEEN.clear()
+        _SEEN[_surroundings(), key] = [_laid_out(val) for val in vals], known.name
+
+    def _seen(self, gives: _Gives, key: Hashable) -> _Like | None:
+        """The like of what a call of this form has given in an earlier trace."""
+        seen = _SEEN.get((_surroundings(), key))
+        if seen is None:
+            return None
+        made = tuple(self._made(*each) for each in seen[0])
+        self._known[key] = known = _Like(made if gives is _Gives.TENSORS else made[0], seen[1])
+        return known
 
     def _is_as_expected(self, gives: _Gives, result: Any, args: tuple[Any, ...], node: fx.Node, form: Hashable) -> bool:
         """Whether what torch has made of a call is what ``_give`` would, and arguments have the form they had."""
@@ -232,9 +263,12 @@ class Shortcuts(TorchDispatchMode):
         return kind(map(self._in_graph, value)) if kind is list or kind is tuple else value
 
     def _like(self, val: FakeTensor) -> FakeTensor:
+        return self._made(*_laid_out(val))
+
+    def _made(self, shape: Any, strides: Any, dtype: torch.dtype, device: torch.device) -> FakeTensor:
         with no_dispatch():
-            memory = torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device="meta")
-            return FakeTensor(self._mode, memory, val.fake_device)
+            memory = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+            return FakeTensor(self._mode, memory, device)
 
     # -- numbers --------------------------------------------------------------------------------------------
 
@@ -275,6 +309,18 @@ class _Later(SymNode):
     def expect_true(self, file: str, line: int) -> bool:
         """Take it to be so where no value is known, as torch does; it writes it down, too, but nobody reads that."""
         return True if self._hint is None else super().expect_true(file, line)
+
+
+_SEEN_OF = (_Gives.TENSOR, _Gives.TENSORS, _Gives.FIRST)
+
+
+def _surroundings() -> tuple[Any, ...]:
+    """What besides its arguments decides what an operator gives."""
+    return torch.get_default_dtype(), torch._C._get_default_device(), torch.is_inference_mode_enabled()
+
+
+def _laid_out(val: FakeTensor) -> tuple[Any, ...]:
+    return val.shape, val.stride(), val.dtype, val.fake_device
 
 
 def _gives(func: Any) -> _Gives | None:
