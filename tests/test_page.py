@@ -487,6 +487,20 @@ def test_all_of_the_page_can_be_reached_in_a_small_window(blocks: tuple[Path, di
         assert 0 < bottom < small.evaluate("window.innerHeight") + 1
 
 
+@needs_chromium
+@pytest.mark.parametrize("width", [900, 380])
+def test_a_narrow_window_has_all_of_the_page_and_scrolls_down_alone(
+    width: int, blocks: tuple[Path, dict[str, Any]]
+) -> None:
+    with contextlib.closing(Browser(width, 800)) as narrow:
+        narrow.open(blocks[0])
+        assert narrow.evaluate("document.documentElement.scrollWidth") == width
+        for name in ("rail", "centre", "inspector", "timeline"):
+            place = narrow.evaluate(f"(({{width, height}}) => [width, height])({name}.getBoundingClientRect())")
+            assert 200 < place[0] <= width, name
+            assert place[1] > 20, name
+
+
 @pytest.mark.slow
 @needs_chromium
 def test_hostile_names_stay_text(chromium: Browser, folder: Path) -> None:
