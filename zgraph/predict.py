@@ -20,13 +20,13 @@ def compiled_bytes(num_nodes: int) -> int:
     """What is resident on a CPU beside tensors once a step is compiled: modules imported for it and holes in the heap.
 
     46 KB for each node beyond 520, and 40 MB at most: fitted to 17 pairs of GPTs and options, each measured twice
-    (``benchmarks/here.py``). Graphs had 720 to 2,380 nodes, and left from 3 to 56 MB for no known reason. And 1 MB at
-    least, for one of 521 nodes left 0.4 MB.
+    (``benchmarks/here.py``). Graphs had 720 to 2,380 nodes, and left from 3 to 56 MB for no known reason. And 2 MB at
+    least, for one of 521 nodes left 0.4 MB, and smaller ones 1.0 (``benchmarks/budget.py --quick``).
 
     Args:
         num_nodes: of the step's largest graph.
     """
-    return min(max(46_000 * (num_nodes - 520), 10**6), 40 * 10**6)
+    return min(max(46_000 * (num_nodes - 520), 2 * 10**6), 40 * 10**6)
 
 
 @dataclass(frozen=True)
