@@ -8,6 +8,7 @@ step does not fit.
 from __future__ import annotations
 
 import enum
+import math
 import operator
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -263,24 +264,41 @@ def with_scratch(found: Footprint, program: Program) -> Footprint:
 def _of_convolutions(program: Program) -> Iterator[Holding]:
     """What convolutions work in, each while it runs."""
     for position, node in enumerate(program.graph.nodes):
-        target = ops.allocating(node.target)
+        target, vals = ops.allocating(node.target), [n.meta["val"] for n in node.all_input_nodes]
         if target is torch.ops.aten.convolution.default:
-            num_bytes = convolution_bytes(operand(node).meta["val"], operand(node, 1).meta["val"], node.meta["val"])
+            images, weight, made, times, how = vals[0], vals[1], node.meta["val"], 1, node.args[3:]
         elif target is torch.ops.aten.convolution_backward.default:
-            made, images, weight = (operand(node, index).meta["val"] for index in range(3))
-            num_bytes = 2 * convolution_bytes(images, weight, made)
+            (made, images, weight), times, how = vals[:3], 2, node.args[4:]
         else:
             continue
+        stride: Any = how[0]
+        num_bytes = times * convolution_bytes(images, weight, made, max(stride), is_transposed=bool(how[3]))
         origin: Origin = node.meta["origin"]
         yield Holding(_maker(node), Kind.SCRATCH, num_bytes, position, position, origin.module, origin.source)
 
 
-def convolution_bytes(images: torch.Tensor, weight: torch.Tensor, made: torch.Tensor) -> int:
-    """What oneDNN lays out anew to convolve on a CPU, in blocks of channels: at most so much, and backward twice that.
+def convolution_bytes(
+    images: torch.Tensor, weight: torch.Tensor, made: torch.Tensor, stride: int, *, is_transposed: bool
+) -> int:
+    """About what oneDNN lays out anew to convolve on a CPU, in blocks of channels; backward it is twice that.
 
-    Where images lie by channels last, or weights are 1 x 1, it is hardly anything (``benchmarks/convolutions.py``).
+    What is read and what is made are laid out by turns, and at once where channels do not fill their blocks, where a
+    1 x 1 convolution leaves some out, and where it is transposed. So much, or less, it is for all of
+    ``benchmarks/convolutions.py``; where images lie by channels last, or weights are 1 x 1, it is hardly anything.
     """
-    return max(images.nbytes, made.nbytes) + weight.nbytes
+    sizes = [x.nbytes // x.shape[1] * -(-x.shape[1] // _CHANNELS) * _CHANNELS for x in (images, made)]
+    weights = weight.nbytes // (weight.shape[0] * weight.shape[1])
+    for num in weight.shape[:2]:
+        weights *= -(-num // _CHANNELS) * _CHANNELS
+    if is_transposed:
+        return 2 * max(sizes) + weights
+    fills = all(x.shape[1] % _CHANNELS == 0 for x in (images, made))
+    leaves_out = stride > 1 and math.prod(weight.shape[2:]) == 1
+    return (max(sizes) if fills and not leaves_out else sum(sizes)) + weights
+
+
+_CHANNELS = 16
+"""Of a block: as many as a vector of AVX-512 has in float32; with AVX2 it is 8."""
 
 
 def _maker(node: fx.Node) -> str:
