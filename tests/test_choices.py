@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
+from zgraph.captures import Captures
 from zgraph.choices import SEARCHED, VARIED, divisors, family
 from zgraph.config import Config
 from zgraph.errors import OptionError
@@ -104,7 +107,28 @@ def test_where_ranks_fill_several_nodes_they_may_have_copies() -> None:
 
 
 def test_tiles_are_tried_where_a_matrix_is_larger_than_one() -> None:
-    with_tiles, without = (family(1, 2, {"recompute": None}, has_tiles=has) for has in (True, False))
+    with_tiles, without = (family(1, 2, {"recompute": None}, tile_bytes=size) for size in (9 * 2**20, None))
     tiled = [choice.options for choice in with_tiles if "tile_bytes" in choice.options]
-    assert tiled == [{"zero": 3, "tile_bytes": 8 * 2**20, "recompute": None}]
+    assert tiled == [{"zero": 3, "tile_bytes": 9 * 2**20, "recompute": None}]
     assert [c.options for c in without] == [c.options for c in with_tiles if c.options not in tiled]
+
+
+class Headed(nn.Module):
+    """Blocks of one width, and a head that has as many rows as is said."""
+
+    def __init__(self, width: int, rows: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+        self.head = nn.Linear(width, rows, bias=False)
+
+
+@pytest.mark.parametrize(
+    ("width", "rows", "size"),
+    [(64, 64, None), (64, 40_000, 8 * 2**20), (2048, 2048, None), (2048, 4096, 16 * 2**20)],
+)
+def test_tiles_are_as_large_as_matrices_of_blocks_and_of_what_is_larger(
+    width: int, rows: int, size: int | None
+) -> None:
+    with torch.device("meta"):
+        model, x = Headed(width, rows), torch.empty(2, width)
+    assert Captures(model, torch.optim.SGD(model.parameters()), ((x,), {})).tile_bytes == size

@@ -34,7 +34,7 @@ class Given:
     """Stands for ``Captures``: the same program, whatever the options."""
 
     notes: tuple[str, ...] = ()
-    num_rows, num_blocks, sizes, is_long = 1, 1, (1,), False
+    num_rows, num_blocks, sizes, is_long, tile_bytes = 1, 1, (1,), False, None
     model = nn.Module()
 
     def __init__(self, program: Program) -> None:

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from zgraph.batches import Call, common_rows, micro_batches
 from zgraph.blocks import Short, find_blocks, shorten
 from zgraph.capture import capture
-from zgraph.choices import SEARCHED
+from zgraph.choices import SEARCHED, TILE_BYTES
 from zgraph.config import Config
 from zgraph.errors import CaptureError
 from zgraph.metrics import Metric
@@ -62,6 +62,7 @@ class Captures:
         self.notes: list[str] = []
         self._short: tuple[Short, torch.optim.Optimizer] | None = None
         path, self.num_blocks = max(find_blocks(model), key=lambda found: found[1], default=("", 1))
+        self._blocks = f"{path}."
         if self.num_blocks > SIZES[-1]:
             try:
                 short = shorten(model, path)
@@ -83,6 +84,20 @@ class Captures:
     def is_long(self) -> bool:
         """Whether the model repeats more blocks than are captured."""
         return self._short is not None
+
+    @property
+    def tile_bytes(self) -> int | None:
+        """How much to gather at a time of matrices that are larger than all of the blocks': heads and tables.
+
+        None if there are none. Of all large ones, tiles would take many times as many calls, and save little where
+        blocks are alike: one of them is gathered while the one before is in use.
+        """
+        sizes: dict[bool, list[int]] = {True: [TILE_BYTES], False: [0]}
+        for name, param in self.model.named_parameters():
+            if param.dim() == 2:
+                sizes[name.startswith(self._blocks)].append(param.nbytes)
+        of_blocks, others = max(sizes[True]), max(sizes[False])
+        return of_blocks if others > of_blocks else None
 
     @property
     def num_rows(self) -> int:

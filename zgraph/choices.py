@@ -78,8 +78,8 @@ def _gathers(config: Config) -> bool:
 
 
 TILE_BYTES = 8 * 2**20
-"""Of large matrices, how much is gathered at a time where that is tried: a small part of what takes most at a peak, and
-still enough that products of matrices take long beside what starts them."""
+"""Of large matrices, how much is gathered at a time at least where that is tried: enough that products of matrices take
+long beside what starts them."""
 
 
 VARIED: dict[str, Variation] = {
@@ -130,7 +130,7 @@ def family(
     devices_per_node: int = 1,
     *,
     is_long: bool = True,
-    has_tiles: bool = True,
+    tile_bytes: int | None = TILE_BYTES,
     tier: str = "disk",
 ) -> list[Choice]:
     """All choices, milder ones first.
@@ -141,7 +141,7 @@ def family(
         fixed: options that the user gave; of them, ``offload`` is open if it is ``"auto"``.
         devices_per_node: of the machine.
         is_long: the model repeats more blocks than are captured.
-        has_tiles: the model has a matrix that is larger than ``TILE_BYTES``.
+        tile_bytes: of large matrices, how much is gathered at a time where that is tried; None if it is not.
         tier: where the machine has what is offloaded.
 
     Raises:
@@ -158,7 +158,7 @@ def family(
     crossed = {
         name: (fixed[name],) if name in fixed and name != OFFLOAD else values for name, values in crossed.items()
     }
-    variations = [each for each in _variations(fixed) if has_tiles or "tile_bytes" not in each] if world > 1 else [{}]
+    variations = _variations(fixed, tile_bytes) if world > 1 else [{}]
     found: dict[Any, Choice] = {}
     for options in _product(crossed):
         for varied in variations:
@@ -210,10 +210,12 @@ def _product(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _variations(fixed: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _variations(fixed: Mapping[str, Any], tile_bytes: int | None) -> list[dict[str, Any]]:
     """None, and one of each value."""
-    open_ones = {name: variation for name, variation in VARIED.items() if name not in fixed}
-    return [{}, *({name: value} for name, variation in open_ones.items() for value in variation.values)]
+    values = {name: variation.values for name, variation in VARIED.items() if name not in fixed}
+    if "tile_bytes" in values:
+        values["tile_bytes"] = () if tile_bytes is None else (tile_bytes,)
+    return [{}, *({name: value} for name, each in values.items() for value in each)]
 
 
 def _key(options: Mapping[str, Any]) -> Any:

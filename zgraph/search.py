@@ -19,7 +19,7 @@ from typing import Any
 
 from zgraph.beginnings import Beginnings
 from zgraph.captures import Captures
-from zgraph.choices import CHAINED, LEVELS, MEMORY_FIRST, OFFLOAD, TILE_BYTES, Choice, family
+from zgraph.choices import CHAINED, LEVELS, MEMORY_FIRST, OFFLOAD, Choice, family
 from zgraph.config import BY_COST, Config
 from zgraph.errors import OptionError
 from zgraph.hardware import Hardware, lower_tier
@@ -90,15 +90,13 @@ class Search:
         self._tell = tell
         self._on_cpu = hardware.device_type == "cpu"
         self._host_budget = host_share(hardware, world)
-        matrices = (param for param in captures.model.parameters() if param.dim() == 2)
-        has_tiles = any(matrix.nbytes > TILE_BYTES for matrix in matrices)
         self.members = family(
             captures.num_rows,
             world,
             fixed,
             hardware.devices_per_node,
             is_long=captures.is_long,
-            has_tiles=has_tiles,
+            tile_bytes=captures.tile_bytes,
             tier=self.tier,
         )
         self.tried: dict[Choice, Tried | None] = {}
