@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -83,6 +84,21 @@ def wait_for_nothing(program: Program) -> None:
     program.call(ops.wait, node, origin=node.meta["origin"], before=node.next)
 
 
+def send(program: Program, *views: tuple[Any, ...]) -> None:
+    node = first(program, ops.all_gather)
+    for view, *args in views:
+        made = program.call(view, operand(node), *args, origin=node.meta["origin"], before=node)
+        node.replace_input_with(operand(node), made)
+
+
+def send_what_has_gaps(program: Program) -> None:
+    send(program, (aten.slice.Tensor, 0, 0, 2**62, 2))
+
+
+def send_what_lies_in_another_order(program: Program) -> None:
+    send(program, (aten.view.default, [2, -1]), (aten.t.default,))
+
+
 def read_what_is_overwritten(program: Program) -> None:
     kernel = kernel_of(program, 0)
     flat = program.inputs(Role.PARAM)["bucket1", ""]
@@ -112,6 +128,11 @@ BROKEN: dict[Callable[[Program], None], tuple[str, bool]] = {
     read_before_arrival: (r"neg\w* \(aten.neg.default\) reads all_gather\w+ before it has arrived", True),
     return_before_arrival: (r"output \(output\) reads all_reduce\w* before it has arrived", False),
     wait_for_nothing: (r"waits for a value that no collective and no transfer produces", True),
+    send_what_has_gaps: (r"all_gather.* sends f64\[\d+\] with strides \[2\], not contiguous", True),
+    send_what_lies_in_another_order: (
+        r"all_gather.* sends f64\[\d+, 2\] with strides \[1, \d+\], not contiguous",
+        True,
+    ),
     read_what_is_overwritten: (r"neg\w* \(aten.neg.default\) reads what update_bucket1 has written over", True),
     read_a_view_of_what_is_overwritten: (
         r"neg\w* \(aten.neg.default\) reads what update_bucket1 has written over",

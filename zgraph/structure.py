@@ -139,7 +139,7 @@ def _check_collective(program: Program, node: fx.Node, after: str) -> None:
         raise broken(after, node, f"reduces by {node.args[1]!r}; only 'avg' and 'sum' are known")
     divided = operand(node).meta["val"]
     if starts and node.target is not ops.all_reduce and not divided.is_contiguous():  # which sends a copy
-        raise broken(after, node, f"sends {describe(divided)} with strides {list(divided.stride())}, which has gaps")
+        raise broken(after, node, f"sends {describe(divided)} with strides {list(divided.stride())}, not contiguous")
     divides = node.target in (ops.shard, ops.reduce_scatter, ops.all_to_all)
     if divides and (divided.dim() != 1 or len(divided) % size):
         raise broken(after, node, f"divides {describe(divided)} over {size} ranks")
