@@ -84,11 +84,10 @@ class TileProducts(Pass):
         readers = list(readers_of(wait))
         if any(program.output_node in node.users for node in (wait, *derived(wait))):
             return
-        strides = {reader: _as_right_side(reader, wait, (rows, columns)) for reader in readers}
-        if not readers or None in strides.values():
+        turned = {reader: _is_turned(reader, wait, (rows, columns)) for reader in readers}
+        if not readers or None in turned.values():
             return
-        for reader in readers:
-            is_turned = strides[reader] != (columns, 1)
+        for reader, is_turned in turned.items():
             tiles = (self._of_rows if is_turned else self._of_columns)(program, reader, start, rows, columns)
             origin, width, made = reader.meta["origin"], rows if is_turned else columns, None
             for tile, num_blocks, first in tiles:
@@ -172,18 +171,20 @@ class TileProducts(Pass):
 _GRADIENTS = (aten.mm.default, aten.embedding_dense_backward.default)
 
 
-def _as_right_side(product: fx.Node, whole: fx.Node, shape: tuple[int, int]) -> tuple[int, int] | None:
-    """The strides in which a product of matrices reads a whole gathered matrix on its right; None for other calls."""
+def _is_turned(product: fx.Node, whole: fx.Node, shape: tuple[int, int]) -> bool | None:
+    """Whether a product of matrices reads a whole gathered matrix on its right with its rows as columns, or as it is.
+
+    None for other calls. Of one column, both have the same strides, and other shapes; square ones have other strides.
+    """
     if product.target is not aten.mm.default or product.kwargs:
         return None
     right = operand(product, 1)
     if ops.root_of(right) is not whole or ops.root_of(operand(product)) is whole:
         return None
     val, (rows, columns) = right.meta["val"], shape
-    strides = tuple(val.stride())
-    forms = [((rows, columns), (columns, 1)), ((columns, rows), (1, columns))]
+    forms = {((rows, columns), (columns, 1)): False, ((columns, rows), (1, columns)): True}
     is_same = val.dtype == whole.meta["val"].dtype
-    return strides if is_same and (tuple(val.shape), strides) in forms else None
+    return forms.get((tuple(val.shape), tuple(val.stride()))) if is_same else None
 
 
 def _can_be_tiled(made: fx.Node, start: fx.Node) -> bool:

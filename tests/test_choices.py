@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -132,3 +134,13 @@ def test_tiles_are_as_large_as_matrices_of_blocks_and_of_what_is_larger(
     with torch.device("meta"):
         model, x = Headed(width, rows), torch.empty(2, width)
     assert Captures(model, torch.optim.SGD(model.parameters()), ((x,), {})).tile_bytes == size
+
+
+@pytest.mark.parametrize(
+    "fixed", [{"tile_bytes": 2**23}, {"unshard": 0.5}, {"gather_precision": "bf16"}, {"reduce_precision": "int8"}]
+)
+def test_of_one_rank_what_needs_a_stage_may_be_asked_for(fixed: dict[str, Any]) -> None:
+    found = family(2, 1, fixed)
+    assert found
+    assert all(choice.config.zero == Config.zero for choice in found)
+    assert all(getattr(choice.config, name) == value for choice in found for name, value in fixed.items())

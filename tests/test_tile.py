@@ -21,6 +21,7 @@ from tests.test_liveness import assert_counts_agree
 from zgraph import ops, placement
 from zgraph.config import Config
 from zgraph.errors import OptionError, VerifyError, ZgraphError
+from zgraph.layout import ALIGN
 from zgraph.liveness import alive_bytes, lifetimes
 from zgraph.lockstep import run_ranks
 from zgraph.passes import default_passes, overwrite
@@ -99,8 +100,8 @@ backward bucket0: reduce_scatter_tensor[2] [32]""",
     st.builds(
         TableAndHead,
         tokens=st.integers(1, 5),
-        rows=st.sampled_from([16, 32, 48]),
-        columns=st.sampled_from([16, 32]),
+        rows=st.sampled_from([16, 32, 48, 64]),
+        columns=st.sampled_from([1, 3, 16, 17, 32]),
         turned=st.booleans(),
     ),
     st.sampled_from([Mesh(2), Mesh(4), Mesh(4, shard=2), Mesh(1)]),
@@ -118,11 +119,31 @@ def test_the_ranks_of_any_such_step_compute_the_same(
     found = join(program, run_ranks(program, divide(program, inputs), late=late))
     assert_close(found, reference(captured, inputs))
     smallest = mesh.shard_size * max(shape.rows, shape.columns) * 8
-    for node in program.graph.nodes:
-        is_of_table = node.target is ops.all_gather and node.meta["origin"].module == "bucket0"
-        if node.target in (ops.all_gather, ops.reduce_scatter) and not is_of_table:  # forward reads a table whole
+    rows_of_head = shape.columns if shape.turned else shape.rows
+    is_padded = shape.rows * shape.columns % (mesh.shard_size * ALIGN) != 0
+    sends = [node for node in program.graph.nodes if node.target in (ops.all_gather, ops.reduce_scatter)]
+    for node in sends:
+        is_of_table = node.meta["origin"].module == "bucket0"
+        is_whole = is_padded or (shape.rows if is_of_table else rows_of_head) % mesh.shard_size != 0
+        is_whole |= is_of_table and node.target is ops.all_gather  # forward reads a table whole
+        if not is_whole:
             most = max(n.meta["val"].nbytes for n in (node, *node.all_input_nodes))
             assert most <= max(tile * ROW, smallest)
+
+
+def of_one_matrix(program: Program) -> set[tuple[int, ...]]:
+    """Blocks and columns of the products of a head that are made a tile at a time."""
+    made = program.graph.find_nodes(op="call_function", target=ops.product_columns)
+    return {(node.args[3], node.args[5]) for node in made}
+
+
+def test_a_matrix_of_one_column_is_read_as_it_lies() -> None:
+    """It has the same strides as the row that it is in forward."""
+    captured = language_model(TableAndHead(3, 64, 1))
+    program = tiled(captured, 16 * 8, Mesh(2))
+    assert (2, 64) in of_one_matrix(program), "forward"
+    inputs = values_of(captured, TableAndHead(3, 64, 1), 2)
+    assert_close(join(program, run_ranks(program, divide(program, inputs))), reference(captured, inputs))
 
 
 def test_columns_lie_beside_each_other_in_one_matrix() -> None:

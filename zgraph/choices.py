@@ -184,6 +184,9 @@ def family(
             told = {name: value for name, value in both.items() if name == "zero" or value != getattr(Config, name)}
             told |= {name: both[name] for name in fixed if name in crossed and name != OFFLOAD}
             found[_key(both)] = Choice({**told, **given}, config, milder, sum(map(len, before.values())))
+    if not found and world == 1 and "zero" not in fixed:  # what was asked for needs a stage, which changes nothing here
+        stage = {**fixed, "zero": Config.zero}
+        return family(num_rows, world, stage, devices_per_node, is_long=is_long, tile_bytes=tile_bytes, tier=tier)
     return list(found.values())
 
 
