@@ -1,4 +1,4 @@
-"""Memory-centric tiling (Rajbhandari et al., 2021, ZeRO-Infinity, section 5.1.3): a large parameter is never whole.
+"""Memory-centric tiling (Rajbhandari et al., 2021, ZeRO-Infinity, section 5.1.3): large parameters a tile at a time.
 
 The head of a language model and its gradient are the largest tensors at the peak of a step. What is gathered of it, and
 what is made of its gradient before ranks divide it, are tiles of both.
