@@ -196,8 +196,19 @@ def _can_be_tiled(made: fx.Node, start: fx.Node) -> bool:
         (node,) = node.users
     if made.target is aten.embedding_dense_backward.default:
         return made.args[3:] == (-1, False)
-    turned = operand(made)
+    turned, x = operand(made), operand(made, 1)
+    if _has_some_columns(x):
+        return False
     return turned.target is aten.t.default and operand(turned).meta["val"].is_contiguous()
+
+
+def _has_some_columns(x: fx.Node) -> bool:
+    """Whether a matrix is a slice of another's columns: the verifier cannot tell rows of such products to be parts."""
+    while (source := ops.view_of(x)) is not None:
+        if x.target is aten.slice.Tensor and (x.args[1] if len(x.args) > 1 else 0) != 0:
+            return True
+        x = source
+    return False
 
 
 def _keep_facts(node: fx.Node, made: fx.Node) -> None:

@@ -343,3 +343,27 @@ def test_a_tile_without_a_place_is_refused() -> None:
             ops.product_columns(None, x, tile, num_blocks, start, num_columns)
     with pytest.raises(ZgraphError, match="2 rows from 3 on in 2 blocks are no rows of 8"):
         ops.embedding_rows_backward(x, torch.empty(2, dtype=torch.int64, device="meta"), 8, 2, 3, 2)
+
+
+class OfSomeColumns(torch.nn.Module):
+    """A head of a part of what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = torch.nn.Linear(16, 64, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x[:, :16]).square().mean()  # type: ignore[no-any-return]
+
+
+def test_of_a_slice_of_columns_gradients_are_made_whole() -> None:
+    found = []
+    for tile_bytes in (None, 1024):
+        torch.manual_seed(0)
+        model = OfSomeColumns()
+        options: dict[str, Any] = {"bucket_bytes": 1, "tile_bytes": tile_bytes}
+        ranks = zgraph.simulate_ranks(model, torch.optim.SGD(model.parameters(), lr=0.1), world_size=2, **options)
+        losses = [ranks.train_step([(torch.randn(8, 32),), (torch.randn(8, 32),)]) for _ in range(2)]
+        found.append((losses, ranks.state_dict()))
+    assert of_one_matrix(ranks.program), "forward is tiled"
+    torch.testing.assert_close(found[0], found[1])
