@@ -37,6 +37,12 @@ def test_two_ranks_hold_what_was_predicted(ranks: Ranks, zero: int) -> None:
     ranks.run(train, "gpt", zero=zero)
 
 
+@pytest.mark.slow
+def test_parts_of_gradients_that_are_messages_are_predicted(ranks: Ranks) -> None:
+    """Of three ranks, each is sent the small parts of the two others, though they may read each other's memory."""
+    ranks.run(train, "gpt", zero=2, world=3)
+
+
 def test_a_step_that_holds_more_stops_with_the_call_and_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
     predicted = memory_check.held_bytes
 

@@ -19,6 +19,10 @@ import torch.distributed as dist
 from zgraph import ops
 from zgraph.groups import HeldGroup
 
+MESSAGE_BYTES = 2**14
+"""Up to so many, ranks that may read each other's memory (``zgraph.direct``) send each other the values themselves: one
+message instead of two or three."""
+
 
 @dataclass
 class Traffic:

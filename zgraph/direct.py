@@ -13,15 +13,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from zgraph.comm import Group, PointToPointComm, Traffic, Transfer
+from zgraph.comm import MESSAGE_BYTES, Group, PointToPointComm, Traffic, Transfer
 from zgraph.errors import RankError
 from zgraph.peer_memory import PeerMemory
 
 PASSING_BYTES = 2**19
 """Of a peer's part that is added up at once: it and what it is added to stay in a cache of the second level."""
-
-MESSAGE_BYTES = 2**14
-"""Up to so many, ranks send each other the values themselves: one message instead of two or three."""
 
 
 class _Exchange:
