@@ -118,9 +118,9 @@ def test_tiles_are_tried_where_a_matrix_is_larger_than_one() -> None:
 class Headed(nn.Module):
     """Blocks of one width, and a head that has as many rows as is said."""
 
-    def __init__(self, width: int, rows: int) -> None:
+    def __init__(self, width: int, rows: int, num_blocks: int = 3) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(num_blocks))
         self.head = nn.Linear(width, rows, bias=False)
 
 
@@ -144,3 +144,10 @@ def test_of_one_rank_what_needs_a_stage_may_be_asked_for(fixed: dict[str, Any]) 
     assert found
     assert all(choice.config.zero == Config.zero for choice in found)
     assert all(getattr(choice.config, name) == value for choice in found for name, value in fixed.items())
+
+
+@pytest.mark.parametrize(("num_blocks", "sizes"), [(6, (6,)), (16, (16,)), (17, (4, 6))])
+def test_models_of_up_to_sixteen_blocks_are_estimated_whole(num_blocks: int, sizes: tuple[int, ...]) -> None:
+    with torch.device("meta"):
+        model, x = Headed(64, 64, num_blocks), torch.empty(2, 64)
+    assert Captures(model, torch.optim.SGD(model.parameters()), ((x,), {})).sizes == sizes
