@@ -336,4 +336,4 @@ def test_no_convolution_works_in_more_than_is_said() -> None:
     command = [sys.executable, str(BENCHMARKS / "convolutions.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(" MB |") == 4 * 16
+    assert done.stdout.count(" MB |") == 4 * 34
