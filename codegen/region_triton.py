@@ -14,9 +14,11 @@ added up in float64 by a single instance. So results are the same in every run.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -82,7 +84,7 @@ class RegionTritonWriter(TritonWriter):
 
     def __init__(self, loops: Loops, name: str) -> None:
         check(loops)
-        self.loops, self.name = loops, name
+        self.loops, self.name, self.is_held = loops, name, is_held(loops)
         self.names: dict[fx.Node, str] = {}
         self.computing = torch.float32
         self.ordering: torch.dtype | None = None
@@ -108,11 +110,6 @@ class RegionTritonWriter(TritonWriter):
     def sums(self) -> list[Store]:
         """What is added up over all rows."""
         return [store for store in self.loops.stores if store.over_rows]
-
-    @property
-    def is_held(self) -> bool:
-        """Whether an instance has a whole row in registers."""
-        return not self.loops.has_rows or is_held(self.loops)
 
     @property
     def num_instances(self) -> int:
@@ -143,7 +140,7 @@ class RegionTritonWriter(TritonWriter):
         found = []
         for number in range(self.loops.num_sweeps):
             this = Sweep(self.loops, number)
-            if self._leaves(this):
+            if self._goes_over_rows(this):
                 found.append(self._over_rows(this))
             if this.is_last and self.sums:
                 found.append(self._adding())
@@ -156,7 +153,7 @@ class RegionTritonWriter(TritonWriter):
         """Results that are one number for the whole region."""
         return [store for store in self.loops.stores if not level_of(store.value)]
 
-    def _leaves(self, this: Sweep) -> bool:
+    def _goes_over_rows(self, this: Sweep) -> bool:
         """Whether rows are gone over one by one, and not many at once where their numbers are added up."""
         return bool(this.stores) or this.num_loops > 0
 
@@ -349,13 +346,21 @@ class RegionTritonWriter(TritonWriter):
             return
         yield f"at = tl.where({is_wanted}, {column}, 0)"
         elements = list(ir.computed_of([value], lambda n: level_of(n) is Level.ELEMENT))
-        names, self.column, self.masked = self.names, "at", None
-        self.names = {**names, **{element: f"{names[element]}p" for element in elements}}
-        for element in (n for n in self.loops.body.nodes if n in elements):
-            yield from self._value(element)
-        picked = self.names[value]
-        self.names, self.column, self.masked = names, "c", Level.ELEMENT
+        with self._writing(None, "at", {element: f"{self.names[element]}p" for element in elements}):
+            for element in (n for n in self.loops.body.nodes if n in elements):
+                yield from self._value(element)
+            picked = self.names[value]
         yield f"{self.names[node]} = tl.where({is_wanted}, {picked}, 0.0)  # pick"
+
+    @contextmanager
+    def _writing(
+        self, masked: Level | None, column: str = "c", names: Mapping[fx.Node, str] = MappingProxyType({})
+    ) -> Iterator[None]:
+        """Write of many values of a level at once, or of none, of another column, and by other names."""
+        before = self.masked, self.column, self.names
+        self.masked, self.column, self.names = masked, column, {**self.names, **names}
+        yield
+        self.masked, self.column, self.names = before
 
     def fill(self, value: str, dtype: torch.dtype) -> str:
         return f"tl.cast({value}, {self.dtypes[dtype]})"
@@ -391,25 +396,9 @@ class RegionTritonWriter(TritonWriter):
         """Totals of what rows have left, and, in the end, what numbers are computed of them."""
         mine = {node: self.totals[node] for node in this.totals}
         numbers = self._numbers if this.is_last else []
-        of_rows = set() if self._leaves(this) else this.needed - mine.keys()
+        of_rows = set() if self._goes_over_rows(this) else this.needed - mine.keys()
         of_numbers = set(ir.computed_of(store.value for store in numbers)) - mine.keys()
-        lines = [
-            *self._of_numbers(of_rows),
-            *(f"s{index} = tl.zeros(({_ADDED},), tl.float64)" for index in mine.values()),
-            f"for first in range(0, {self.loops.num_rows}, {_ADDED}):",
-            f"    r = first + tl.arange(0, {_ADDED}).to(tl.int64)",
-            f"    inside = r < {self.loops.num_rows}",
-        ]
-        self.masked = Level.ROW
-        for node in self.loops.body.nodes:
-            if node in of_rows and level_of(node):
-                lines += (f"    {line}" for line in self._value(node))
-        self.masked = Level.ELEMENT
-        for node, index in mine.items():
-            left = f"tl.load(q{index} + r, mask=inside, other=0.0)"
-            if of_rows:
-                left = f"tl.where(inside, {self.names[ir.argument(node)]}, 0.0)"
-            lines.append(f"    s{index} += {left}.to(tl.float64)")
+        lines = [*self._of_numbers(of_rows), *(self._over_many_rows(mine, of_rows) if mine else ())]
         for node, index in mine.items():
             lines.append(f"{self.names[node]} = tl.sum(s{index}, 0).to(tl.float32)")
             lines.append(f"tl.store(t{index}, {self.names[node]})")
@@ -419,6 +408,22 @@ class RegionTritonWriter(TritonWriter):
         given = [*self._given(of_rows | of_numbers), *(f"o{store.place}" for store in numbers), *rooms]
         options = {"num_warps": 4, "enable_fp_fusion": False}
         return Part(f"{self.name}_totals_{this.number}", tuple(lines), tuple(given), 1, options)
+
+    def _over_many_rows(self, mine: Mapping[fx.Node, int], of_rows: set[fx.Node]) -> Iterator[str]:
+        """Add up what rows have left, or what is computed of many rows at once."""
+        yield from (f"s{index} = tl.zeros(({_ADDED},), tl.float64)" for index in mine.values())
+        yield f"for first in range(0, {self.loops.num_rows}, {_ADDED}):"
+        yield f"    r = first + tl.arange(0, {_ADDED}).to(tl.int64)"
+        yield f"    inside = r < {self.loops.num_rows}"
+        with self._writing(Level.ROW):
+            for node in self.loops.body.nodes:
+                if node in of_rows and level_of(node):
+                    yield from (f"    {line}" for line in self._value(node))
+        for node, index in mine.items():
+            left = f"tl.load(q{index} + r, mask=inside, other=0.0)"
+            if of_rows:
+                left = f"tl.where(inside, {self.names[ir.argument(node)]}, 0.0)"
+            yield f"    s{index} += {left}.to(tl.float64)"
 
 
 def _least(reduction: fx.Node) -> str:
@@ -431,8 +436,8 @@ def _function(reduction: fx.Node) -> str:
 
 
 def is_held(loops: Loops) -> bool:
-    """Whether registers hold a row."""
-    return loops.num_columns <= LONGEST_ROW
+    """Whether an instance has a whole row, or some elements where there are no rows, in registers."""
+    return not loops.has_rows or loops.num_columns <= LONGEST_ROW
 
 
 def workspace_bytes(loops: Loops) -> int:
