@@ -332,8 +332,9 @@ def test_what_is_done_in_one_call_is_timed_beside_several(
 
 
 @pytest.mark.slow
-def test_no_convolution_works_in_more_than_is_said() -> None:
-    command = [sys.executable, str(BENCHMARKS / "convolutions.py")]
+@pytest.mark.parametrize("options", [[], ["--convolutions", "--dtypes", "float32", "float64"]], ids=str)
+def test_no_operator_works_in_more_than_is_said(options: list[str]) -> None:
+    command = [sys.executable, str(BENCHMARKS / "scratch.py"), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(" MB |") == 4 * 34
+    assert done.stdout.count(" MB |") > 150

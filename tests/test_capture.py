@@ -443,6 +443,18 @@ def test_attributes_that_forward_sets_are_named_in_one_warning(caplog: pytest.Lo
     assert "forward sets hidden, history, late, layer.scratch, length, outputs;" in warning
 
 
+def test_a_recurrent_layer_gives_its_biases_one_gradient_however_often_torch_has_seen_it() -> None:
+    """oneDNN gives the same tensor twice, and torch's memory of operators makes two of them later."""
+    model, batch = nn.LSTM(5, 7), (torch.randn(3, 2, 5),)
+    optimizer = torch.optim.SGD(model.parameters())
+    made = [capture(model, optimizer, batch, {}, loss=lambda y, _: y[0].sum()) for _ in range(3)]
+    assert made[0].text() == made[1].text() == made[2].text()
+    (backward,) = made[0].graph.find_nodes(op="call_function", target=torch.ops.aten.mkldnn_rnn_layer_backward.default)
+    read = [user.args[1] for user in backward.users if user.users]
+    assert read.count(3) == 1
+    assert 4 not in read
+
+
 @pytest.mark.parametrize("name", ["gpt", "counting", "recurrent", "resnet"])
 def test_models_that_keep_nothing_but_buffers_give_no_warning(name: str, caplog: pytest.LogCaptureFixture) -> None:
     case = CASES[name]

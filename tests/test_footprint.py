@@ -18,7 +18,7 @@ from tests.reference import slow
 from zgraph import ops, placement
 from zgraph.capture import capture
 from zgraph.config import Config
-from zgraph.footprint import Footprint, Holding, Kind, footprint, with_scratch
+from zgraph.footprint import Footprint, Holding, Kind, footprint
 from zgraph.liveness import alive_bytes, held_bytes
 from zgraph.lower import Lowered, lower
 from zgraph.machines import preset, this_cpu
@@ -233,20 +233,3 @@ def test_compiling_leaves_more_the_larger_the_graph_is_up_to_a_limit() -> None:
         22_080_000,
         40_000_000,
     ]
-
-
-@pytest.mark.parametrize(("read", "made", "num_bytes"), [(16, 32, 65_536 + 36_864), (4, 17, 32_768 + 65_536 + 36_864)])
-def test_a_convolution_lays_out_anew_what_it_reads_on_a_cpu(read: int, made: int, num_bytes: int) -> None:
-    """Each channel has 2,048 bytes, and 16 are a block: the larger of both, or both where some block is not full."""
-    b = Builder()
-    images = b.input(Role.BATCH, "0", shape=[1, read, 16, 16])
-    weight = b.input(Role.PARAM, "w", shape=[made, read, 3, 3])
-    rest = (None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
-    y = b.forward(aten.convolution.default, images, weight, *rest)
-    loss = b.forward(aten.sum.default, y)
-    gy = b.backward(aten.ones_like.default, y)
-    b.backward(aten.convolution_backward.default, gy, images, weight, [made], *rest[1:], [False, True, False])
-    program = b.finish({None: loss})
-    held = with_scratch(footprint(program), program).holdings
-    of_convolutions = [h.num_bytes for h in held if h.kind is Kind.SCRATCH and "convolution" in h.what]
-    assert of_convolutions == [num_bytes, 2 * num_bytes]

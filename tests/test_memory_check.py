@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import zgraph
 from tests.models import CASES
@@ -41,6 +42,36 @@ def test_two_ranks_hold_what_was_predicted(ranks: Ranks, zero: int) -> None:
 def test_parts_of_gradients_that_are_messages_are_predicted(ranks: Ranks) -> None:
     """Of three ranks, each is sent the small parts of the two others, though they may read each other's memory."""
     ranks.run(train, "gpt", zero=2, world=3)
+
+
+class Squares(torch.nn.Module):
+    """torch keeps each element's loss in the memory of their mean, whose shape does not tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(8, 1024)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.mse_loss(self.layer(x), torch.ones(64, 1024)) + F.smooth_l1_loss(x, torch.zeros_like(x))
+
+
+class Layers(torch.nn.Module):
+    """oneDNN's LSTM keeps a workspace for backward, whose size torch does not tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.LSTM(8, 96, bidirectional=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)[0].square().mean()
+
+
+@pytest.mark.parametrize(("model", "shape"), [(Squares, (64, 8)), (Layers, (32, 6, 8))])
+def test_memory_that_no_shape_tells_is_predicted(model: type[torch.nn.Module], shape: tuple[int, ...]) -> None:
+    trained = model()
+    zgraph.compile(trained, optimizer=torch.optim.SGD(trained.parameters(), lr=1e-3), check_memory=True)
+    for _ in range(2):
+        trained.train_step(torch.randn(shape))
 
 
 def test_a_step_that_holds_more_stops_with_the_call_and_the_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ step does not fit.
 from __future__ import annotations
 
 import enum
-import math
 import operator
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from zgraph import ops
+from zgraph import ops, scratch
 from zgraph.codegen.region import Region
 from zgraph.fusion import Fusion
 from zgraph.liveness import held_bytes, lifetimes
@@ -48,19 +47,12 @@ class Kind(enum.Enum):
     UNUSED = "arena, not in use"
 
 
-_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-
 _OF_ROLE = {
     Role.PARAM: Kind.PARAMS,
     Role.OPT_STATE: Kind.STATE,
     Role.GRADIENT: Kind.GRADIENTS,
     Role.GATHERED: Kind.GATHERED,
 }
-
-
-SCRATCH_BYTES = 10 * 2**20
-"""What libraries for products of matrices on a CPU keep at most to pack an operand in; less where all are smaller.
-Measured on GPTs (``benchmarks/accuracy.py --here``): 0.4 to 11 MB."""
 
 
 @dataclass(frozen=True)
@@ -251,54 +243,17 @@ def with_scratch(found: Footprint, program: Program) -> Footprint:
         found: of the program.
         program: whose products are looked at.
     """
-    packed = [
-        operand(node, len(node.args) - 1).meta["val"].nbytes
-        for target in _PRODUCTS
-        for node in program.graph.find_nodes(op="call_function", target=target)
-    ]
-    num_bytes = min(max(packed, default=0), SCRATCH_BYTES)
-    scratch = Holding("matrix products", Kind.SCRATCH, num_bytes, 0, found.num_positions - 1)
-    return replace(found, holdings=(scratch, *_of_convolutions(program), *found.holdings))
+    num_bytes = min(max(map(scratch.packed_bytes, program.graph.nodes), default=0), scratch.PACKED_BYTES)
+    packed = Holding("matrix products", Kind.SCRATCH, num_bytes, 0, found.num_positions - 1)
+    return replace(found, holdings=(packed, *_worked_in(program), *found.holdings))
 
 
-def _of_convolutions(program: Program) -> Iterator[Holding]:
-    """What convolutions work in, each while it runs."""
+def _worked_in(program: Program) -> Iterator[Holding]:
+    """What each call works in, while it runs."""
     for position, node in enumerate(program.graph.nodes):
-        target, vals = ops.allocating(node.target), [n.meta["val"] for n in node.all_input_nodes]
-        if target is torch.ops.aten.convolution.default:
-            images, weight, made, times, how = vals[0], vals[1], node.meta["val"], 1, node.args[3:]
-        elif target is torch.ops.aten.convolution_backward.default:
-            (made, images, weight), times, how = vals[:3], 2, node.args[4:]
-        else:
-            continue
-        stride: Any = how[0]
-        num_bytes = times * convolution_bytes(images, weight, made, max(stride), is_transposed=bool(how[3]))
-        origin: Origin = node.meta["origin"]
-        yield Holding(_maker(node), Kind.SCRATCH, num_bytes, position, position, origin.module, origin.source)
-
-
-def convolution_bytes(
-    images: torch.Tensor, weight: torch.Tensor, made: torch.Tensor, stride: int, *, is_transposed: bool
-) -> int:
-    """About what oneDNN lays out anew to convolve on a CPU, in blocks of channels; backward it is twice that.
-
-    What is read and what is made are laid out by turns, and at once where channels do not fill their blocks, where a
-    1 x 1 convolution leaves some out, and where it is transposed. So much, or less, it is for all of
-    ``benchmarks/convolutions.py``; where images lie by channels last, or weights are 1 x 1, it is hardly anything.
-    """
-    sizes = [x.nbytes // x.shape[1] * -(-x.shape[1] // _CHANNELS) * _CHANNELS for x in (images, made)]
-    weights = weight.nbytes // (weight.shape[0] * weight.shape[1])
-    for num in weight.shape[:2]:
-        weights *= -(-num // _CHANNELS) * _CHANNELS
-    if is_transposed:
-        return 2 * max(sizes) + weights
-    fills = all(x.shape[1] % _CHANNELS == 0 for x in (images, made))
-    leaves_out = stride > 1 and math.prod(weight.shape[2:]) == 1
-    return (max(sizes) if fills and not leaves_out else sum(sizes)) + weights
-
-
-_CHANNELS = 16
-"""Of a block: as many as a vector of AVX-512 has in float32; with AVX2 it is 8."""
+        if num_bytes := scratch.work_bytes(node):
+            origin: Origin = node.meta["origin"]
+            yield Holding(_maker(node), Kind.SCRATCH, num_bytes, position, position, origin.module, origin.source)
 
 
 def _maker(node: fx.Node) -> str:

@@ -41,6 +41,7 @@ def make_functional(graph: fx.Graph, mode: FakeTensorMode) -> tuple[fx.Graph, di
         written to.
     """
     _expose_batch_norm(graph)
+    _join_bias_gradients(graph)
     _store_zeros(graph, mode)
     _draw_in_memory_order(graph, mode)
     for node in graph.nodes:
@@ -76,6 +77,21 @@ def _expose_batch_norm(graph: fx.Graph) -> None:
                 write = graph.call_function(aten.copy_.default, (buffer, new))
                 write.meta.update(val=buffer.meta["val"], origin=node.meta["origin"])
         node.meta["val"] = (*node.meta["val"], mean.meta["val"], var.meta["val"])
+
+
+def _join_bias_gradients(graph: fx.Graph) -> None:
+    """Show that the biases of a recurrent layer of oneDNN's have one gradient, which lies in one memory.
+
+    Traced, it has one name or two, by whether torch has seen the like of the layer before.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.mkldnn_rnn_layer_backward.default):
+        first, *others = [user for user in node.users if user.args[1] in (3, 4)] or [None]
+        if first is None:
+            continue
+        first.args = (node, 3)
+        for other in others:
+            other.replace_all_uses_with(first)
+            graph.erase_node(other)
 
 
 def own_memory_by_place(graph: fx.Graph, mode: FakeTensorMode) -> None:

@@ -20,6 +20,7 @@ from torch import fx
 
 from zgraph import ops
 from zgraph.program import Program, operand
+from zgraph.scratch import kept_bytes
 
 aten = torch.ops.aten
 
@@ -263,7 +264,7 @@ def _allocated(node: fx.Node, unpacked: Collection[Any]) -> int:
         return 0
     val = node.meta.get("val")  # a gradient that an operator does not give has none
     if not isinstance(val, (tuple, list)):
-        return own_bytes(val)
+        return own_bytes(val) + kept_bytes(node)
     if ops.is_view(node.target):
         return 0
     writes = getattr(node.target, "writes", (None,) * len(val))
