@@ -241,16 +241,18 @@ OPERATIONS = ("sin", "tanh", "wide", "narrow", "mul", "add", "dropout", "split")
 """What a layer of ``network`` may compute."""
 
 
-def network(layers: Sequence[tuple[str, int]], *, rows: int = 4, dtype: torch.dtype = torch.float64) -> Program:
+def network(
+    layers: Sequence[tuple[str, int]], *, rows: int = 4, width: int = 4, dtype: torch.dtype = torch.float64
+) -> Program:
     """Layers that feed each other, with their true gradients; trained by SGD.
 
     Args:
         layers: of each, one of ``OPERATIONS``, and how many values back the second operand is, if it takes one.
-        rows: of the batch.
+        rows, width: of the batch.
         dtype: of all tensors.
     """
     b = Builder()
-    values = [b.input(Role.BATCH, "0", shape=[rows, 4], dtype=dtype)]
+    values = [b.input(Role.BATCH, "0", shape=[rows, width], dtype=dtype)]
     lr = b.input(Role.HYPER, "lr")
     made: list[tuple[str, str, fx.Node, fx.Node, fx.Node | None]] = []
     params: dict[str, fx.Node] = {}
@@ -259,7 +261,7 @@ def network(layers: Sequence[tuple[str, int]], *, rows: int = 4, dtype: torch.dt
         like = [value for value in values if value.meta["val"].shape == x.meta["val"].shape]
         other: fx.Node | None = like[max(len(like) - 1 - back, 0)]
         if kind in ("wide", "narrow"):
-            shape = [x.meta["val"].shape[1], 12 if kind == "wide" else 2]
+            shape = [x.meta["val"].shape[1], 3 * width if kind == "wide" else width // 2]
             other = params[f"w{i}"] = b.input(Role.PARAM, f"w{i}", shape=shape, dtype=dtype)
             y = b.forward(aten.mm.default, x, other, module=module)
         elif kind in ("mul", "add"):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import fx, nn
 
 from tests.programs import OPERATIONS, blocks, few_examples, network
+from zgraph import ops
 from zgraph.capture import capture
 from zgraph.config import Config
 from zgraph.cost import Costs
@@ -20,7 +21,7 @@ from zgraph.machines import preset
 from zgraph.passes import Unshard, default_passes, overwrite
 from zgraph.passes.again import make_again
 from zgraph.pipeline import run
-from zgraph.program import Mesh, Program
+from zgraph.program import Mesh, Phase, Program, phase_of
 from zgraph.recomputation import Profile, marked
 
 aten = torch.ops.aten
@@ -92,6 +93,20 @@ def test_any_choice_takes_the_bytes_and_seconds_that_are_foreseen(
     case.check(frozenset())
     if case.profile.candidates:
         case.check(frozenset(data.draw(st.lists(st.sampled_from(case.profile.candidates), unique=True))))
+
+
+def test_of_a_bucket_in_tiles_every_tile_is_gathered_again() -> None:
+    """8 columns of 16 numbers are a tile, of 6; one at a time is held, beside a copy, and all are waited for."""
+    layers = [("wide", 0), ("sin", 0), ("narrow", 0)]
+    case = Case(network(layers, rows=64, width=16), Config(3, 1, tile_bytes=1024), 2)
+    dropped = frozenset(node for node in case.profile.candidates if "mm" in str(node.target))
+    foreseen, made = case.profile.outcome(dropped), case.made(dropped)
+    assert abs(foreseen.peak_bytes - footprint(made, staged=False).peak_bytes) <= 1024
+    gathers = made.graph.find_nodes(op="call_function", target=ops.all_gather)
+    again = [node for node in gathers if node.meta["val"].shape == (128,) and phase_of(node) is Phase.BACKWARD]
+    assert len(again) == 6
+    seconds = sum(float(Costs(made, H100).of(node).seconds) for node in again)
+    assert foreseen.seconds == pytest.approx(seconds + sum(map(case.profile.seconds_of, dropped)))
 
 
 class Attends(nn.Module):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from bisect import bisect_right
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -73,7 +73,7 @@ class _Life:
 
 @dataclass(frozen=True)
 class _Gather:
-    """A bucket as it is gathered for backward.
+    """A bucket as it is gathered, as a whole, for backward.
 
     Attributes:
         num_bytes: of all of it.
@@ -84,6 +84,28 @@ class _Gather:
     first: int
     wait: int
     last: int
+
+
+def _bucket(gather: fx.Node) -> str:
+    """The bucket that is gathered, or a tile of it."""
+    name: str = gather.meta["origin"].module
+    return name
+
+
+def _gathered_once(scheduled: Program, hardware: Hardware) -> dict[str, tuple[int, float]]:
+    """By bucket, the most that is gathered of it at a time, and the seconds until all of it has been.
+
+    A bucket that a schedule gathers several times for one of its phases, it gathers a tile at a time.
+    """
+    costs = Costs(scheduled, hardware)
+    found: dict[str, tuple[int, float]] = {}
+    phases: dict[str, Phase | None] = {}
+    for node in scheduled.graph.find_nodes(op="call_function", target=ops.all_gather):
+        name, phase, seconds = _bucket(node), phase_of(node), float(costs.of(node).seconds)
+        most, before_s = found.get(name, (0, 0.0))
+        if phases.setdefault(name, phase) is phase:
+            found[name] = (max(most, node.meta["val"].nbytes), before_s + seconds)
+    return found
 
 
 class Profile:
@@ -139,6 +161,8 @@ class Profile:
         self.gathers: dict[str, _Gather] = {}
         at = {node: i for i, node in enumerate(nodes)}
         read = self._reads_of_backward(found)
+        gathers = scheduled.graph.find_nodes(op="call_function", target=ops.all_gather)
+        times = Counter(_bucket(node) for node in gathers if phase_of(node) is Phase.BACKWARD)
 
         def take(life: Lifetime) -> None:
             change[life.first] -= life.num_bytes
@@ -155,9 +179,9 @@ class Profile:
                 mine = tuple(read.get(memory, {}).items())
                 self.lives[memory] = _Life(life.num_bytes, life.first, last_forward, life.last, mine)
                 take(life)
-            elif node.target is ops.all_gather and self._is_of_backward(node, self.gathers):
+            elif node.target is ops.all_gather and phase_of(node) is Phase.BACKWARD and times[_bucket(node)] == 1:
                 wait = at[next(iter(node.users))]
-                self.gathers[node.meta["origin"].module] = _Gather(life.num_bytes, life.first, wait, life.last)
+                self.gathers[_bucket(node)] = _Gather(life.num_bytes, life.first, wait, life.last)
                 take(life)
             else:
                 new[life.first] += life.num_bytes
@@ -171,17 +195,9 @@ class Profile:
         self._gathered: dict[str, tuple[int, float]] = {}
         layout = scheduled.layout
         if layout is not None and layout.shard_params and scheduled.mesh.shard_size > 1:
-            costs = Costs(scheduled, self.hardware)
-            for node in scheduled.graph.find_nodes(op="call_function", target=ops.all_gather):
-                name = node.meta["origin"].module
-                self._gathered.setdefault(name, (node.meta["val"].nbytes, float(costs.of(node).seconds)))
+            self._gathered = _gathered_once(scheduled, self.hardware)
             gathered = [bucket for bucket in layout.buckets if bucket.name in self._gathered]  # others are whole
             self._bucket_of = {s.name: bucket.name for bucket in gathered for s in bucket.segments}
-
-    @staticmethod
-    def _is_of_backward(node: fx.Node, known: Mapping[str, _Gather]) -> bool:
-        """Whether a gather is the one that backward makes of its bucket."""
-        return phase_of(node) is Phase.BACKWARD and node.meta["origin"].module not in known
 
     def _gathers_ahead(self) -> dict[str, int]:
         """By bucket, how many gathers before its own first read its gather is started."""
