@@ -9,7 +9,8 @@ So a product of a part is, in its normal form, that part of the product; and par
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -19,6 +20,9 @@ aten = torch.ops.aten
 
 Range = tuple[int, int]
 """Start and length of columns, or of rows, that follow each other."""
+
+_Part = tuple[int, int, Term, int]
+"""Columns beside others: start, length, of what, and from which column of that on."""
 
 MOST_RANGES = 4096
 """Of how many pieces a part of a matrix may be: what is cut more finely, such as the halves of every head of every
@@ -90,49 +94,56 @@ def _columns_of(terms: Terms, matrix: Term) -> tuple[Term, Sequence[Range]] | No
 
 def beside(terms: Terms, rest: Term | None, new: Term, at: Sequence[Range], num_columns: int) -> Term:
     """A matrix whose columns at some ranges are those of ``new``, and others those of ``rest``; None knows of none."""
-    pieces = [] if rest is None else list(rest.args if rest.target is Form.BESIDE else [(0, num_columns, rest, 0)])
-    for start, length in at:
-        pieces = [part for piece in pieces for part in _without(piece, start, start + length)]
-    base, sources = new.args if new.target is Form.COLUMNS else (new, ((0, new.shape[1]),))  # type: ignore[index]
-    pieces += _aligned(at, base, sources)
-    joined: list[tuple[int, int, Term, int]] = []
-    for start, length, term, source in sorted(pieces, key=lambda piece: piece[0]):
+    rows, width = new.shape  # type: ignore[misc]
+    before: Sequence[_Part] = ()
+    if rest is not None:
+        before = rest.args if rest.target is Form.BESIDE else ((0, num_columns, rest, 0),)
+    base, sources = new.args if new.target is Form.COLUMNS else (new, ((0, width),))
+    pieces = [*_outside(before, sorted(at)), *_aligned(at, base, sources)]
+    joined: list[_Part] = []
+    for start, length, term, source in sorted(pieces, key=operator.itemgetter(0)):
         if joined:
-            begin, size, before, origin = joined[-1]
-            if before is term and (start, source) == (begin + size, origin + size):
-                joined[-1] = (begin, size + length, before, origin)
+            begin, size, last, origin = joined[-1]
+            if last is term and (start, source) == (begin + size, origin + size):
+                joined[-1] = (begin, size + length, last, origin)
                 continue
         joined.append((start, length, term, source))
     if len(joined) == 1:
         start, length, term, source = joined[0]
         if (start, source) == (0, 0) and length == num_columns == term.shape[1]:  # type: ignore[index]
             return term
-    assert new.shape is not None
-    return terms.make(Form.BESIDE, tuple(joined), (new.shape[0], num_columns), new.dtype)
+    return terms.make(Form.BESIDE, tuple(joined), (rows, num_columns), new.dtype)
 
 
-def _aligned(at: Sequence[Range], base: Term, sources: Sequence[Range]) -> Iterable[tuple[int, int, Term, int]]:
-    """Columns of ``sources``, one after the other, in the places of ``at``: start, length, of what, from which on."""
-    places, given = list(at), list(sources)
-    while places and given:
-        (start, room), (source, length) = places.pop(0), given.pop(0)
-        size = min(room, length)
-        yield start, size, base, source
-        if room > size:
-            places.insert(0, (start + size, room - size))
-        if length > size:
-            given.insert(0, (source + size, length - size))
+def _aligned(at: Sequence[Range], base: Term, sources: Sequence[Range]) -> Iterator[_Part]:
+    """Columns of ``sources``, one after the other, in the places of ``at``."""
+    given = iter(sources)
+    source, left = 0, 0
+    for start, room in at:
+        end = start + room
+        while start < end:
+            if not left:
+                source, left = next(given)
+            size = min(end - start, left)
+            yield start, size, base, source
+            start, source, left = start + size, source + size, left - size
 
 
-def _without(piece: tuple[int, int, Term, int], start: int, stop: int) -> Iterable[tuple[int, int, Term, int]]:
-    """What is left of columns where some are replaced."""
-    begin, length, term, source = piece
-    end = begin + length
-    if begin < start:
-        yield begin, min(end, start) - begin, term, source
-    if end > stop:
-        first = max(begin, stop)
-        yield first, end - first, term, source + first - begin
+def _outside(parts: Iterable[_Part], taken: Sequence[Range]) -> Iterator[_Part]:
+    """What is left of columns, in their order, where some ranges, in theirs, are replaced."""
+    first = 0
+    for begin, length, term, source in parts:
+        end, here = begin + length, begin
+        while first < len(taken) and sum(taken[first]) <= begin:
+            first += 1
+        index = first
+        while index < len(taken) and taken[index][0] < end:
+            start, size = taken[index]
+            if here < start:
+                yield here, start - here, term, source + here - begin
+            here, index = start + size, index + 1
+        if here < end:
+            yield here, end - here, term, source + here - begin
 
 
 def _joined(ranges: Iterable[Range]) -> tuple[Range, ...]:
