@@ -359,3 +359,18 @@ def test_losses_of_any_form_train_as_without_regions(loss: Any) -> None:
         found.append(model.state_dict())
     for name, value in found[1].items():
         torch.testing.assert_close(found[0][name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_gates_of_a_recurrent_layer_train_in_regions() -> None:
+    """Parts of one product between which there are gaps are written in place."""
+    x = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(0))
+    found = []
+    for kernels in ("zgraph", "update"):
+        torch.manual_seed(0)
+        model = nn.GRU(5, 4, bidirectional=True)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+        zgraph.compile(model, optimizer, loss=lambda y, _: y[0].square().mean(), kernels=kernels)
+        model.train_step(x)
+        found.append(model.state_dict())
+    for name, value in found[1].items():
+        torch.testing.assert_close(found[0][name], value, rtol=1e-4, atol=1e-6, msg=name)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from zgraph import ops
 from zgraph.errors import CaptureError, quoted
@@ -54,7 +55,7 @@ def make_functional(graph: fx.Graph, mode: FakeTensorMode) -> tuple[fx.Graph, di
     if not any(_is_mutable(node) for node in graph.nodes):
         return graph, {}
     try:
-        return _rename(graph)
+        return _rename(graph, mode)
     except _WritesThroughViewError:
         return _retrace(graph, mode)
 
@@ -187,7 +188,7 @@ def _types(op: torch._ops.OpOverload) -> list[str]:
     return [str(argument.type) for argument in op._schema.arguments]
 
 
-def _rename(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+def _rename(graph: fx.Graph, mode: FakeTensorMode) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     position = {node: i for i, node in enumerate(graph.nodes)}
     last_use = {node: max((position[u] for u in node.users), default=-1) for node in graph.nodes}
     root: dict[fx.Node, fx.Node] = {}  # node -> the node whose storage it is
@@ -230,6 +231,7 @@ def _rename(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
         base = root.get(node, node)
         return version.get(base, node)
 
+    elsewhere: set[fx.Node] = set()  # what does not lie as it was recorded to
     for node in graph.nodes:
         if version:
             node.args = fx.map_arg(node.args, current)
@@ -243,8 +245,35 @@ def _rename(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
                 _fill_in_defaults(node, twin)
                 node.target = twin
             version[base] = node
+        is_twin = node in replaced and not all(map(_lies_in_order, node.all_input_nodes))
+        if is_twin or not elsewhere.isdisjoint(node.all_input_nodes):
+            _infer_again(node, mode, elsewhere)
     mutated = {base: new for base, new in version.items() if base.op == "placeholder"}
     return graph, mutated
+
+
+def _lies_in_order(node: fx.Node) -> bool:
+    return not _is_tensor(node) or node.meta["val"].is_contiguous()
+
+
+def _infer_again(node: fx.Node, mode: FakeTensorMode, elsewhere: set[fx.Node]) -> None:
+    """Record how what a call gives lies: an operator in place leaves gaps between elements, where its twin leaves none.
+
+    Args:
+        elsewhere: calls of which some result lies otherwise than it did; this one is added.
+    """
+    if node.op != "call_function":
+        return
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
+    with mode, torch.no_grad():
+        val = node.target(*args, **kwargs)  # type: ignore[operator]
+    if _strides(val) != _strides(node.meta["val"]):
+        node.meta["val"] = val
+        elsewhere.add(node)
+
+
+def _strides(val: Any) -> list[tuple[int, ...]]:
+    return [each.stride() for each in pytree.tree_leaves(val) if isinstance(each, torch.Tensor)]
 
 
 def _fill_in_defaults(node: fx.Node, twin: torch._ops.OpOverload) -> None:
