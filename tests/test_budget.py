@@ -14,7 +14,7 @@ from tests.ranks import Ranks
 from tests.reference import world
 from tests.test_planner import ROWS, Stack, least_bytes, planned, rows
 from zgraph.budget import Budget, free_bytes
-from zgraph.errors import BudgetError, OptionError
+from zgraph.errors import BudgetError, OptionError, RankError
 
 CPU = torch.device("cpu")
 
@@ -61,7 +61,7 @@ def test_a_tight_budget_is_held_and_the_step_is_the_same() -> None:
 def test_micro_batches_are_chosen_only_on_request() -> None:
     fixed = {"recompute": "blocks", "memory_first": False}
     smallest = need(**fixed)
-    with pytest.raises(BudgetError, match="too much"):
+    with pytest.raises(BudgetError, match="accumulate=2"):
         compiled(smallest - 1, **fixed).train_step(*rows())
     model = compiled(smallest - 1, accumulate="auto", **fixed)
     model.train_step(*rows())
@@ -95,8 +95,9 @@ def test_a_larger_batch_that_does_not_fit_is_refused_and_smaller_ones_go_on() ->
     model.train_step(*rows())
     chosen, state = model.plan.config, model.state_dict()
     state = {name: value.clone() for name, value in state.items()}
-    with pytest.raises(BudgetError, match="too much"):
+    with pytest.raises(BudgetError, match="too much") as raised:
         model.train_step(*rows(4 * ROWS))
+    assert "state stays where the first batch has put it: zero=0, " in str(raised.value)
     assert model.plan.config == chosen
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     model.train_step(*rows(2))
@@ -203,3 +204,19 @@ def test_what_does_not_fit_is_refused_on_all_ranks_alike(ranks: Ranks) -> None:
     first, second = ranks.run(refused_on_all_ranks)
     assert first == second
     assert "that each of 2 x cpu" in first
+
+
+def given_unlike_batches() -> str:
+    rank, _ = world()
+    model = compiled("1GiB")
+    with pytest.raises(RankError) as raised:
+        model.train_step(*rows(2 + rank))
+    return str(raised.value)
+
+
+@pytest.mark.slow
+def test_batches_that_differ_between_ranks_are_told_by_their_names_and_shapes(ranks: Ranks) -> None:
+    for told in ranks.run(given_unlike_batches):
+        for rank, num_rows in ((0, 2), (1, 3)):
+            assert f"rank {rank} has 'args[0]: torch.float32 ({num_rows}, 64, 32)" in told
+        assert "TreeSpec" not in told

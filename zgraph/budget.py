@@ -13,7 +13,7 @@ import torch
 
 from zgraph.choices import ACCUMULATE, SEARCHED
 from zgraph.config import Config, parse_bytes
-from zgraph.decision import AUTO, fixed_options
+from zgraph.decision import AUTO, config_of, fixed_options
 from zgraph.errors import OptionError
 from zgraph.machines import available_bytes, ranks_here
 from zgraph.plans import MARGIN
@@ -52,7 +52,7 @@ class Budget:
     @property
     def config(self) -> Config:
         """Defaults, where nothing was given."""
-        return Config.from_options(dict(self.fixed))
+        return config_of(dict(self.fixed))
 
 
 def refuse_open_options(options: Mapping[str, Any]) -> None:

@@ -58,7 +58,7 @@ class Captures:
         self.model, self.optimizer, self._device = model, optimizer, device
         self.call: Call = pytree.tree_map_only(torch.Tensor, self._off_meta, call)
         self._functions: dict[str, Any] = {"loss": loss, "weight": weight, "metrics": metrics or {}}
-        self._captured: dict[tuple[Config, int], Program] = {}
+        self._captured: dict[tuple[Config, int], Program | CaptureError] = {}
         self.notes: list[str] = []
         self._short: tuple[Short, torch.optim.Optimizer] | None = None
         path, self.num_blocks = max(find_blocks(model), key=lambda found: found[1], default=("", 1))
@@ -108,12 +108,21 @@ class Captures:
         """The step on the last micro-batch, of the model with so many blocks.
 
         What only passes read of the options makes no difference.
+
+        Raises:
+            CaptureError: the model fails on it.
         """
         read = replace(config, **{name: getattr(_DEFAULTS, name) for name in _ONLY_PASSES_READ})
         key = (read, num_blocks)
         if key not in self._captured:
-            self._captured[key] = self._capture(read, num_blocks)
-        return self._captured[key]
+            try:
+                self._captured[key] = self._capture(read, num_blocks)
+            except CaptureError as error:
+                self._captured[key] = error
+        found = self._captured[key]
+        if isinstance(found, CaptureError):
+            raise found
+        return found
 
     def _capture(self, config: Config, num_blocks: int) -> Program:
         call = micro_batches(*self.call, config.accumulate)[-1]

@@ -160,6 +160,7 @@ def family(
     }
     variations = _variations(fixed, tile_bytes) if world > 1 else [{}]
     found: dict[Any, Choice] = {}
+    refused: OptionError | None = None  # of what the user asked for, and defaults
     for options in _product(crossed):
         for varied in variations:
             both = {**options, **varied}
@@ -168,9 +169,9 @@ def family(
                 given.pop("offload_path", None)  # where "auto" puts nothing there
             try:
                 config = Config.from_options({**given, **both})
-            except OptionError:
+            except OptionError as error:
                 if all(both[name] == fixed.get(name, getattr(Config, name)) for name in both):
-                    raise  # that is what the user asked for
+                    refused = refused or error
                 continue
             if any(not VARIED[name].matters(config) for name in varied) or _copies_in_vain(config, fixed):
                 continue
@@ -187,6 +188,8 @@ def family(
     if not found and world == 1 and "zero" not in fixed:  # what was asked for needs a stage, which changes nothing here
         stage = {**fixed, "zero": Config.zero}
         return family(num_rows, world, stage, devices_per_node, is_long=is_long, tile_bytes=tile_bytes, tier=tier)
+    if not found and refused is not None:
+        raise refused
     return list(found.values())
 
 

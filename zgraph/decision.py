@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ AUTO = "auto"
 KERNELS = "kernels"
 
 _NUM_REJECTED = 5
-_NUM_WAYS_OUT = 3
+_NUM_WAYS_OUT = 4
 MOST_RANKS = 2**16
 
 
@@ -33,8 +34,20 @@ def fixed_options(options: Mapping[str, Any]) -> dict[str, Any]:
         if value == AUTO and name not in (*SEARCHED, "prefetch", KERNELS):  # the cost model decides those
             raise OptionError(f"{name}='auto' is not searched", fix="give a value, or leave it out")
     fixed = {name: value for name, value in options.items() if value != AUTO or name in (OFFLOAD, KERNELS)}
-    config = Config.from_options(fixed)
+    config = config_of(fixed)
     return {name: getattr(config, name) for name in fixed}
+
+
+def config_of(fixed: dict[str, Any]) -> Config:
+    """Options that others are open beside, of which some may need more than one micro-batch."""
+    try:
+        return Config.from_options(fixed)
+    except OptionError:
+        if ACCUMULATE in fixed:
+            raise
+        with suppress(OptionError):
+            return Config.from_options({**fixed, ACCUMULATE: 2})
+        raise
 
 
 def decide(search: Search, budget: int) -> Plan:
@@ -112,8 +125,9 @@ class _WaysOut:
         if self._search.fits(estimate, most := default_budget(self._search.hardware)):
             words = f"{_memory(estimate.reserved_bytes)}, of {show_bytes(most)} that there is"
             found.append(WayOut(words, estimate.step_s, estimate.reserved_bytes, 1.0))
-        for ways in (self._offloads(), self._precisions(), self._ranks(), self._machines(), self._batches()):
-            found += ways
+        kinds = (self._micro_batches, self._offloads, self._precisions, self._ranks, self._machines, self._batches)
+        for ways in kinds:
+            found += ways()
         return found
 
     def _way(self, change: str, tried: Tried | None, rows: float = 1.0) -> Iterator[WayOut]:
@@ -128,6 +142,14 @@ class _WaysOut:
         config = self._least.choice.config
         chosen = {name: value for name, value in searched(config).items() if name not in opened}
         return {**chosen, **self._search.fixed}
+
+    def _micro_batches(self) -> Iterator[WayOut]:
+        """As few as fit, if a step was to have one."""
+        if self._search.fixed.get(ACCUMULATE) != 1 or self._search.captures.num_rows == 1:
+            return
+        fixed = {name: value for name, value in self._fixed(*CHAINED).items() if name != ACCUMULATE}
+        if (fits := self._search.beside(fixed=fixed).within(self._budget, estimated=True)) is not None:
+            yield from self._way(f"{ACCUMULATE}={fits.choice.config.accumulate}", fits)
 
     def _offloads(self) -> Iterator[WayOut]:
         """The least that goes to a lower tier, if the user has not said what does."""
@@ -187,9 +209,10 @@ class _WaysOut:
             try:
                 captures = self._search.captures.with_rows(fewer)
                 search = self._search.beside(captures=captures, fixed={**self._fixed(*CHAINED), **options})
+                fits = search.within(self._budget, estimated=True)
             except ZgraphError:
                 return  # fewer rows do not divide into the micro-batches that were asked for, or are no batch
-            if (fits := search.within(self._budget, estimated=True)) is not None:
+            if fits is not None:
                 yield from self._way(f"{fewer} of {rows} rows in a batch", fits, fewer / rows)
                 return
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from zgraph.attributes import plain_attributes, plain_values_of
+from zgraph.batches import name_of
 from zgraph.errors import CaptureError
 from zgraph.layout import Layout
 from zgraph.optimizer_state import Forms
@@ -97,8 +98,8 @@ class Facts:
         if fingerprint != self._fingerprint:
             self._fingerprint = fingerprint
             self._words = {
+                ARGUMENTS: in_names(batch, spec),
                 "the arguments' structure": str(spec),
-                ARGUMENTS: repr(batch),
                 **self._of_model(),
                 **self._of_optimizer(),
                 ATTRIBUTES: self._changed_attributes(),
@@ -234,6 +235,17 @@ def fact_of(leaf: Any) -> str:
         f"an argument of train_step holds a {type(leaf).__name__}, which would become a constant of the graph",
         fix="pass tensors (torch.from_numpy for arrays), numbers and strings, in lists, tuples and dictionaries",
     )
+
+
+def in_names(facts: list[str], spec: pytree.TreeSpec) -> str:
+    """What a step depends on of its call's arguments, each by name.
+
+    Args:
+        facts: of the leaves, in order.
+        spec: of the call, positional arguments and keyword arguments.
+    """
+    named, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(facts, spec))
+    return ", ".join(f"{name_of(path)}: {fact}" for path, fact in named)
 
 
 def state_spec(model: nn.Module, state: Forms) -> StateSpec:

@@ -17,8 +17,8 @@ from torch import nn
 from zgraph.batches import call_of
 from zgraph.captures import Captures
 from zgraph.compiler import check_arguments
-from zgraph.config import Config, parse_bytes
-from zgraph.decision import MOST_RANKS, decide, fixed_options
+from zgraph.config import parse_bytes
+from zgraph.decision import MOST_RANKS, config_of, decide, fixed_options
 from zgraph.errors import OptimizerError, OptionError
 from zgraph.hardware import Hardware
 from zgraph.metrics import check_metrics
@@ -117,7 +117,7 @@ def open_search(
         machine = machine.for_ranks(world_size)
     budget = parse_bytes(memory, "memory") if memory is not None else default_budget(machine)
     fixed = fixed_options(options)
-    config = Config.from_options(fixed)
+    config = config_of(fixed)
     config.mesh(world_size)  # or refuse
     built, optimizer = _built(model, optimizer)
     check_arguments(built, optimizer, loss, weight, (), config)

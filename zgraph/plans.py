@@ -260,6 +260,7 @@ class Plan:
         """The error of a plan that does not fit: by how much, what is in the way, and what would help."""
         lines = [f"no options fit: {self.verdict}; at the peak:"]
         lines += [f"  {owner}" for owner in self.owners[:_NUM_TOLD]]
+        lines += self.notes
         return BudgetError("\n".join(lines), fix="; or ".join(map(str, self.ways_out)) or NO_WAY_OUT)
 
     def __str__(self) -> str:

@@ -44,7 +44,7 @@ from zgraph.disk import DEFAULT_PATH, Disk
 from zgraph.eager import GatherOnUse
 from zgraph.errors import OptimizerError, OptionError, ZgraphError
 from zgraph.execute import Executable
-from zgraph.facts import ARGUMENTS, ATTRIBUTES, STEP_COUNTS, Facts, fact_of, hold, state_spec
+from zgraph.facts import ARGUMENTS, ATTRIBUTES, STEP_COUNTS, Facts, fact_of, hold, in_names, state_spec
 from zgraph.footprint import state_on
 from zgraph.groups import open_axes
 from zgraph.hardware import LOWER_TIERS, Hardware
@@ -513,12 +513,14 @@ class Runtime:
         try:
             check_step(self.optimizer)
             calls = _calls(args, kwargs)
-            leaves, spec = pytree.tree_flatten(calls)
-            batch = repr(([fact_of(leaf) for leaf in leaves], spec))
+            flat = [pytree.tree_flatten(call) for call in calls]
+            facts = [([fact_of(leaf) for leaf in leaves], spec) for leaves, spec in flat]
+            batch = repr(facts)
         except Exception:  # noqa: BLE001 -- the step meets it again, and tells the other ranks
             return
         if batch not in self._decided:
-            self.agreement.check("model.train_step(), whose options are to be chosen", {"the batch": batch})
+            told = "; ".join(in_names(*each) for each in facts)
+            self.agreement.check("model.train_step(), whose options are to be chosen", {"the batch": told})
             largest = max(calls, key=_num_elements)
             self._agree_on_machine(largest)
             if self.hardware is None:
@@ -570,7 +572,11 @@ class Runtime:
                     if search.within(self._budget_bytes) is not None:
                         return decide(search, self._budget_bytes).to_json()
             search = Search(captures, hardware, self.agreement.world, fixed, self.passes)
-            return decide(search, self._budget_bytes).to_json()
+            plan = decide(search, self._budget_bytes)
+            if kept:
+                as_before = ", ".join(f"{name}={fixed[name]!r}" for name in STORED if name not in budget.fixed)
+                plan = replace(plan, notes=(*plan.notes, f"state stays where the first batch has put it: {as_before}"))
+            return plan.to_json()
 
     @contextmanager
     def _plain(self) -> Iterator[nn.Module]:

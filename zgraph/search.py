@@ -19,9 +19,9 @@ from typing import Any
 
 from zgraph.beginnings import Beginnings
 from zgraph.captures import Captures
-from zgraph.choices import CHAINED, LEVELS, MEMORY_FIRST, OFFLOAD, Choice, family
+from zgraph.choices import ACCUMULATE, CHAINED, LEVELS, MEMORY_FIRST, OFFLOAD, Choice, family
 from zgraph.config import BY_COST, Config
-from zgraph.errors import OptionError
+from zgraph.errors import CaptureError, OptionError
 from zgraph.hardware import Hardware, lower_tier
 from zgraph.layout import aligned
 from zgraph.liveness import lifetimes
@@ -226,12 +226,12 @@ class Search:
     # -- estimating -------------------------------------------------------------------------------------------
 
     def estimated(self, choice: Choice) -> Tried | None:
-        """What is known of a choice; None if the model has nothing to recompute in the way it asks for."""
+        """What is known of a choice; None if the model has nothing to recompute so, or fails on so few rows."""
         if choice not in self.tried:
             try:
                 is_exact = len(self.captures.sizes) == 1
                 self.tried[choice] = Tried(choice, self._estimate(choice), is_exact, self._on_cpu)
-            except OptionError as error:
+            except (OptionError, CaptureError) as error:
                 self._skip(choice, error)
         return self.tried[choice]
 
@@ -308,13 +308,15 @@ class Search:
         )
         return lowered, predict(lowered, self.hardware, config.accumulate)
 
-    def _skip(self, choice: Choice, error: OptionError) -> None:
+    def _skip(self, choice: Choice, error: OptionError | CaptureError) -> None:
         """Leave out what the model cannot do, unless the user asked for it."""
-        asked = [name for name in CHAINED if getattr(choice.config, name) not in (None, self.fixed.get(name))]
+        names = CHAINED if isinstance(error, OptionError) else (ACCUMULATE,)
+        default, config = Config(), choice.config
+        asked = [n for n in names if getattr(config, n) not in (getattr(default, n), self.fixed.get(n))]
         if not asked:
             raise error
         self.tried[choice] = None
-        note = f"{asked[0]}={getattr(choice.config, asked[0])!r} was not considered: {error.what}"
+        note = f"{asked[0]}={getattr(config, asked[0])!r} was not considered: {error.what}"
         if note not in self._notes:
             self._notes.append(note)
 
@@ -361,7 +363,7 @@ class Search:
                     _Held.of(self._recomputed(self.captures.captured(before, size), before), before)
                     for size in self.captures.sizes
                 )
-            except OptionError as error:
+            except (OptionError, CaptureError) as error:
                 self._held[before] = ()
                 self._skip(choice, error)
         held = self._held[before]
