@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import zgraph
 from tests.ranks import Ranks
 from tests.reference import world
 from tests.test_planner import ROWS, Stack, least_bytes, planned, rows
+from zgraph import captures
 from zgraph.budget import Budget, free_bytes
 from zgraph.errors import BudgetError, OptionError, RankError
+from zgraph.planner import open_search
 
 CPU = torch.device("cpu")
 
@@ -220,3 +224,45 @@ def test_batches_that_differ_between_ranks_are_told_by_their_names_and_shapes(ra
         for rank, num_rows in ((0, 2), (1, 3)):
             assert f"rank {rank} has 'args[0]: torch.float32 ({num_rows}, 64, 32)" in told
         assert "TreeSpec" not in told
+
+
+class LargeHead(nn.Module):
+    """What is gathered of its head, and its gradient, are the most that there is at once."""
+
+    def __init__(self, vocab: int = 4096, width: int = 32) -> None:
+        super().__init__()
+        self.tokens, self.body = nn.Embedding(64, width), nn.Linear(width, width)
+        self.head = nn.Linear(width, vocab, bias=False)
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.head(torch.tanh(self.body(self.tokens(tokens)))), targets)
+
+
+def tokens_of(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    return torch.randint(64, (8,), generator=generator), torch.randint(4096, (8,), generator=generator)
+
+
+def trained_with(memory: int | None, **options: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Options that were chosen, and parameters after two steps, with tiles of an eighth of the head or more."""
+    rank, _ = world()
+    torch.manual_seed(0)
+    model = LargeHead()
+    given = {"optimizer": torch.optim.SGD(model.parameters(), lr=0.5), "bucket_bytes": 2**14, **options}
+    with mock.patch.object(captures, "TILE_BYTES", 2**16):
+        zgraph.compile(model, memory=memory, **given)
+        for _ in range(2):
+            model.train_step(*tokens_of(rank))
+    return {} if memory is None else model.plan.options, dict(model.full_params())
+
+
+@pytest.mark.slow
+def test_a_budget_that_tiles_alone_meet_is_met_by_tiles_and_the_step_is_the_same(ranks: Ranks) -> None:
+    given: dict[str, Any] = {"batch": tokens_of(0), "world_size": 2, "hardware": "cpu", "accumulate": 1}
+    whole, _ = open_search(LargeHead, torch.optim.SGD, bucket_bytes=2**14, tile_bytes=None, **given)
+    budget = whole.least().estimate.reserved_bytes - 1
+    (options, params), _ = ranks.run(trained_with, budget)
+    assert options["tile_bytes"] == 2**16
+    (_, expected), _ = ranks.run(trained_with, None, zero=3)
+    for name, value in expected.items():
+        torch.testing.assert_close(params[name], value, rtol=1e-5, atol=1e-7, msg=name)
