@@ -332,6 +332,20 @@ def test_what_is_done_in_one_call_is_timed_beside_several(
 
 
 @pytest.mark.slow
+def test_exposed_communication_is_measured_beside_what_is_predicted() -> None:
+    options = ["--models", "tiny", "--steps", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(BENCHMARKS / "exposed.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| tiny")]
+    assert [row[1] for row in rows] == ["0", "1", "2", "3"]
+    for row in rows:
+        step, exposed = (float(row[column].split()[0]) for column in (2, 4))
+        assert 0 < exposed <= step + 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--convolutions", "--dtypes", "float32", "float64"]], ids=str)
 def test_no_operator_works_in_more_than_is_said(options: list[str]) -> None:
     command = [sys.executable, str(BENCHMARKS / "scratch.py"), *options]
