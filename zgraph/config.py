@@ -36,16 +36,16 @@ def parse_bytes(value: int | str, option: str) -> int:
     Raises:
         OptionError: the value is not a positive number of bytes.
     """
-    if isinstance(value, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
-        if match and match[2].upper() in _UNITS:
-            value = round(float(match[1]) * _UNITS[match[2].upper()])
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+    num_bytes: Any = value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value) if isinstance(value, str) else None
+    if match and match[2].upper() in _UNITS:
+        num_bytes = round(float(match[1]) * _UNITS[match[2].upper()])
+    if isinstance(num_bytes, bool) or not isinstance(num_bytes, int) or num_bytes <= 0:
         raise OptionError(
             f"{option}={value!r} is not a positive number of bytes",
             fix=f"write an integer or a string such as {option}='16MiB'; units are KiB, MiB, GiB, TiB, KB, MB, GB, TB",
         )
-    return value
+    return num_bytes
 
 
 PRECISIONS: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
