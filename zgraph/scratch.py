@@ -192,6 +192,8 @@ def convolution_bytes(
         weight: as ``torch.convolution`` takes it, and all that follows.
     """
     del output_padding
+    if not images.numel() or not made.numel():
+        return 0
     both = _dense(images) + _dense(made)
     of_onednn = 0
     if images.dtype is not torch.float64:
