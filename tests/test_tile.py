@@ -17,8 +17,9 @@ from torch import nn
 import zgraph
 from tests.models import GPT
 from tests.programs import TableAndHead, assert_close, few_examples, language_model, reference, values_for
+from tests.ranks import Ranks
 from tests.test_liveness import assert_counts_agree
-from zgraph import ops, placement
+from zgraph import ops, placement, runtime
 from zgraph.config import Config
 from zgraph.errors import OptionError, VerifyError, ZgraphError
 from zgraph.layout import ALIGN
@@ -367,3 +368,22 @@ def test_of_a_slice_of_columns_gradients_are_made_whole() -> None:
         found.append((losses, ranks.state_dict()))
     assert of_one_matrix(ranks.program), "forward is tiled"
     torch.testing.assert_close(found[0], found[1])
+
+
+def untiled(tile_bytes: int) -> list[str]:
+    """What is logged of a model of one matrix of 16 KiB."""
+    found: list[str] = []
+    model = nn.Linear(64, 64)
+    with mock.patch.object(runtime.log, "warning", lambda text, *args: found.append(text % args)):
+        given: dict[str, Any] = {"bucket_bytes": 1, "tile_bytes": tile_bytes, "loss": lambda y, _: y.square().mean()}
+        zgraph.compile(model, torch.optim.SGD(model.parameters(), lr=0.1), **given)
+        model.train_step(torch.ones(2, 64))
+    return found
+
+
+@pytest.mark.slow
+def test_tiles_of_nothing_are_told_once(ranks: Ranks) -> None:
+    (told,), nothing = ranks.run(untiled, 2**20)
+    assert "tile_bytes=1048576 tiles nothing" in told
+    assert nothing == []
+    assert ranks.run(untiled, 2**10)[0] == []

@@ -332,6 +332,7 @@ class Runtime:
                     watch=phases.watch,
                 )
             phases.divide(lowered.records)
+            self._warn_if_not_tiled(lowered)
             digest = lowered.digest()
             self._check_budget(lowered)
             del program
@@ -458,6 +459,16 @@ class Runtime:
                     NUM_KEPT_STEPS,
                     NUM_KEPT_STEPS,
                 )
+
+    def _warn_if_not_tiled(self, lowered: Lowered) -> None:
+        """Say that an option asks for tiles of which there are none."""
+        is_alike = any(r.name == "TileProducts" and r.num_nodes_before == r.num_nodes_after for r in lowered.records)
+        if is_alike and self.agreement.rank == 0:
+            log.warning(
+                "zgraph: tile_bytes=%d tiles nothing: no bucket is a single matrix of more bytes than that, of whole "
+                "rows for each rank, which products or lookups read",
+                self.config.tile_bytes,
+            )
 
     def _warn_if_skipped(self) -> None:
         """Say that the last step was skipped, where the CPU knows without waiting for a device."""
