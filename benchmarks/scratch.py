@@ -5,13 +5,12 @@
 
 Bytes are those that a call allocated at most and had let go of when it returned, and those of results that their shapes
 do not tell (``benchmarks/memory.py``). The exit status is 1 if a call took more than ``zgraph.scratch`` says, and
-128 KiB for a thread's own working memory and the C library's notes.
+512 KiB for a thread's own working memory and the C library's notes.
 """
 
 from __future__ import annotations
 
 import argparse
-import operator
 import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from zgraph.scratch import kept_bytes, packed_bytes, work_bytes
 
 aten = torch.ops.aten
 
-UNCOUNTED = 2**17
+UNCOUNTED = 2**19
 ROWS, WIDTH = 2048, 512
 DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
@@ -107,7 +106,17 @@ def calls(dtype: torch.dtype) -> Iterator[Call]:
     }
     for lies, (a, b) in pairs.items():
         yield Call(f"bmm, {lies}", aten.bmm.default, (a, b))
+    mask = x > 0
+    yield Call("mask counted", aten.sum.dim_IntList, (mask, [1]))
+    yield Call("mask multiplied with", aten.mul.Tensor, (x, mask))
+    yield Call("compared with integers", aten.eq.Tensor, (x, columns))
+    yield Call("cumsum of a mask", aten.cumsum.default, (mask, 1))
+    yield Call("kthvalue", aten.kthvalue.default, (x, 3))
+    yield Call("count_nonzero", aten.count_nonzero.dim_IntList, (x, [1]))
     yield Call("mm", aten.mm.default, (x.t(), g))
+    yield Call("mm of every second column", aten.mm.default, (torch.randn(512, 1024).to(dtype)[:, ::2], g[:512]))
+    if dtype is not torch.float16:
+        yield from _attention(dtype)
     if dtype in (torch.float32, torch.bfloat16):
         for steps, batch, width, hidden in ((48, 16, 128, 256), (48, 16, 512, 256), (10, 3, 17, 33), (2, 16, 128, 256)):
             yield from _recurrent(dtype, steps, batch, width, hidden)
@@ -116,6 +125,16 @@ def calls(dtype: torch.dtype) -> Iterator[Call]:
 def _target(name: str) -> Any:
     packet, _, overload = name.partition(".")
     return getattr(getattr(aten, packet), overload)
+
+
+def _attention(dtype: torch.dtype) -> Iterator[Call]:
+    """Forward, and backward where the gradient lies as the result did, and where it does not."""
+    q = torch.randn(4, 256, 8, 64).to(dtype).transpose(1, 2)
+    yield Call("attention", aten._scaled_dot_product_flash_attention_for_cpu.default, (q, q, q, 0.0, True))
+    y, sums = aten._scaled_dot_product_flash_attention_for_cpu.default(q, q, q, 0.0, True)
+    for lies, gradient in (("token by token", torch.empty_like(y)), ("head by head", torch.empty_like(y).contiguous())):
+        target = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+        yield Call(f"gradient of attention, {lies}", target, (gradient, q, q, q, y, sums, 0.0, True))
 
 
 def _recurrent(dtype: torch.dtype, steps: int, batch: int, width: int, hidden: int) -> Iterator[Call]:
@@ -166,11 +185,7 @@ def said_bytes(call: Call, result: Any) -> int:
 
     node = graph.call_function(call.target, tuple(map(operand, call.args)))
     node.meta["val"] = result
-    kept = kept_bytes(node)
-    for index, each in enumerate(result) if isinstance(result, tuple) else ():
-        part = graph.call_function(operator.getitem, (node, index))
-        part.meta["val"] = each
-        kept += kept_bytes(part)
+    kept = sum(kept_bytes(node, index) for index in (range(len(result)) if isinstance(result, tuple) else (None,)))
     return work_bytes(node) + packed_bytes(node) + kept
 
 

@@ -210,9 +210,11 @@ def test_what_does_not_fit_is_refused_on_all_ranks_alike(ranks: Ranks) -> None:
     assert "that each of 2 x cpu" in first
 
 
-def given_unlike_batches() -> str:
+def given_unlike_batches(num_before: int) -> str:
     rank, _ = world()
     model = compiled("1GiB")
+    for _ in range(num_before):
+        model.train_step(*rows(2))
     with pytest.raises(RankError) as raised:
         model.train_step(*rows(2 + rank))
     return str(raised.value)
@@ -220,7 +222,9 @@ def given_unlike_batches() -> str:
 
 @pytest.mark.slow
 def test_batches_that_differ_between_ranks_are_told_by_their_names_and_shapes(ranks: Ranks) -> None:
-    for told in ranks.run(given_unlike_batches):
+    for told in ranks.run(given_unlike_batches, 1):
+        assert "with a batch unlike those before (args[0]: torch.float32 (3, 64, 32)" in told
+    for told in ranks.run(given_unlike_batches, 0):
         for rank, num_rows in ((0, 2), (1, 3)):
             assert f"rank {rank} has 'args[0]: torch.float32 ({num_rows}, 64, 32)" in told
         assert "TreeSpec" not in told

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
+from torch.utils import _pytree as pytree
 
 import zgraph
 from tests.ranks import Ranks
@@ -149,6 +150,33 @@ def test_a_gradient_hook_that_comes_later_is_refused() -> None:
     handle.remove()
     compiled.train_step(torch.ones(6, 4))
     assert compiled.stats()["num_captures"] == 1
+
+
+class Checked:
+    """A batch in a container that is made of tensors alone, and whose parts have no names."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        assert x.dim() == 2
+        self.x = x
+
+
+pytree.register_pytree_node(Checked, lambda batch: ([batch.x], None), lambda leaves, _: Checked(*leaves))
+
+
+@pytest.mark.parametrize("options", [{}, {"memory": "1GiB"}], ids=str)
+def test_a_container_of_the_users_own_is_never_made_of_anything_but_tensors(options: dict[str, Any]) -> None:
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    zgraph.compile(OfBatch(model), optimizer, **options).train_step(Checked(torch.ones(2, 3)))
+
+
+class OfBatch(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, batch: Checked) -> torch.Tensor:
+        return self.layer(batch.x).square().mean()
 
 
 def test_a_sparse_batch_is_refused() -> None:

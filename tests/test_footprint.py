@@ -18,7 +18,7 @@ from tests.reference import slow
 from zgraph import ops, placement
 from zgraph.capture import capture
 from zgraph.config import Config
-from zgraph.footprint import Footprint, Holding, Kind, footprint
+from zgraph.footprint import Footprint, Holding, Kind, footprint, with_scratch
 from zgraph.liveness import alive_bytes, held_bytes
 from zgraph.lower import Lowered, lower
 from zgraph.machines import preset, this_cpu
@@ -233,3 +233,18 @@ def test_compiling_leaves_more_the_larger_the_graph_is_up_to_a_limit() -> None:
         22_080_000,
         40_000_000,
     ]
+
+
+def test_what_calls_work_in_is_held_while_they_run() -> None:
+    """In float64 a convolution has 9 columns of 4 channels, 2,048 bytes each; a softmax copies what lies across."""
+    b = Builder()
+    images = b.input(Role.BATCH, "0", shape=[1, 4, 16, 16])
+    weight = b.input(Role.PARAM, "w", shape=[17, 4, 3, 3])
+    y = b.forward(aten.convolution.default, images, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    across = b.forward(aten.permute.default, y, [0, 2, 3, 1])
+    loss = b.forward(aten.sum.default, b.forward(aten._softmax.default, across, 3, False))
+    program = b.finish({None: loss})
+    found = {h.what: h for h in with_scratch(footprint(program), program).holdings if h.kind is Kind.SCRATCH}
+    assert found["aten.convolution.default"].num_bytes == 9 * 4 * 2048 + 17 * 2048 + 2 * 17 * 4 * 9 * 8
+    assert found["aten._softmax.default"].num_bytes == 17 * 2048
+    assert all(held.first == held.last for what, held in found.items() if what != "matrix products")

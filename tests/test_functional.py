@@ -183,15 +183,17 @@ def test_a_write_through_a_view_reaches_its_base_and_its_other_views() -> None:
     check(builder, [x, row, builder.call(aten.add.Tensor, row, 1)])
 
 
-def test_what_is_written_between_gaps_has_none_out_of_place_nor_does_what_is_made_of_it() -> None:
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_what_is_written_between_gaps_has_none_out_of_place_nor_does_what_is_made_of_it(num_rows: int) -> None:
     """The gates of a GRU are such parts; how they are recorded to lie is how they do, whoever asks."""
-    builder = GraphBuilder([(2, 6)])
+    builder = GraphBuilder([(num_rows, 6)])
     parts = builder.call(aten.unsafe_split.Tensor, builder.call(aten.mul.Tensor, builder.inputs[0], 2), 3, 1)
     left = builder.call(aten.sigmoid_.default, builder.call(operator.getitem, parts, 0))
     assert left.meta["val"].stride() == (6, 1)
     made = builder.call(aten.add.Tensor, left, 1)
     check(builder, [left, made])
     assert left.meta["val"].stride() == made.meta["val"].stride() == (3, 1)
+    assert left.meta["val"].untyped_storage().nbytes() == left.meta["val"].nbytes
 
 
 def test_dropout_becomes_its_functional_twin_and_draws_the_same() -> None:

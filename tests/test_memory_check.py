@@ -66,7 +66,20 @@ class Layers(torch.nn.Module):
         return self.layers(x)[0].square().mean()
 
 
-@pytest.mark.parametrize(("model", "shape"), [(Squares, (64, 8)), (Layers, (32, 6, 8))])
+class Frozen(Layers):
+    """Of which nothing reads what it keeps."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            hidden = self.layers(x)[0]
+        return self.head(hidden).square().mean()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = torch.nn.Linear(192, 1)
+
+
+@pytest.mark.parametrize(("model", "shape"), [(Frozen, (32, 6, 8)), (Squares, (64, 8)), (Layers, (32, 6, 8))])
 def test_memory_that_no_shape_tells_is_predicted(model: type[torch.nn.Module], shape: tuple[int, ...]) -> None:
     trained = model()
     zgraph.compile(trained, optimizer=torch.optim.SGD(trained.parameters(), lr=1e-3), check_memory=True)

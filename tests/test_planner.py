@@ -147,7 +147,6 @@ def test_what_does_not_fit_says_by_how_much_what_is_in_the_way_and_what_helps(to
     assert "in the way" in shown
 
 
-@pytest.mark.slow
 class Normed(nn.Module):
     """Fails on a single row, as batch statistics of one are none."""
 
@@ -168,6 +167,12 @@ def test_micro_batches_on_which_a_model_fails_are_left_out_with_a_note() -> None
         zgraph.plan(Normed, torch.optim.AdamW, **given, accumulate=4)
 
 
+def test_a_model_that_fails_on_all_micro_batches_that_were_asked_for_says_why() -> None:
+    given: dict[str, Any] = {"batch": (torch.ones(2, 8),), "world_size": 2}
+    with pytest.raises(CaptureError, match="more than 1 value per channel"):
+        zgraph.plan(Normed, torch.optim.AdamW, **given, keep_gathered=True)
+
+
 @pytest.mark.parametrize("given", [{"keep_gathered": True}, {"offload": {"gradients": "disk"}}], ids=str)
 def test_what_needs_micro_batches_is_planned_with_some(given: dict[str, Any]) -> None:
     assert planned(hardware="cpu", world_size=2, **given).config.accumulate == 2
@@ -175,6 +180,7 @@ def test_what_needs_micro_batches_is_planned_with_some(given: dict[str, Any]) ->
         planned(hardware="cpu", world_size=2, **given, accumulate=1)
 
 
+@pytest.mark.slow
 def test_ways_out_fit_and_the_cheapest_comes_first() -> None:
     fixed = {**FIXED, "zero": 3}
     needed = planned(**fixed).chosen.reserved_bytes
@@ -204,7 +210,7 @@ def test_a_smaller_batch_is_a_way_out_with_what_an_example_costs(accumulate: Any
     fixed = {"zero": 0, "recompute": None, "bucket_bytes": 2**24, "memory_first": False}
     given = {"world_size": 1, "hardware": "cpu", "accumulate": accumulate, **fixed}
     plan = planned(memory=least_bytes(**given) - 1, **given)
-    (smaller,) = [way for way in plan.ways_out if "rows" in way.change]
+    (smaller,) = [way for way in plan.ways_out if "rows in a batch" in way.change]
     num_rows = 2 if accumulate == 1 else 1  # of which a micro-batch is enough, where more of them do not help
     assert smaller.change == f"{num_rows} of {ROWS} rows in a batch"
     without = planned(batch=rows(num_rows), **{**given, "accumulate": 1})

@@ -69,7 +69,7 @@ class Agreement:
         for rank, other in enumerate(everyone):
             if other["operation"] != everyone[0]["operation"]:
                 raise RankError(
-                    f"rank 0 has called {everyone[0]['operation']}, rank {rank} {other['operation']}",
+                    f"rank 0 has called {_called(everyone[0])}, rank {rank} {_called(other)}",
                     fix="call each of them on all ranks, in the same order",
                 )
         for name, value in everyone[0]["facts"].items():
@@ -237,6 +237,12 @@ class CheckedComm:
 
 def _failed(rank: int, message: str) -> RankError:
     return RankError(f"rank {rank} failed: {message}", fix="mend what failed there; this rank has stopped with it")
+
+
+def _called(one: Mapping[str, Any]) -> str:
+    """What a rank has called, with its batch if that is what it was called for."""
+    batch = one["facts"].get("the batch")
+    return one["operation"] if batch is None else f"{one['operation']} ({batch})"
 
 
 def _difference(first: str, other: str, rank: int) -> str:

@@ -122,7 +122,7 @@ class Captures:
                 self._captured[key] = error
         found = self._captured[key]
         if isinstance(found, CaptureError):
-            raise found
+            raise found.with_traceback(None)
         return found
 
     def _capture(self, config: Config, num_blocks: int) -> Program:

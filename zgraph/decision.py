@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -45,9 +44,7 @@ def config_of(fixed: dict[str, Any]) -> Config:
     except OptionError:
         if ACCUMULATE in fixed:
             raise
-        with suppress(OptionError):
-            return Config.from_options({**fixed, ACCUMULATE: 2})
-        raise
+    return Config.from_options({**fixed, ACCUMULATE: 2})
 
 
 def decide(search: Search, budget: int) -> Plan:
@@ -144,12 +141,14 @@ class _WaysOut:
         return {**chosen, **self._search.fixed}
 
     def _micro_batches(self) -> Iterator[WayOut]:
-        """As few as fit, if a step was to have one."""
+        """As few as fit, if a step was to have one; not looked for where state alone is too much."""
         if self._search.fixed.get(ACCUMULATE) != 1 or self._search.captures.num_rows == 1:
+            return
+        if self._search.state_bytes(self._least.choice) > self._budget:
             return
         fixed = {name: value for name, value in self._fixed(*CHAINED).items() if name != ACCUMULATE}
         if (fits := self._search.beside(fixed=fixed).within(self._budget, estimated=True)) is not None:
-            yield from self._way(f"{ACCUMULATE}={fits.choice.config.accumulate}", fits)
+            yield from self._way(f"{ACCUMULATE}={fits.choice.config.accumulate}, for means over rows", fits)
 
     def _offloads(self) -> Iterator[WayOut]:
         """The least that goes to a lower tier, if the user has not said what does."""

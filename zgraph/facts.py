@@ -6,7 +6,7 @@ the optimizer and the batch tells: cheap to take and to compare.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from zgraph.attributes import plain_attributes, plain_values_of
-from zgraph.batches import name_of
+from zgraph.batches import Call, name_of
 from zgraph.errors import CaptureError
 from zgraph.layout import Layout
 from zgraph.optimizer_state import Forms
@@ -76,12 +76,13 @@ class Facts:
         """A step begins, of which ``forget_last`` forgets all that is read."""
         self._num_met = len(self._met)
 
-    def read(self, leaves: list[Any], spec: pytree.TreeSpec) -> dict[str, str]:
-        """The facts as they are now, by name.
+    def read(self, call: Call) -> dict[str, str]:
+        """The facts as they are now, by name, for a step that is given these arguments.
 
         Raises:
             CaptureError: an argument is an object whose content would silently become a constant of the graph.
         """
+        leaves, spec = pytree.tree_flatten(call)
         batch = [fact_of(leaf) for leaf in leaves]
         modules = [(name, type(module), *_of_module(module)) for name, module in _modules(self._model)]
         settings = (
@@ -98,7 +99,7 @@ class Facts:
         if fingerprint != self._fingerprint:
             self._fingerprint = fingerprint
             self._words = {
-                ARGUMENTS: in_names(batch, spec),
+                ARGUMENTS: in_names(call, batch),
                 "the arguments' structure": str(spec),
                 **self._of_model(),
                 **self._of_optimizer(),
@@ -237,15 +238,18 @@ def fact_of(leaf: Any) -> str:
     )
 
 
-def in_names(facts: list[str], spec: pytree.TreeSpec) -> str:
-    """What a step depends on of its call's arguments, each by name.
+def in_names(call: Call, facts: Iterable[str]) -> str:
+    """What a step depends on of its call's arguments, each by name; by number where a container names none.
 
     Args:
+        call: positional arguments and keyword arguments.
         facts: of the leaves, in order.
-        spec: of the call, positional arguments and keyword arguments.
     """
-    named, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(facts, spec))
-    return ", ".join(f"{name_of(path)}: {fact}" for path, fact in named)
+    try:
+        names = [name_of(path) for path, _ in pytree.tree_flatten_with_path(call)[0]]
+    except ValueError:
+        names = [f"leaf {number}" for number, _ in enumerate(pytree.tree_leaves(call))]
+    return ", ".join(f"{name}: {fact}" for name, fact in zip(names, facts, strict=True))
 
 
 def state_spec(model: nn.Module, state: Forms) -> StateSpec:

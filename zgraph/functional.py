@@ -8,6 +8,7 @@ traced once more under ``torch.func.functionalize``. Writes to placeholders come
 from __future__ import annotations
 
 import operator
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -253,7 +254,12 @@ def _rename(graph: fx.Graph, mode: FakeTensorMode) -> tuple[fx.Graph, dict[fx.No
 
 
 def _lies_in_order(node: fx.Node) -> bool:
-    return not _is_tensor(node) or node.meta["val"].is_contiguous()
+    """Whether a value has all of its memory, in the order of its dimensions, those of one place included."""
+    val = node.meta["val"]
+    if not isinstance(val, torch.Tensor):
+        return True
+    expected = tuple(accumulate(reversed(val.shape[1:]), operator.mul, initial=1))[::-1] if val.dim() else ()
+    return bool(val.stride() == expected and val.untyped_storage().nbytes() == val.nbytes)
 
 
 def _infer_again(node: fx.Node, mode: FakeTensorMode, elsewhere: set[fx.Node]) -> None:
@@ -267,13 +273,15 @@ def _infer_again(node: fx.Node, mode: FakeTensorMode, elsewhere: set[fx.Node]) -
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
     with mode, torch.no_grad():
         val = node.target(*args, **kwargs)  # type: ignore[operator]
-    if _strides(val) != _strides(node.meta["val"]):
+    if _places(val) != _places(node.meta["val"]):
         node.meta["val"] = val
         elsewhere.add(node)
 
 
-def _strides(val: Any) -> list[tuple[int, ...]]:
-    return [each.stride() for each in pytree.tree_leaves(val) if isinstance(each, torch.Tensor)]
+def _places(val: Any) -> list[tuple[Any, ...]]:
+    """How tensors lie in memory, and in how much of it."""
+    tensors = [each for each in pytree.tree_leaves(val) if isinstance(each, torch.Tensor)]
+    return [(each.stride(), each.storage_offset(), each.untyped_storage().nbytes()) for each in tensors]
 
 
 def _fill_in_defaults(node: fx.Node, twin: torch._ops.OpOverload) -> None:

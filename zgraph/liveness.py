@@ -264,13 +264,14 @@ def _allocated(node: fx.Node, unpacked: Collection[Any]) -> int:
         return 0
     val = node.meta.get("val")  # a gradient that an operator does not give has none
     if not isinstance(val, (tuple, list)):
-        return own_bytes(val) + kept_bytes(node)
+        is_part = node.target is operator.getitem
+        return own_bytes(val) + (kept_bytes(operand(node), node.args[1]) if is_part else kept_bytes(node))  # type: ignore[arg-type]
     if ops.is_view(node.target):
         return 0
     writes = getattr(node.target, "writes", (None,) * len(val))
     workspace_bytes: int = getattr(node.target, "workspace_bytes", 0)
     return workspace_bytes + sum(
-        own_bytes(each)
+        own_bytes(each) + kept_bytes(node, index)
         for index, (each, write) in enumerate(zip(val, writes, strict=True))
         if index not in unpacked and write is None
     )

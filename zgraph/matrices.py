@@ -99,6 +99,7 @@ def beside(terms: Terms, rest: Term | None, new: Term, at: Sequence[Range], num_
     if rest is not None:
         before = rest.args if rest.target is Form.BESIDE else ((0, num_columns, rest, 0),)
     base, sources = new.args if new.target is Form.COLUMNS else (new, ((0, width),))
+    assert sum(length for _, length in at) == width
     pieces = [*_outside(before, sorted(at)), *_aligned(at, base, sources)]
     joined: list[_Part] = []
     for start, length, term, source in sorted(pieces, key=operator.itemgetter(0)):

@@ -18,7 +18,7 @@ from zgraph.batches import common_rows
 from zgraph.config import Config
 from zgraph.errors import BudgetError, StateError, first_line, quoted
 from zgraph.expected_error import NOTHING_MEASURED, ExpectedError, Spread, expected_error
-from zgraph.footprint import Holding, spilled_bytes, state_on
+from zgraph.footprint import Footprint, Holding, Kind, spilled_bytes, state_on
 from zgraph.hardware import LOWER_TIERS, Hardware
 from zgraph.lower import Lowered
 from zgraph.machines import ASSUMED, host_budget
@@ -374,7 +374,7 @@ def describe(
         least_s=min(in_any_order, prediction.step_s),  # the same numbers, added up in another order
         flops=prediction.flops,
         by_kind={kind.value: num_bytes for kind, num_bytes in prediction.peak.peak_by_kind().most_common()},
-        owners=owners_of(prediction.peak.peak_holdings),
+        owners=owners_of([*prediction.peak.peak_holdings, *_unused(prediction.peak)]),
         rejected=rejected,
         ways_out=ways_out,
         error=expected_error(hardware.device_type, hardware.name) if _was_compared(hardware) else NOTHING_MEASURED,
@@ -420,6 +420,13 @@ def default_budget(hardware: Hardware) -> int:
 def host_share(hardware: Hardware, world: int) -> int:
     """Bytes that one of so many ranks may have on the host beside its device: ``HOST_MARGIN`` less than its part."""
     return host_budget(hardware.host_memory_bytes) // min(world, hardware.devices_per_node)
+
+
+def _unused(peak: Footprint) -> Iterator[Holding]:
+    """What an arena has at the peak for calls at other times."""
+    num_bytes, at = peak.peak_by_kind()[Kind.UNUSED], peak.peak_position
+    if num_bytes:
+        yield Holding("kept for other calls", Kind.UNUSED, num_bytes, at, at)
 
 
 def owners_of(held: Sequence[Holding], num: int = 8) -> tuple[Owner, ...]:

@@ -184,7 +184,7 @@ class Runtime:
             calls = micro_batches(args, kwargs, self.config.accumulate)
             self.facts.begin()
             for call in calls:
-                facts = self.facts.read(*pytree.tree_flatten(call))
+                facts = self.facts.read(call)
                 keys.append(self.facts.key)
                 shapes.append(facts[ARGUMENTS])
             replaced = self.state.replaced()
@@ -234,7 +234,7 @@ class Runtime:
             with self.agreement.together():
                 self.state.tier.check()
         for call, compiled in made:
-            facts = self.facts.read(*pytree.tree_flatten(call))
+            facts = self.facts.read(call)
             if compiled.executable.program.reads_all_state():  # what created its state reads it from now on
                 compiled.keys.add(self.facts.key)
         if made:
@@ -527,11 +527,11 @@ class Runtime:
             flat = [pytree.tree_flatten(call) for call in calls]
             facts = [([fact_of(leaf) for leaf in leaves], spec) for leaves, spec in flat]
             batch = repr(facts)
+            told = "; ".join(in_names(call, each) for call, (each, _) in zip(calls, facts, strict=True))
         except Exception:  # noqa: BLE001 -- the step meets it again, and tells the other ranks
             return
         if batch not in self._decided:
-            told = "; ".join(in_names(*each) for each in facts)
-            self.agreement.check("model.train_step(), whose options are to be chosen", {"the batch": told})
+            self.agreement.check("model.train_step() with a batch unlike those before", {"the batch": told})
             largest = max(calls, key=_num_elements)
             self._agree_on_machine(largest)
             if self.hardware is None:

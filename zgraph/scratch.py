@@ -1,14 +1,14 @@
 """What PyTorch's operators hold on a CPU besides operands and results.
 
 Nothing of it is in a graph. It is what ``benchmarks/scratch.py`` measures, operator by operator, and as much as is said
-here or less. Operators that are not here take none, or as little as one thread's working memory.
+here or less, but for what each thread works in, up to 2 MB. Of operators that are not here nothing is said.
 """
 
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterable
+from functools import cache, reduce
 from itertools import pairwise
 from typing import Any
 
@@ -36,6 +36,8 @@ _WORK: dict[Any, _Rule] = {}
 def work_bytes(node: fx.Node) -> int:
     """Bytes that a call holds while it runs, beside what it reads and gives."""
     rule = _WORK.get(_operator(node))
+    if rule is None:
+        rule = _promoted if _is_pointwise(node.target) else None
     return 0 if rule is None or not _is_on_cpu(node) else rule(node)
 
 
@@ -44,16 +46,15 @@ def packed_bytes(node: fx.Node) -> int:
     index = _SECOND.get(_operator(node))
     if index is None:
         return 0
-    val: torch.Tensor = node.args[index].meta["val"]  # type: ignore[union-attr]
-    num_bytes = val.nbytes // (val.shape[0] if val.dim() == 3 else 1)
+    val = _val(node, index)
+    num_bytes = val.nbytes // (max(val.shape[0], 1) if val.dim() == 3 else 1)
     return num_bytes + (_OF_ROWS if val.dtype in _HALVES else 0)
 
 
-def kept_bytes(node: fx.Node) -> int:
-    """Bytes that a call's result has in memory beyond what its shape tells."""
-    source = node.args[0] if node.target is operator.getitem else node
-    rule = _KEPT.get(_operator(source)) if isinstance(source, fx.Node) else None
-    return 0 if rule is None or not _is_on_cpu(source) else rule(node)  # type: ignore[arg-type]
+def kept_bytes(call: fx.Node, index: int | None = None) -> int:
+    """Bytes that a call's result, or one of several, has in memory beyond what its shape tells."""
+    rule = _KEPT.get(_operator(call))
+    return 0 if rule is None else rule(call, index)
 
 
 def _operator(node: fx.Node) -> Any:
@@ -93,6 +94,36 @@ def _widened(val: torch.Tensor) -> int:
     return 4 * val.numel() if val.dtype in _HALVES else 0
 
 
+@cache
+def _is_pointwise(target: Any) -> bool:
+    is_operator = isinstance(target, torch._ops.OpOverload)
+    return is_operator and torch.Tag.pointwise in target.tags and target.overloadpacket not in _AS_THEY_ARE
+
+
+_AS_THEY_ARE = (aten._to_copy, aten.copy, aten.copy_, aten.where, aten.masked_fill, aten.clone)
+"""Elementwise operators that convert no operand before they compute, or nothing but on the way."""
+
+
+def _promoted(node: fx.Node) -> int:
+    """Copies of operands that are computed with in the dtype of others."""
+    vals = [val for source in node.all_input_nodes if isinstance(val := source.meta["val"], torch.Tensor)]
+    dtypes = {val.dtype for val in vals if val.dim()}
+    if len(dtypes) == 1 or not dtypes:
+        return 0
+    common = reduce(torch.promote_types, dtypes)
+    return sum(val.numel() * common.itemsize for val in vals if val.dim() and val.dtype != common)
+
+
+def _cast(node: fx.Node) -> int:
+    """A copy of what is added up, multiplied or averaged in another dtype."""
+    val, made = _val(node), node.meta["val"]
+    return val.numel() * made.element_size() if made.dtype != val.dtype else 0
+
+
+_works(aten.cumsum, aten.cumprod, aten.prod)(_cast)
+_works(aten.kthvalue)(lambda node: _dense(_val(node)) + 8 * _val(node).numel())
+_works(aten.soft_margin_loss_backward)(lambda node: 2 * _dense(node.meta["val"]))
+_works(aten.count_nonzero)(lambda node: 9 * _val(node).numel())
 _works(aten._softmax, aten._log_softmax, aten.native_layer_norm, aten.log_sigmoid_forward, aten.nll_loss_forward)(
     lambda node: _copied(_val(node))
 )
@@ -107,7 +138,7 @@ _works(aten.logsumexp, aten.native_dropout, aten.argsort, aten.median, aten.nati
 )
 _works(aten.im2col, aten.col2im)(lambda node: _dense(_val(node)) + _copied(_val(node)))
 _works(aten.huber_loss)(lambda node: _dense(_val(node)) + _widened(_val(node)))
-_works(aten.mean)(lambda node: _widened(_val(node)))
+_works(aten.mean)(lambda node: max(_widened(_val(node)), _cast(node)))
 _works(aten.scatter, aten.scatter_add, aten.scatter_reduce)(lambda node: _widened(_val(node)))
 _works(aten.gather)(lambda node: _widened(node.meta["val"]))
 _works(aten.binary_cross_entropy)(lambda node: 2 * _dense(_val(node)) + _widened(_val(node)))
@@ -126,12 +157,12 @@ def _reduced(node: fx.Node) -> int:
 
 @_works(aten.sum)
 def _summed(node: fx.Node) -> int:
-    """Widened at once, where the result is wider or what is summed over does not follow each other."""
+    """Converted at once, where the result is of another dtype or what is summed over does not follow each other."""
     val = _val(node)
     dims: Any = node.args[1] if len(node.args) > 1 else None
-    over: list[int] = sorted(dim % val.dim() for dim in dims or ())
+    over: list[int] = sorted(dim % max(val.dim(), 1) for dim in dims or ())
     is_apart = any(b - a > 1 for a, b in pairwise(over))
-    return _widened(val) if is_apart or node.meta["val"].dtype != val.dtype else 0
+    return max(_widened(val) if is_apart else 0, _cast(node))
 
 
 @_works(aten.gelu_backward)
@@ -142,16 +173,30 @@ def _of_gelu(node: fx.Node) -> int:
     return 0 if is_alike else 2 * _dense(x)
 
 
+@_works(aten.mm, aten.addmm, aten.mv)
+def _of_product(node: fx.Node) -> int:
+    """Copies of operands between whose elements there are gaps in either order."""
+    first = _SECOND.get(_operator(node), 1) - 1
+    operands = (_val(node, first), _val(node, first + 1))
+    return sum(_dense(val) for val in operands if 1 not in val.stride())
+
+
 @_works(aten.bmm, aten.baddbmm)
 def _of_products(node: fx.Node) -> int:
     """In 16 bits, oneDNN reads matrices that follow each other, in either order; and a sum is made before it is added.
 
     What is packed besides is in ``packed_bytes``.
     """
-    *added, x, y = (source.meta["val"] for source in node.all_input_nodes)
-    operands = (x, y) if x.dtype in _HALVES else ()
-    num_bytes = sum(_copied(val) for val in operands if not val.mT.is_contiguous())
-    return num_bytes + (_dense(node.meta["val"]) if added else 0)
+    second = _SECOND[_operator(node)]
+    operands = (_val(node, second - 1), _val(node, second))
+    num_bytes = sum(_copied(val) for val in operands if val.dtype in _HALVES and not val.mT.is_contiguous())
+    return num_bytes + (_dense(node.meta["val"]) if second > 1 else 0)
+
+
+@_works(aten._scaled_dot_product_flash_attention_for_cpu_backward)
+def _of_attention(node: fx.Node) -> int:
+    """The gradient, of shape (batch, heads, tokens, width), if it does not lie as the result did: token by token."""
+    return _copied(_val(node).transpose(1, 2))
 
 
 _SECOND = {aten.mm: 1, aten.addmm: 2, aten.bmm: 1, aten.baddbmm: 2}
@@ -163,13 +208,13 @@ _SECOND = {aten.mm: 1, aten.addmm: 2, aten.bmm: 1, aten.baddbmm: 2}
 @_works(aten.convolution)
 def _convolution(node: fx.Node) -> int:
     how: Any = node.args[3:]
-    return convolution_bytes(_val(node), _val(node, 1), node.meta["val"], *how)
+    return convolution_bytes(_val(node), _val(node, 1), node.meta["val"], *how[:4], groups=how[5])
 
 
 @_works(aten.convolution_backward)
 def _convolution_backward(node: fx.Node) -> int:
     how: Any = node.args[4:]
-    return convolution_bytes(_val(node, 1), _val(node, 2), _val(node), *how[:6], is_backward=True)
+    return convolution_bytes(_val(node, 1), _val(node, 2), _val(node), *how[:4], groups=how[5], is_backward=True)
 
 
 def convolution_bytes(
@@ -180,9 +225,8 @@ def convolution_bytes(
     padding: Iterable[int],
     dilation: Iterable[int],
     is_transposed: bool,
-    output_padding: Iterable[int],
-    groups: int,
     *,
+    groups: int,
     is_backward: bool = False,
 ) -> int:
     """About what a convolution works in, forward or backward.
@@ -191,7 +235,6 @@ def convolution_bytes(
         images, made: of shape (batch, channels, ...), what forward reads and what it makes.
         weight: as ``torch.convolution`` takes it, and all that follows.
     """
-    del output_padding
     if not images.numel() or not made.numel():
         return 0
     both = _dense(images) + _dense(made)
@@ -260,15 +303,14 @@ def _gates(node: fx.Node, itemsize: int = 4) -> int:
     return steps * batch * _val(node, 1).shape[0] * itemsize
 
 
-def _workspace(node: fx.Node) -> int:
+def _workspace(layer: fx.Node, index: int | None) -> int:
     """What a recurrent layer of oneDNN's keeps for backward: its fourth result, whose size torch takes for 0.
 
     Gates of all steps, and states of all steps and the one before, of what it reads (6 numbers for each of the wider of
     input and hidden) and what it hands on (5 for each hidden one, and in 16 bits 4 of the size of float32's).
     """
-    if node.target is not operator.getitem or node.args[1] != 3:
+    if index != _WORKSPACE:
         return 0
-    layer: Any = node.args[0]
     x = _val(layer)
     steps, batch, width = x.shape
     hidden: int = _val(layer, 2).shape[1]
@@ -278,18 +320,19 @@ def _workspace(node: fx.Node) -> int:
     return _gates(layer, itemsize) + (steps + 1) * batch * of_states + _PAGES
 
 
+_WORKSPACE = 3
 _PAGES = 8 * 4096
 
 
 # -- losses ----------------------------------------------------------------------------------------------------
 
 
-def _kept_of_losses(node: fx.Node) -> int:
+def _kept_of_losses(node: fx.Node, _: int | None = None) -> int:
     """A mean, or a sum, lies at the start of memory that has had each element's loss."""
     return _dense(_val(node)) if node.meta["val"].dim() == 0 and _val(node).dim() > 0 else 0
 
 
-_KEPT: dict[Any, _Rule] = {
+_KEPT: dict[Any, Callable[[fx.Node, int | None], int]] = {
     aten.mkldnn_rnn_layer: _workspace,
     aten.mse_loss: _kept_of_losses,
     aten.smooth_l1_loss: _kept_of_losses,

@@ -82,6 +82,7 @@ class Search:
         tell: Callable[[Search], None] = lambda _: None,
     ) -> None:
         self._notes: list[str] = []
+        self._refused: OptionError | CaptureError | None = None  # why the first of those was, that are left out
         self.tier = lower_tier(hardware)
         if fixed.get(OFFLOAD) == BY_COST and self.tier != "disk" and "offload_path" in fixed:
             fixed = {name: value for name, value in fixed.items() if name != "offload_path"}
@@ -188,7 +189,11 @@ class Search:
         return max(estimate.host_bytes - self._host_budget, 0)
 
     def least(self) -> Tried:
-        """The choice that takes least memory, worked out in full; of those that fit on the host, if any does."""
+        """The choice that takes least memory, worked out in full; of those that fit on the host, if any does.
+
+        Raises:
+            OptionError, CaptureError: the model can do none.
+        """
         best: Tried | None = None
         for choice in sorted(self.members, key=lambda choice: (self.least_bytes(choice), choice.depth)):
             if best is not None and self.least_bytes(choice) > best.estimate.peak_bytes and not self._size(best)[0]:
@@ -198,7 +203,9 @@ class Search:
             tried = self.estimated(choice)
             if tried is not None and (best is None or self._size(tried) < self._size(best)):
                 best = tried
-        assert best is not None
+        if best is None:
+            assert self._refused is not None
+            raise self._refused
         alike = [self.estimated(choice) for choice in self.members if self._further(choice) is best.choice]
         best = min([*(tried for tried in alike if tried is not None), best], key=self._size)  # no more than it takes
         return self.exact(best.choice)
@@ -315,7 +322,7 @@ class Search:
         asked = [n for n in names if getattr(config, n) not in (getattr(default, n), self.fixed.get(n))]
         if not asked:
             raise error
-        self.tried[choice] = None
+        self.tried[choice], self._refused = None, self._refused or error
         note = f"{asked[0]}={getattr(config, asked[0])!r} was not considered: {error.what}"
         if note not in self._notes:
             self._notes.append(note)
@@ -366,11 +373,19 @@ class Search:
             except (OptionError, CaptureError) as error:
                 self._held[before] = ()
                 self._skip(choice, error)
-        held = self._held[before]
+        may_go = chosen_late or "activations" in (config.offload or ())
+        return self._on_rank(self._held[before], config, activations=not may_go)
+
+    def state_bytes(self, choice: Choice) -> int:
+        """Bytes of state that a rank holds with a choice that was estimated, whatever is computed."""
+        config = choice.config
+        found = [held for before, held in self._held.items() if (before.offload is None) == (config.offload is None)]
+        return min((self._on_rank(held, config, activations=False) for held in found), default=0)
+
+    def _on_rank(self, held: Sequence[_Held], config: Config, *, activations: bool) -> int:
         if not held:
             return 0
-        may_go = chosen_late or "activations" in (config.offload or ())
-        activations, divided_over = 0 if may_go else 1, config.mesh(self.world).shard_size
+        divided_over = config.mesh(self.world).shard_size
         return int(self._extended([each.on_rank(config.zero, divided_over, activations) for each in held]))
 
     def _recomputed(self, captured: Program, config: Config) -> Program:

@@ -178,7 +178,7 @@ class SimulatedRanks:
         self._streams, self._program = streams, lowered[-1].last
         for call, programs in made:
             if programs.last.reads_all_state():  # what created its state reads it from now on
-                self._facts.read(*pytree.tree_flatten(call))
+                self._facts.read(call)
                 self._programs.setdefault(self._facts.key, []).append(programs)
         self._optimizer._opt_called = True  # type: ignore[attr-defined]  # as after optimizer.step(), for schedulers
         loss = results[0][None]
@@ -266,7 +266,7 @@ class SimulatedRanks:
         layout: Layout | None = None,
     ) -> Lowered:
         """The programs for a call, in these buckets if it is said which; new ones are added to ``made``."""
-        self._facts.read(*pytree.tree_flatten(call))
+        self._facts.read(call)
         stored = {w: value for w, value in self._values[0].items() if w is not None and isinstance(value, (int, float))}
         numbers = {**{Input(Role.HYPER, path): value for path, value in hypers.items()}, **stored}
         known = self._programs.setdefault(self._facts.key, [])

@@ -177,7 +177,10 @@ def _check_value(program: Program, node: fx.Node, after: str) -> None:
     if isinstance(out, fx.Node) and _form(out.meta["val"]) != _form(val):
         raise broken(after, node, f"stores {_words(val)} over {out.name}, which has another form")
     if val is not recorded and _form(val) != _form(recorded):
-        raise broken(after, node, f"is recorded as {_words(recorded)} but gives {_words(val)}")
+        told = [_words(recorded), _words(val)]
+        if told[0] == told[1] and isinstance(val, torch.Tensor):
+            told = [f"{words} with strides {each.stride()}" for words, each in zip(told, (recorded, val), strict=True)]
+        raise broken(after, node, f"is recorded as {told[0]} but gives {told[1]}")
 
 
 def _check_kernel(program: Program, node: fx.Node, body: fx.Graph, after: str) -> None:
