@@ -143,10 +143,19 @@ def test_onednn_lays_out_anew_what_it_reads(read: int, made: int, num_bytes: int
 
 def test_in_float64_a_convolution_multiplies_every_pixel_with_its_surroundings() -> None:
     """9 columns of each channel, 4,096 bytes each; of one image at a time where they are not next to each other."""
-    columns, weights, packed = 9 * 8 * 4096, 2 * 8 * 8 * 9 * 8, 8 * 2048
-    assert convolve(F64, 8, 8, *PLAIN) == columns + weights + packed
-    assert convolve(F64, 8, 8, 1, 2, 2, False, 1) == columns // 2 + weights + packed
-    assert convolve(F64, 8, 8, 1, 0, 1, False, 1, kernel=1) == weights // 9 + packed
+    columns, weights = 9 * 8 * 4096, 2 * 8 * 8 * 9 * 8
+    assert convolve(F64, 8, 8, *PLAIN) == columns + weights
+    assert convolve(F64, 8, 8, 1, 2, 2, False, 1) == columns // 2 + weights
+    assert convolve(F64, 8, 8, 1, 0, 1, False, 1, kernel=1) == weights // 9
+
+
+@pytest.mark.parametrize(("dtype", "num_bytes"), [(F32, 0), (F64, 8 * 2048)])
+def test_of_a_convolution_by_products_an_image_is_packed(dtype: torch.dtype, num_bytes: int) -> None:
+    x, weight = torch.empty(2, 4, 16, 16, dtype=dtype), torch.empty(8, 4, 3, 3, dtype=dtype)
+    y, how = torch.empty(2, 8, 16, 16, dtype=dtype), ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    assert scratch.packed_bytes(call(aten.convolution.default, x, weight, None, *how, result=y)) == num_bytes
+    backward = call(aten.convolution_backward.default, y, x, weight, [8], *how, [True] * 3)
+    assert scratch.packed_bytes(backward) == num_bytes
 
 
 @given(*(st.integers(1, limit) for limit in (6, 5, 40, 40)))

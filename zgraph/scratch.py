@@ -42,7 +42,13 @@ def work_bytes(node: fx.Node) -> int:
 
 
 def packed_bytes(node: fx.Node) -> int:
-    """Bytes of what a product of matrices may lay out anew to read it in order; 0 for other calls."""
+    """Bytes of what a product of matrices may lay out anew to read it in order, in memory that libraries keep.
+
+    So may convolutions that PyTorch makes of products (``convolution_bytes``); 0 for other calls.
+    """
+    if _operator(node) in _CONVOLUTIONS:
+        images, made = (_val(node, 1), _val(node)) if len(node.args) > _FORWARD else (_val(node), node.meta["val"])
+        return 0 if _is_of_onednn(images) else max(_dense(images), _dense(made)) // max(images.shape[0], 1)
     index = _SECOND.get(_operator(node))
     if index is None:
         return 0
@@ -139,7 +145,7 @@ _works(aten.logsumexp, aten.native_dropout, aten.argsort, aten.median, aten.nati
 _works(aten.im2col, aten.col2im)(lambda node: _dense(_val(node)) + _copied(_val(node)))
 _works(aten.huber_loss)(lambda node: _dense(_val(node)) + _widened(_val(node)))
 _works(aten.mean)(lambda node: max(_widened(_val(node)), _cast(node)))
-_works(aten.scatter, aten.scatter_add, aten.scatter_reduce)(lambda node: _widened(_val(node)))
+_works(aten.scatter, aten.scatter_add, aten.scatter_reduce, aten.index_add)(lambda node: _widened(_val(node)))
 _works(aten.gather)(lambda node: _widened(node.meta["val"]))
 _works(aten.binary_cross_entropy)(lambda node: 2 * _dense(_val(node)) + _widened(_val(node)))
 
@@ -205,6 +211,16 @@ _SECOND = {aten.mm: 1, aten.addmm: 2, aten.bmm: 1, aten.baddbmm: 2}
 # -- convolutions ----------------------------------------------------------------------------------------------
 
 
+_CONVOLUTIONS = (aten.convolution, aten.convolution_backward)
+_FORWARD = 9
+"""Arguments of a convolution; its gradient has more."""
+
+
+def _is_of_onednn(images: torch.Tensor) -> bool:
+    """Whether oneDNN convolves them, as far as this CPU has it."""
+    return images.dtype in (torch.float32, torch.bfloat16)
+
+
 @_works(aten.convolution)
 def _convolution(node: fx.Node) -> int:
     how: Any = node.args[3:]
@@ -242,7 +258,7 @@ def convolution_bytes(
     if images.dtype is not torch.float64:
         of_onednn = _of_onednn(images, weight, made, max(stride), is_transposed=is_transposed) * (1 + is_backward)
         of_onednn += 2 * both // images.shape[0] if images.dtype is torch.bfloat16 else 0
-    if images.dtype in (torch.float32, torch.bfloat16):
+    if _is_of_onednn(images):
         return of_onednn
     kernel = math.prod(weight.shape[2:])
     wide, places = (made, images) if is_transposed else (images, made)
@@ -254,8 +270,7 @@ def convolution_bytes(
     if images.dtype is torch.float16:
         columns += 2 * of_one + 2 * max(_dense(images), _dense(made))
     in_groups = 0 if groups == 1 else max(_dense(images), _dense(made)) + both // groups
-    packed = min(max(_dense(images), _dense(made)) // images.shape[0], PACKED_BYTES)
-    own = columns // groups + in_groups + packed + 2 * _dense(weight) + _copied(images, made)
+    own = columns // groups + in_groups + 2 * _dense(weight) + _copied(images, made)
     return max(own, of_onednn)
 
 
