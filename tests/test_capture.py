@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import tests.models
+import zgraph
 from tests.models import CASES, GPT, Batch, Case
 from zgraph.capture import capture
 from zgraph.errors import CaptureError, OptimizerError
@@ -441,6 +442,20 @@ def test_attributes_that_forward_sets_are_named_in_one_warning(caplog: pytest.Lo
     captured(Careless(), torch.randn(4, 3))
     (warning,) = warnings_of(caplog)
     assert "forward sets hidden, history, late, layer.scratch, length, outputs;" in warning
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_running_statistics_in_16_bits_stay_in_16_bits(dtype: torch.dtype) -> None:
+    """torch infers float32 for them, and gives 16 bits."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)).to(dtype)
+    plain, x = copy.deepcopy(model), torch.randn(8, 5).to(dtype)
+    zgraph.compile(model, SGD(model.parameters(), lr=0.1), loss=lambda y, _: y.float().square().sum())
+    model.train_step(x)
+    plain(x)
+    for name, buffer in plain.named_buffers():
+        assert buffer.dtype == model.get_buffer(name).dtype
+        torch.testing.assert_close(model.get_buffer(name), buffer, rtol=0, atol=0, msg=name)
 
 
 def test_a_recurrent_layer_gives_its_biases_one_gradient_however_often_torch_has_seen_it() -> None:

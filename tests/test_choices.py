@@ -11,6 +11,7 @@ from torch import nn
 from zgraph.captures import Captures
 from zgraph.choices import SEARCHED, VARIED, divisors, family
 from zgraph.config import Config
+from zgraph.decision import config_of
 from zgraph.errors import OptionError
 
 
@@ -87,6 +88,12 @@ def test_milder_members_differ_in_one_step_and_come_first() -> None:
 def test_a_choice_of_the_user_that_cannot_be_is_refused() -> None:
     with pytest.raises(OptionError, match="keep_gathered"):
         family(4, 2, {"keep_gathered": True, "zero": 3, "accumulate": 1})
+
+
+def test_what_needs_micro_batches_is_checked_with_some_where_they_are_open() -> None:
+    assert config_of({"keep_gathered": True}).keep_gathered
+    with pytest.raises(OptionError, match="tile_bytes=1048576 with keep_gathered"):
+        config_of({"keep_gathered": True, "tile_bytes": 2**20})
 
 
 def test_every_variation_is_of_an_option_and_not_its_default() -> None:

@@ -17,11 +17,13 @@ from zgraph.capture import capture
 from zgraph.config import Config
 from zgraph.decision import decide
 from zgraph.errors import BudgetError, CaptureError, OptimizerError, OptionError, ZgraphError
+from zgraph.footprint import Holding, Kind
 from zgraph.lower import lower
 from zgraph.machines import preset
 from zgraph.planner import open_search
 from zgraph.predict import predict
 from zgraph.program import Mesh, Program
+from zgraph.search import Search
 from zgraph.which_hardware import find_hardware
 
 WORLD = 4
@@ -165,6 +167,34 @@ def test_micro_batches_on_which_a_model_fails_are_left_out_with_a_note() -> None
     assert "more than 1 value per channel" in str(plan.refusal())
     with pytest.raises(CaptureError, match="more than 1 value per channel"):
         zgraph.plan(Normed, torch.optim.AdamW, **given, accumulate=4)
+
+
+def test_micro_batches_are_no_way_out_where_state_alone_is_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    beside = Search.beside
+
+    def noted(search: Search, **given: Any) -> Search:
+        asked.append(given["fixed"].get("accumulate"))
+        return beside(search, **given)
+
+    monkeypatch.setattr(Search, "beside", noted)
+    given: dict[str, Any] = {"world_size": 1, "hardware": "cpu", "accumulate": 1, "zero": 0}
+    assert not planned(memory="64KiB", **given).fits
+    assert asked
+    assert None not in asked
+    asked.clear()
+    planned(memory=least_bytes(**given) - 1, **given)
+    assert None in asked
+
+
+def test_a_refusal_names_what_an_arena_keeps_for_other_calls() -> None:
+    owner = plans.owners_of([Holding("kept for other calls", Kind.UNUSED, 2**20, 0, 0)])[0]
+    assert (owner.what, owner.kind, owner.num_bytes) == ("kept for other calls", "arena, not in use", 2**20)
+    made = planned(hardware="cpu", world_size=1)
+    unused = [owner for owner in made.owners if owner.kind == Kind.UNUSED.value]
+    search, _ = open_search(Stack, torch.optim.AdamW, batch=rows(), world_size=1, hardware="cpu")
+    peak = search.in_full(search.within(2**40).choice)[1].peak  # type: ignore[union-attr]
+    assert sum(owner.num_bytes for owner in unused) == peak.peak_by_kind()[Kind.UNUSED]
 
 
 def test_a_model_that_fails_on_all_micro_batches_that_were_asked_for_says_why() -> None:
