@@ -293,6 +293,17 @@ def test_the_recorded_value_inside_a_kernel_is_checked() -> None:
         verify(program, after="Lie")
 
 
+def test_a_value_that_is_recorded_to_lie_otherwise_than_it_does_is_told_by_its_strides() -> None:
+    program = kernel_step()
+    kernel = next(node for node in program.graph.nodes if isinstance(node.target, Kernel))
+    inner = next(node for node in kernel.target.body.nodes if node.op == "call_function")
+    val = inner.meta["val"]
+    with program.fake_mode:
+        inner.meta["val"] = val.new_empty_strided(val.shape, tuple(2 * stride for stride in val.stride()))
+    with pytest.raises(VerifyError, match=r"with strides \(2,\) but gives .* with strides \(1,\)"):
+        verify(program, after="Lie")
+
+
 def test_created_state_is_as_long_as_the_layout_says() -> None:
     b = Builder()
     w = b.input(Role.PARAM, "w", shape=[3])
