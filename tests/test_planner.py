@@ -165,8 +165,9 @@ def test_micro_batches_on_which_a_model_fails_are_left_out_with_a_note() -> None
     plan = zgraph.plan(Normed, torch.optim.AdamW, **given)
     assert any(note.startswith("accumulate=4 was not considered: ") for note in plan.notes)
     assert "more than 1 value per channel" in str(plan.refusal())
-    with pytest.raises(CaptureError, match="more than 1 value per channel"):
+    with pytest.raises(CaptureError, match="more than 1 value per channel") as raised:
         zgraph.plan(Normed, torch.optim.AdamW, **given, accumulate=4)
+    assert "check that one of the 4 micro-batches of the batch works eagerly" in str(raised.value)
 
 
 def test_micro_batches_are_no_way_out_where_state_alone_is_too_much(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,7 +186,7 @@ def capture(
         except ZgraphError:
             raise
         except Exception as error:
-            raise _explain(error) from error
+            raise _explain(error, config.accumulate) from error
     if drawn:
         raise CaptureError(
             f"forward draws numbers from {' and '.join(drawn)}, which would be the same in every step",
@@ -453,7 +453,7 @@ def _weight_of(
     return value.detach().clone().reshape(()).to(loss.device, dtype)
 
 
-def _explain(error: Exception) -> CaptureError:
+def _explain(error: Exception, accumulate: int) -> CaptureError:
     where = source_of_error(error)
     if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
         operator = getattr(error, "func", "an operator")
@@ -467,10 +467,11 @@ def _explain(error: Exception) -> CaptureError:
             where=where,
             fix="use torch.where or masking instead of a Python branch or a data-dependent shape",
         )
+    called = "the same call" if accumulate == 1 else f"one of the {accumulate} micro-batches of the batch"
     return CaptureError(
         f"the training step cannot be captured: {type(error).__name__}: {first_line(error)}",
         where=where,
-        fix="check that the same call works eagerly; if it does, the operator at this line does not trace",
+        fix=f"check that {called} works eagerly; if it does, the operator at this line does not trace",
     )
 
 
