@@ -23,9 +23,8 @@ from zgraph import ops
 from zgraph.timeline import play
 
 
-def seconds(model: Any) -> tuple[float, float]:
+def seconds(runtime: Any) -> tuple[float, float]:
     """Of the profiled step of median length: of all calls, and of those that communicate."""
-    runtime = model.__dict__["_zgraph"]
     executable = runtime.last().executable
     measured = runtime.measured(executable)
     nodes = list(executable.program.graph.nodes)
@@ -61,8 +60,8 @@ def main() -> None:
             for _ in range(options.steps):
                 model.train_step(*batch)
             every: list[Any] = [None] * num_ranks
-            dist.all_gather_object(every, seconds(model))
             runtime = model.__dict__["_zgraph"]
+            dist.all_gather_object(every, seconds(runtime))
             timeline = play(runtime.last().executable.program, runtime.hardware)
             step, exposed = statistics.median(each[0] for each in every), min(each[1] for each in every)
             if rank == 0:

@@ -72,6 +72,21 @@ def test_a_product_of_a_matrix_with_itself_has_two_operands(shape: tuple[int, ..
     assert scratch.packed_bytes(product) == x.nbytes // max(shape[0], 1)
 
 
+def test_a_number_before_a_tensor_is_no_operand_that_lies_anywhere() -> None:
+    graph = fx.Graph()
+    number, x = graph.placeholder("beta"), graph.placeholder("x")
+    number.meta["val"], x.meta["val"] = 0.9, X
+    power = graph.call_function(aten.pow.Scalar, (number, x))
+    assert scratch.work_bytes(power) == 0
+
+
+def test_what_a_comparison_is_stored_over_is_no_operand() -> None:
+    graph = fx.Graph()
+    x, y, out = (graph.placeholder(name) for name in ("x", "y", "out"))
+    x.meta["val"], y.meta["val"], out.meta["val"] = X, X, X > 0
+    assert scratch.work_bytes(graph.call_function(aten.gt.Tensor_out, (x, y), {"out": out})) == 0
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16, F16, F64], ids=str)
 def test_no_images_take_nothing(dtype: torch.dtype) -> None:
     none, weight = torch.empty(0, 4, 8, 8, dtype=dtype), torch.empty(4, 4, 3, 3, dtype=dtype)

@@ -87,13 +87,12 @@ def _join_bias_gradients(graph: fx.Graph) -> None:
     Traced, it has one name or two, by whether torch has seen the like of the layer before.
     """
     for node in graph.find_nodes(op="call_function", target=aten.mkldnn_rnn_layer_backward.default):
-        first, *others = [user for user in node.users if user.args[1] in (3, 4)] or [None]
-        if first is None:
-            continue
-        first.args = (node, 3)
-        for other in others:
-            other.replace_all_uses_with(first)
-            graph.erase_node(other)
+        alike = [user for user in node.users if user.args[1] in (3, 4)]
+        for user in alike[:1]:
+            user.args = (node, 3)
+        for user in alike[1:]:
+            user.replace_all_uses_with(alike[0])
+            graph.erase_node(user)
 
 
 def own_memory_by_place(graph: fx.Graph, mode: FakeTensorMode) -> None:

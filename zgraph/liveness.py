@@ -264,8 +264,8 @@ def _allocated(node: fx.Node, unpacked: Collection[Any]) -> int:
         return 0
     val = node.meta.get("val")  # a gradient that an operator does not give has none
     if not isinstance(val, (tuple, list)):
-        is_part = node.target is operator.getitem
-        return own_bytes(val) + (kept_bytes(operand(node), node.args[1]) if is_part else kept_bytes(node))  # type: ignore[arg-type]
+        call, index = (operand(node), node.args[1]) if node.target is operator.getitem else (node, None)
+        return own_bytes(val) + kept_bytes(call, index)  # type: ignore[arg-type]
     if ops.is_view(node.target):
         return 0
     writes = getattr(node.target, "writes", (None,) * len(val))

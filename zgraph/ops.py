@@ -368,6 +368,20 @@ def _allocating(target: torch._ops.OpOverload) -> torch._ops.OpOverload:
     return target
 
 
+def inferring(target: Any) -> Any:
+    """What tells the form of a call's result by those of its arguments: the operator itself, but where it is wrong."""
+    return getattr(target, "infer", _INFERRED.get(target, target))
+
+
+def _batch_norm(*args: Any, **kwargs: Any) -> Any:
+    """Of statistics in 16 bits torch infers float32, where the operator gives 16 bits."""
+    found = aten._native_batch_norm_legit_functional.default(*args, **kwargs)
+    return (*found[:3], *(new.to(old.dtype) for new, old in zip(found[3:], args[3:5], strict=True)))
+
+
+_INFERRED = {aten._native_batch_norm_legit_functional.default: _batch_norm}
+
+
 def may_overwrite(node: fx.Node) -> bool:
     """Whether a call may store its result in an operand's memory, of the result's form, bit for bit as elsewhere.
 

@@ -230,15 +230,6 @@ class Weighed:
         return self.kernel_s + self.compiling_s < self.calls_s
 
 
-def _batch_norm(*args: Any, **kwargs: Any) -> Any:
-    """Of statistics in 16 bits torch infers float32, where the operator gives 16 bits."""
-    found = torch.ops.aten._native_batch_norm_legit_functional.default(*args, **kwargs)
-    return (*found[:3], *(new.to(old.dtype) for new, old in zip(found[3:], args[3:5], strict=True)))
-
-
-_INFERRED = {torch.ops.aten._native_batch_norm_legit_functional.default: _batch_norm}
-
-
 @dataclass
 class Program:
     """A training step.
@@ -410,7 +401,7 @@ class Program:
             assert callable(target), target
             try:
                 with self.fake_mode, torch.no_grad(), without_log():
-                    self._inferred[key] = getattr(target, "infer", _INFERRED.get(target, target))(*args, **kwargs)
+                    self._inferred[key] = ops.inferring(target)(*args, **kwargs)
             except Exception as error:
                 reason = first_line(error) or type(error).__name__
                 what = f"{node.name} ({target_name(node.target)}) cannot take its arguments: {reason}"

@@ -527,10 +527,10 @@ class Runtime:
             flat = [pytree.tree_flatten(call) for call in calls]
             facts = [([fact_of(leaf) for leaf in leaves], spec) for leaves, spec in flat]
             batch = repr(facts)
-            told = "; ".join(in_names(call, each) for call, (each, _) in zip(calls, facts, strict=True))
         except Exception:  # noqa: BLE001 -- the step meets it again, and tells the other ranks
             return
         if batch not in self._decided:
+            told = "; ".join(in_names(call, each) for call, (each, _) in zip(calls, facts, strict=True))
             self.agreement.check("model.train_step() with a batch unlike those before", {"the batch": told})
             largest = max(calls, key=_num_elements)
             self._agree_on_machine(largest)

@@ -47,7 +47,7 @@ def packed_bytes(node: fx.Node) -> int:
     So may convolutions that PyTorch makes of products (``convolution_bytes``); 0 for other calls.
     """
     if _operator(node) in _CONVOLUTIONS:
-        images, made = (_val(node, 1), _val(node)) if len(node.args) > _FORWARD else (_val(node), node.meta["val"])
+        images, _, made, _ = _convolved(node)
         return 0 if _is_of_onednn(images) else max(_dense(images), _dense(made)) // max(images.shape[0], 1)
     index = _SECOND.get(_operator(node))
     if index is None:
@@ -67,8 +67,14 @@ def _operator(node: fx.Node) -> Any:
     return getattr(node.target, "overloadpacket", None)
 
 
+def _operands(node: fx.Node) -> list[torch.Tensor]:
+    """Tensors among a call's positional arguments: not what it is given to store over."""
+    vals = [arg.meta["val"] for arg in node.args if isinstance(arg, fx.Node)]
+    return [val for val in vals if isinstance(val, torch.Tensor)]
+
+
 def _is_on_cpu(node: fx.Node) -> bool:
-    return all(source.meta["val"].device.type == "cpu" for source in node.all_input_nodes[:1])
+    return all(val.device.type == "cpu" for val in _operands(node))
 
 
 def _works(*operators: Any) -> Callable[[_Rule], _Rule]:
@@ -112,12 +118,11 @@ _AS_THEY_ARE = (aten._to_copy, aten.copy, aten.copy_, aten.where, aten.masked_fi
 
 def _promoted(node: fx.Node) -> int:
     """Copies of operands that are computed with in the dtype of others."""
-    vals = [val for source in node.all_input_nodes if isinstance(val := source.meta["val"], torch.Tensor)]
-    dtypes = {val.dtype for val in vals if val.dim()}
-    if len(dtypes) == 1 or not dtypes:
+    vals = [val for val in _operands(node) if val.dim()]
+    if not vals:
         return 0
-    common = reduce(torch.promote_types, dtypes)
-    return sum(val.numel() * common.itemsize for val in vals if val.dim() and val.dtype != common)
+    common = reduce(torch.promote_types, (val.dtype for val in vals))
+    return sum(val.numel() * common.itemsize for val in vals if val.dtype != common)
 
 
 def _cast(node: fx.Node) -> int:
@@ -212,8 +217,6 @@ _SECOND = {aten.mm: 1, aten.addmm: 2, aten.bmm: 1, aten.baddbmm: 2}
 
 
 _CONVOLUTIONS = (aten.convolution, aten.convolution_backward)
-_FORWARD = 9
-"""Arguments of a convolution; its gradient has more."""
 
 
 def _is_of_onednn(images: torch.Tensor) -> bool:
@@ -221,16 +224,18 @@ def _is_of_onednn(images: torch.Tensor) -> bool:
     return images.dtype in (torch.float32, torch.bfloat16)
 
 
-@_works(aten.convolution)
+def _convolved(node: fx.Node) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[Any, ...]]:
+    """Images, weight, what forward makes of them, and the arguments that say how."""
+    if _operator(node) is aten.convolution_backward:
+        return _val(node, 1), _val(node, 2), _val(node), node.args[4:]
+    return _val(node), _val(node, 1), node.meta["val"], node.args[3:]
+
+
+@_works(*_CONVOLUTIONS)
 def _convolution(node: fx.Node) -> int:
-    how: Any = node.args[3:]
-    return convolution_bytes(_val(node), _val(node, 1), node.meta["val"], *how[:4], groups=how[5])
-
-
-@_works(aten.convolution_backward)
-def _convolution_backward(node: fx.Node) -> int:
-    how: Any = node.args[4:]
-    return convolution_bytes(_val(node, 1), _val(node, 2), _val(node), *how[:4], groups=how[5], is_backward=True)
+    images, weight, made, how = _convolved(node)
+    is_backward = _operator(node) is aten.convolution_backward
+    return convolution_bytes(images, weight, made, *how[:4], groups=how[5], is_backward=is_backward)
 
 
 def convolution_bytes(

@@ -318,8 +318,8 @@ class Search:
     def _skip(self, choice: Choice, error: OptionError | CaptureError) -> None:
         """Leave out what the model cannot do, unless the user asked for it."""
         names = CHAINED if isinstance(error, OptionError) else (ACCUMULATE,)
-        default, config = Config(), choice.config
-        asked = [n for n in names if getattr(config, n) not in (getattr(default, n), self.fixed.get(n))]
+        config = choice.config
+        asked = [n for n in names if getattr(config, n) not in (getattr(Config, n), self.fixed.get(n))]
         if not asked:
             raise error
         self.tried[choice], self._refused = None, self._refused or error
@@ -356,10 +356,26 @@ class Search:
     def least_bytes(self, choice: Choice) -> int:
         """Bytes that a rank holds at least where forward ends, without passes that shard."""
         config = choice.config
+        may_go = isinstance(config.recompute, float) or "activations" in (config.offload or ())
+        return self._on_rank(choice, activations=not may_go)
+
+    def state_bytes(self, choice: Choice) -> int:
+        """Bytes that a rank holds there of state and gradients alone."""
+        return self._on_rank(choice, activations=False)
+
+    def _on_rank(self, choice: Choice, *, activations: bool) -> int:
+        config = choice.config
+        held, divided_over = self._held_of(choice), config.mesh(self.world).shard_size
+        if not held:
+            return 0
+        return int(self._extended([each.on_rank(config.zero, divided_over, activations) for each in held]))
+
+    def _held_of(self, choice: Choice) -> tuple[_Held, ...]:
+        """Of one rank that has everything, for each number of blocks; nothing where the model cannot do it."""
         sharding = ("bucket_bytes", "in_flight", "keep_gathered", MEMORY_FIRST, "shard_size", "tile_bytes", "unshard")
-        before = replace(config, zero=0, **{name: getattr(Config, name) for name in sharding})
-        chosen_late = isinstance(config.recompute, float)  # by all passes together
-        before = replace(before, recompute=None) if chosen_late else before
+        before = replace(choice.config, zero=0, **{name: getattr(Config, name) for name in sharding})
+        if isinstance(before.recompute, float):  # chosen late, by all passes together
+            before = replace(before, recompute=None)
         if isinstance(before.offload, dict):
             state = {what: tier for what, tier in before.offload.items() if what != "activations"}
             before = replace(before, offload=state or None)
@@ -373,20 +389,7 @@ class Search:
             except (OptionError, CaptureError) as error:
                 self._held[before] = ()
                 self._skip(choice, error)
-        may_go = chosen_late or "activations" in (config.offload or ())
-        return self._on_rank(self._held[before], config, activations=not may_go)
-
-    def state_bytes(self, choice: Choice) -> int:
-        """Bytes of state that a rank holds with a choice that was estimated, whatever is computed."""
-        config = choice.config
-        found = [held for before, held in self._held.items() if (before.offload is None) == (config.offload is None)]
-        return min((self._on_rank(held, config, activations=False) for held in found), default=0)
-
-    def _on_rank(self, held: Sequence[_Held], config: Config, *, activations: bool) -> int:
-        if not held:
-            return 0
-        divided_over = config.mesh(self.world).shard_size
-        return int(self._extended([each.on_rank(config.zero, divided_over, activations) for each in held]))
+        return self._held[before]
 
     def _recomputed(self, captured: Program, config: Config) -> Program:
         """The step after the passes that change what it computes, before those that divide it."""
