@@ -10,12 +10,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 from xml.etree import ElementTree as ET
 
 import pytest
 import torch
+from torch import fx
 
 from tests.scripts import BENCHMARKS, scripts
+from zgraph import ops
+from zgraph.stopwatch import Measured
 
 
 @pytest.fixture(scope="module")
@@ -329,6 +333,21 @@ def test_what_is_done_in_one_call_is_timed_beside_several(
         torch.set_num_threads(threads)
     rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if "ms" in line]
     assert set(rows) == {"quantize", "dequantize", "mean of two", "pack", "unpack", "8 x 5"}
+
+
+def test_what_is_exposed_is_what_collectives_and_their_waits_take(bench: dict[str, ModuleType]) -> None:
+    """A product of 1 s, a gather of 2, its wait of 3 and a product of 1, behind a placeholder, which takes none."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    calls = [
+        graph.call_function(target, args)
+        for target, args in ((torch.mm, (x, x)), (ops.all_gather, (x, 2, "data")), (ops.wait, (x,)), (torch.mm, (x, x)))
+    ]
+    measured = Measured(tuple(range(1, 1 + len(calls))), (1.0, 3.0, 6.0, 7.0), (7.0,))
+    runtime = mock.Mock()
+    runtime.last().executable.program.graph = graph
+    runtime.measured.return_value = measured
+    assert bench["exposed"].seconds(runtime) == (7.0, 5.0)
 
 
 @pytest.mark.slow

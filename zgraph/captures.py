@@ -28,9 +28,9 @@ SIZES = (KEPT, KEPT + 2)
 """Numbers of blocks that stand for a model with more of them."""
 
 FEW = 16
-"""Blocks of a model that is estimated as it is. That takes up to 1.7 times as long as to estimate two smaller ones (12
-and 7 s for a mixer of 16 blocks), but where a bucket holds several blocks, few of these do not tell how the whole
-model's lie in theirs."""
+"""Blocks of a model that is estimated as it is. To plan the mixer of ``benchmarks/budget.py`` with 16 of them takes up
+to 1.7 times as long as with two smaller ones instead, but where a bucket holds several blocks, few of these do not tell
+how the whole model's lie in theirs."""
 
 
 class Captures:
