@@ -7,7 +7,7 @@
 
 Budgets go from what the fastest choice takes down to what the smallest takes, and one below, which has to be refused.
 Each is trained with in processes of its own; bytes are the largest that a rank allocated in a step above its imports,
-with all that Python holds (``benchmarks/memory.py``). Then steps take turns with PyTorch's own on each rank alone,
+and those that were resident (``benchmarks/memory.py``). Then steps take turns with PyTorch's own on each rank alone,
 whose time is the unit: what else the machine does takes as much from both. The exit status is 1 if a step took more
 than its budget, or if the predicted step got faster with less memory.
 """
@@ -159,6 +159,7 @@ class Row:
         predicted_bytes, predicted_s: of zgraph's plan.
         options: that zgraph chose.
         live_bytes: the most that a rank allocated in a step; None if it was refused.
+        resident_bytes: the most that was resident of one.
         step_s: the median.
         alone_s: the median of PyTorch's own step on each rank alone, in turns with it.
         problem: why it did not train.
@@ -171,6 +172,7 @@ class Row:
     predicted_s: float | None = None
     options: str = ""
     live_bytes: int | None = None
+    resident_bytes: int | None = None
     step_s: float | None = None
     alone_s: float | None = None
     problem: str = ""
@@ -227,8 +229,10 @@ def serve(name: str, way: str, rank: int, store: str) -> None:
         meter.restart_peaks()
         for _ in range(2):
             step().item()
-        most = torch.tensor(meter.read().live_peak_bytes)
+        held = meter.read()
+        most = torch.tensor([held.live_peak_bytes, held.resident_peak_bytes])
         dist.all_reduce(most, dist.ReduceOp.MAX)
+        live_bytes, resident_bytes = most.tolist()
         alone, _ = _training(name, "alone", rank)
         alone()
         seconds: dict[Callable[[], Tensor], list[float]] = {step: [], alone: []}
@@ -239,7 +243,7 @@ def serve(name: str, way: str, rank: int, store: str) -> None:
                 each().item()
                 taken.append(time.perf_counter() - start)
         step_s, alone_s = map(statistics.median, seconds.values())
-        row = {"live_bytes": int(most), "step_s": step_s, "alone_s": alone_s}
+        row = {"live_bytes": live_bytes, "resident_bytes": resident_bytes, "step_s": step_s, "alone_s": alone_s}
         plan = plan_of()
         if plan is not None:
             options = ", ".join(f"{key}={value!r}" for key, value in plan.options.items())
@@ -340,15 +344,15 @@ def as_markdown(rows: list[Row]) -> str:
     lines = []
     for model in dict.fromkeys(row.model for row in rows):
         of_model = [row for row in rows if row.model == model]
-        lines += [f"### {model}", "", "| way | budget | predicted | measured | step | options |"]
-        lines.append("| --- | --- | --- | --- | --- | --- |")
+        lines += [f"### {model}", "", "| way | budget | predicted | resident | allocated | step | options |"]
+        lines.append("| --- | --- | --- | --- | --- | --- | --- |")
         for row in of_model:
             way = "zgraph" if row.budget_bytes is not None else row.way
             ratio = f"{row.step_s / row.alone_s:.2f}" if row.step_s and row.alone_s else "refused"
             if row.problem and not row.problem.startswith("no options fit"):
                 ratio = "fails"
-            cells = [way, bytes_of(row.budget_bytes), bytes_of(row.predicted_bytes), bytes_of(row.live_bytes), ratio]
-            lines.append(f"| {' | '.join([*cells, row.options])} |")
+            measured = (row.budget_bytes, row.predicted_bytes, row.resident_bytes, row.live_bytes)
+            lines.append(f"| {' | '.join([way, *map(bytes_of, measured), ratio, row.options])} |")
         lines.append("")
     return "\n".join(lines).rstrip()
 

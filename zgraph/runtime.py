@@ -30,6 +30,7 @@ from zgraph.batches import Call, MicroBatches, micro_batches, tensors_of, with_t
 from zgraph.budget import Budget, free_bytes
 from zgraph.capture import batch_device, capture
 from zgraph.captures import Captures
+from zgraph.child import in_child
 from zgraph.choices import ACCUMULATE, STORED, searched
 from zgraph.codegen import quantizers
 from zgraph.codegen.emit import emit
@@ -548,7 +549,9 @@ class Runtime:
                 phases.shown("options chosen", self.model, is_first=is_first, asked=self.progress),
                 phases.phase("search"),
             ):
-                chosen = self.agreement.of_first(partial(self._choose, budget, call, self.hardware))
+                choose = partial(self._choose, budget, call, self.hardware)
+                on_cpu = self.hardware.device_type == "cpu"
+                chosen = self.agreement.of_first(partial(in_child, choose) if on_cpu else choose)
             plan = Plan.from_json(chosen)
             if not plan.fits:
                 raise plan.refusal()
