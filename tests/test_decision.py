@@ -1,0 +1,81 @@
+"""What a budget decides: a step that keeps to it, or a refusal that nothing there is would have made unnecessary."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.programs import few_examples, network
+from tests.test_frontier import every_choice
+from tests.test_recomputation import LAYERS, Case
+from tests.test_search import search
+from zgraph.config import Config
+from zgraph.decision import decide
+from zgraph.errors import OptionError
+from zgraph.footprint import footprint
+from zgraph.lower import lower
+from zgraph.machines import preset
+from zgraph.predict import predict
+from zgraph.program import Program
+
+H100 = preset("H100")
+
+
+def every_step(captured: Program, world: int) -> list[tuple[int, int]]:
+    """Reserved and live bytes of the family's members, each worked out alone, in both orders of computing."""
+    found = []
+    for choice, memory_first in itertools.product(search(captured, world).members, [False, True]):
+        config = replace(choice.config, memory_first=memory_first)
+        try:
+            lowered = lower(captured, config, config.mesh(world), None, (), hardware=H100, prove=False)
+        except OptionError:
+            continue  # nothing to recompute
+        made = predict(lowered, H100)
+        found.append((made.reserved_bytes, made.peak_bytes))
+    return found
+
+
+def least_of_all_subsets(captured: Program, world: int) -> tuple[int, int]:
+    """Live bytes at least, of any activations that are computed again, and with all of them kept."""
+    found = []
+    for zero in range(4):
+        profile = Case(captured, Config(zero), world).profile
+        if len(profile.candidates) <= 7:
+            found.append((every_choice(profile)[-1].peak_bytes, profile.kept.peak_bytes))
+    return min(found, default=(0, 0))
+
+
+@pytest.mark.slow
+@given(LAYERS, st.sampled_from([(4, 4), (4096, 1024), (65536, 256)]), st.sampled_from([1, 2, 4]), st.floats(-0.1, 1.1))
+@few_examples(6)
+def test_a_budget_is_kept_or_its_refusal_is_justified(
+    layers: list[tuple[str, int]], size: tuple[int, int], world: int, part: float
+) -> None:
+    captured = network(layers, rows=size[0], width=size[1], dtype=torch.float32)
+    steps = every_step(captured, world)
+    least, most = min(steps)[0], max(steps)[0]
+    budget = int(least + part * (most - least))
+    of = search(captured, world)
+    plan = decide(of, budget)
+    if plan.fits:
+        config = Config.from_options(dict(plan.options))
+        lowered = lower(captured, config, config.mesh(world), None, (), hardware=H100)
+        assert footprint(lowered.last, staged=False).peak_bytes == plan.chosen.peak_bytes <= plan.chosen.reserved_bytes
+        assert predict(lowered, H100).reserved_bytes <= budget
+        return
+    assert budget < least
+    lowest, kept = least_of_all_subsets(captured, world)
+    assert budget < lowest + (kept - lowest) / 3
+    refusal = plan.refusal()
+    assert sum(owner.num_bytes for owner in plan.owners) > budget
+    for way in plan.ways_out:
+        assert way.reserved_bytes <= budget or "memory=" in way.change
+    assert str(refusal)
+
+
