@@ -88,19 +88,23 @@ class FuseRegions(Pass):
         bound = int(max(plain.held) * (1 + MORE))
         position = {node: index for index, node in enumerate(program.graph.nodes)}
         weighed: dict[int, Weighed] = {}  # by where the last of its calls is
+        most_guilty = 1  # and twice as many each time: of a recurrent layer, each step may have one
         while found:
             trial = program.clone()
             twins = dict(zip(program.graph.nodes, trial.graph.nodes, strict=True))
             calls = _fuse(trial, [_twin(group, twins) for group in found], compiler)
             fused = self._lowered(trial)
-            guilty = _guilty(fused, calls, bound)
+            guilty = _guilty(fused, calls, bound, most_guilty)
             compiling_s = _compiling_s(calls)
             verdicts = [
                 replace(self._verdict(group, plain, call, fused), compiling_s=compiling_s[call])
                 for group, call in zip(found, calls, strict=True)
             ]
-            if guilty is not None and all(verdict.is_kernel for verdict in verdicts):
-                verdicts[guilty] = replace(verdicts[guilty], raises_peak_by=max(fused.held) - max(plain.held))
+            if guilty and all(verdict.is_kernel for verdict in verdicts):
+                raised_by = max(fused.held) - max(plain.held)
+                for index in guilty:
+                    verdicts[index] = replace(verdicts[index], raises_peak_by=raised_by)
+                most_guilty *= 2
             refused = [(g, v) for g, v in zip(found, verdicts, strict=True) if not v.is_kernel]
             for group, verdict in refused:
                 weighed[position[group.nodes[-1]]] = replace(verdict, name=verdict.name.rpartition("_")[0])
@@ -150,19 +154,28 @@ class _Lowered:
         self.held = held_bytes(self.lives, len(program.graph.nodes))
 
 
-def _guilty(lowered: _Lowered, calls: list[fx.Node], bound: int) -> int | None:
-    """Of the regions, by index, the one that holds most where more is held than the bound; None if nowhere is."""
-    if max(lowered.held) <= bound:
-        return None
-    at, owner = lowered.held.index(max(lowered.held)), owners(lowered.program)
-    alive = {life.node: life.num_bytes for life in lowered.lives if life.first <= at <= life.last}
+def _guilty(lowered: _Lowered, calls: Sequence[fx.Node], bound: int, most: int) -> set[int]:
+    """Regions, by index, that hold most where more is held than the bound.
 
-    def bytes_of(index: int) -> int:
-        call = lowered.twins[calls[index]]
-        touched = {owner[source] for source in (call, *call.all_input_nodes, *call.users)}
-        return sum(alive.get(memory, 0) for memory in touched)
-
-    return max(range(len(calls)), key=bytes_of)
+    Args:
+        lowered: the program with them.
+        calls: of the regions.
+        bound: bytes.
+        most: how many of those that hold something at the peak; and as many of each place where none of these does.
+    """
+    owner, lives = owners(lowered.program), {life.node: life for life in lowered.lives}
+    touched = []
+    for call in map(lowered.twins.__getitem__, calls):
+        memories = {owner[node] for node in (call, *call.all_input_nodes, *call.users)}
+        touched.append([lives[memory] for memory in memories if memory in lives])
+    found: set[int] = set()
+    over = [at for at, num_bytes in enumerate(lowered.held) if num_bytes > bound]
+    for at in sorted(over, key=lowered.held.__getitem__, reverse=True):
+        held = [sum(life.num_bytes for life in each if life.first <= at <= life.last) for each in touched]
+        holding = [index for index, num_bytes in enumerate(held) if num_bytes]
+        if found.isdisjoint(holding):
+            found.update(sorted(holding or range(len(calls)), key=held.__getitem__, reverse=True)[:most])
+    return found
 
 
 def _compiling_s(calls: Sequence[fx.Node]) -> dict[fx.Node, float]:

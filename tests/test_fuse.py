@@ -70,7 +70,7 @@ def normalised() -> Program:
 
 def test_what_feeds_each_other_is_one_kernel_until_a_matrix_product() -> None:
     # In a step this small every tensor is a part of the peak.
-    with mock.patch.object(fuse, "_guilty", return_value=None):
+    with mock.patch.object(fuse, "_guilty", return_value=set()):
         found = regions(lowered(normalised()))
     assert_expected_inline(
         "\n".join(found).replace("; ", "\n    "),
@@ -189,7 +189,7 @@ def test_what_only_backward_needs_is_not_computed_in_forward() -> None:
     gradient = b.backward(aten.mm.default, b.backward(aten.mul.Tensor, x, 2.0), y)
     size = b.call(Phase.UPDATE, aten.mul.Tensor, gradient, lr, module="w")
     captured = b.finish({None: loss, param("w"): b.call(Phase.UPDATE, aten.sub.Tensor, w, size, module="w")})
-    with mock.patch.object(fuse, "_guilty", return_value=None):
+    with mock.patch.object(fuse, "_guilty", return_value=set()):
         (found,) = regions(lowered(captured))
     assert "neg" in found
     assert "mul" not in found
@@ -211,8 +211,33 @@ def test_a_fusion_that_would_hold_more_is_undone() -> None:
     assert not any("mul" in text and "sum" in text and text.count("mul") > 1 for text in regions(lowered(captured)))
     refused = [each for each in lowered(captured).weighed if not each.is_kernel]
     assert [each.raises_peak_by > 0 for each in refused] == [True] * len(refused) != []
-    with mock.patch.object(fuse, "_guilty", return_value=None):
+    with mock.patch.object(fuse, "_guilty", return_value=set()):
         assert any(text.count("aten.mul") > 1 for text in regions(lowered(captured)))
+
+
+class Recurrent(nn.Module):
+    """So many steps of a small cell, each of whose results backward reads."""
+
+    def __init__(self, num_steps: int) -> None:
+        super().__init__()
+        self.cell, self.num_steps = nn.GRUCell(8, 8), num_steps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        state = x
+        for _ in range(self.num_steps):
+            state = self.cell(x, state)
+        return state.square().mean()
+
+
+def test_regions_of_a_recurrent_layer_are_weighed_a_few_times() -> None:
+    """Not once for each of its steps."""
+    model = Recurrent(24)
+    rounds = mock.Mock(wraps=fuse.groups)
+    with mock.patch.object(fuse, "groups", rounds):
+        compiled = zgraph.compile(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), kernels="zgraph")
+        compiled.train_step(torch.randn(4, 8))
+    assert sum("raise the peak" in each.why for each in compiled.kernels()) > 10
+    assert rounds.call_count <= 10
 
 
 def test_no_collective_starts_after_more_calls_than_it_did() -> None:

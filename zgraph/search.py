@@ -196,7 +196,7 @@ class Search:
         """
         best: Tried | None = None
         for choice in sorted(self.members, key=lambda choice: (self.least_bytes(choice), choice.depth)):
-            if best is not None and self.least_bytes(choice) > best.estimate.peak_bytes and not self._size(best)[0]:
+            if best is not None and (0, self.least_bytes(choice)) > self._size(best)[:2]:
                 break
             if self._further(choice) is not None:
                 continue
@@ -213,7 +213,9 @@ class Search:
     def _size(self, tried: Tried) -> tuple[int, int, float, int]:
         """What is less: bytes, those that the host lacks before all, then seconds, then what is asked for on top."""
         estimate = tried.estimate
-        return self.too_much_on_host(estimate), estimate.peak_bytes, estimate.step_s, tried.choice.depth
+        alike = self._on_cpu or len(self.captures.sizes) == 1  # or else some have been worked out in full, and some not
+        num_bytes = estimate.reserved_bytes if alike else estimate.peak_bytes
+        return self.too_much_on_host(estimate), num_bytes, estimate.step_s, tried.choice.depth
 
     def ordered(self, tried: Tried) -> Tried | None:
         """The same choice in the order of computing that takes least memory; None if the user has said which order."""
