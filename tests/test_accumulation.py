@@ -366,6 +366,8 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "another number": ((MicroBatches([(), ()]),), r"was given 2 micro-batches, but accumulate=3"),
     "no batch": ((MicroBatches([(), (), 5]),), "micro-batch 2 is a int"),
     "a sparse tensor": ((torch.zeros(6).to_sparse(),), "or sparse"),
+    "no rows": ((torch.zeros(0, 4), torch.zeros(0)), "the batch has no rows"),
+    "no rows of one": ((MicroBatches([(), (torch.zeros(0),), ()]),), "micro-batch 1 has no rows"),
 }
 
 
@@ -374,6 +376,11 @@ def test_a_batch_that_does_not_divide_is_refused(args: tuple[tuple[Any, ...], st
     given_, reason = args
     with pytest.raises(ZgraphError, match=reason):
         micro_batches(given_, {}, 3)
+
+
+def test_some_tensors_of_a_batch_may_have_no_rows() -> None:
+    x, boxes = torch.zeros(2, 4), torch.zeros(0, 4)
+    assert micro_batches((x,), {"boxes": boxes}, 1) == [((x,), {"boxes": boxes})]
 
 
 def test_micro_batches_may_come_from_a_generator_but_not_from_anything() -> None:

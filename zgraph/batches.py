@@ -45,7 +45,7 @@ def micro_batches(args: tuple[Any, ...], kwargs: dict[str, Any], num: int) -> li
         num: how many micro-batches a step has.
 
     Raises:
-        ZgraphError: there are more or fewer, or the batch does not divide.
+        ZgraphError: there are more or fewer, or the batch does not divide, or none of its tensors has a row.
     """
     if len(args) == 1 and not kwargs and isinstance(args[0], MicroBatches):
         batches = args[0].batches
@@ -54,12 +54,22 @@ def micro_batches(args: tuple[Any, ...], kwargs: dict[str, Any], num: int) -> li
                 f"train_step was given {len(batches)} micro-batches, but accumulate={num}",
                 fix=f"give {num} of them, or compile with accumulate={len(batches)}",
             )
-        return [call_of(batch, f"micro-batch {i}") for i, batch in enumerate(batches)]
+        calls = [call_of(batch, f"micro-batch {i}") for i, batch in enumerate(batches)]
+        for i, call in enumerate(calls):
+            _check_rows(call, f"micro-batch {i}")
+        return calls
+    _check_rows((args, kwargs), "the batch")
     fix = (
         f"give a batch of as many rows as accumulate={num} divides, or train_step a zgraph.MicroBatches, which says "
         "what belongs to each micro-batch"
     )
     return divided(args, kwargs, num, "micro-batches", fix)
+
+
+def _check_rows(call: Call, whose: str) -> None:
+    tensors = tensors_of(call)
+    if tensors and all(_length(tensor) == 0 for tensor in tensors):
+        raise ZgraphError(f"{whose} has no rows", fix="leave it out: a mean over no rows is not a number")
 
 
 def divided(

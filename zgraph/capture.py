@@ -468,10 +468,11 @@ def _explain(error: Exception, accumulate: int) -> CaptureError:
             fix="use torch.where or masking instead of a Python branch or a data-dependent shape",
         )
     called = "the same call" if accumulate == 1 else f"one of the {accumulate} micro-batches of the batch"
+    advice = "the operator at this line does not trace" if where else "it uses an operator that does not trace"
     return CaptureError(
         f"the training step cannot be captured: {type(error).__name__}: {first_line(error)}",
         where=where,
-        fix=f"check that {called} works eagerly; if it does, the operator at this line does not trace",
+        fix=f"check that {called} works eagerly; if it does, {advice}",
     )
 
 
