@@ -36,7 +36,7 @@ from zgraph.codegen import quantizers
 from zgraph.codegen.emit import emit
 from zgraph.codegen.kernel import Kernel
 from zgraph.codegen.quantizers import IN_ONE_PASS
-from zgraph.collector import collect_garbage
+from zgraph.collector import collect_garbage, only_new_objects
 from zgraph.comm import Comm
 from zgraph.compile_times import CAPTURE
 from zgraph.config import Config, check_numbers
@@ -308,7 +308,8 @@ class Runtime:
 
     def _compile(self, key: str, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout | None) -> Compiled:
         is_first = self._last is None
-        with Phases().shown("compiled", self.model, is_first=is_first, asked=self.progress) as phases:
+        shown = Phases().shown("compiled", self.model, is_first=is_first, asked=self.progress)
+        with shown as phases, only_new_objects():
             return self._compile_in(phases, key, args, kwargs, layout)
 
     def _compile_in(
@@ -332,6 +333,7 @@ class Runtime:
                     hardware=self.hardware,
                     watch=phases.watch,
                 )
+            collect_garbage(lowered.last.graph)
             phases.divide(lowered.records)
             self._warn_if_not_tiled(lowered)
             digest = lowered.digest()
