@@ -36,7 +36,7 @@ demo: $(VENV)/package
 	$(BIN)/zgraph demo
 
 test: $(VENV)/for-test
-	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -m "not nightly" -n 2 --dist loadfile --ignore tests/distributed
+	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -m "not nightly" -n 2 --dist loadfile --durations 25 --ignore tests/distributed
 	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -m "not nightly" tests/distributed  # each of these uses both cores
 
 quick: $(VENV)/for-test
