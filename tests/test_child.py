@@ -101,6 +101,26 @@ def test_an_interrupt_ends_the_child() -> None:
     assert told == "interrupted, and no child left\n"
 
 
+def test_handlers_of_signals_run_once() -> None:
+    """A batch system may signal all processes of a job."""
+    told = _run("""
+        import os, signal
+        from zgraph.child import in_child
+
+        signal.signal(signal.SIGTERM, lambda *_: print("saved", flush=True))
+        parent = os.getpid()
+
+        def make():
+            if os.getpid() != parent:
+                os.kill(parent, signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return "made here"
+
+        print(in_child(make))
+    """)
+    assert told == "saved\nmade here\n"
+
+
 def test_what_was_written_is_written_once_and_in_order() -> None:
     told = _run("""
         from zgraph.child import in_child

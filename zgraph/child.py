@@ -55,6 +55,9 @@ def _start(told: int, make: Callable[[], str]) -> int:
         return process
     try:
         gc.freeze()  # nothing of the parent's is torn down twice
+        for number in signal.valid_signals():  # nor does a handler of its own save anything twice
+            if callable(signal.getsignal(number)):
+                signal.signal(number, signal.SIG_DFL)
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         torch.set_num_threads(1)  # those of OpenMP were not copied
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # a display of the parent's may hold a lock
