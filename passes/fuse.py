@@ -88,13 +88,13 @@ class FuseRegions(Pass):
         bound = int(max(plain.held) * (1 + MORE))
         position = {node: index for index, node in enumerate(program.graph.nodes)}
         weighed: dict[int, Weighed] = {}  # by where the last of its calls is
-        most_guilty = 1  # and twice as many each time: of a recurrent layer, each step may have one
+        part = 1  # and half of it each time: of a recurrent layer, each step may have a region that adds little
         while found:
             trial = program.clone()
             twins = dict(zip(program.graph.nodes, trial.graph.nodes, strict=True))
             calls = _fuse(trial, [_twin(group, twins) for group in found], compiler)
             fused = self._lowered(trial)
-            guilty = _guilty(fused, calls, bound, most_guilty)
+            guilty = _guilty(fused, calls, bound, part)
             compiling_s = _compiling_s(calls)
             verdicts = [
                 replace(self._verdict(group, plain, call, fused), compiling_s=compiling_s[call])
@@ -104,7 +104,7 @@ class FuseRegions(Pass):
                 raised_by = max(fused.held) - max(plain.held)
                 for index in guilty:
                     verdicts[index] = replace(verdicts[index], raises_peak_by=raised_by)
-                most_guilty *= 2
+                part *= 2
             refused = [(g, v) for g, v in zip(found, verdicts, strict=True) if not v.is_kernel]
             for group, verdict in refused:
                 weighed[position[group.nodes[-1]]] = replace(verdict, name=verdict.name.rpartition("_")[0])
@@ -154,27 +154,38 @@ class _Lowered:
         self.held = held_bytes(self.lives, len(program.graph.nodes))
 
 
-def _guilty(lowered: _Lowered, calls: Sequence[fx.Node], bound: int, most: int) -> set[int]:
+def _guilty(lowered: _Lowered, calls: Sequence[fx.Node], bound: int, part: int) -> set[int]:
     """Regions, by index, that hold most where more is held than the bound.
 
     Args:
         lowered: the program with them.
         calls: of the regions.
         bound: bytes.
-        most: how many of those that hold something at the peak; and as many of each place where none of these does.
+        part: what a region holds beyond what its calls would is taken to be one in so many of its bytes. As many
+            regions are taken as make up what is held too much, first of all at the peak, then at each place where none
+            of these is alive.
     """
     owner, lives = owners(lowered.program), {life.node: life for life in lowered.lives}
     touched = []
     for call in map(lowered.twins.__getitem__, calls):
         memories = {owner[node] for node in (call, *call.all_input_nodes, *call.users)}
         touched.append([lives[memory] for memory in memories if memory in lives])
+
+    def held(index: int, at: int) -> int:
+        return sum(life.num_bytes for life in touched[index] if life.first <= at <= life.last)
+
     found: set[int] = set()
     over = [at for at, num_bytes in enumerate(lowered.held) if num_bytes > bound]
     for at in sorted(over, key=lowered.held.__getitem__, reverse=True):
-        held = [sum(life.num_bytes for life in each if life.first <= at <= life.last) for each in touched]
-        holding = [index for index, num_bytes in enumerate(held) if num_bytes]
-        if found.isdisjoint(holding):
-            found.update(sorted(holding or range(len(calls)), key=held.__getitem__, reverse=True)[:most])
+        if any(held(index, at) for index in found):
+            continue
+        too_much = (lowered.held[at] - bound) * part
+        for count, index in enumerate(sorted(range(len(calls)), key=lambda index: held(index, at), reverse=True)):
+            num_bytes = held(index, at)
+            if too_much <= 0 or (count and not num_bytes):
+                break
+            found.add(index)
+            too_much -= num_bytes
     return found
 
 

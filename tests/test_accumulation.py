@@ -366,7 +366,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "another number": ((MicroBatches([(), ()]),), r"was given 2 micro-batches, but accumulate=3"),
     "no batch": ((MicroBatches([(), (), 5]),), "micro-batch 2 is a int"),
     "a sparse tensor": ((torch.zeros(6).to_sparse(),), "or sparse"),
-    "no rows": ((torch.zeros(0, 4), torch.zeros(0)), "the batch has no rows"),
+    "no rows": ((torch.zeros(0, 4), torch.zeros(0), torch.tensor(1.0)), "the batch has no rows"),
     "no rows of one": ((MicroBatches([(), (torch.zeros(0),), ()]),), "micro-batch 1 has no rows"),
 }
 

@@ -7,6 +7,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,10 +26,10 @@ def test_what_was_made_is_told_and_nothing_else_is_seen() -> None:
 
     def make() -> str:
         seen.append(os.getpid())
-        return f"été\n{os.getpid()}\n"
+        return f"été\r\n{os.getpid()}\n"
 
     first, process, rest = in_child(make).split("\n")
-    assert (first, rest, seen) == ("été", "", [])
+    assert (first, rest, seen) == ("été\r", "", [])
     assert int(process) != os.getpid()
     with pytest.raises(ProcessLookupError):
         os.kill(int(process), 0)
@@ -64,6 +67,11 @@ def test_without_a_copy_of_the_process_it_is_made_here(monkeypatch: pytest.Monke
     assert in_child(lambda: str(os.getpid())) == str(os.getpid())
 
 
+def test_it_may_be_asked_to_be_made_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZGRAPH_NO_FORK", "1")
+    assert in_child(lambda: str(os.getpid())) == str(os.getpid())
+
+
 def test_nobody_need_wait_for_children() -> None:
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
@@ -73,11 +81,57 @@ def test_nobody_need_wait_for_children() -> None:
 
 
 def _run(code: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False, timeout=120
-    )
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, env=buffered, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_a_child_that_waits_for_a_thread_that_it_has_not_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zgraph.child.STUCK_S", 0.5)
+    parent, lock = os.getpid(), threading.Lock()
+
+    def make() -> str:
+        if os.getpid() != parent:
+            lock.acquire()
+            lock.acquire()
+        return "made here"
+
+    assert in_child(make) == "made here"
+
+
+def test_what_a_handler_raises_is_raised() -> None:
+    """``TimeoutError`` is an ``OSError``, as what keeps a child from being made is."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError("enough")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(TimeoutError, match="enough"):
+            in_child(lambda: str(time.sleep(60)))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_child_does_not_outlive_its_parent() -> None:
+    code = """
+import os, time
+from zgraph.child import in_child
+in_child(lambda: [print(os.getpid(), flush=True), time.sleep(60)])
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    for _ in range(100):
+        if not Path(f"/proc/{child}").exists() or " Z " in Path(f"/proc/{child}/stat").read_text():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it lives on")
 
 
 def test_an_interrupt_ends_the_child() -> None:
@@ -123,16 +177,28 @@ def test_handlers_of_signals_run_once() -> None:
 
 def test_what_was_written_is_written_once_and_in_order() -> None:
     told = _run("""
+        import sys
         from zgraph.child import in_child
 
         def make():
             print("in the child")
             return "after"
 
+        class Tee:
+            def write(self, text):
+                sys.__stdout__.write(text)
+
+            def flush(self):
+                pass
+
         print("before")
         print(in_child(make))
+        sys.stdout = Tee()  # which is no file, and what it is written to is flushed as well
+        print("before")
+        print(in_child(make))
+        sys.__stdout__.flush()
     """)
-    assert told == "before\nin the child\nafter\n"
+    assert told == 2 * "before\nin the child\nafter\n"
 
 
 def test_what_it_leaves_behind_is_not_resident_here() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,10 @@ class _Cycle:
 
 def _garbage() -> weakref.ref[_Cycle]:
     return weakref.ref(_Cycle())
+
+
+def _loss(y: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    return y.square().mean()
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +54,34 @@ def test_what_somebody_has_frozen_stays_frozen() -> None:
     with only_new_objects():
         pass
     assert gc.get_freeze_count() == frozen
+
+
+def test_python_may_begin_with_a_few_that_are_frozen() -> None:
+    """As 3.12 does."""
+    gc.collect()
+    gc.freeze()
+    gc.unfreeze()
+    with mock.patch.object(gc, "get_freeze_count", return_value=375), only_new_objects():
+        left = _garbage()
+        before = len(gc.get_objects())
+        collect_garbage(fx.Graph())
+        assert left() is None
+        assert before < 10_000
+
+
+def test_compiling_frees_what_was_dropped_before() -> None:
+    """A compiled model is a cycle; the next one's first step needs its memory."""
+
+    def compiled() -> nn.Module:
+        model = nn.Linear(2, 1)
+        return zgraph.compile(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), loss=_loss)
+
+    first = compiled()
+    first.train_step(torch.ones(2, 2))
+    dropped = weakref.ref(first)
+    del first
+    compiled().train_step(torch.ones(2, 2))
+    assert dropped() is None
 
 
 def test_compiling_thaws_what_it_froze_also_where_it_fails() -> None:

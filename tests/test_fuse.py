@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import zgraph
 from tests.calibrations import made_up
@@ -27,7 +29,7 @@ from zgraph.codegen.region import Region
 from zgraph.config import Config
 from zgraph.errors import OptionError
 from zgraph.hardware import Hardware, LoopRates
-from zgraph.liveness import held_bytes, lifetimes
+from zgraph.liveness import Lifetime, held_bytes, lifetimes
 from zgraph.passes import default_passes, fuse, overwrite
 from zgraph.pipeline import run
 from zgraph.program import Mesh, Phase, Program, Role, phase_of
@@ -213,6 +215,18 @@ def test_a_fusion_that_would_hold_more_is_undone() -> None:
     assert [each.raises_peak_by > 0 for each in refused] == [True] * len(refused) != []
     with mock.patch.object(fuse, "_guilty", return_value=set()):
         assert any(text.count("aten.mul") > 1 for text in regions(lowered(captured)))
+
+
+@pytest.mark.parametrize(("part", "expected"), [(1, {0, 1, 9}), (2, {0, 1, 2, 3, 9}), (64, set(range(10)))])
+def test_no_more_regions_are_refused_than_make_up_what_is_too_much(part: int, expected: set[int]) -> None:
+    """Of nine that hold 10 bytes each where 20 are too many, two; and the one that is alive where 5 are."""
+    graph = fx.Graph()
+    calls = [graph.call_function(operator.neg, (1.0,)) for _ in range(10)]
+    lives = [Lifetime(call, 10, 0, 0) for call in calls[:9]] + [Lifetime(calls[9], 10, 1, 1)]
+    lowered = SimpleNamespace(program=None, lives=lives, twins={call: call for call in calls}, held=[100, 85])
+    with mock.patch.object(fuse, "owners", return_value={call: call for call in calls}):
+        assert fuse._guilty(lowered, calls, 80, part) == expected  # type: ignore[arg-type]
+        assert fuse._guilty(lowered, calls, 100, part) == set()  # type: ignore[arg-type]
 
 
 class Recurrent(nn.Module):

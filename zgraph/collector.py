@@ -23,21 +23,31 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
+_only_new = False
+"""Whether most of what there was is frozen."""
+
+_FEW = 10_000
+"""Objects that may be frozen without torch being among them: Python 3.12 begins with some hundred."""
+
+
 @contextmanager
 def only_new_objects() -> Iterator[None]:
     """Inside, garbage is looked for among what is made inside alone, which takes milliseconds: not in all of torch.
 
     So it can be collected after each part of compiling, before the next one needs as much memory. What somebody else
-    has frozen stays frozen.
+    has frozen, if it is much, stays frozen.
     """
-    if gc.get_freeze_count():
-        yield
-        return
-    gc.freeze()
+    global _only_new
+    before, is_frozen = _only_new, gc.get_freeze_count() > _FEW
+    if not is_frozen:
+        gc.freeze()
+    _only_new = True
     try:
         yield
     finally:
-        gc.unfreeze()
+        _only_new = before
+        if not is_frozen:
+            gc.unfreeze()
 
 
 def is_large(graph: fx.Graph) -> bool:
@@ -51,7 +61,7 @@ def collect_garbage(graph: fx.Graph) -> None:
     Where objects that were there before would be looked at too, all of torch's among them, the last generation is not,
     and only what a large graph leaves is worth it.
     """
-    if gc.get_freeze_count():
+    if _only_new:
         gc.collect()
     elif is_large(graph):
         gc.collect(1)

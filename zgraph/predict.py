@@ -21,8 +21,9 @@ def compiled_bytes(num_nodes: int) -> int:
 
     46 KB for each node beyond 520, and 40 MB at most: fitted to 17 pairs of GPTs and options, each measured twice
     (``benchmarks/here.py``). Graphs had 720 to 2,380 nodes, and left from 3 to 56 MB: what is still needed of compiling
-    lies scattered over all that was needed meanwhile, of which Python gives back only whole MiB. And 2 MB at least, for
-    one of 521 nodes left 0.4 MB, and smaller ones 1.0 (``benchmarks/budget.py --quick``).
+    lies scattered over all that was needed meanwhile, of which Python gives back only whole MiB. They were measured
+    without the collections of garbage in the middle of compiling (``zgraph.collector``), with which 8 to 17 MB less
+    stay. And 2 MB at least, for one of 521 nodes left 0.4 MB, and smaller ones 1.0 (``benchmarks/budget.py --quick``).
 
     Args:
         num_nodes: of the step's largest graph.

@@ -308,8 +308,7 @@ class Runtime:
 
     def _compile(self, key: str, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout | None) -> Compiled:
         is_first = self._last is None
-        shown = Phases().shown("compiled", self.model, is_first=is_first, asked=self.progress)
-        with shown as phases, only_new_objects():
+        with Phases().shown("compiled", self.model, is_first=is_first, asked=self.progress) as phases:
             return self._compile_in(phases, key, args, kwargs, layout)
 
     def _compile_in(
@@ -320,25 +319,26 @@ class Runtime:
         error: Exception | None = None
         digest = b""
         try:
-            with phases.phase(CAPTURE):
-                program = self.capture(args, kwargs, self.config)
-            phases.captured(program.num_nodes())
-            with phases.phase(PASSES):
-                lowered = lower(
-                    program,
-                    self.config,
-                    self.mesh,
-                    layout,
-                    self.passes,
-                    hardware=self.hardware,
-                    watch=phases.watch,
-                )
-            collect_garbage(lowered.last.graph)
+            with only_new_objects():
+                with phases.phase(CAPTURE):
+                    program = self.capture(args, kwargs, self.config)
+                phases.captured(program.num_nodes())
+                with phases.phase(PASSES):
+                    lowered = lower(
+                        program,
+                        self.config,
+                        self.mesh,
+                        layout,
+                        self.passes,
+                        hardware=self.hardware,
+                        watch=phases.watch,
+                    )
+                del program
+                collect_garbage(lowered.last.graph)
             phases.divide(lowered.records)
             self._warn_if_not_tiled(lowered)
             digest = lowered.digest()
             self._check_budget(lowered)
-            del program
         except Exception as caught:  # noqa: BLE001 -- whatever it is, the other ranks are told before this one stops
             error = caught
         self.agreement.share_outcome(digest, error)

@@ -191,6 +191,9 @@ class Search:
     def least(self) -> Tried:
         """The choice that takes least memory, worked out in full; of those that fit on the host, if any does.
 
+        A part of the recomputation is looked at only beside the best with all of it: it holds no less, but may have the
+        allocator take a little less.
+
         Raises:
             OptionError, CaptureError: the model can do none.
         """
