@@ -216,7 +216,7 @@ class Search:
     def _size(self, tried: Tried) -> tuple[int, int, float, int]:
         """What is less: bytes, those that the host lacks before all, then seconds, then what is asked for on top."""
         estimate = tried.estimate
-        # Of a longer model some have been worked out in full, and some not; on a CPU what is beside live bytes is alike.
+        # Of a longer model some have been worked out in full, some not; on a CPU what is beside live bytes is alike.
         is_live = self._on_cpu or len(self.captures.sizes) > 1
         num_bytes = estimate.peak_bytes if is_live else estimate.reserved_bytes
         return self.too_much_on_host(estimate), num_bytes, estimate.step_s, tried.choice.depth
