@@ -24,7 +24,7 @@ def collector_paused() -> Iterator[None]:
 
 
 _only_new = False
-"""Whether most of what there was is frozen."""
+"""Whether all that there was is frozen."""
 
 _FEW = 10_000
 """Objects that may be frozen without torch being among them: Python 3.12 begins with some hundred."""
@@ -34,20 +34,20 @@ _FEW = 10_000
 def only_new_objects() -> Iterator[None]:
     """Inside, garbage is looked for among what is made inside alone, which takes milliseconds: not in all of torch.
 
-    So it can be collected after each part of compiling, before the next one needs as much memory. What somebody else
-    has frozen, if it is much, stays frozen.
+    So it can be collected after each part of compiling, before the next one needs as much memory. Where somebody else
+    has frozen much, that stays frozen, and nothing is collected more often: nobody knows how much is not frozen.
     """
     global _only_new
-    before, is_frozen = _only_new, gc.get_freeze_count() > _FEW
-    if not is_frozen:
-        gc.freeze()
+    if _only_new or gc.get_freeze_count() > _FEW:
+        yield
+        return
+    gc.freeze()
     _only_new = True
     try:
         yield
     finally:
-        _only_new = before
-        if not is_frozen:
-            gc.unfreeze()
+        _only_new = False
+        gc.unfreeze()
 
 
 def is_large(graph: fx.Graph) -> bool:
