@@ -8,8 +8,8 @@
 Budgets go from what the fastest choice takes down to what the smallest takes, and one below, which has to be refused.
 Each is trained with in processes of its own; bytes are the largest that a rank allocated in a step above its imports,
 and those that were resident (``benchmarks/memory.py``). Then steps take turns with PyTorch's own on each rank alone,
-whose time is the unit: what else the machine does takes as much from both. The exit status is 1 if a step took more
-than its budget, or if the predicted step got faster with less memory.
+whose time is the unit: what else the machine does takes as much from both. The exit status is 1 if a step allocated
+more than its budget, or if the predicted step got faster with less memory.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ class FuseRegions(Pass):
         bound = int(max(plain.held) * (1 + MORE))
         position = {node: index for index, node in enumerate(program.graph.nodes)}
         weighed: dict[int, Weighed] = {}  # by where the last of its calls is
-        part = 1  # and half of it each time: of a recurrent layer, each step may have a region that adds little
+        part = 1  # then one half, a quarter: of a recurrent layer, each step may have a region that adds little
         while found:
             trial = program.clone()
             twins = dict(zip(program.graph.nodes, trial.graph.nodes, strict=True))

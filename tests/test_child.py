@@ -16,9 +16,16 @@ import torch
 from torch import Tensor, nn
 
 import zgraph
-from zgraph.child import in_child
+from zgraph.child import NO_FORK, in_child
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a process is copied on Linux alone")
+
+
+@pytest.fixture(autouse=True)
+def _may_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_initialized():
+        pytest.skip("a process that uses a GPU is not copied")
+    monkeypatch.delenv(NO_FORK, raising=False)
 
 
 def test_what_was_made_is_told_and_nothing_else_is_seen() -> None:
@@ -68,7 +75,7 @@ def test_without_a_copy_of_the_process_it_is_made_here(monkeypatch: pytest.Monke
 
 
 def test_it_may_be_asked_to_be_made_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ZGRAPH_NO_FORK", "1")
+    monkeypatch.setenv(NO_FORK, "1")
     assert in_child(lambda: str(os.getpid())) == str(os.getpid())
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import given
@@ -12,32 +10,15 @@ from hypothesis import strategies as st
 from tests.programs import few_examples, network
 from tests.test_frontier import every_choice
 from tests.test_recomputation import LAYERS, Case
-from tests.test_search import search
+from tests.test_search import H100, by_hand, search
 from zgraph.config import Config
 from zgraph.decision import decide
-from zgraph.errors import BudgetError, OptionError
+from zgraph.errors import BudgetError
 from zgraph.footprint import footprint
 from zgraph.lower import lower
-from zgraph.machines import preset
 from zgraph.plans import show_bytes
 from zgraph.predict import predict
 from zgraph.program import Program
-
-H100 = preset("H100")
-
-
-def every_step(captured: Program, world: int, *, memory_first: bool) -> list[tuple[int, int]]:
-    """Reserved and live bytes of the family's members in an order of computing, each worked out alone."""
-    found = []
-    for choice in search(captured, world).members:
-        config = replace(choice.config, memory_first=memory_first)
-        try:
-            lowered = lower(captured, config, config.mesh(world), None, (), hardware=H100, prove=False)
-        except OptionError:
-            continue  # nothing to recompute
-        made = predict(lowered, H100)
-        found.append((made.reserved_bytes, made.peak_bytes))
-    return found
 
 
 def of_all_subsets(captured: Program, world: int) -> tuple[int, int] | None:
@@ -57,8 +38,8 @@ def test_a_budget_is_kept_or_its_refusal_is_justified(
     layers: list[tuple[str, int]], size: tuple[int, int], world: int, part: float
 ) -> None:
     captured = network(layers, rows=size[0], width=size[1], dtype=torch.float32)
-    steps = every_step(captured, world, memory_first=False)
-    least, most = min(steps)[0], max(steps)[0]
+    steps = by_hand(captured, world)
+    least, most = (pick(made.reserved_bytes for made in steps) for pick in (min, max))
     budget = int(least + part * (most - least))
     of = search(captured, world)
     plan = decide(of, budget)
@@ -69,10 +50,10 @@ def test_a_budget_is_kept_or_its_refusal_is_justified(
         assert predict(lowered, H100).reserved_bytes <= budget
         return
     assert plan.chosen.reserved_bytes >= least > budget
-    assert min(every_step(captured, world, memory_first=True))[0] > budget
+    assert min(made.reserved_bytes for made in by_hand(captured, world, memory_first=True)) > budget
     if (subsets := of_all_subsets(captured, world)) is not None:
         lowest, kept = subsets
-        assert min(live for _, live in steps) <= lowest + (kept - lowest) / 3
+        assert min(made.peak_bytes for made in steps) <= lowest + (kept - lowest) / 3
     for way in plan.ways_out:
         assert way.reserved_bytes <= budget or "memory=" in way.change
     with pytest.raises(BudgetError, match=f"{show_bytes(plan.chosen.reserved_bytes - budget)} too much"):

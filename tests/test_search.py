@@ -21,7 +21,7 @@ from zgraph.errors import OptionError
 from zgraph.liveness import held_bytes, lifetimes
 from zgraph.lower import lower
 from zgraph.machines import assumed_cpu, preset
-from zgraph.predict import predict
+from zgraph.predict import Prediction, predict
 from zgraph.program import Program
 from zgraph.search import Search
 
@@ -50,16 +50,15 @@ def search(program: Program, world: int = 2, **fixed: Any) -> Search:
     return Search(Given(program), H100, world, fixed)  # type: ignore[arg-type]
 
 
-def by_hand(program: Program, world: int, **fixed: Any) -> list[tuple[float, int]]:
-    """Seconds and bytes of all members, each worked out on its own."""
+def by_hand(program: Program, world: int, **fixed: Any) -> list[Prediction]:
+    """What all members take, each worked out on its own."""
     found = []
     for choice in search(program, world, **fixed).members:
         mesh = choice.config.mesh(world)
         try:
-            made = predict(lower(program, choice.config, mesh, None, (), hardware=H100, prove=False), H100)
+            found.append(predict(lower(program, choice.config, mesh, None, (), hardware=H100, prove=False), H100))
         except OptionError:
             continue  # nothing to recompute
-        found.append((made.step_s, made.reserved_bytes))
     return found
 
 
@@ -68,8 +67,8 @@ def by_hand(program: Program, world: int, **fixed: Any) -> list[tuple[float, int
 @few_examples(4)
 def test_the_fastest_that_fits_is_taken_or_none_fits(captured: Program, world: int, part: float) -> None:
     found = by_hand(captured, world)
-    budget = int(part * max(num_bytes for _, num_bytes in found))
-    fitting = [seconds for seconds, num_bytes in found if num_bytes <= budget]
+    budget = int(part * max(made.reserved_bytes for made in found))
+    fitting = [made.step_s for made in found if made.reserved_bytes <= budget]
     taken = search(captured, world).within(budget)
     if taken is None:
         assert not fitting
@@ -110,9 +109,9 @@ def test_whatever_is_given_the_fastest_that_fits_is_taken_and_what_it_runs_holds
 ) -> None:
     captured, world = network(layers, rows=rows, dtype=torch.float32), 4
     found = by_hand(captured, world, **fixed)
-    most, least = (pick(num_bytes for _, num_bytes in found) for pick in (max, min))
+    most, least = (pick(made.reserved_bytes for made in found) for pick in (max, min))
     budget = int(least + (part - 0.1) * (most - least))
-    fitting = [seconds for seconds, num_bytes in found if num_bytes <= budget]
+    fitting = [made.step_s for made in found if made.reserved_bytes <= budget]
     of = search(captured, world, **fixed)
     taken = of.within(budget)
     if taken is None:

@@ -68,7 +68,7 @@ def micro_batches(args: tuple[Any, ...], kwargs: dict[str, Any], num: int) -> li
 
 def _check_rows(call: Call, whose: str) -> None:
     lengths = [_length(tensor) for tensor in tensors_of(call) if tensor.dim()]
-    if lengths and not any(length is None or length for length in lengths):
+    if lengths and all(length == 0 for length in lengths):
         raise ZgraphError(
             f"{whose} has no rows", fix="leave it out, on all ranks: of no rows a mean is not a number, and a sum is 0"
         )

@@ -90,7 +90,7 @@ def _run(told: int, make: Callable[[], str]) -> None:
 def _wait(process: int) -> None:
     """Until the child has ended, or does nothing."""
     seen, since = -1, time.monotonic()
-    with suppress(ChildProcessError, FileNotFoundError):  # someone else has waited for all children
+    with suppress(ChildProcessError, FileNotFoundError, ProcessLookupError):  # someone else has waited for all children
         while os.waitpid(process, os.WNOHANG) == (0, 0):
             fields = Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].split()
             sleeps, used = fields[0] == "S", int(fields[11]) + int(fields[12])
