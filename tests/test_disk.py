@@ -293,8 +293,9 @@ def test_a_file_that_ends_early_is_an_error_and_not_a_loop(disk_path: Path) -> N
 
 
 SCRIPT = """
-import sys, time, torch
+import signal, sys, time, torch
 from zgraph.disk import Disk
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore it
 disk = Disk(sys.argv[1])
 tensor = disk.allocate(2**22, torch.float32)
 print("ready", flush=True)
