@@ -4,6 +4,7 @@
     torchrun --nproc-per-node 8 benchmarks/gpu.py                 on eight
     python benchmarks/gpu.py --shape 2048,24,16,1024,50304,4      another: width, layers, heads, tokens, ...
     python benchmarks/gpu.py --peers eager zgraph-3:recompute=blocks --json OUT
+    python benchmarks/gpu.py --peers fsdp2-offload zgraph-3:offload=optimizer+parameters     state in the host's memory
 
 All train in bfloat16 on float32 parameters: autocast, FSDP2's mixed precision, zgraph's ``precision="bf16"``. Peers run
 one after the other, in turns; seconds are medians of steps timed by the device.
@@ -28,7 +29,7 @@ import torch.distributed as dist
 from models import GPT, Shape, build_batch, build_model
 from peers import ADAMW, parse_peer
 from torch import Tensor
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 import zgraph
 from zgraph.errors import ZgraphError
@@ -77,15 +78,18 @@ def _compiled(model: GPT, batch: Batch) -> Callable[[], Tensor]:
     return _torch_step(model, batch)
 
 
-def _fsdp2(model: GPT, batch: Batch, *, compiled: bool = False) -> Callable[[], Tensor]:
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+def _fsdp2(model: GPT, batch: Batch, *, compiled: bool = False, offload: bool = False) -> Callable[[], Tensor]:
+    options: dict[str, Any] = {
+        "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+    }
     for block in model.blocks:
         if compiled:
             block.compile()
-        fully_shard(block, mp_policy=policy)
-    fully_shard([model.token_embedding, model.position_embedding], mp_policy=policy)
-    fully_shard([model.norm, model.head], mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+        fully_shard(block, **options)
+    fully_shard([model.token_embedding, model.position_embedding], **options)
+    fully_shard([model.norm, model.head], **options)
+    fully_shard(model, **options)
     return _torch_step(model, batch)
 
 
@@ -94,8 +98,17 @@ PEERS: dict[str, Callable[[GPT, Batch], Callable[[], Tensor]]] = {
     "compiled": _compiled,
     "fsdp2": _fsdp2,
     "fsdp2-compiled": lambda model, batch: _fsdp2(model, batch, compiled=True),
+    "fsdp2-offload": lambda model, batch: _fsdp2(model, batch, offload=True),
 }
 """Besides those of zgraph, which are named as ``benchmarks/step.py`` names them."""
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """What a peer's name says of how zgraph compiles; ``offload=optimizer+parameters`` puts those on the host."""
+    options: dict[str, Any] = {"precision": "bf16", **parse_peer(name).build.keywords}  # type: ignore[attr-defined]
+    if options.get("offload", "auto") != "auto":
+        options["offload"] = dict.fromkeys(options["offload"].split("+"), "host")
+    return options
 
 
 def take_turn(name: str, shape: Shape, rounds: int, result: Result) -> None:
@@ -103,16 +116,12 @@ def take_turn(name: str, shape: Shape, rounds: int, result: Result) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     before = torch.cuda.memory_allocated(device)
-    with device:
-        model: Any = build_model(shape)
+    model: Any = build_model(shape, str(device))
     tokens, targets = (each.to(device) for each in build_batch(shape, world, range(rank, rank + 1)))
     if name in PEERS:
         step = PEERS[name](model, (tokens, targets))
     else:
-        options = dict(parse_peer(name).build.keywords)  # type: ignore[attr-defined]
-        model = zgraph.compile(
-            model, optimizer=torch.optim.AdamW(model.parameters(), **ADAMW), **{"precision": "bf16", **options}
-        )
+        model = zgraph.compile(model, optimizer=torch.optim.AdamW(model.parameters(), **ADAMW), **options_of(name))
 
         def step() -> Tensor:
             loss: Tensor = model.train_step(tokens, targets)

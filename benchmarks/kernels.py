@@ -67,10 +67,10 @@ STREAM = """extern "C" void stream(long n, int threads, float *p, float *g, floa
 """
 
 
-def update_of(numel: int) -> Kernel:
+def update_of(numel: int, device: str = "cpu") -> Kernel:
     """The kernel that updates a bucket of so many elements, or a few more."""
     width = max(int(numel**0.5), 1)
-    model = torch.nn.Linear(width, width, bias=False)
+    model = torch.nn.Linear(width, width, bias=False, device=device)
     zgraph.compile(
         model,
         optimizer=torch.optim.AdamW(model.parameters(), fused=True),
@@ -78,7 +78,7 @@ def update_of(numel: int) -> Kernel:
         bucket_bytes=8 * numel,
     )
     for _ in range(2):
-        model.train_step(torch.ones(1, width))
+        model.train_step(torch.ones(1, width, device=device))
     (kernel,) = (node.target for node in model.program.graph.nodes if isinstance(node.target, Kernel))
     return kernel  # type: ignore[no-any-return]
 
@@ -244,18 +244,23 @@ def compare_losses(rounds: int, sizes: Sequence[tuple[int, int]] = LOSSES) -> No
             print(f"| {rows} x {classes} | {threads} | {figures} |", flush=True)
 
 
-def compare_eight_bits(numel: int, rounds: int) -> None:
-    """Print how long vectors of so many elements take to 8 bits an element and back."""
-    x = torch.randn(numel // BLOCK * BLOCK)
+def eight_bit_turns(numel: int, device: str) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
+    """Ways of vectors of so many elements to 8 bits an element and back: by calls of ATen, and in one pass."""
+    x = torch.randn(numel // BLOCK * BLOCK, device=device)
     data, state = quantized.quantize(x), packed.pack(x)
     both = torch.cat([data, data])
-    turns: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+    return {
         "quantize": (partial(quantized.quantize, x), partial(quantizers.quantize, x)),
         "dequantize": (partial(quantized.dequantize, data), partial(quantizers.dequantize, data)),
         "mean of two": (partial(quantized.mean_of_quantized, both, 2), partial(quantizers.mean_of_quantized, both, 2)),
         "pack": (partial(packed.pack, x), partial(quantizers.pack, x)),
         "unpack": (partial(packed.unpack, state), partial(quantizers.unpack, state)),
     }
+
+
+def compare_eight_bits(numel: int, rounds: int) -> None:
+    """Print how long vectors of so many elements take to 8 bits an element and back."""
+    turns = eight_bit_turns(numel, "cpu")
     print("| vectors | threads | ATen's calls | in one pass | of them |\n| --- | --- | --- | --- | --- |")
     for threads in sorted({1, available_cores()}):
         torch.set_num_threads(threads)
@@ -296,11 +301,11 @@ def compare_regions(shape: Shape, rounds: int) -> None:
             print(f"| {region.name} | {threads} | {num} | {figures} | {told} |", flush=True)
 
 
-def stepped(shape: Shape, kernels: str) -> Any:
+def stepped(shape: Shape, kernels: str, device: str = "cpu", **options: Any) -> Any:
     """A GPT after a step."""
-    model = build_model(shape)
-    zgraph.compile(model, torch.optim.AdamW(model.parameters()), zero=0, kernels=kernels)
-    model.train_step(*build_batch(shape, 1, range(1)))
+    model = build_model(shape, device)
+    zgraph.compile(model, torch.optim.AdamW(model.parameters()), zero=0, kernels=kernels, **options)
+    model.train_step(*(each.to(device) for each in build_batch(shape, 1, range(1))))
     return model
 
 
@@ -314,11 +319,10 @@ def value_for(val: Any) -> Any:
     if not isinstance(val, torch.Tensor):
         return 1.0
     if not val.dtype.is_floating_point:
-        return torch.zeros(val.shape, dtype=val.dtype)
-    like = torch.empty_strided(val.shape, val.stride(), dtype=val.dtype)
-    return (
-        torch.rand(like.untyped_storage().nbytes() // like.itemsize).to(val.dtype).as_strided(val.shape, val.stride())
-    )
+        return torch.zeros(val.shape, dtype=val.dtype, device=val.device)
+    like = torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device="meta")
+    numbers = torch.rand(like.untyped_storage().nbytes() // like.itemsize, device=val.device)
+    return numbers.to(val.dtype).as_strided(val.shape, val.stride())
 
 
 def blocks() -> dict[str, tuple[torch.nn.Module, tuple[torch.Tensor, ...]]]:

@@ -1,7 +1,8 @@
 """Emit a program as one readable Python function.
 
 Each value is dropped right after its last use, and the argument list is emptied on entry, so that a buffer is free as
-soon as the program is done with it. What has a place in an arena is stored there. Collectives go through a ``comm``
+soon as the program is done with it. What has a place in an arena, or in a flat gradient that has memory of its own, is
+stored there. Collectives go through a ``comm``
 object, transfers through what lies on a lower tier (``zgraph.tiers.Stored``), which for what is spilled there comes
 with the call; everything else is a plain call.
 """
@@ -108,14 +109,14 @@ def emit(
     arena = _Arena(placement)
     spilled = spilled_places(program)
     slots = {node: f"d{i}" for i, node in enumerate(spilled)}
-    lines = [f"def step(inputs, comm{', arena' if arena.names else ''}{', room' if slots else ''}):"]
+    lines = [f"def step(inputs, comm{', arena' if arena.given else ''}{', room' if slots else ''}):"]
     lines += [f"    {line}" for line in comments.header(program, names)]
     lines += _unpack([names[node] for node, _ in program.placeholders()], "inputs")
     watched = writer.bind(watch, "watch") if watch is not None else None
     if watched is not None:
         lines.append(f"    {watched}.begin(inputs)")
     lines.append("    inputs.clear()")
-    lines += _unpack(list(arena.names.values()), "arena") if arena.names else []
+    lines += _unpack([arena.names[place] for place in arena.given], "arena") if arena.given else []
     lines += _unpack(list(slots.values()), "room") if slots else []
     groups = comments.Groups()
     for number, node in enumerate(program.graph.nodes):
@@ -124,6 +125,7 @@ def emit(
         if node.op != "call_function":
             continue
         lines += [f"    {line}".rstrip() for line in groups.before(node)]
+        lines += [f"    {line}" for line in arena.allocated(number, writer)]
         tag = _tag(node, names[node]) if tagged and node.target in ops.STARTS else None
         for index, place in arena.copied(node).items():
             vectors: Any = node.args[0]
@@ -136,7 +138,7 @@ def emit(
         if watched is not None:
             assert watch is not None
             lines.append(f"    {watched}.see({number}{', locals()' if watch.needs_values else ''})")
-        dead = [names[n] for n in dying.get(node, ())]
+        dead = [names[n] for n in dying.get(node, ())] + arena.done_with(node)
         if dead:
             lines.append(f"    del {', '.join(dead)}")
     lines += arena.legend()
@@ -147,7 +149,7 @@ def emit(
     source = "\n".join(lines) + "\n"
     function = writer.compile(source, "step", f"<zgraph step {id(program):x}>")
     copied = copied_bytes(program, {}) if placement is None else placement.copied_bytes
-    return Step(source, function, tuple(arena.names), copied, tuple(spilled.values()))
+    return Step(source, function, arena.given, copied, tuple(spilled.values()))
 
 
 def _unpack(names: Sequence[str], given: str) -> list[str]:
@@ -172,13 +174,43 @@ class _Arena:
                 *(p for each in placement.copied.values() for p in each.values()),
             ):
                 self.names.setdefault(place, f"a{len(self.names)}")
+        self._apart = {} if placement is None else placement.apart
+        self._parts = {flat: self._within(flat) for flat in self._apart}
+
+    @property
+    def given(self) -> tuple[Place, ...]:
+        """Those that the step is given; it allocates what lies apart itself."""
+        return () if self._apart else tuple(self.names)
+
+    def _within(self, flat: fx.Node) -> list[Place]:
+        """A place of its own, and those in it."""
+        assert self.placement is not None
+        whole = self.placement.places[flat]
+        return [whole, *(p for p in self.names if whole.start <= p.start < whole.stop and p != whole)]
+
+    def allocated(self, number: int, writer: SourceWriter) -> Iterator[str]:
+        """Lines that allocate what lies apart and begins to be needed by the call at a position."""
+        for flat, first in self._apart.items():
+            if first == number:
+                whole, *parts = self._parts[flat]
+                form = [*map(writer.literal, (whole.shape, whole.strides))]
+                kind = [f"dtype={whole.dtype}", f"device={writer.literal(flat.meta['val'].device)}"]
+                yield f"{self.names[whole]} = {writer.expression(aten.empty_strided.default, [*form, *kind])}"
+                for part in parts:
+                    offset = (part.start - whole.start) // whole.dtype.itemsize
+                    given = [self.names[whole], *map(writer.literal, (part.shape, part.strides, offset))]
+                    yield f"{self.names[part]} = {writer.expression(aten.as_strided.default, given)}"
+
+    def done_with(self, node: fx.Node) -> list[str]:
+        """Names that are needed no more: of what lies apart, once it has been put together."""
+        return [self.names[place] for place in self._parts.get(node, ())]
 
     def legend(self) -> Iterator[str]:
         """What the places are, behind the step: there are about as many as calls that compute."""
-        if self.names:
+        if self.given:
             yield "    # Places in the arena:"
-        for place, name in self.names.items():
-            yield f"    #   {name}: {describe(place.like())} in bytes {place.start} to {place.stop}"
+        for place in self.given:
+            yield f"    #   {self.names[place]}: {describe(place.like())} in bytes {place.start} to {place.stop}"
 
     def name(self, node: fx.Node) -> str | None:
         """That of a call's place; None if it has none."""

@@ -42,6 +42,10 @@ MOST_CHUNKS = 512
 _FEWEST_ROWS = 4
 """Rows that are added up before anything is written."""
 
+_SUMS_TOGETHER, _SUMMED_COLUMNS = 128, 32
+"""Sums of instances, and columns of them, that an instance adds up at a time: one after the other, they would wait for
+memory as often as there are sums."""
+
 _ADDED = 1024
 """Numbers of rows that are added up at a time."""
 
@@ -382,15 +386,20 @@ class RegionTritonWriter(TritonWriter):
         """Sums over all rows, of those of each instance."""
         width, names = self.loops.num_columns, [f"{kind}{store.place}" for kind in "po" for store in self.sums]
         places = [store.place for store in self.sums]
+        tile = f"{_SUMS_TOGETHER}, {_SUMMED_COLUMNS}"
         lines = [
-            "c = tl.program_id(0) * 128 + tl.arange(0, 128)",
+            f"c = tl.program_id(0) * {_SUMMED_COLUMNS} + tl.arange(0, {_SUMMED_COLUMNS})",
             f"inside = c < {width}",
-            *(f"s{place} = tl.zeros((128,), tl.float32)" for place in places),
-            f"for k in range({self.num_instances}):",
-            *(f"    s{place} += tl.load(p{place} + k * {width} + c, mask=inside, other=0.0)" for place in places),
-            *(f"tl.store(o{place} + c, s{place}, mask=inside)" for place in places),
+            *(f"s{place} = tl.zeros(({tile}), tl.float32)" for place in places),
+            f"for first in range(0, {self.num_instances}, {_SUMS_TOGETHER}):",
+            f"    k = first + tl.arange(0, {_SUMS_TOGETHER})",
+            f"    at = k[:, None] * {width} + c[None, :]",
+            f"    known = (k < {self.num_instances})[:, None] & inside[None, :]",
+            *(f"    s{place} += tl.load(p{place} + at, mask=known, other=0.0)" for place in places),
+            *(f"tl.store(o{place} + c, tl.sum(s{place}, 0), mask=inside)" for place in places),
         ]
-        return Part(f"{self.name}_sums", tuple(lines), tuple(names), -(-width // 128), {"num_warps": 4})
+        num_instances = -(-width // _SUMMED_COLUMNS)
+        return Part(f"{self.name}_sums", tuple(lines), tuple(names), num_instances, {"num_warps": 8})
 
     def _adding_up(self, this: Sweep) -> Part:
         """Totals of what rows have left, and, in the end, what numbers are computed of them."""

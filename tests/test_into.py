@@ -18,7 +18,7 @@ from tests.operators import differentiable, name_of
 from tests.programs import Builder
 from tests.reference import slow
 from zgraph import ops
-from zgraph.into import copy, into, out_overload
+from zgraph.into import ON_GPU, can_be_told, copy, into, out_overload
 from zgraph.program import Role
 
 aten = torch.ops.aten
@@ -178,12 +178,19 @@ def test_what_would_copy_resize_or_draw_is_left_alone(target: Any, args: tuple[A
     assert into(b.forward(target, x, *given)) is None
 
 
-def test_only_memory_of_a_cpu_is_given() -> None:
+def test_only_memory_of_a_cpu_or_of_a_gpu_is_given() -> None:
     b = Builder()
     node = b.forward(aten.neg.default, b.input(Role.BATCH, "0", shape=[4]))
     assert into(node) is not None
     node.meta["val"] = b.program.empty([4], torch.float64, torch.device("cuda"))
+    assert into(node) is not None
+    node.meta["val"] = b.program.empty([4], torch.float64, torch.device("meta"))
     assert into(node) is None
+
+
+@pytest.mark.parametrize("target", ON_GPU, ids=str)
+def test_what_a_gpu_is_told_can_be_told(target: Any) -> None:
+    assert can_be_told(target)
 
 
 def test_gathered_parameters_can_be_given_a_place() -> None:

@@ -34,11 +34,14 @@ from zgraph.capture import capture
 from zgraph.codegen.emit import emit
 from zgraph.comm import SingleComm
 from zgraph.config import Config
+from zgraph.cost import Costs
 from zgraph.liveness import held_bytes, lifetimes
 from zgraph.lockstep import Values
 from zgraph.lower import lower
+from zgraph.machines import preset
 from zgraph.overwrites import check_overwrites
 from zgraph.placement import Placement, place
+from zgraph.predict import costs_of
 from zgraph.program import Input, Mesh, Phase, Program, Role
 
 aten = torch.ops.aten
@@ -69,9 +72,9 @@ def two_gradients() -> Program:
     return b.finish({None: loss, param("w"): new["w"], param("v"): new["v"]})
 
 
-def run_placed(program: Program, inputs: Values) -> Values:
+def run_placed(program: Program, inputs: Values, device_type: str | None = None) -> Values:
     """Emit a program for one rank and run it in an arena full of ones, which is full of ones again when it returns."""
-    made = place(program)
+    made = place(program, device_type=device_type)
     check_overwrites(program, made)
     step, arena = emit(program, made), Arena()
     arena.reserve(made.num_bytes)
@@ -85,11 +88,11 @@ def run_placed(program: Program, inputs: Values) -> Values:
     return dict(zip(program.outputs, results, strict=True))
 
 
-def assert_same_in_an_arena(captured: Program, program: Program) -> None:
+def assert_same_in_an_arena(captured: Program, program: Program, device_type: str | None = None) -> None:
     inputs = values_for(captured)
     expected = reference(captured, inputs)
     torch.set_rng_state(torch.Generator().manual_seed(0).get_state())
-    assert_identical(join(program, [run_placed(program, divide(program, inputs)[0])]), expected)
+    assert_identical(join(program, [run_placed(program, divide(program, inputs)[0], device_type)]), expected)
 
 
 # What lies where
@@ -164,7 +167,8 @@ def assert_good(program: Program, made: Placement) -> None:
     check_overwrites(program, made)
     everything, num_positions = lifetimes(program), len(program.graph.nodes)
     assert {*made.places} <= {life.node for life in everything}
-    assert len(made.elsewhere) == sum(life.is_beside or life.node not in made.places for life in everything)
+    in_arena = made.places.keys() - made.apart.keys() if made.apart else made.places.keys()
+    assert len(made.elsewhere) == sum(life.is_beside or life.node not in in_arena for life in everything)
     together = [*made.inside, *made.elsewhere]
     assert max(held_bytes(together, num_positions)) <= max(held_bytes(everything, num_positions))
 
@@ -194,17 +198,106 @@ def test_what_lies_in_the_arena_of_a_model_is_never_written_over(name: str, opti
 
 
 @pytest.mark.usefixtures("_small_values_count")
-def test_nothing_is_placed_that_is_not_on_a_cpu() -> None:
+def test_nothing_is_placed_that_is_neither_on_a_cpu_nor_on_a_gpu() -> None:
     program = rewritten(two_gradients(), 0, 1)
     assert place(program).places
-    layout = program.layout
-    assert layout is not None
-    elsewhere = tuple(replace(bucket, device=torch.device("cuda")) for bucket in layout.buckets)
-    program.layout = replace(layout, buckets=elsewhere)
+    _move(program, "meta")
     made = place(program)
     assert not made.places
     assert made.num_bytes == 0
     assert list(made.elsewhere) == lifetimes(program)
+
+
+def _move(program: Program, device: str) -> None:
+    layout = program.layout
+    assert layout is not None
+    there = tuple(replace(bucket, device=torch.device(device)) for bucket in layout.buckets)
+    program.layout = replace(layout, buckets=there)
+
+
+# On a GPU
+
+
+@pytest.mark.usefixtures("_small_values_count")
+def test_on_a_gpu_a_flat_gradient_is_allocated_with_the_first_of_its_parts() -> None:
+    program = rewritten(two_gradients(), 0, 1)
+    source = emit(program, place(program, device_type="cuda")).source
+    lines = source[source.index("    a0 =") :].splitlines()
+    assert_expected_inline(
+        "\n".join(lines[: next(i for i, line in enumerate(lines) if "====" in line)]).rstrip(),
+        """\
+    a0 = empty_strided([16], [1], dtype=torch.float64, device=torch.device('cpu'))
+    a1 = as_strided(a0, [8], [1], 0)
+    a2 = as_strided(a0, [8], [1], 8)
+    v17 = sum_IntList_out(v11, [0], out=a1)
+    del v11
+    # backward bucket1
+    v18 = reshape(v17, [-1])
+    del v17
+    v19 = fill(0, out=a2)
+    v20 = a0
+    del v18, v19, a0, a1, a2""",
+    )
+    assert place(program).copied_bytes == 0
+    _move(program, "cuda")
+    made = place(program)
+    assert made.copied_bytes == made.num_bytes == 0
+    assert list(made.apart) == program.graph.find_nodes(op="call_function", target=aten.cat.default)
+
+
+@pytest.mark.usefixtures("_small_values_count")
+@pytest.mark.parametrize("machine", ["H100", "cpu"])
+def test_what_is_made_where_it_belongs_costs_no_copy(machine: str) -> None:
+    hardware = preset(machine) if machine != "cpu" else replace(preset("H100"), device_type="cpu")
+    program = rewritten(two_gradients(), 0, 1)
+    (flat,) = program.graph.find_nodes(op="call_function", target=aten.cat.default)
+    assert Costs(program, hardware).of(flat).num_bytes == 2 * 128
+    assert costs_of(program, hardware).of(flat).num_bytes == 0
+    assert costs_of(program, hardware).of(flat).num_calls == 0
+
+
+@few_examples(10)
+@given(recipes(), st.integers(0, 3), st.sampled_from([1, 200]))
+def test_any_step_computes_the_same_with_flat_gradients_that_lie_apart(
+    recipe: Recipe, zero: int, bucket_bytes: int
+) -> None:
+    with mock.patch.object(placement, "SMALLEST_BYTES", 1):
+        captured = build(recipe)
+        assert_same_in_an_arena(captured, rewritten(captured, zero, 1, bucket_bytes), "cuda")
+
+
+@few_examples(10)
+@given(recipes(), st.integers(0, 3), st.sampled_from([1, 2, 4]))
+def test_flat_gradients_that_lie_apart_raise_no_peak(recipe: Recipe, zero: int, world: int) -> None:
+    with mock.patch.object(placement, "SMALLEST_BYTES", 1):
+        program = rewritten(build(recipe), zero, world)
+        assert_good(program, place(program, device_type="cuda"))
+
+
+@pytest.mark.usefixtures("_small_values_count")
+def test_what_is_read_by_its_place_in_memory_has_memory_of_its_own_on_a_gpu() -> None:
+    """A part of a tensor begins elsewhere than at the first element of its storage."""
+    b = Builder()
+    w, v, x = (
+        b.input(role, name, shape=[64]) for role, name in ((Role.PARAM, "w"), (Role.PARAM, "v"), (Role.BATCH, "0"))
+    )
+    loss = b.forward(aten.sum.default, b.forward(aten.mul.Tensor, b.forward(aten.mul.Tensor, x, w), v))
+    gw, gv = b.backward(aten.mul.Tensor, x, v), b.backward(aten.mul.Tensor, x, w)
+    read = b.backward(aten.as_strided.default, gv, [64], [1], 0)
+    new = {
+        name: b.call(Phase.UPDATE, aten.sub.Tensor, p, g, module=name) for name, p, g in (("w", w, gw), ("v", v, read))
+    }
+    captured = b.finish({None: loss, param("w"): new["w"], param("v"): new["v"]})
+    program = rewritten(captured, 0, 1, 2**20)
+    (flat,) = program.graph.find_nodes(op="call_function", target=aten.cat.default)
+    made = place(program, device_type="cuda")
+    assert made.copied_bytes == 64 * 8
+    assert {node.target for node in made.places} == {aten.mul.Tensor, aten.cat.default}
+    assert list(made.apart) == [flat]
+    cost = costs_of(program, preset("H100")).of(flat)
+    assert cost.num_bytes == 2 * made.copied_bytes
+    assert cost.num_calls == 1
+    assert_same_in_an_arena(captured, program, "cuda")
 
 
 def test_small_values_stay_with_the_c_library() -> None:

@@ -6,8 +6,10 @@ Where shapes are symbolic, so are costs: sympy expressions in the same symbols.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from zgraph.codegen.region import Region
 from zgraph.curves import maximum, minimum
 from zgraph.hardware import Hardware
 from zgraph.into import into
+from zgraph.placement import Place
 from zgraph.program import REPLICA, Mesh, Program
 from zgraph.work import ATTENTION, DISK, FREE, HOST, LINK, LOOKUP, MATRIX, NOTHING, Size, Work, works
 
@@ -64,11 +67,19 @@ class Costs:
         hardware: the machine.
         world: ranks that collectives are among; those of their axis of the program's mesh if None. It may be a sympy
             symbol.
+        copied: of calls that put together what is made where it belongs, the vectors that are copied there
+            (``zgraph.placement.Placement``).
     """
 
-    def __init__(self, program: Program, hardware: Hardware, world: Size | None = None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        hardware: Hardware,
+        world: Size | None = None,
+        copied: Mapping[fx.Node, Mapping[int, Place]] = MappingProxyType({}),
+    ) -> None:
         self._program, self._hardware = program, hardware
-        self._world = world
+        self._world, self._copied = world, copied
         self._known: dict[Any, Cost] = {}
 
     def of(self, node: fx.Node) -> Cost:
@@ -77,6 +88,8 @@ class Costs:
             return Cost(0, (FREE,))
         val = node.meta.get("val")  # a gradient that an operator does not give has none
         key = (self._program.form_of(val), self._program.call_key(node))
+        if node in self._copied:
+            return self._of_copies([place.num_bytes for place in self._copied[node].values()])
         if key not in self._known:
             world, together = self._ranks(node)
             how = {**self._started(node), **self._stored(node)}
@@ -85,6 +98,11 @@ class Costs:
             )
             self._known[key] = Cost(sum(seconds(work, self._hardware) for work in done), done)
         return self._known[key]
+
+    def _of_copies(self, num_bytes: Sequence[int]) -> Cost:
+        """What vectors of so many bytes cost, each of which is copied into memory that is in use."""
+        done = tuple(Work("copy", read_bytes=each, written_bytes=each, in_place=True) for each in num_bytes)
+        return Cost(sum(seconds(work, self._hardware) for work in done), done or (FREE,))
 
     def _started(self, node: fx.Node) -> dict[str, Any]:
         """How a kernel is started: once where it is compiled, and otherwise operator by operator and slice by slice."""

@@ -75,8 +75,9 @@ def _tensors(node: fx.Node) -> list[torch.Tensor]:
 
 
 def _is_plain(val: torch.Tensor) -> bool:
-    """Whether a tensor is nothing but elements in memory of a CPU; complex ones may be conjugates."""
-    return val.device.type == "cpu" and val.layout is torch.strided and not val.is_complex() and not val.is_quantized
+    """Whether a tensor is nothing but elements in memory of a CPU or of a GPU; complex ones may be conjugates."""
+    is_known = val.device.type in ("cpu", "cuda") and val.layout is torch.strided
+    return is_known and not val.is_complex() and not val.is_quantized
 
 
 @cache
@@ -184,6 +185,18 @@ _OWN: dict[Any, Callable[[fx.Node], Into | None]] = {
     aten.embedding_dense_backward.default: _added_up,
 }
 """Operators that are written here, ``out`` being what is given."""
+
+
+ON_GPU = frozenset(
+    {
+        aten._to_copy.default, aten.add.Tensor, aten.addmm.default, aten.baddbmm.default, aten.bmm.default,
+        aten.cat.default, aten.clone.default, aten.contiguous.default, aten.full.default, aten.full_like.default,
+        aten.mm.default, aten.mul.Tensor, aten.new_full.default, aten.new_zeros.default, aten.reshape.default,
+        aten.sum.dim_IntList, aten.zeros.default, aten.zeros_like.default,
+    }
+)  # fmt: skip
+"""Operators that a GPU computes alike wherever results are stored: those that gradients are made by. Sums of an
+embedding's rows are not among them: ``index_add`` adds up there in no order of its own."""
 
 
 def can_be_told(target: Any) -> bool:

@@ -32,7 +32,7 @@ def check_overwrites(program: Program, placement: Placement) -> None:
         VerifyError: a call reads what another has written over, a vector is not where its concatenation has it, or a
             result of the program lies in the arena.
     """
-    arena = _Arena(placement.num_bytes)
+    arena = _Arena(placement.end)
     lies_in: dict[fx.Node, frozenset[fx.Node]] = {}
     for node in program.graph.nodes:
         if node.op == "placeholder":

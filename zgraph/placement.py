@@ -1,4 +1,4 @@
-"""Which temporaries of a step lie where in one arena on a CPU, decided when the step is compiled.
+"""Which temporaries of a step lie where, decided when the step is compiled: on a CPU in one arena.
 
     v14 = mm(v11, v12)                          v14 = mm_out(v11, v12, out=a0)     # bytes 64 to 1088
     v16 = cat([v14, v15])                ->     v15 = fill(0, out=a1)              # bytes 1088 to 2048
@@ -6,22 +6,23 @@
 
 Calls that can store their result where they are told to (``zgraph.into``) do, if it has ``SMALLEST_BYTES`` or more; a
 flat gradient is made by its parts being stored in it. Where some come from a disk, all begin at a page. All else stays
-with the C library, and so does what a step returns. On other devices nothing is placed: their allocators keep memory
-between steps, in blocks that they know.
+with the C library, and so does what a step returns. A GPU's allocator keeps memory between steps, in blocks that it
+knows; so there nothing is placed but the parts of flat gradients, each of which is allocated with the first of them.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import fx
 
 from zgraph import ops
 from zgraph.codegen.region import Region
-from zgraph.into import into
+from zgraph.into import ON_GPU, into
 from zgraph.liveness import Held, Lifetime, held_bytes, lifetimes, owners
 from zgraph.offsets import ALIGNMENT, assign_offsets
 from zgraph.program import Program, operand
@@ -73,7 +74,7 @@ def spilled_places(program: Program) -> dict[fx.Node, Place]:
 
 @dataclass(frozen=True)
 class Placement:
-    """The arena of one program.
+    """The arena of one program; where there is none, its flat gradients, each of which has memory of its own.
 
     Attributes:
         places: of calls that store their result in it.
@@ -84,6 +85,8 @@ class Placement:
         inside: what lies in the arena, flat gradients from the first of their parts on.
         elsewhere: what the program holds besides, in order of allocation.
         copied_bytes: what a run of the program copies to put vectors one after another, zeros between them included.
+        apart: the calls in ``copied`` that have memory of their own, one behind the other as places count, and the
+            position in the graph before which each is allocated.
     """
 
     places: Mapping[fx.Node, Place]
@@ -93,19 +96,29 @@ class Placement:
     inside: tuple[Lifetime, ...]
     elsewhere: tuple[Lifetime, ...]
     copied_bytes: int
+    apart: Mapping[fx.Node, int] = field(default_factory=dict)
+
+    @property
+    def end(self) -> int:
+        """The byte behind all places."""
+        return max((self.places[node].stop for node in self.apart), default=self.num_bytes)
 
 
-def place(program: Program, *, staged: bool = True) -> Placement:
+def place(program: Program, *, staged: bool = True, device_type: str | None = None) -> Placement:
     """Decide what lies where.
 
     Args:
         program: after all passes.
         staged: see ``zgraph.liveness.lifetimes``.
+        device_type: where the program will run; where its parameters are if None.
     """
     found = lifetimes(program, staged=staged)
-    if not _is_on_cpu(program):
+    device_type = _device_type(program) if device_type is None else device_type
+    if device_type not in ("cpu", "cuda"):
         return Placement({}, {}, 0, 0, (), tuple(found), copied_bytes(program, {}))
     alone = _placeable(program, found)
+    if device_type == "cuda":
+        return _apart(program, _allocated_alike(program, alone), found)
     flats = _worthwhile(_flats(program, alone), alone, found, len(program.graph.nodes))
     inside = {part for flat in flats for part in flat.parts}
     inside.update(flat.node for flat in flats)
@@ -115,17 +128,7 @@ def place(program: Program, *, staged: bool = True) -> Placement:
     ]
     is_loaded = any(block.node.target is ops.load for block in blocks)
     offsets = assign_offsets(blocks, PAGE if is_loaded else ALIGNMENT)
-    places: dict[fx.Node, Place] = {}
-    copied: dict[fx.Node, dict[int, Place]] = {}
-    for block, start in zip(blocks, offsets.starts, strict=True):
-        places[block.node] = _place_of(block.node, start)
-        if isinstance(block, _Flat):
-            copied[block.node] = {}
-            for index, (part, offset) in enumerate(zip(*block.vectors(), strict=True)):
-                if index in block.made:
-                    places[block.made[index]] = _place_of(block.made[index], start + offset)
-                elif part.meta["val"].numel():
-                    copied[block.node][index] = _place_of(part, start + offset)
+    places, copied = _places(blocks, offsets.starts)
     elsewhere = tuple(life for life in found if life.is_beside or life.node not in places)
     return Placement(
         places=places,
@@ -136,6 +139,59 @@ def place(program: Program, *, staged: bool = True) -> Placement:
         elsewhere=elsewhere,
         copied_bytes=copied_bytes(program, copied),
     )
+
+
+def _places(
+    blocks: Sequence[_Flat | Lifetime], starts: Sequence[int]
+) -> tuple[dict[fx.Node, Place], dict[fx.Node, dict[int, Place]]]:
+    """Where results lie, and where vectors of flats are copied to, of blocks that begin at some bytes."""
+    places: dict[fx.Node, Place] = {}
+    copied: dict[fx.Node, dict[int, Place]] = {}
+    for block, start in zip(blocks, starts, strict=True):
+        places[block.node] = _place_of(block.node, start)
+        if isinstance(block, _Flat):
+            copied[block.node] = {}
+            for index, (part, offset) in enumerate(zip(*block.vectors(), strict=True)):
+                if index in block.made:
+                    places[block.made[index]] = _place_of(block.made[index], start + offset)
+                elif part.meta["val"].numel():
+                    copied[block.node][index] = _place_of(part, start + offset)
+    return places, copied
+
+
+def _apart(program: Program, alone: Mapping[fx.Node, Lifetime], found: Sequence[Lifetime]) -> Placement:
+    """Flat gradients alone, each in memory of its own from the first of its parts on."""
+    flats = _worthwhile(_flats(program, alone), alone, found, len(program.graph.nodes))
+    starts = list(accumulate((padded(flat.num_bytes) for flat in flats), initial=0))[:-1]
+    places, copied = _places(flats, starts)
+    together = [Lifetime(flat.node, flat.num_bytes, flat.first, flat.last) for flat in flats]
+    others = (life for life in found if life.is_beside or life.node not in places)
+    return Placement(
+        places=places,
+        copied=copied,
+        num_bytes=0,
+        least_bytes=0,
+        inside=(),
+        elsewhere=tuple(sorted([*together, *others], key=lambda life: life.first)),
+        copied_bytes=copied_bytes(program, copied),
+        apart={flat.node: flat.first for flat in flats},
+    )
+
+
+def _allocated_alike(program: Program, alone: Mapping[fx.Node, Lifetime]) -> dict[fx.Node, Lifetime]:
+    """What a GPU may store in part of a tensor: not what is read by its place in memory of its own."""
+    owner = owners(program)
+    readers = [n for n in program.graph.nodes if getattr(n.target, "overloadpacket", None) in _BY_PLACE]
+    by_place = {owner[source] for node in readers for source in node.all_input_nodes}
+    return {
+        node: life
+        for node, life in alone.items()
+        if (node.target in ON_GPU or is_of_region(node)) and node not in by_place
+    }
+
+
+_BY_PLACE = (aten.as_strided, aten.as_strided_copy)
+"""Operators that read memory by its place: in an arena each tensor has a storage of its own for them."""
 
 
 def copied_bytes(program: Program, copied: Mapping[fx.Node, Mapping[int, Place]]) -> int:
@@ -153,9 +209,12 @@ def copied_bytes(program: Program, copied: Mapping[fx.Node, Mapping[int, Place]]
     return total
 
 
-def _is_on_cpu(program: Program) -> bool:
-    layout = program.layout
-    return layout is not None and all(bucket.device.type == "cpu" for bucket in layout.buckets)
+def _device_type(program: Program) -> str | None:
+    """Where all parameters are; None if they are not on one kind of device."""
+    if program.layout is None:
+        return None
+    found = {bucket.device.type for bucket in program.layout.buckets} or {"cpu"}
+    return found.pop() if len(found) == 1 else None
 
 
 def _is_large(life: Held) -> bool:

@@ -22,7 +22,7 @@ from zgraph.footprint import Footprint, Holding, Kind, spilled_bytes, state_on
 from zgraph.hardware import LOWER_TIERS, Hardware
 from zgraph.lower import Lowered
 from zgraph.machines import ASSUMED, host_budget
-from zgraph.predict import Prediction
+from zgraph.predict import Prediction, costs_of
 from zgraph.program import Role
 from zgraph.timeline import INWARD, OUTWARD, least_s
 
@@ -358,9 +358,9 @@ def describe(
     num_calls = sum(prediction.repeats)
     batch = [node.meta["val"] for node in lowered.last.inputs(Role.BATCH).values()]
     tokens = [val.numel() for val in batch if val.dim() > 1 and _counts_tokens(val.dtype)]
-    in_any_order = sum(
-        least_s(program, hardware) * times for program, times in zip(lowered.programs, prediction.repeats, strict=True)
-    )
+    in_any_order = 0.0
+    for program, times in zip(lowered.programs, prediction.repeats, strict=True):
+        in_any_order += times * least_s(program, hardware, cost_of=costs_of(program, hardware).of)
     return Plan(
         model=type(model).__name__,
         num_params=sum(p.numel() for p in model.parameters()),

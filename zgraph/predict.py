@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import repeat
 
 from zgraph.allocator import reserved_bytes
+from zgraph.cost import Costs
 from zgraph.footprint import Footprint, footprint, with_scratch, with_state
 from zgraph.hardware import Hardware
 from zgraph.lower import Lowered
-from zgraph.placement import place
+from zgraph.placement import Placement, place
 from zgraph.program import Program
 from zgraph.timeline import TRANSFER_LANES, Timeline, play
 
@@ -122,23 +124,48 @@ def predict(lowered: Lowered, hardware: Hardware, accumulate: int = 1) -> Predic
         hardware: the machine.
         accumulate: how many micro-batches a step has.
     """
-    timelines = tuple(play(program, hardware) for program in lowered.programs)
-    *before, last = (held_by(program, hardware) for program in lowered.programs)
+    placements = [placed(program, hardware) for program in lowered.programs]
+    timelines = tuple(
+        play(program, hardware, cost_of=costs_of(program, hardware, placement).of)
+        for program, placement in zip(lowered.programs, placements, strict=True)
+    )
+    *before, last = map(held_by, lowered.programs, repeat(hardware), placements)
     footprints = in_one_arena([*(with_state(each, last) for each in before), last])
     return Prediction(timelines, footprints, (accumulate - 1, 1)[-len(timelines) :], hardware.device_type)
 
 
-def held_by(program: Program, hardware: Hardware) -> Footprint:
+def placed(program: Program, hardware: Hardware) -> Placement:
+    """What lies where on a machine."""
+    return place(program, staged=_is_staged(hardware), device_type=hardware.device_type)
+
+
+def costs_of(program: Program, hardware: Hardware, placement: Placement | None = None) -> Costs:
+    """What a program's calls cost on a machine, where what they make lies as it does there.
+
+    Args:
+        program: after all passes, or at any stage as if no other followed.
+        hardware: the machine.
+        placement: what ``placed`` gives, which is worked out if None.
+    """
+    placement = placed(program, hardware) if placement is None else placement
+    return Costs(program, hardware, copied=placement.copied)
+
+
+def held_by(program: Program, hardware: Hardware, placement: Placement | None = None) -> Footprint:
     """What a program holds on a machine: on a CPU with an arena of its own, and with what libraries hold.
 
     Args:
         program: at any stage.
         hardware: the machine.
+        placement: what ``placed`` gives, which is worked out if None.
     """
-    if hardware.device_type != "cpu":
-        return footprint(program, staged=False)
-    staged = hardware.is_staged
-    return with_scratch(footprint(program, staged=staged, placement=place(program, staged=staged)), program)
+    placement = placed(program, hardware) if placement is None else placement
+    held = footprint(program, staged=_is_staged(hardware), placement=placement)
+    return with_scratch(held, program) if hardware.device_type == "cpu" else held
+
+
+def _is_staged(hardware: Hardware) -> bool:
+    return hardware.device_type == "cpu" and hardware.is_staged
 
 
 def in_one_arena(footprints: Sequence[Footprint]) -> tuple[Footprint, ...]:

@@ -20,13 +20,14 @@ from torch import fx
 from zgraph import ops
 from zgraph.codegen.listing import weighed_as_data
 from zgraph.config import Config
-from zgraph.cost import Cost, Costs
+from zgraph.cost import Cost
 from zgraph.errors import StateError, first_line
 from zgraph.files import beside
 from zgraph.footprint import Kind
 from zgraph.hardware import MOVERS, Hardware
 from zgraph.lower import Lowered
 from zgraph.plans import Plan, show_bytes, show_s
+from zgraph.predict import costs_of
 from zgraph.program import Program
 from zgraph.report.chrome_trace import chrome_trace
 from zgraph.report.page import page
@@ -223,7 +224,7 @@ def if_faster(program: Program, hardware: Hardware, tiers: Sequence[str]) -> dic
         hardware: the machine.
         tiers: the lower ones that any program of the step moves something to or from.
     """
-    costs = Costs(program, hardware)
+    costs = costs_of(program, hardware)
 
     def step_s(*, computing: float = 1.0, links: float = 1.0, host: float = 1.0, faster: str = "") -> float:
         transfers = {lane[tier]: 0.5 if tier == faster else 1.0 for lane in (INWARD, OUTWARD) for tier in lane}

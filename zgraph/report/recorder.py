@@ -17,13 +17,13 @@ from torch import fx
 
 from zgraph import ops
 from zgraph.codegen.kernel import Kernel
-from zgraph.cost import Cost, Costs
+from zgraph.cost import Cost
 from zgraph.footprint import Footprint, Kind, with_state
 from zgraph.hardware import LOWER_TIERS, MOVERS, Hardware
 from zgraph.liveness import held_bytes
 from zgraph.pipeline import Pass, PassRecord
 from zgraph.plans import owners_of
-from zgraph.predict import held_by
+from zgraph.predict import costs_of, held_by, placed
 from zgraph.program import Input, Origin, Program, describe, show, target_name
 from zgraph.report.runs import runs
 from zgraph.report.sources import code_around
@@ -82,12 +82,14 @@ class Recorder:
         for node in program.graph.nodes:
             if node.op == "placeholder":
                 self._made_by.setdefault(node, CAPTURE if p is None else p.name)
-        costs, hardware = Costs(program, self._hardware), self._hardware
+        hardware = self._hardware
+        placement = placed(program, hardware)
+        costs = costs_of(program, hardware, placement)
         cost_of = {node: costs.of(node) for node in program.graph.nodes}
         cost_number = {id(cost): self._cost_number(cost) for cost in cost_of.values()}
         rows = [self._row(program, node, cost_number[id(cost)]) for node, cost in cost_of.items()]
         timeline = play(program, hardware, cost_of=cost_of.__getitem__)
-        held = held_by(program, hardware)
+        held = held_by(program, hardware, placement)
         if p is None:
             self.programs.append({"passes": []})
             self.footprints.append(held)
