@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
@@ -15,6 +16,7 @@ from zgraph.cost import Costs
 from zgraph.errors import OptionError
 from zgraph.hardware import Hardware
 from zgraph.layout import Away
+from zgraph.liveness import held_bytes, lifetimes
 from zgraph.passes.copies import Copies, erase_unread, readers_of
 from zgraph.pipeline import Pass
 from zgraph.program import Origin, Phase, Program, Role, Stage, operand
@@ -50,14 +52,19 @@ class Offload(Pass):
     The order of what computes stays. Loads of the first buckets start so early that they are there in time, as far as
     the machine is known, or else with the step.
 
+    State on the host comes further ahead than one bucket, and goes later, where that raises no peak: buckets are of
+    unlike sizes, and neither way of the link is to rest while one of them comes or goes.
+
     Args:
         what: any of ``"optimizer"``, ``"parameters"`` and ``"gradients"``, their sums over micro-batches; each with
             the tier that it lies on, ``"host"`` or ``"disk"``.
         hardware: the machine, as each rank finds it; all ranks are given the same.
+        far: whether state may come further ahead; not where what is held at the peak is yet to go.
     """
 
     what: tuple[tuple[str, str], ...] = (("optimizer", "disk"),)
     hardware: Hardware | None = field(default=None, repr=False)
+    far: bool = True
 
     takes = gives = Stage.INPLACE
 
@@ -74,7 +81,42 @@ class Offload(Pass):
             _wait_before_others_come(program)
         for find in (_of_parameters, partial(_of_state, Role.GRADIENT), partial(_of_state, Role.OPT_STATE)):
             order = {node: i for i, node in enumerate(program.graph.nodes)}
-            self._stream(program, find(program, order), order)
+            stays = find(program, order)
+            if self.far and find is not _of_parameters and stays and all(each.tier == "host" for each in stays):
+                self._stream_far(program, stays, order)
+            else:
+                self._stream(program, stays, order)
+
+    def _stream_far(self, program: Program, stays: list[_Stay], order: Mapping[fx.Node, int]) -> None:
+        """Load as many ahead of a use as there is room for, and wait for what goes where there is no other room."""
+        room = _Room(program, stays, order)
+        start, gates, loaded = self._early(program, stays[: AHEAD + 1]), dict[fx.Node, fx.Node](), 0
+        staying = deque[int]()
+
+        def load(to: int, at: fx.Node) -> None:
+            nonlocal loaded
+            for i in range(loaded, to):
+                gates.setdefault(stays[i].first, stays[i].load(program, gates.get(at, at)))
+            staying.extend(range(loaded, to))
+            loaded = to
+
+        for each in stays:
+            each.store(program)
+        load(min(AHEAD + 1, len(stays)), start)
+        for use, each in enumerate(stays):
+            to = loaded
+            while to < len(stays) and (to <= use + AHEAD or room.is_for(use, to)):
+                to += 1
+            here = gates.get(each.first, each.first)
+            while staying and order[stays[staying[0]].last] < order[each.first] and staying[0] < use - 1:
+                if not room.is_short(use, (*staying, *range(loaded, to))):
+                    break
+                stays[staying.popleft()].finish(program, here)
+            load(to, each.first)
+        for i in staying:
+            stays[i].finish(program, program.output_node)
+        for flat in {state: None for each in stays for state in each.readers}:
+            erase_unread(flat)
 
     def _stream(self, program: Program, stays: list[_Stay], order: Mapping[fx.Node, int]) -> None:
         """Load each where the one before is first used, when what was used some before has gone."""
@@ -138,6 +180,7 @@ class _Stay:
         written: inputs that have a new value, and what that is.
         first, last: the calls between which they are needed in memory.
         ahead: the call before which it is loaded; where the stay before begins if None.
+        num_bytes: of what comes or goes.
     """
 
     def __init__(
@@ -154,6 +197,7 @@ class _Stay:
         self.first, self.last = needed[0], needed[-1]
         origin = self.first.meta["origin"]
         self._origin = Origin(origin.phase, bucket, origin.source)
+        self.num_bytes: int = sum(state.meta["val"].nbytes for state in {*readers, *written})
         self._stores: dict[fx.Node, fx.Node] = {}
 
     def store(self, program: Program) -> None:
@@ -181,6 +225,39 @@ class _Stay:
             for reader in readers:
                 copies.give(reader)
         return waits[0] if waits else self.first
+
+
+class _Room:
+    """What state may take while it comes and goes, such that no more is held than with three buckets of it at a time.
+
+    Args:
+        program: before any state comes or goes.
+        stays: in order of their uses.
+        order: the positions of calls.
+    """
+
+    def __init__(self, program: Program, stays: list[_Stay], order: Mapping[fx.Node, int]) -> None:
+        self._sizes = [each.num_bytes for each in stays]
+        alive = held_bytes(lifetimes(program, staged=False), len(program.graph.nodes))
+        uses = [*(order[each.first] for each in stays), len(alive)]
+        # The most that is held besides, from each use to the next one.
+        self._besides = [max(alive[at : max(until, at + 1)]) for at, until in pairwise(uses)]
+        together = [sum(self._sizes[max(use - 1, 0) : use + 2]) for use in range(len(stays))]
+        self._most = max(together)
+        self._peak: int = max(map(operator.add, self._besides, together))
+
+    def is_for(self, use: int, ahead: int) -> bool:
+        """Whether a bucket may come at the use of another, until which all between them are held."""
+        if sum(self._sizes[use + 1 : ahead + 1]) > self._most:
+            return False
+        return all(
+            self._besides[at] + sum(self._sizes[max(at - 1, 0) : ahead + 1]) <= self._peak
+            for at in range(use, ahead + 1)
+        )
+
+    def is_short(self, use: int, held: Iterable[int]) -> bool:
+        """Whether some buckets are too much to hold from a use on."""
+        return self._besides[use] + sum(self._sizes[each] for each in held) > self._peak
 
 
 def _of_parameters(program: Program, order: Mapping[fx.Node, int]) -> list[_Stay]:

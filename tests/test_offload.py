@@ -17,15 +17,16 @@ import zgraph
 from tests.models import CASES
 from tests.mutants.steps import in_single_precision
 from tests.offloading import EVERYTHING, ON_DISK, PARAMETERS, SUMS_TOO, Mistake, Speed, lowered, mean_square, nth
-from tests.programs import accumulated, assert_same_step, blocks, clipped, few_examples, two_layers
+from tests.programs import Builder, accumulated, assert_same_step, blocks, clipped, few_examples, param, two_layers
 from tests.recipes import Recipe, build, recipes
 from zgraph import ops
 from zgraph.accumulation import micro_step
 from zgraph.config import Config
 from zgraph.errors import VerifyError
 from zgraph.footprint import Kind, footprint, state_on
-from zgraph.liveness import lifetimes
+from zgraph.liveness import held_bytes, lifetimes
 from zgraph.lower import Lowered, lower
+from zgraph.machines import preset
 from zgraph.passes import Offload, default_passes
 from zgraph.passes.offload import AHEAD, IN_MEMORY, KEPT
 from zgraph.pipeline import Pass, run
@@ -35,6 +36,7 @@ from zgraph.program import Mesh, Phase, Program, Role, Stage, operand, phase_of
 from zgraph.timeline import COMPUTE, least_s, play
 
 aten = torch.ops.aten
+H100 = preset("H100")
 
 
 def momentum(num: int) -> Program:
@@ -187,6 +189,83 @@ def test_no_more_buckets_have_state_in_memory_than_is_said(num: int, norm: bool)
     assert len(loaded) == 2 * num
     at_once = [sum(life.first <= at <= life.last for life in loaded) for at in range(program.num_nodes())]
     assert max(at_once) == min(IN_MEMORY, 2 * num)
+
+
+def test_state_on_the_host_comes_as_far_ahead_as_there_is_room_for() -> None:
+    """Where the first bucket is large and is held at the peak, small ones that follow come together, and go so."""
+    b = Builder()
+    x = b.input(Role.BATCH, "0", shape=[64])
+    names, sizes = [f"w{i}" for i in range(7)], [64, 64, 8, 8, 8, 8, 64]
+    params = {name: b.input(Role.PARAM, name, shape=[size]) for name, size in zip(names, sizes, strict=True)}
+    m = {name: b.input(Role.OPT_STATE, name, "m", shape=[size]) for name, size in zip(names, sizes, strict=True)}
+    loss = b.forward(aten.sum.default, b.forward(aten.mul.Tensor, x, params["w0"]))
+    new = {}
+    for name, size in reversed(list(zip(names, sizes, strict=True))):
+        gradient = b.backward(aten.slice.Tensor, b.backward(aten.neg.default, x), 0, 0, size)
+        kept = b.call(Phase.UPDATE, aten.add.Tensor, m[name], gradient, module=name)
+        new[param(name)] = b.call(Phase.UPDATE, aten.sub.Tensor, params[name], kept, module=name)
+        new[m[name].meta["input"]] = kept
+    captured = b.finish({None: loss, **new})
+    near, far = (
+        run((*default_passes(Config(0, 1), Mesh(1)), Offload((("optimizer", "host"),), H100, far)), captured).program
+        for far in (False, True)
+    )
+    assert_expected_inline(
+        transfers(far),
+        """\
+load 6
+load 5
+load 4
+load 3
+wait for load 6
+update 6
+store 6
+wait for load 5
+update 5
+store 5
+wait for store 6
+load 2
+wait for load 4
+update 4
+store 4
+wait for store 5
+load 1
+wait for load 3
+update 3
+store 3
+wait for load 2
+update 2
+store 2
+wait for store 4
+wait for store 3
+load 0
+wait for load 1
+update 1
+store 1
+wait for load 0
+update 0
+store 0
+wait for store 2
+wait for store 1
+wait for store 0""",
+    )
+    held = [max(held_bytes(lifetimes(each), each.num_nodes())) for each in (near, far)]
+    assert held[1] <= held[0]
+    assert_same_step(far, captured)
+
+
+@given(recipes(), st.sampled_from([(0, 1), (1, 2), (3, 1), (3, 2)]), st.sampled_from([1, 200, 1000]))
+@few_examples(60)
+def test_state_that_comes_far_ahead_raises_no_peak(recipe: Recipe, divided: tuple[int, int], bucket_bytes: int) -> None:
+    captured = build(recipe)
+    zero, world = divided
+    passes = default_passes(Config(zero, bucket_bytes, 1), Mesh(world))
+    near, far = (
+        run((*passes, Offload((("optimizer", "host"),), H100, far)), captured).program for far in (False, True)
+    )
+    held = [max(held_bytes(lifetimes(each), each.num_nodes())) for each in (near, far)]
+    assert held[1] <= held[0]
+    assert_same_step(far, captured)
 
 
 def test_the_first_loads_start_in_time_and_no_earlier() -> None:
