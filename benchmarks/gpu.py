@@ -149,8 +149,8 @@ def take_turn(name: str, shape: Shape, rounds: int, result: Result) -> None:
         result.predicted = {"step_s": plan.step_s, "live": plan.peak_bytes, "reserved": plan.reserved_bytes}
 
 
-def compare(names: Sequence[str], shape: Shape, turns: int, rounds: int) -> list[Result]:
-    """Each peer in turn, so many times."""
+def compare(names: Sequence[str], shape: Shape, turns: int, rounds: int, path: Path | None) -> list[Result]:
+    """Each peer in turn, so many times; what is known after each turn goes to a file, if there is to be one."""
     results = {name: Result(name) for name in names}
     for name in [name for _ in range(turns) for name in names]:
         if results[name].problem is not None:
@@ -163,6 +163,8 @@ def compare(names: Sequence[str], shape: Shape, turns: int, rounds: int) -> list
         gc.collect()
         torch.cuda.empty_cache()
         if not dist.is_initialized() or dist.get_rank() == 0:
+            if path is not None:
+                path.write_text("".join(f"{json.dumps(asdict(result))}\n" for result in results.values()))
             print(f"{name}: {results[name].problem or f'{median(results[name].step_s) * 1e3:.1f} ms'}", file=sys.stderr)
     return list(results.values())
 
@@ -205,12 +207,10 @@ def main() -> int:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29507"}
     dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
     try:
-        results = compare(options.peers, options.shape, options.turns, options.rounds)
+        results = compare(options.peers, options.shape, options.turns, options.rounds, options.json)
         if dist.get_rank() == 0:
             print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {dist.get_world_size()} GPU(s)")
             print(as_table(results))
-            if options.json is not None:
-                options.json.write_text("".join(f"{json.dumps(asdict(result))}\n" for result in results))
     finally:
         dist.destroy_process_group()
     return 0

@@ -206,6 +206,26 @@ def compiled_layers(**options: Any) -> tuple[Any, torch.optim.Optimizer]:
     return zgraph.compile(model, optimizer, **options), optimizer
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"zero": 3, "bucket_bytes": "16MiB"}, {"precision": "bf16"}, {"accumulate": 2}, {"kernels": "zgraph"}],
+    ids=str,
+)
+def test_gradients_are_made_in_the_flat_gradient_bit_for_bit(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = [torch.randn(256, 512, device=GPU) for _ in range(3)]
+    options = {"bucket_bytes": "8MiB", **options}
+    model, apart = (compiled_layers(**options)[0] for _ in range(2))
+    losses = [model.train_step(batch) for batch in batches]
+    assert model.stats()["copied_bytes"] == 0
+    monkeypatch.setattr("zgraph.placement.SMALLEST_BYTES", 2**40)
+    for batch, loss in zip(batches, losses, strict=True):
+        assert torch.equal(apart.train_step(batch), loss)
+    assert apart.stats()["copied_bytes"] > 2**24
+    assert all(torch.equal(value, apart.state_dict()[name]) for name, value in model.state_dict().items())
+
+
 SPILLED = {"activations": WAITED_FOR["host"]}
 STATE = {"optimizer": "host", "parameters": "host"}
 
