@@ -188,7 +188,7 @@ def test_only_memory_of_a_cpu_or_of_a_gpu_is_given() -> None:
     assert into(node) is None
 
 
-@pytest.mark.parametrize("target", ON_GPU, ids=str)
+@pytest.mark.parametrize("target", sorted(ON_GPU, key=str), ids=str)
 def test_what_a_gpu_is_told_can_be_told(target: Any) -> None:
     assert can_be_told(target)
 
