@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 benchmarks/gpu.py                 on eight
     python benchmarks/gpu.py --shape 2048,24,16,1024,50304,4      another: width, layers, heads, tokens, ...
     python benchmarks/gpu.py --peers eager zgraph-3:recompute=blocks --json OUT
-    python benchmarks/gpu.py --peers fsdp2-offload zgraph-3:offload=optimizer+parameters     state in the host's memory
+    python benchmarks/gpu.py --peers fsdp2-offload zgraph-3:offload=optimizer+parameters:load_ahead=1
 
 All train in bfloat16 on float32 parameters: autocast, FSDP2's mixed precision, zgraph's ``precision="bf16"``. Peers run
 one after the other, in turns; seconds are medians of steps timed by the device.
@@ -108,6 +108,8 @@ def options_of(name: str) -> dict[str, Any]:
     options: dict[str, Any] = {"precision": "bf16", **parse_peer(name).build.keywords}  # type: ignore[attr-defined]
     if options.get("offload", "auto") != "auto":
         options["offload"] = dict.fromkeys(options["offload"].split("+"), "host")
+    if "load_ahead" in options:
+        options["load_ahead"] = bool(options["load_ahead"])
     return options
 
 

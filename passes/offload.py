@@ -52,19 +52,19 @@ class Offload(Pass):
     The order of what computes stays. Loads of the first buckets start so early that they are there in time, as far as
     the machine is known, or else with the step.
 
-    State on the host comes further ahead than one bucket, and goes later, where that raises no peak: buckets are of
-    unlike sizes, and neither way of the link is to rest while one of them comes or goes.
+    Where it is told to, state on the host comes further ahead than one bucket, and goes later, as far as no more is
+    live at the peak: buckets are of unlike sizes, and no way of the link is to rest while one of them comes or goes.
 
     Args:
         what: any of ``"optimizer"``, ``"parameters"`` and ``"gradients"``, their sums over micro-batches; each with
             the tier that it lies on, ``"host"`` or ``"disk"``.
         hardware: the machine, as each rank finds it; all ranks are given the same.
-        far: whether state may come further ahead; not where what is held at the peak is yet to go.
+        far: whether state comes further ahead.
     """
 
     what: tuple[tuple[str, str], ...] = (("optimizer", "disk"),)
     hardware: Hardware | None = field(default=None, repr=False)
-    far: bool = True
+    far: bool = False
 
     takes = gives = Stage.INPLACE
 

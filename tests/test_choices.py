@@ -47,6 +47,16 @@ def test_one_rank_has_nothing_to_shard_or_to_send() -> None:
     ]
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_state_alone_on_a_host_may_be_loaded_ahead_on_any_number_of_ranks(world: int) -> None:
+    fixed = {"recompute": None, "zero": 0, "offload": "auto"}
+    state = {"optimizer": "host"}
+    members = {tier: family(1, world, fixed, tier=tier) for tier in ("host", "disk")}
+    ahead = [choice.options["offload"] for choice in members["host"] if choice.config.load_ahead]
+    assert ahead == [state, {**state, "parameters": "host"}]
+    assert not any(choice.config.load_ahead for choice in members["disk"])
+
+
 def test_more_goes_to_a_disk_one_after_the_other_if_that_is_open() -> None:
     given = {"recompute": None, "offload_path": "/var/tmp"}
     members = family(1, 1, {**given, "offload": "auto"})

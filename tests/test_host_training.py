@@ -20,7 +20,7 @@ from tests.streams import Streams
 from tests.test_offload_activations import X as ROWS
 from tests.test_offload_activations import compiled, losses, stack
 from tests.test_offload_training import assert_bitwise, train
-from zgraph import host
+from zgraph import host, ops
 from zgraph.config import WAITED_FOR
 from zgraph.errors import HostError
 from zgraph.footprint import spilled_bytes, state_on
@@ -82,6 +82,23 @@ def test_state_trains_bit_for_bit_as_on_the_device(
     assert sum(stored.values()) == sum(before[what] - stats[what] for what in whats)
     (streams,) = made
     assert len(streams.pinned) == 1
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2, "offload": SUMS_TOO}], ids=str)
+def test_state_that_is_loaded_ahead_trains_bit_for_bit_as_on_the_device(
+    on_streams: Use, options: dict[str, Any], seed: int | None
+) -> None:
+    on_streams(seed)
+    given = {"offload": EVERYTHING, **options}
+    expected = train("gpt", "adamw", **{**given, "offload": None})
+    near, found = (train("gpt", "adamw", load_ahead=ahead, **given) for ahead in (False, True))
+    assert_bitwise(found, expected)
+    ahead, one_ahead = (
+        [node.target for node in made[3].program.graph.nodes if node.target in (ops.load, ops.store)]
+        for made in (found, near)
+    )
+    assert ahead != one_ahead
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

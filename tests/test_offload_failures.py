@@ -64,6 +64,16 @@ def test_optimizer_state_that_torch_cannot_load_leaves_the_parameters_as_they_ar
         ({"offload": {"optimizer": "tape"}}, "'optimizer' can lie on 'host' or 'disk', not on 'tape'"),
         ({"offload": {"optimizer": "host"}, "offload_path": "/tmp"}, "offload_path, and .* nothing lies on a disk"),
         ({"offload_path": "/tmp"}, "offload_path without offload"),
+        (
+            {"load_ahead": True},
+            "load_ahead with offload=None: it is for optimizer state or sums of gradients on the host",
+        ),
+        ({"load_ahead": True, "offload": {"optimizer": "disk"}}, "load_ahead with offload={'optimizer': 'disk'}"),
+        ({"load_ahead": True, "offload": {"parameters": "host"}}, "load_ahead with offload={'parameters': 'host'}"),
+        (
+            {"load_ahead": True, "offload": {"optimizer": "host", "activations": "host"}},
+            "where no activations go there",
+        ),
         ({"offload": ON_DISK, "offload_path": 3}, "offload_path=3 is no path"),
     ],
 )

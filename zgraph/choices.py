@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from zgraph.config import BY_COST, WAITED_FOR, Config
+from zgraph.config import BY_COST, WAITED_FOR, Config, has_state_on_host
 from zgraph.errors import OptionError
 
 ACCUMULATE = "accumulate"
@@ -88,8 +88,10 @@ VARIED: dict[str, Variation] = {
     "unshard": Variation((0.5, 1.0), lambda config: _gathers(config) and not config.keep_gathered),
     "tile_bytes": Variation((TILE_BYTES,), _gathers),
     "keep_gathered": Variation((True,), lambda config: _gathers(config) and config.accumulate > 1, {"zero": 2}),
+    "load_ahead": Variation((True,), has_state_on_host),
 }
-"""None of them matters on a single rank."""
+ON_ANY_RANK = ("load_ahead",)
+"""Those that matter on a single rank, too."""
 
 STORED = ("zero", "shard_size", "bucket_bytes", OFFLOAD)
 """Options that say how state lies in memory, or where else."""
@@ -158,7 +160,9 @@ def family(
     crossed = {
         name: (fixed[name],) if name in fixed and name != OFFLOAD else values for name, values in crossed.items()
     }
-    variations = _variations(fixed, tile_bytes) if world > 1 else [{}]
+    variations = [
+        varied for varied in _variations(fixed, tile_bytes) if world > 1 or all(name in ON_ANY_RANK for name in varied)
+    ]
     found: dict[Any, Choice] = {}
     refused: OptionError | None = None  # of what the user asked for, and defaults
     for options in _product(crossed):

@@ -108,6 +108,9 @@ _OPTIONS = (
         show_default="nothing",
         help="such as optimizer=disk,parameters=disk, or with host on GPUs, or auto",
     ),
+    click.option(
+        "--load-ahead", type=_value, metavar="True|False", show_default="searched", help="of state on a GPU's host"
+    ),
     click.option("--unshard", type=_value, metavar="0-1", show_default="searched", help="part of parameters"),
     click.option("--tile-bytes", metavar="BYTES", show_default="searched", help="of large matrices at a time"),
     click.option("--in-flight", type=_value, metavar="N", show_default="searched", help="buckets, or none for any"),

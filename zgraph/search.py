@@ -55,6 +55,12 @@ class Tried:
         return self.estimate.reserved_bytes if self.is_exact or self.on_cpu else self.estimate.peak_bytes
 
 
+_OF_STATE = (
+    "bucket_bytes", "in_flight", "keep_gathered", "load_ahead", MEMORY_FIRST, "shard_size", "tile_bytes", "unshard"
+)  # fmt: skip
+"""Options that change nothing of what a rank holds that has everything."""
+
+
 class Search:
     """Estimates of a family's members, each made once, when it is asked for.
 
@@ -378,8 +384,7 @@ class Search:
 
     def _held_of(self, choice: Choice) -> tuple[_Held, ...]:
         """Of one rank that has everything, for each number of blocks; nothing where the model cannot do it."""
-        sharding = ("bucket_bytes", "in_flight", "keep_gathered", MEMORY_FIRST, "shard_size", "tile_bytes", "unshard")
-        before = replace(choice.config, zero=0, **{name: getattr(Config, name) for name in sharding})
+        before = replace(choice.config, zero=0, **{name: getattr(Config, name) for name in _OF_STATE})
         if isinstance(before.recompute, float):  # chosen late, by all passes together
             before = replace(before, recompute=None)
         if isinstance(before.offload, dict):
