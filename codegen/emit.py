@@ -2,13 +2,13 @@
 
 Each value is dropped right after its last use, and the argument list is emptied on entry, so that a buffer is free as
 soon as the program is done with it. What has a place in an arena, or in a flat gradient that has memory of its own, is
-stored there. Collectives go through a ``comm``
-object, transfers through what lies on a lower tier (``zgraph.tiers.Stored``), which for what is spilled there comes
-with the call; everything else is a plain call.
+stored there. Collectives go through a ``comm`` object, transfers through what lies on a lower tier
+(``zgraph.tiers.Stored``), which for what is spilled there comes with the call; everything else is a plain call.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from textwrap import wrap
@@ -127,9 +127,7 @@ def emit(
         lines += [f"    {line}".rstrip() for line in groups.before(node)]
         lines += [f"    {line}" for line in arena.allocated(number, writer)]
         tag = _tag(node, names[node]) if tagged and node.target in ops.STARTS else None
-        for index, place in arena.copied(node).items():
-            vectors: Any = node.args[0]
-            lines.append(f"    {writer.expression(aten.copy_.default, [arena.names[place], names[vectors[index]]])}")
+        lines += [f"    {line}" for line in _copies(writer, node, names, arena)]
         if node in slots:
             call = f"{slots[node]}.store({names[operand(node)]})"
         else:
@@ -150,6 +148,17 @@ def emit(
     function = writer.compile(source, "step", f"<zgraph step {id(program):x}>")
     copied = copied_bytes(program, {}) if placement is None else placement.copied_bytes
     return Step(source, function, arena.given, copied, tuple(spilled.values()))
+
+
+def _copies(writer: SourceWriter, node: fx.Node, names: Mapping[fx.Node, str], arena: _Arena) -> Iterator[str]:
+    """What copies vectors to where they belong; one call copies many of them, in one launch on a GPU."""
+    vectors: Any = node.args[0]
+    pairs = [(arena.names[place], names[vectors[index]]) for index, place in arena.copied(node).items()]
+    if len(pairs) > 1:
+        targets, sources = (f"[{', '.join(each)}]" for each in zip(*pairs, strict=True))
+        yield writer.expression(aten._foreach_copy_.default, [targets, sources])
+    elif pairs:
+        yield writer.expression(aten.copy_.default, list(pairs[0]))
 
 
 def _unpack(names: Sequence[str], given: str) -> list[str]:
@@ -175,31 +184,31 @@ class _Arena:
             ):
                 self.names.setdefault(place, f"a{len(self.names)}")
         self._apart = {} if placement is None else placement.apart
-        self._parts = {flat: self._within(flat) for flat in self._apart}
+        self._parts: dict[fx.Node, list[Place]] = {flat: [] for flat in self._apart}  # behind the whole
+        self._begin: dict[int, list[fx.Node]] = {}
+        for flat, first in self._apart.items():
+            self._begin.setdefault(first, []).append(flat)
+        if placement is not None and self._apart:
+            flats, starts = [*self._apart], [placement.places[flat].start for flat in self._apart]
+            for place in self.names:
+                self._parts[flats[bisect_right(starts, place.start) - 1]].append(place)
 
     @property
     def given(self) -> tuple[Place, ...]:
         """Those that the step is given; it allocates what lies apart itself."""
         return () if self._apart else tuple(self.names)
 
-    def _within(self, flat: fx.Node) -> list[Place]:
-        """A place of its own, and those in it."""
-        assert self.placement is not None
-        whole = self.placement.places[flat]
-        return [whole, *(p for p in self.names if whole.start <= p.start < whole.stop and p != whole)]
-
     def allocated(self, number: int, writer: SourceWriter) -> Iterator[str]:
         """Lines that allocate what lies apart and begins to be needed by the call at a position."""
-        for flat, first in self._apart.items():
-            if first == number:
-                whole, *parts = self._parts[flat]
-                form = [*map(writer.literal, (whole.shape, whole.strides))]
-                kind = [f"dtype={whole.dtype}", f"device={writer.literal(flat.meta['val'].device)}"]
-                yield f"{self.names[whole]} = {writer.expression(aten.empty_strided.default, [*form, *kind])}"
-                for part in parts:
-                    offset = (part.start - whole.start) // whole.dtype.itemsize
-                    given = [self.names[whole], *map(writer.literal, (part.shape, part.strides, offset))]
-                    yield f"{self.names[part]} = {writer.expression(aten.as_strided.default, given)}"
+        for flat in self._begin.get(number, ()):
+            whole, *parts = self._parts[flat]
+            form = [*map(writer.literal, (whole.shape, whole.strides))]
+            kind = [f"dtype={whole.dtype}", f"device={writer.literal(flat.meta['val'].device)}"]
+            yield f"{self.names[whole]} = {writer.expression(aten.empty_strided.default, [*form, *kind])}"
+            for part in parts:
+                offset = (part.start - whole.start) // whole.dtype.itemsize
+                given = [self.names[whole], *map(writer.literal, (part.shape, part.strides, offset))]
+                yield f"{self.names[part]} = {writer.expression(aten.as_strided.default, given)}"
 
     def done_with(self, node: fx.Node) -> list[str]:
         """Names that are needed no more: of what lies apart, once it has been put together."""

@@ -398,8 +398,8 @@ class RegionTritonWriter(TritonWriter):
             *(f"    s{place} += tl.load(p{place} + at, mask=known, other=0.0)" for place in places),
             *(f"tl.store(o{place} + c, tl.sum(s{place}, 0), mask=inside)" for place in places),
         ]
-        num_instances = -(-width // _SUMMED_COLUMNS)
-        return Part(f"{self.name}_sums", tuple(lines), tuple(names), num_instances, {"num_warps": 8})
+        num_tiles = -(-width // _SUMMED_COLUMNS)
+        return Part(f"{self.name}_sums", tuple(lines), tuple(names), num_tiles, {"num_warps": 8})
 
     def _adding_up(self, this: Sweep) -> Part:
         """Totals of what rows have left, and, in the end, what numbers are computed of them."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from torch import fx
 
@@ -52,14 +52,14 @@ class Offload(Pass):
     The order of what computes stays. Loads of the first buckets start so early that they are there in time, as far as
     the machine is known, or else with the step.
 
-    Where it is told to, state on the host comes further ahead than one bucket, and goes later, as far as no more is
-    live at the peak: buckets are of unlike sizes, and no way of the link is to rest while one of them comes or goes.
+    Where it is told to, optimizer state on the host comes further ahead than one bucket, and goes later, as far as no
+    more is live at the peak: buckets are of unlike sizes, and the link is not to rest while one of them comes or goes.
 
     Args:
         what: any of ``"optimizer"``, ``"parameters"`` and ``"gradients"``, their sums over micro-batches; each with
             the tier that it lies on, ``"host"`` or ``"disk"``.
         hardware: the machine, as each rank finds it; all ranks are given the same.
-        far: whether state comes further ahead.
+        far: whether optimizer state comes further ahead.
     """
 
     what: tuple[tuple[str, str], ...] = (("optimizer", "disk"),)
@@ -82,10 +82,8 @@ class Offload(Pass):
         for find in (_of_parameters, partial(_of_state, Role.GRADIENT), partial(_of_state, Role.OPT_STATE)):
             order = {node: i for i, node in enumerate(program.graph.nodes)}
             stays = find(program, order)
-            if self.far and find is not _of_parameters and stays and all(each.tier == "host" for each in stays):
-                self._stream_far(program, stays, order)
-            else:
-                self._stream(program, stays, order)
+            is_far = self.far and all(each.is_of_optimizer and each.tier == "host" for each in stays)
+            (self._stream_far if is_far and stays else self._stream)(program, stays, order)
 
     def _stream_far(self, program: Program, stays: list[_Stay], order: Mapping[fx.Node, int]) -> None:
         """Load as many ahead of a use as there is room for, and wait for what goes where there is no other room."""
@@ -109,7 +107,7 @@ class Offload(Pass):
                 to += 1
             here = gates.get(each.first, each.first)
             while staying and order[stays[staying[0]].last] < order[each.first] and staying[0] < use - 1:
-                if not room.is_short(use, (*staying, *range(loaded, to))):
+                if not room.is_short(use, staying[0], to):
                     break
                 stays[staying.popleft()].finish(program, here)
             load(to, each.first)
@@ -181,6 +179,7 @@ class _Stay:
         first, last: the calls between which they are needed in memory.
         ahead: the call before which it is loaded; where the stay before begins if None.
         num_bytes: of what comes or goes.
+        is_of_optimizer: whether it is optimizer state.
     """
 
     def __init__(
@@ -197,6 +196,7 @@ class _Stay:
         self.first, self.last = needed[0], needed[-1]
         origin = self.first.meta["origin"]
         self._origin = Origin(origin.phase, bucket, origin.source)
+        self.is_of_optimizer = all(state.meta["input"].role is Role.OPT_STATE for state in {*readers, *written})
         self.num_bytes: int = sum(state.meta["val"].nbytes for state in {*readers, *written})
         self._stores: dict[fx.Node, fx.Node] = {}
 
@@ -228,7 +228,7 @@ class _Stay:
 
 
 class _Room:
-    """What state may take while it comes and goes, such that no more is held than with three buckets of it at a time.
+    """What optimizer state may take while it comes and goes: no more at the peak than three buckets at a time do.
 
     Args:
         program: before any state comes or goes.
@@ -237,27 +237,28 @@ class _Room:
     """
 
     def __init__(self, program: Program, stays: list[_Stay], order: Mapping[fx.Node, int]) -> None:
-        self._sizes = [each.num_bytes for each in stays]
+        self._until = [0, *accumulate(each.num_bytes for each in stays)]
         alive = held_bytes(lifetimes(program, staged=False), len(program.graph.nodes))
         uses = [*(order[each.first] for each in stays), len(alive)]
         # The most that is held besides, from each use to the next one.
         self._besides = [max(alive[at : max(until, at + 1)]) for at, until in pairwise(uses)]
-        together = [sum(self._sizes[max(use - 1, 0) : use + 2]) for use in range(len(stays))]
+        together = [self._of(use - 1, use + 2) for use in range(len(stays))]
         self._most = max(together)
         self._peak: int = max(map(operator.add, self._besides, together))
 
+    def _of(self, start: int, stop: int) -> int:
+        """Bytes of buckets from one to before another."""
+        return self._until[min(stop, len(self._until) - 1)] - self._until[max(start, 0)]
+
     def is_for(self, use: int, ahead: int) -> bool:
         """Whether a bucket may come at the use of another, until which all between them are held."""
-        if sum(self._sizes[use + 1 : ahead + 1]) > self._most:
+        if self._of(use + 1, ahead + 1) > self._most:
             return False
-        return all(
-            self._besides[at] + sum(self._sizes[max(at - 1, 0) : ahead + 1]) <= self._peak
-            for at in range(use, ahead + 1)
-        )
+        return all(self._besides[at] + self._of(at - 1, ahead + 1) <= self._peak for at in range(use, ahead + 1))
 
-    def is_short(self, use: int, held: Iterable[int]) -> bool:
-        """Whether some buckets are too much to hold from a use on."""
-        return self._besides[use] + sum(self._sizes[each] for each in held) > self._peak
+    def is_short(self, use: int, start: int, stop: int) -> bool:
+        """Whether buckets from one to before another are too much to hold from a use on."""
+        return self._besides[use] + self._of(start, stop) > self._peak
 
 
 def _of_parameters(program: Program, order: Mapping[fx.Node, int]) -> list[_Stay]:

@@ -66,7 +66,7 @@ def test_optimizer_state_that_torch_cannot_load_leaves_the_parameters_as_they_ar
         ({"offload_path": "/tmp"}, "offload_path without offload"),
         (
             {"load_ahead": True},
-            "load_ahead with offload=None: it is for optimizer state or sums of gradients on the host",
+            "load_ahead with offload=None: it is for optimizer state on the host",
         ),
         ({"load_ahead": True, "offload": {"optimizer": "disk"}}, "load_ahead with offload={'optimizer': 'disk'}"),
         ({"load_ahead": True, "offload": {"parameters": "host"}}, "load_ahead with offload={'parameters': 'host'}"),

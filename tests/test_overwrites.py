@@ -129,6 +129,15 @@ def test_a_gradient_that_is_not_where_its_bucket_has_it_is_found() -> None:
         check_overwrites(program, replace(made, places=moved))
 
 
+def test_a_vector_that_is_converted_when_it_is_put_together_is_found() -> None:
+    program = rewritten(two_layers(), 0, 1, bucket_bytes=200)
+    made = place(program)
+    cat = next(iter(made.copied))
+    cat.meta["val"] = cat.meta["val"].to(torch.float32)
+    with pytest.raises(VerifyError, match="is converted by"):
+        check_overwrites(program, made)
+
+
 def test_a_result_in_the_arena_is_found() -> None:
     program = chain()
     made = place(program)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -13,6 +16,7 @@ from expecttest import assert_expected_inline
 from hypothesis import given
 from hypothesis import strategies as st
 
+import zgraph
 from tests.models import CASES
 from tests.programs import (
     Builder,
@@ -50,8 +54,13 @@ aten = torch.ops.aten
 @pytest.fixture
 def _small_values_count() -> Iterator[None]:
     """Values of programs that are built by hand are small."""
-    with mock.patch.object(placement, "SMALLEST_BYTES", 1):
+    with small_values_count():
         yield
+
+
+def small_values_count() -> Any:
+    """Neither size nor place keeps a value of a small program from lying somewhere."""
+    return mock.patch.multiple(placement, SMALLEST_BYTES=1, ALIGNMENT_ON_GPU=1)
 
 
 def two_gradients() -> Program:
@@ -82,10 +91,21 @@ def run_placed(program: Program, inputs: Values, device_type: str | None = None)
     for tensor in tensors:
         tensor.untyped_storage().fill_(1)
     arguments = [inputs[what] for _, what in program.placeholders()]
-    results = step.function(arguments, SingleComm(), *([tensors] if step.places else []))
+    with uninitialised_memory_filled():
+        results = step.function(arguments, SingleComm(), *([tensors] if step.places else []))
     for tensor in tensors:
         tensor.untyped_storage().fill_(1)
     return dict(zip(program.outputs, results, strict=True))
+
+
+@contextmanager
+def uninitialised_memory_filled() -> Iterator[None]:
+    """What is allocated and not written is NaN (``torch.utils.deterministic.fill_uninitialized_memory``)."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def assert_same_in_an_arena(captured: Program, program: Program, device_type: str | None = None) -> None:
@@ -150,7 +170,7 @@ def test_gradients_are_made_in_the_flat_gradient_and_zeros_are_written_between_t
 @few_examples(10)
 @given(recipes(), st.integers(0, 3), st.sampled_from([1, 200]))
 def test_any_step_computes_the_same_in_an_arena(recipe: Recipe, zero: int, bucket_bytes: int) -> None:
-    with mock.patch.object(placement, "SMALLEST_BYTES", 1):
+    with small_values_count():
         captured = build(recipe)
         assert_same_in_an_arena(captured, rewritten(captured, zero, 1, bucket_bytes))
 
@@ -158,7 +178,7 @@ def test_any_step_computes_the_same_in_an_arena(recipe: Recipe, zero: int, bucke
 @few_examples(10)
 @given(recipes(), st.integers(0, 3), st.sampled_from([1, 2, 4]))
 def test_an_arena_raises_no_peak_and_nothing_in_it_is_written_over(recipe: Recipe, zero: int, world: int) -> None:
-    with mock.patch.object(placement, "SMALLEST_BYTES", 1):
+    with small_values_count():
         program = rewritten(build(recipe), zero, world)
         assert_good(program, place(program))
 
@@ -190,7 +210,7 @@ CONFIGS = {
 @pytest.mark.parametrize("name", ["gpt", *slow("resnet", "recurrent")])
 @pytest.mark.parametrize("options", ["zero 3", *slow(*(name for name in CONFIGS if name != "zero 3"))])
 def test_what_lies_in_the_arena_of_a_model_is_never_written_over(name: str, options: str) -> None:
-    with mock.patch.object(placement, "SMALLEST_BYTES", 1):
+    with small_values_count():
         for program in lower(captured_step(name, CONFIGS[options]), CONFIGS[options], Mesh(2), None, ()).programs:
             made = place(program)
             assert_good(program, made)
@@ -201,18 +221,10 @@ def test_what_lies_in_the_arena_of_a_model_is_never_written_over(name: str, opti
 def test_nothing_is_placed_that_is_neither_on_a_cpu_nor_on_a_gpu() -> None:
     program = rewritten(two_gradients(), 0, 1)
     assert place(program).places
-    _move(program, "meta")
-    made = place(program)
+    made = place(program, device_type="meta")
     assert not made.places
     assert made.num_bytes == 0
     assert list(made.elsewhere) == lifetimes(program)
-
-
-def _move(program: Program, device: str) -> None:
-    layout = program.layout
-    assert layout is not None
-    there = tuple(replace(bucket, device=torch.device(device)) for bucket in layout.buckets)
-    program.layout = replace(layout, buckets=there)
 
 
 # On a GPU
@@ -238,9 +250,7 @@ def test_on_a_gpu_a_flat_gradient_is_allocated_with_the_first_of_its_parts() -> 
     v20 = a0
     del v18, v19, a0, a1, a2""",
     )
-    assert place(program).copied_bytes == 0
-    _move(program, "cuda")
-    made = place(program)
+    made = place(program, device_type="cuda")
     assert made.copied_bytes == made.num_bytes == 0
     assert list(made.apart) == program.graph.find_nodes(op="call_function", target=aten.cat.default)
 
@@ -261,7 +271,7 @@ def test_what_is_made_where_it_belongs_costs_no_copy(machine: str) -> None:
 def test_any_step_computes_the_same_with_flat_gradients_that_lie_apart(
     recipe: Recipe, zero: int, bucket_bytes: int
 ) -> None:
-    with mock.patch.object(placement, "SMALLEST_BYTES", 1):
+    with small_values_count():
         captured = build(recipe)
         assert_same_in_an_arena(captured, rewritten(captured, zero, 1, bucket_bytes), "cuda")
 
@@ -269,35 +279,129 @@ def test_any_step_computes_the_same_with_flat_gradients_that_lie_apart(
 @few_examples(10)
 @given(recipes(), st.integers(0, 3), st.sampled_from([1, 2, 4]))
 def test_flat_gradients_that_lie_apart_raise_no_peak(recipe: Recipe, zero: int, world: int) -> None:
-    with mock.patch.object(placement, "SMALLEST_BYTES", 1):
+    with small_values_count():
         program = rewritten(build(recipe), zero, world)
         assert_good(program, place(program, device_type="cuda"))
 
 
-@pytest.mark.usefixtures("_small_values_count")
-def test_what_is_read_by_its_place_in_memory_has_memory_of_its_own_on_a_gpu() -> None:
-    """A part of a tensor begins elsewhere than at the first element of its storage."""
+READ_BY_PLACE: dict[Any, Callable[[Any], tuple[Any, ...]]] = {
+    aten.as_strided.default: lambda _: ([64], [1], 0),
+    aten.as_strided_copy.default: lambda _: ([64], [1], 0),
+    aten.as_strided_scatter.default: lambda source: (source, [32], [1], 0),
+}
+
+
+def vectors(num: int, target: Any) -> Program:
+    """So many parameters, trained by SGD, each with a gradient that an operator makes the next one's of."""
     b = Builder()
-    w, v, x = (
-        b.input(role, name, shape=[64]) for role, name in ((Role.PARAM, "w"), (Role.PARAM, "v"), (Role.BATCH, "0"))
-    )
-    loss = b.forward(aten.sum.default, b.forward(aten.mul.Tensor, b.forward(aten.mul.Tensor, x, w), v))
-    gw, gv = b.backward(aten.mul.Tensor, x, v), b.backward(aten.mul.Tensor, x, w)
-    read = b.backward(aten.as_strided.default, gv, [64], [1], 0)
+    x = b.input(Role.BATCH, "0", shape=[64])
+    params = [b.input(Role.PARAM, f"w{i}", shape=[64]) for i in range(num)]
+    loss = b.forward(aten.sum.default, b.forward(aten.mul.Tensor, x, params[0]))
+    source = b.backward(aten.slice.Tensor, x, 0, 0, 32)
+    gradients = [b.backward(aten.mul.Tensor, x, 2.0)]
+    for i in range(1, num):
+        made = b.backward(aten.mul.Tensor, x, 2.0 + i)
+        gradients.append(made if i % 2 else b.backward(target, gradients[-1], *READ_BY_PLACE[target](source)))
     new = {
-        name: b.call(Phase.UPDATE, aten.sub.Tensor, p, g, module=name) for name, p, g in (("w", w, gw), ("v", v, read))
+        param(f"w{i}"): b.call(Phase.UPDATE, aten.sub.Tensor, each, gradient, module=f"w{i}")
+        for i, (each, gradient) in enumerate(zip(params, gradients, strict=True))
     }
-    captured = b.finish({None: loss, param("w"): new["w"], param("v"): new["v"]})
+    return b.finish({None: loss, **new})
+
+
+@pytest.mark.usefixtures("_small_values_count")
+@pytest.mark.parametrize("target", READ_BY_PLACE, ids=str)
+def test_what_is_read_by_its_place_in_memory_has_memory_of_its_own_on_a_gpu(target: Any) -> None:
+    """A part of a tensor begins elsewhere than at the first element of its storage."""
+    captured = vectors(3, target)
     program = rewritten(captured, 0, 1, 2**20)
     (flat,) = program.graph.find_nodes(op="call_function", target=aten.cat.default)
     made = place(program, device_type="cuda")
-    assert made.copied_bytes == 64 * 8
-    assert {node.target for node in made.places} == {aten.mul.Tensor, aten.cat.default}
+    assert made.copied_bytes == 2 * 64 * 8
+    assert len(made.places) == 2
     assert list(made.apart) == [flat]
     cost = costs_of(program, preset("H100")).of(flat)
     assert cost.num_bytes == 2 * made.copied_bytes
     assert cost.num_calls == 1
     assert_same_in_an_arena(captured, program, "cuda")
+
+
+@pytest.mark.usefixtures("_small_values_count")
+def test_all_that_is_copied_into_a_flat_gradient_is_copied_by_one_call() -> None:
+    captured = vectors(5, aten.as_strided_copy.default)
+    program = rewritten(captured, 0, 1, 2**20)
+    made = place(program, device_type="cuda")
+    assert made.copied_bytes == 4 * 64 * 8
+    source = emit(program, made).source
+    assert source.count("copy_(") == source.count("_foreach_copy_(") == 1
+    (flat,) = made.apart
+    assert costs_of(program, preset("H100")).of(flat).num_calls == 1
+    assert_same_in_an_arena(captured, program, "cuda")
+
+
+def test_a_gpu_is_given_no_part_that_libraries_may_compute_otherwise_for_its_place() -> None:
+    with mock.patch.object(placement, "SMALLEST_BYTES", 1):
+        program = rewritten(two_gradients(), 0, 1)
+        (flat,) = program.graph.find_nodes(op="call_function", target=aten.cat.default)
+        made = place(program, device_type="cuda")
+    offsets = {made.places[node].start - made.places[flat].start for node in made.places}
+    assert offsets == {0}
+    assert made.copied_bytes == 64
+
+
+@pytest.mark.usefixtures("_small_values_count")
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_vectors_of_another_dtype_than_what_they_are_put_together_to_lie_elsewhere(device_type: str) -> None:
+    b = Builder()
+    w, x = b.input(Role.PARAM, "w", shape=[32]), b.input(Role.BATCH, "0", shape=[32])
+    half = b.forward(aten._to_copy.default, b.forward(aten.mul.Tensor, x, w), dtype=torch.float32)
+    both = b.forward(aten.cat.default, [half, b.forward(aten.mul.Tensor, x, 2.0)])
+    loss = b.forward(aten.sum.default, both)
+    new = b.call(Phase.UPDATE, aten.sub.Tensor, w, b.backward(aten.mul.Tensor, x, 3.0), module="w")
+    captured = b.finish({None: loss, param("w"): new})
+    program = rewritten(captured, 0, 1)
+    assert not place(program, device_type=device_type).copied
+    assert_same_in_an_arena(captured, program, device_type)
+
+
+@pytest.mark.usefixtures("_small_values_count")
+def test_an_arena_has_nothing_that_is_on_another_device() -> None:
+    b = Builder()
+    w, x = b.input(Role.PARAM, "w", shape=[32]), b.input(Role.BATCH, "0", shape=[32])
+    there = b.forward(aten._to_copy.default, b.forward(aten.mul.Tensor, x, w), device=torch.device("cuda"))
+    back = b.forward(aten._to_copy.default, b.forward(aten.mul.Tensor, there, there), device=torch.device("cpu"))
+    new = b.call(Phase.UPDATE, aten.sub.Tensor, w, b.backward(aten.mul.Tensor, x, 3.0), module="w")
+    program = rewritten(b.finish({None: b.forward(aten.sum.default, back), param("w"): new}), 0, 1)
+    placed = place(program).places
+    assert placed
+    assert {node.meta["val"].device.type for node in placed} == {"cpu"}
+
+
+@pytest.mark.usefixtures("_small_values_count")
+def test_nothing_is_placed_where_parameters_are_on_several_kinds_of_device() -> None:
+    program = rewritten(two_gradients(), 0, 1)
+    layout = program.layout
+    assert layout is not None
+    first, *others = layout.buckets
+    program.layout = replace(layout, buckets=(replace(first, device=torch.device("cuda")), *others))
+    assert not place(program).places
+    assert not place(program, device_type="cuda").places
+
+
+@pytest.mark.parametrize("options", [{}, {"check_memory": True}, {"accumulate": 2, "clip_norm": 0.1}], ids=str)
+def test_a_model_trains_alike_with_flat_gradients_that_lie_apart(options: dict[str, Any]) -> None:
+    case = CASES["gpt"]
+    found = {}
+    for device_type in (None, "cuda"):
+        model = case.model(torch.float32)
+        optimizer = torch.optim.AdamW(model.parameters())
+        with small_values_count(), mock.patch("zgraph.runtime.place", partial(place, device_type=device_type)):
+            zgraph.compile(model, optimizer, loss=case.loss, bucket_bytes="4KiB", **options)
+            losses = [model.train_step(*batch.args) for batch in case.batches(3, 4, dtype=torch.float32)]
+        found[device_type] = losses, model.state_dict()
+        assert ("= empty_strided(" in model.source) == (device_type == "cuda")
+    assert all(map(torch.equal, found[None][0], found["cuda"][0]))
+    assert all(torch.equal(value, found["cuda"][1][name]) for name, value in found[None][1].items())
 
 
 def test_small_values_stay_with_the_c_library() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from zgraph.config import BY_COST, WAITED_FOR, Config, has_state_on_host
+from zgraph.config import BY_COST, WAITED_FOR, Config, may_load_ahead
 from zgraph.errors import OptionError
 
 ACCUMULATE = "accumulate"
@@ -88,7 +88,7 @@ VARIED: dict[str, Variation] = {
     "unshard": Variation((0.5, 1.0), lambda config: _gathers(config) and not config.keep_gathered),
     "tile_bytes": Variation((TILE_BYTES,), _gathers),
     "keep_gathered": Variation((True,), lambda config: _gathers(config) and config.accumulate > 1, {"zero": 2}),
-    "load_ahead": Variation((True,), has_state_on_host),
+    "load_ahead": Variation((True,), may_load_ahead),
 }
 ON_ANY_RANK = ("load_ahead",)
 """Those that matter on a single rank, too."""

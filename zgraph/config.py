@@ -146,12 +146,10 @@ def _check_offload(config: Config) -> None:
         raise OptionError(f"offload_path, and with offload={given!r} nothing lies on a disk", fix="leave it out")
 
 
-def has_state_on_host(config: Config) -> bool:
-    """Whether optimizer state or sums of gradients lie on the host, and no activations go to a lower tier."""
+def may_load_ahead(config: Config) -> bool:
+    """Whether optimizer state lies on the host, and no activations go to a lower tier, by which the peak changes."""
     given = config.offload
-    if not isinstance(given, dict) or "activations" in given:
-        return False
-    return any(given.get(what) == "host" for what in ("optimizer", "gradients"))
+    return isinstance(given, dict) and given.get("optimizer") == "host" and "activations" not in given
 
 
 def _check_tiles(config: Config) -> None:
@@ -286,9 +284,9 @@ class Config:
             there what the budget has no room for, where that is faster than other ways to take less memory.
         offload_path: the directory, on a local disk, for files without names that are gone when the process ends; by
             default ``/var/tmp``.
-        load_ahead: load state that lies on the host as far ahead of its update as adds nothing to what is live at the
-            peak, and wait for its way back as late, instead of one bucket ahead. The link rests less; PyTorch's
-            allocator may take more, as buckets of unlike sizes come and go in another order.
+        load_ahead: load optimizer state that lies on the host as far ahead of its update as adds nothing to what is
+            live at the peak, and wait for its way back as late, instead of one bucket ahead. The link rests less;
+            PyTorch's allocator may take more, as buckets of unlike sizes come and go in another order.
         memory_first: compute in another order where that lowers the peak (``zgraph.passes.OrderByMemory``): values are
             made later, or read for the last time earlier, as what depends on what allows. Results stay the same, bit
             for bit. By default a step computes in the order of the model and of autograd.
@@ -458,10 +456,10 @@ class Config:
                 f"recompute_solver with recompute={config.recompute!r}", fix="give a number from 0 to 1 as recompute"
             )
         _check_offload(config)
-        if config.load_ahead and config.offload != BY_COST and not has_state_on_host(config):
+        if config.load_ahead and config.offload != BY_COST and not may_load_ahead(config):
             raise OptionError(
-                f"load_ahead with offload={config.offload!r}: it is for optimizer state or sums of gradients on the "
-                "host, where no activations go there",
+                f"load_ahead with offload={config.offload!r}: it is for optimizer state on the host, where no "
+                "activations go there",
                 fix="say offload={'optimizer': 'host'}, or leave it out",
             )
         for name in ("loss_scale", "loss_scale_interval"):

@@ -6,7 +6,7 @@ Where shapes are symbolic, so are costs: sympy expressions in the same symbols.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -87,9 +87,9 @@ class Costs:
         if node.op != "call_function":
             return Cost(0, (FREE,))
         val = node.meta.get("val")  # a gradient that an operator does not give has none
-        key = (self._program.form_of(val), self._program.call_key(node))
         if node in self._copied:
-            return self._of_copies([place.num_bytes for place in self._copied[node].values()])
+            return self._of_copies(sum(place.num_bytes for place in self._copied[node].values()))
+        key = (self._program.form_of(val), self._program.call_key(node))
         if key not in self._known:
             world, together = self._ranks(node)
             how = {**self._started(node), **self._stored(node)}
@@ -99,10 +99,10 @@ class Costs:
             self._known[key] = Cost(sum(seconds(work, self._hardware) for work in done), done)
         return self._known[key]
 
-    def _of_copies(self, num_bytes: Sequence[int]) -> Cost:
-        """What vectors of so many bytes cost, each of which is copied into memory that is in use."""
-        done = tuple(Work("copy", read_bytes=each, written_bytes=each, in_place=True) for each in num_bytes)
-        return Cost(sum(seconds(work, self._hardware) for work in done), done or (FREE,))
+    def _of_copies(self, num_bytes: int) -> Cost:
+        """What vectors of so many bytes cost that one call copies into memory that is in use."""
+        work = Work("copy", read_bytes=num_bytes, written_bytes=num_bytes, in_place=True) if num_bytes else FREE
+        return Cost(seconds(work, self._hardware), (work,))
 
     def _started(self, node: fx.Node) -> dict[str, Any]:
         """How a kernel is started: once where it is compiled, and otherwise operator by operator and slice by slice."""

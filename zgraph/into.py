@@ -195,8 +195,8 @@ ON_GPU = frozenset(
         aten.sum.dim_IntList, aten.zeros.default, aten.zeros_like.default,
     }
 )  # fmt: skip
-"""Operators that a GPU computes alike wherever results are stored: those that gradients are made by. Sums of an
-embedding's rows are not among them: ``index_add`` adds up there in no order of its own."""
+"""Operators that a GPU computes alike wherever results are stored, if aligned: those that gradients are made by. Sums
+of an embedding's rows are not among them: ``index_add`` adds up there in no order of its own."""
 
 
 def can_be_told(target: Any) -> bool:

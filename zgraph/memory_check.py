@@ -6,7 +6,7 @@ its inputs. That is what ``zgraph.liveness`` predicts; what an operator allocate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any
@@ -30,13 +30,14 @@ class MemoryCheck:
     Args:
         program: as it is emitted.
         staged: see ``zgraph.liveness.lifetimes``.
+        held: what it holds, if that is not what its calls allocate by themselves (``zgraph.placement.Placement``).
     """
 
     needs_values = True
 
-    def __init__(self, program: Program, *, staged: bool) -> None:
+    def __init__(self, program: Program, *, staged: bool, held: Sequence[Lifetime] | None = None) -> None:
         self._nodes = list(program.graph.nodes)
-        lives = [life for life in lifetimes(program) if staged or not _is_read(life)]
+        lives = [life for life in (lifetimes(program) if held is None else held) if staged or not _is_read(life)]
         self._expected = held_bytes(lives, len(self._nodes))
         self._slack = TOLERANCE * max(self._expected, default=0)
         self._given: set[int] = set()

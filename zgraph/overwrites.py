@@ -102,6 +102,8 @@ def _check_vectors(cat: fx.Node, placement: Placement, lies_in: Mapping[fx.Node,
     start = placement.places[cat].start
     vectors: Any = cat.args[0]
     for index, vector in enumerate(vectors):
+        if vector.meta["val"].dtype != cat.meta["val"].dtype:
+            raise VerifyError(f"{vector} is converted by {cat}, and cannot lie in it")
         stop = start + vector.meta["val"].nbytes
         copied = placement.copied[cat].get(index)
         there = [copied] if copied is not None else [placement.places[value] for value in lies_in[vector]]

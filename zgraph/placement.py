@@ -33,6 +33,9 @@ aten = torch.ops.aten
 SMALLEST_BYTES = 2**16
 """Values below are a small part of memory and a large one of calls, and the C library keeps them at hand."""
 
+ALIGNMENT_ON_GPU = 256
+"""Of what is made in a part of a tensor, in bytes: cuBLAS may choose another kernel where there is less of it."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -112,14 +115,14 @@ def place(program: Program, *, staged: bool = True, device_type: str | None = No
         staged: see ``zgraph.liveness.lifetimes``.
         device_type: where the program will run; where its parameters are if None.
     """
-    found = lifetimes(program, staged=staged)
-    device_type = _device_type(program) if device_type is None else device_type
+    found, captured_on = lifetimes(program, staged=staged), _device_type(program)
+    device_type = captured_on if device_type is None else device_type
     if device_type not in ("cpu", "cuda"):
         return Placement({}, {}, 0, 0, (), tuple(found), copied_bytes(program, {}))
-    alone = _placeable(program, found)
+    alone = {node: life for node, life in _placeable(program, found).items() if _device(node) == captured_on}
     if device_type == "cuda":
         return _apart(program, _allocated_alike(program, alone), found)
-    flats = _worthwhile(_flats(program, alone), alone, found, len(program.graph.nodes))
+    flats = _worthwhile(_flats(program, alone, ALIGNMENT), alone, found, len(program.graph.nodes))
     inside = {part for flat in flats for part in flat.parts}
     inside.update(flat.node for flat in flats)
     blocks: list[_Flat | Lifetime] = [
@@ -161,7 +164,7 @@ def _places(
 
 def _apart(program: Program, alone: Mapping[fx.Node, Lifetime], found: Sequence[Lifetime]) -> Placement:
     """Flat gradients alone, each in memory of its own from the first of its parts on."""
-    flats = _worthwhile(_flats(program, alone), alone, found, len(program.graph.nodes))
+    flats = _worthwhile(_flats(program, alone, ALIGNMENT_ON_GPU), alone, found, len(program.graph.nodes))
     starts = list(accumulate((padded(flat.num_bytes) for flat in flats), initial=0))[:-1]
     places, copied = _places(flats, starts)
     together = [Lifetime(flat.node, flat.num_bytes, flat.first, flat.last) for flat in flats]
@@ -181,17 +184,13 @@ def _apart(program: Program, alone: Mapping[fx.Node, Lifetime], found: Sequence[
 def _allocated_alike(program: Program, alone: Mapping[fx.Node, Lifetime]) -> dict[fx.Node, Lifetime]:
     """What a GPU may store in part of a tensor: not what is read by its place in memory of its own."""
     owner = owners(program)
-    readers = [n for n in program.graph.nodes if getattr(n.target, "overloadpacket", None) in _BY_PLACE]
+    readers = [node for node in program.graph.nodes if node.target in ops.BY_PLACE]
     by_place = {owner[source] for node in readers for source in node.all_input_nodes}
     return {
         node: life
         for node, life in alone.items()
         if (node.target in ON_GPU or is_of_region(node)) and node not in by_place
     }
-
-
-_BY_PLACE = (aten.as_strided, aten.as_strided_copy)
-"""Operators that read memory by its place: in an arena each tensor has a storage of its own for them."""
 
 
 def copied_bytes(program: Program, copied: Mapping[fx.Node, Mapping[int, Place]]) -> int:
@@ -286,8 +285,13 @@ def _vectors(cat: fx.Node) -> tuple[list[fx.Node], list[int]]:
     return given, offsets
 
 
-def _flats(program: Program, alone: Mapping[fx.Node, Lifetime]) -> list[_Flat]:
-    """Concatenations of vectors, with all their parts that can be made in them."""
+def _device(node: fx.Node) -> str:
+    device: torch.device = node.meta["val"].device
+    return device.type
+
+
+def _flats(program: Program, alone: Mapping[fx.Node, Lifetime], alignment: int) -> list[_Flat]:
+    """Concatenations of vectors of one dtype, with all their parts that can be made in them."""
     owner = owners(program)
     position = {node: i for i, node in enumerate(program.graph.nodes)}
     taken: set[fx.Node] = set()
@@ -295,10 +299,12 @@ def _flats(program: Program, alone: Mapping[fx.Node, Lifetime]) -> list[_Flat]:
     for cat in program.graph.find_nodes(op="call_function", target=aten.cat.default):
         if cat not in alone or not _is_large(alone[cat]) or cat.meta["val"].dim() != 1:
             continue
+        if {vector.meta["val"].dtype for vector in cat.args[0]} != {cat.meta["val"].dtype}:
+            continue
         made: dict[int, fx.Node] = {}
         for index, (vector, offset) in enumerate(zip(*_vectors(cat), strict=True)):
             part = owner[vector]
-            if part not in alone or part in taken or offset % ALIGNMENT or part.target is aten.cat.default:
+            if part not in alone or part in taken or offset % alignment or part.target is aten.cat.default:
                 continue
             if part.target not in ops.STARTS and _is_whole(vector, part) and alone[part].last <= position[cat]:
                 made[index] = part

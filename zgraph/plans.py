@@ -16,13 +16,14 @@ from torch import nn
 
 from zgraph.batches import common_rows
 from zgraph.config import Config
+from zgraph.cost import Costs
 from zgraph.errors import BudgetError, StateError, first_line, quoted
 from zgraph.expected_error import NOTHING_MEASURED, ExpectedError, Spread, expected_error
 from zgraph.footprint import Footprint, Holding, Kind, spilled_bytes, state_on
 from zgraph.hardware import LOWER_TIERS, Hardware
 from zgraph.lower import Lowered
 from zgraph.machines import ASSUMED, host_budget
-from zgraph.predict import Prediction, costs_of
+from zgraph.predict import Prediction
 from zgraph.program import Role
 from zgraph.timeline import INWARD, OUTWARD, least_s
 
@@ -360,7 +361,10 @@ def describe(
     tokens = [val.numel() for val in batch if val.dim() > 1 and _counts_tokens(val.dtype)]
     in_any_order = 0.0
     for program, times in zip(lowered.programs, prediction.repeats, strict=True):
-        in_any_order += times * least_s(program, hardware, cost_of=costs_of(program, hardware).of)
+        # In some order, all that is put together may be made where it belongs.
+        cats = program.graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default)
+        costs = Costs(program, hardware, copied={cat: {} for cat in cats})
+        in_any_order += times * least_s(program, hardware, cost_of=costs.of)
     return Plan(
         model=type(model).__name__,
         num_params=sum(p.numel() for p in model.parameters()),

@@ -33,7 +33,7 @@ from zgraph.captures import Captures
 from zgraph.child import in_child
 from zgraph.choices import ACCUMULATE, STORED, searched
 from zgraph.codegen import quantizers
-from zgraph.codegen.emit import emit
+from zgraph.codegen.emit import Watch, emit
 from zgraph.codegen.kernel import Kernel
 from zgraph.codegen.quantizers import IN_ONE_PASS
 from zgraph.collector import collect_garbage, only_new_objects
@@ -389,14 +389,16 @@ class Runtime:
             elif node.target in IN_ONE_PASS and self._in_one_pass:
                 quantizers.prepare(node.meta["val"].device.type)
         write = partial(emit, tagged=isinstance(self.comm, CheckedComm), in_one_pass=self._in_one_pass)
-        if self.config.check_memory:
-            watch = MemoryCheck(program, staged=self.comm.is_staged)
-            step = write(program, watch=watch)
+        placement = place(program, staged=self.comm.is_staged)
+        if self.config.check_memory and not placement.apart:  # in an arena, nothing would be seen to come and go
+            step = write(program, watch=MemoryCheck(program, staged=self.comm.is_staged))
         else:
-            placement = place(program, staged=self.comm.is_staged)
             check_overwrites(program, placement)
             self.arena.reserve(placement.num_bytes)
-            step = write(program, placement, watch=stopwatch)
+            watch: Watch | None = stopwatch
+            if self.config.check_memory:
+                watch = MemoryCheck(program, staged=self.comm.is_staged, held=placement.elsewhere)
+            step = write(program, placement, watch=watch)
         self.spill_room.reserve(step.spilled_bytes)
         return Executable(program, step, self.state, self.comm, self.arena, self.spill_room)
 
