@@ -16,17 +16,14 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 
 import torch
-from kernels import eight_bit_turns, stem, stepped, update_of, value_for
+from kernels import eight_bit_turns, stem, stepped, update_of, updates, ways_to_run
 from models import Shape
 from triton.testing import do_bench
 
 import zgraph
-from zgraph.codegen.inductor import InductorRegion
-from zgraph.codegen.inductor import can_write as inductor_can_write
-from zgraph.codegen.kernel import INDUCTOR, SLICES, TRITON
+from zgraph.codegen.kernel import TRITON
 from zgraph.codegen.region import Region
 from zgraph.scratch import kept_bytes
 
@@ -40,22 +37,9 @@ def seconds(call: Callable[[], object]) -> float:
 
 def compare_updates(numel: int) -> None:
     """Print how fast a bucket's update is, and PyTorch's own."""
-    kernel = update_of(numel, "cuda")
-    p, g, m, v = (torch.rand(numel, device="cuda") for _ in range(4))
-    flat = iter((p, g, m, v))
-    nodes = kernel.body.find_nodes(op="placeholder")
-    inputs = [next(flat) if isinstance(node.meta["val"], torch.Tensor) else 0.9 for node in nodes]
-    step = torch.tensor(1.0, device="cuda")
-    options = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "eps": 1e-8}
     source, copied = torch.rand(numel * 7 // 2, device="cuda"), torch.empty(numel * 7 // 2, device="cuda")
-    turns = {
-        "a copy of as many bytes": lambda: copied.copy_(source),
-        f"zgraph, {kernel.runs_in('cuda')}": lambda: kernel(*inputs),
-        "zgraph, kernels='eager'": lambda: kernel._function(SLICES)(*inputs),
-        "torch, fused=True": lambda: torch._fused_adamw_(
-            [p], [g], [m], [v], [], [step], amsgrad=False, maximize=False, **options
-        ),
-    }
+    turns: dict[str, Callable[[], object]] = {"a copy of as many bytes": lambda: copied.copy_(source)}
+    turns |= updates(update_of(numel, "cuda"), numel, "cuda")
     print(f"| AdamW, {numel:,} parameters | median | GB/s | of the copy |\n| --- | --- | --- | --- |")
     floor = 0.0
     for name, call in turns.items():
@@ -79,11 +63,7 @@ def compare_regions(shape: Shape, with_inductor: bool) -> None:
     regions = [node.target for node in model.program.graph.nodes if isinstance(node.target, Region)]
     print("| region | times | bytes moved | ATen's calls | zgraph | Inductor |\n" + "| --- " * 6 + "|")
     for region, num in Counter(each for each in regions if each.device_type == "cuda").items():
-        values = [value_for(node.meta["val"]) for node in region.body.find_nodes(op="placeholder")]
-        turns = {name: partial(region._function(key), *values) for name, key in (("calls", SLICES), ("ours", TRITON))}
-        if with_inductor and inductor_can_write(region.body, "cuda"):
-            made = InductorRegion(region.name, region.body, region.num_inputs, region.writes, is_compiled=True)
-            turns["Inductor"] = partial(made._function(INDUCTOR), *values)
+        turns = ways_to_run(region, TRITON, with_inductor=with_inductor)
         took = {name: seconds(call) for name, call in turns.items()}
         num_bytes = moved[region.name]
         cells = [f"{s * 1e6:.0f} us, {num_bytes / s / 1e9:.0f} GB/s" for s in took.values()]

@@ -84,31 +84,35 @@ def update_of(numel: int, device: str = "cpu") -> Kernel:
 
 
 def contenders(kernel: Kernel, numel: int) -> dict[str, Callable[[], object]]:
-    """What takes turns, each on vectors of its own."""
+    """What takes turns on a CPU."""
+    stream = load(STREAM).stream
+    moved = [torch.rand(numel) for _ in range(4)]
+
+    def move() -> None:
+        addresses = (ctypes.c_void_p(vector.data_ptr()) for vector in moved)
+        stream(ctypes.c_long(numel), torch.get_num_threads(), *addresses)
+
+    return {"loop that only moves": move, **updates(kernel, numel, "cpu")}
+
+
+def updates(kernel: Kernel, numel: int, device: str) -> dict[str, Callable[[], object]]:
+    """Ways to update a bucket, each on vectors of its own."""
 
     def vectors() -> list[torch.Tensor]:
-        return [torch.rand(numel) for _ in range(4)]
+        return [torch.rand(numel, device=device) for _ in range(4)]
 
     def inputs() -> list[object]:
         flat = iter(vectors())
         placeholders = kernel.body.find_nodes(op="placeholder")
         return [next(flat) if isinstance(node.meta["val"], torch.Tensor) else 0.9 for node in placeholders]
 
-    stream = load(STREAM).stream
     p, g, m, v = vectors()
-    moved = vectors()
-    step = torch.tensor(1.0)
+    step = torch.tensor(1.0, device=device)
     options = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "eps": 1e-8}
     compiled, sliced = inputs(), inputs()
     in_slices = kernel._function(SLICES)
-
-    def move() -> None:
-        addresses = (ctypes.c_void_p(vector.data_ptr()) for vector in moved)
-        stream(ctypes.c_long(numel), torch.get_num_threads(), *addresses)
-
     return {
-        "loop that only moves": move,
-        f"zgraph, {kernel.runs_in('cpu')}": lambda: kernel(*compiled),
+        f"zgraph, {kernel.runs_in(device)}": lambda: kernel(*compiled),
         "zgraph, kernels='eager'": lambda: in_slices(*sliced),
         "torch, fused=True": lambda: torch._fused_adamw_(
             [p], [g], [m], [v], [], [step], amsgrad=False, maximize=False, **options
@@ -286,19 +290,24 @@ def compare_regions(shape: Shape, rounds: int) -> None:
         nodes = [node.target for node in own.program.graph.nodes if isinstance(node.target, Region)]
         nodes += [node.target for node in others.program.graph.nodes if isinstance(node.target, InductorRegion)]
         for region, num in Counter(nodes).items():
-            values = [value_for(node.meta["val"]) for node in region.body.find_nodes(op="placeholder")]
-            turns = {"calls": partial(region._function(SLICES), *values)}
-            if not isinstance(region, InductorRegion):
-                turns["ours"] = partial(region._function(CPP), *values)
-            if inductor_can_write(region.body, "cpu"):
-                made = InductorRegion(region.name, region.body, region.num_inputs, region.writes, is_compiled=True)
-                turns["Inductor"] = partial(made._function(INDUCTOR), *values)
-            took = take_turns(turns, rounds)
+            took = take_turns(ways_to_run(region, CPP), rounds)
             ratio = {name: f"{s * 1e6:.0f} us, {s / took['calls']:.2f}" for name, s in took.items()}
             figures = f"{took['calls'] * 1e6:.0f} us | {ratio.get('ours', '')} | {ratio.get('Inductor', '')}"
             foretold = predicted.get(stem(region.name))
             told = "" if foretold is None else f"{foretold:.2f}"
             print(f"| {region.name} | {threads} | {num} | {figures} | {told} |", flush=True)
+
+
+def ways_to_run(region: Region, language: str, *, with_inductor: bool = True) -> dict[str, Callable[[], object]]:
+    """A region's calls, its kernel in a language if zgraph has words for it, and what Inductor makes of it."""
+    values = [value_for(node.meta["val"]) for node in region.body.find_nodes(op="placeholder")]
+    turns: dict[str, Callable[[], object]] = {"calls": partial(region._function(SLICES), *values)}
+    if not isinstance(region, InductorRegion):
+        turns["ours"] = partial(region._function(language), *values)
+    if with_inductor and inductor_can_write(region.body, region.device_type):
+        made = InductorRegion(region.name, region.body, region.num_inputs, region.writes, is_compiled=True)
+        turns["Inductor"] = partial(made._function(INDUCTOR), *values)
+    return turns
 
 
 def stepped(shape: Shape, kernels: str, device: str = "cpu", **options: Any) -> Any:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import accumulate, pairwise
 
 from torch import fx
@@ -79,14 +78,27 @@ class Offload(Pass):
         program.layout = replace(layout, away=tuple(away))
         if program.layout.buckets_away("parameters"):
             _wait_before_others_come(program)
-        for find in (_of_parameters, partial(_of_state, Role.GRADIENT), partial(_of_state, Role.OPT_STATE)):
+        for role in (Role.PARAM, Role.GRADIENT, Role.OPT_STATE):
             order = {node: i for i, node in enumerate(program.graph.nodes)}
-            stays = find(program, order)
-            is_far = self.far and all(each.is_of_optimizer and each.tier == "host" for each in stays)
-            (self._stream_far if is_far and stays else self._stream)(program, stays, order)
+            stays = _of_parameters(program, order) if role is Role.PARAM else _of_state(role, program, order)
+            if stays:
+                is_far = self.far and role is Role.OPT_STATE and all(each.tier == "host" for each in stays)
+                self._stream(program, stays, order, is_far)
 
-    def _stream_far(self, program: Program, stays: list[_Stay], order: Mapping[fx.Node, int]) -> None:
-        """Load as many ahead of a use as there is room for, and wait for what goes where there is no other room."""
+    def _stream(self, program: Program, stays: list[_Stay], order: Mapping[fx.Node, int], is_far: bool) -> None:
+        """Let each come before it is used, and go behind."""
+        load = self._load_far if is_far else self._load
+        for each in load(program, stays, order):
+            each.finish(program, program.output_node)
+        for flat in {state: None for each in stays for state in each.readers}:
+            erase_unread(flat)
+
+    def _load_far(self, program: Program, stays: list[_Stay], order: Mapping[fx.Node, int]) -> list[_Stay]:
+        """Load as many ahead of a use as there is room for, and wait for what goes where there is no other room.
+
+        Returns:
+            What is still in memory then.
+        """
         room = _Room(program, stays, order)
         start, gates, loaded = self._early(program, stays[: AHEAD + 1]), dict[fx.Node, fx.Node](), 0
         staying = deque[int]()
@@ -111,15 +123,14 @@ class Offload(Pass):
                     break
                 stays[staying.popleft()].finish(program, here)
             load(to, each.first)
-        for i in staying:
-            stays[i].finish(program, program.output_node)
-        for flat in {state: None for each in stays for state in each.readers}:
-            erase_unread(flat)
+        return [stays[i] for i in staying]
 
-    def _stream(self, program: Program, stays: list[_Stay], order: Mapping[fx.Node, int]) -> None:
-        """Load each where the one before is first used, when what was used some before has gone."""
-        if not stays:
-            return
+    def _load(self, program: Program, stays: list[_Stay], order: Mapping[fx.Node, int]) -> Iterable[_Stay]:
+        """Load each where the one before is first used, when what was used some before has gone.
+
+        Returns:
+            What is still in memory then.
+        """
         staying, gates = deque(stays), dict[fx.Node, fx.Node]()
         start = self._early(program, stays[: AHEAD + 1])
         for each in stays:
@@ -130,10 +141,7 @@ class Offload(Pass):
             while len(stays) - len(staying) <= i - IN_MEMORY and order[staying[0].last] < order[at]:
                 staying.popleft().finish(program, before)
             gates.setdefault(each.first, each.load(program, before))
-        for each in staying:
-            each.finish(program, program.output_node)
-        for flat in {state: None for each in stays for state in each.readers}:
-            erase_unread(flat)
+        return staying
 
     def _early(self, program: Program, first: list[_Stay]) -> fx.Node:
         """The call before which the first loads start."""
@@ -179,7 +187,6 @@ class _Stay:
         first, last: the calls between which they are needed in memory.
         ahead: the call before which it is loaded; where the stay before begins if None.
         num_bytes: of what comes or goes.
-        is_of_optimizer: whether it is optimizer state.
     """
 
     def __init__(
@@ -196,7 +203,6 @@ class _Stay:
         self.first, self.last = needed[0], needed[-1]
         origin = self.first.meta["origin"]
         self._origin = Origin(origin.phase, bucket, origin.source)
-        self.is_of_optimizer = all(state.meta["input"].role is Role.OPT_STATE for state in {*readers, *written})
         self.num_bytes: int = sum(state.meta["val"].nbytes for state in {*readers, *written})
         self._stores: dict[fx.Node, fx.Node] = {}
 

@@ -187,8 +187,8 @@ def assert_good(program: Program, made: Placement) -> None:
     check_overwrites(program, made)
     everything, num_positions = lifetimes(program), len(program.graph.nodes)
     assert {*made.places} <= {life.node for life in everything}
-    in_arena = made.places.keys() - made.apart.keys() if made.apart else made.places.keys()
-    assert len(made.elsewhere) == sum(life.is_beside or life.node not in in_arena for life in everything)
+    in_another = made.places.keys() - made.apart.keys()
+    assert len(made.elsewhere) == sum(life.is_beside or life.node not in in_another for life in everything)
     together = [*made.inside, *made.elsewhere]
     assert max(held_bytes(together, num_positions)) <= max(held_bytes(everything, num_positions))
 

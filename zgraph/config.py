@@ -144,6 +144,11 @@ def _check_offload(config: Config) -> None:
         raise OptionError("offload_path without offload", fix=fix)
     if path is not None and isinstance(given, dict) and not any(tier.startswith("disk") for tier in given.values()):
         raise OptionError(f"offload_path, and with offload={given!r} nothing lies on a disk", fix="leave it out")
+    if config.load_ahead and given != BY_COST and not may_load_ahead(config):
+        raise OptionError(
+            f"load_ahead with offload={given!r}: it is for optimizer state on the host, where no activations go there",
+            fix="say offload={'optimizer': 'host'}, or leave it out",
+        )
 
 
 def may_load_ahead(config: Config) -> bool:
@@ -456,12 +461,6 @@ class Config:
                 f"recompute_solver with recompute={config.recompute!r}", fix="give a number from 0 to 1 as recompute"
             )
         _check_offload(config)
-        if config.load_ahead and config.offload != BY_COST and not may_load_ahead(config):
-            raise OptionError(
-                f"load_ahead with offload={config.offload!r}: it is for optimizer state on the host, where no "
-                "activations go there",
-                fix="say offload={'optimizer': 'host'}, or leave it out",
-            )
         for name in ("loss_scale", "loss_scale_interval"):
             if name in options and config.precision != "fp16":
                 raise OptionError(f"{name} is for precision='fp16'", fix="leave it out")

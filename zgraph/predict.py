@@ -136,7 +136,7 @@ def predict(lowered: Lowered, hardware: Hardware, accumulate: int = 1) -> Predic
 
 def placed(program: Program, hardware: Hardware) -> Placement:
     """What lies where on a machine."""
-    return place(program, staged=_is_staged(hardware), device_type=hardware.device_type)
+    return place(program, staged=hardware.is_staged, device_type=hardware.device_type)
 
 
 def costs_of(program: Program, hardware: Hardware, placement: Placement | None = None) -> Costs:
@@ -160,12 +160,8 @@ def held_by(program: Program, hardware: Hardware, placement: Placement | None = 
         placement: what ``placed`` gives, which is worked out if None.
     """
     placement = placed(program, hardware) if placement is None else placement
-    held = footprint(program, staged=_is_staged(hardware), placement=placement)
+    held = footprint(program, staged=hardware.is_staged, placement=placement)
     return with_scratch(held, program) if hardware.device_type == "cpu" else held
-
-
-def _is_staged(hardware: Hardware) -> bool:
-    return hardware.device_type == "cpu" and hardware.is_staged
 
 
 def in_one_arena(footprints: Sequence[Footprint]) -> tuple[Footprint, ...]:
