@@ -76,7 +76,7 @@ class Offload(Pass):
             moved = [bucket.name for bucket in layout.buckets if bucket.trainable or what == "parameters"]
             away.append(Away(what, tier, tuple(moved)))
         program.layout = replace(layout, away=tuple(away))
-        if program.layout.buckets_away("parameters"):
+        if program.layout.on_tiers("parameters"):
             _wait_before_others_come(program)
         for role in (Role.PARAM, Role.GRADIENT, Role.OPT_STATE):
             order = {node: i for i, node in enumerate(program.graph.nodes)}
@@ -163,15 +163,11 @@ def check_tier(tier: str, program: Program, hardware: Hardware | None) -> None:
     A program that is planned for GPUs is on CPUs until it runs there, so what it would have there is simulated.
 
     Raises:
-        OptionError: it is a disk, and the program is on GPUs; or the host's memory, and it is on CPUs.
+        OptionError: it is the host's memory, and the program is on CPUs.
     """
     assert program.layout is not None
-    devices = {bucket.device.type for bucket in program.layout.buckets} - {"cpu"}
-    if tier == "disk" and devices:
-        raise OptionError(
-            f"offload to a disk on {devices.pop()}: so far tensors move there on CPUs only", fix="say 'host'"
-        )
-    if tier == "host" and not devices and (hardware is None or hardware.device_type == "cpu"):
+    on_cpu = all(bucket.device.type == "cpu" for bucket in program.layout.buckets)
+    if tier == "host" and on_cpu and (hardware is None or hardware.device_type == "cpu"):
         raise OptionError(
             "offload to the host on a CPU, where what lies in memory lies in the host's already", fix="say 'disk'"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ class Call:
 class Streams:
     """One that computes, and one for copies each way.
 
-    Memory that is to be loaded into has no value that is right until the copy is done.
+    Memory that is to be loaded into has no value that is right until the copy is done. Any thread may give them work.
 
     Args:
         seed: of the order; None to do all as late as it may be.
@@ -47,6 +48,7 @@ class Streams:
         self._random, self._at_once = None if seed is None else random.Random(seed), at_once
         self._queues: dict[object, deque[Call]] = {COMPUTING: deque(), **{way: deque() for way in Way}}
         self.pinned: set[int] = set()
+        self._lock = threading.RLock()
 
     def pin(self, memory: torch.Tensor) -> None:
         self.pinned.add(memory.data_ptr())
@@ -62,22 +64,36 @@ class Streams:
         return self._give(COMPUTING, Call(work, ()))
 
     def copy(self, way: Way, target: torch.Tensor, source: torch.Tensor, after: Iterable[Event]) -> Event:
-        if self._at_once and way is Way.IN:
-            target.fill_(0xFF)
-        return self._give(way, Call(lambda: target.copy_(source), tuple(after)))  # type: ignore[arg-type, return-value]
+        with self._lock:
+            if self._at_once and way is Way.IN:
+                target.fill_(0xFF)
+            return self._give(way, Call(lambda: target.copy_(source), tuple(after)))  # type: ignore[arg-type, return-value]
 
     def hold_up(self, event: Event) -> None:
         self._give(COMPUTING, Call(lambda: None, (event,)))
 
+    def wait(self, event: Event) -> None:
+        with self._lock:
+            self._until(event)
+
     def finish(self) -> None:
         """Do all that there is to be done, in some order."""
+        with self._lock:
+            self._finish()
+
+    def _finish(self) -> None:
         while any(self._queues.values()):
             ready = [queue for queue in self._queues.values() if queue and all(e.is_done for e in queue[0].after)]
             assert ready, "nothing can go on"
             self._do((self._random or random).choice(ready))
 
     def _give(self, stream: object, call: Call) -> Event:
-        self._queues[stream].append(call)
+        with self._lock:
+            self._queues[stream].append(call)
+            self._go_on()
+        return call.event
+
+    def _go_on(self) -> None:
         if self._at_once:
             while self._queues[COMPUTING]:
                 self._until(self._queues[COMPUTING][0].event)
@@ -86,7 +102,6 @@ class Streams:
                 if not ready:
                     break
                 self._do(self._random.choice(ready))
-        return call.event
 
     def _until(self, event: Event) -> None:
         """Do what has to be done for an event, and no more."""

@@ -19,12 +19,12 @@ from tests.streams import Event, Streams
 from zgraph import host as on_host
 from zgraph.errors import HostError
 from zgraph.host import Cuda, Host, Way
-from zgraph.tiers import PAGE, padded
+from zgraph.tiers import PAGE, Tier, padded
 
 CPU = torch.device("cpu")
 
 
-def tensors(host: Host, *sizes: int) -> list[Any]:
+def tensors(host: Tier, *sizes: int) -> list[Any]:
     return [host.allocate(size, torch.int64) for size in sizes]
 
 
@@ -37,18 +37,23 @@ class Play:
     Args:
         seed: of the program.
         streams: of the device.
+        tier: where ``stored`` lies; the host if None.
+        one_at_a_time: what is on its way, either way, is not moved again before it has been waited for.
     """
 
-    def __init__(self, seed: int, streams: Streams) -> None:
-        self.random, self.streams = random.Random(seed), streams
-        self.host = Host(CPU, streams)
-        self.host.reserve(8 * PAGE)
-        self.stored = tensors(self.host, *[5] * 4)
+    def __init__(
+        self, seed: int, streams: Streams, tier: Tier | None = None, *, one_at_a_time: bool = False
+    ) -> None:
+        self.random, self.streams, self.one_at_a_time = random.Random(seed), streams, one_at_a_time
+        self.tier = Host(CPU, streams) if tier is None else tier
+        self.tier.reserve(8 * PAGE)
+        self.stored = tensors(self.tier, *[5] * 4)
         self.slots = [torch.zeros(5, dtype=torch.int64) for _ in range(4)]
         self.expected = [0] * len(self.slots)
         self.kept = [-1] * len(self.stored)
         self.moving: dict[int, Any] = {}  # slots that a copy reads or writes
         self.coming: dict[int, int] = {}  # of these, what comes
+        self.on_their_way: dict[int, int] = {}  # by slot, what is moved
         for i, value in enumerate(range(100, 104)):
             self.change(i % 4, value)
             self.store(i % 4, i)
@@ -67,14 +72,15 @@ class Play:
 
     def load(self, slot: int, index: int) -> None:
         self.moving[slot] = self.stored[index].load(out=self.slots[slot])
-        self.coming[slot] = self.kept[index]
+        self.coming[slot], self.on_their_way[slot] = self.kept[index], index
 
     def store(self, slot: int, index: int) -> None:
         self.moving[slot] = self.stored[index].store(self.slots[slot])
-        self.kept[index] = self.expected[slot]
+        self.kept[index], self.on_their_way[slot] = self.expected[slot], index
 
     def wait(self, slot: int) -> None:
         self.moving.pop(slot).wait()
+        self.on_their_way.pop(slot)
         self.expected[slot] = self.coming.pop(slot, self.expected[slot])
 
     def go_on(self) -> None:
@@ -87,6 +93,8 @@ class Play:
         if action == "change":
             sources = self.random.sample(free, min(len(free), 2))
             return self.change(slot, self.random.randrange(100), tuple(sources))
+        if self.one_at_a_time and index in self.on_their_way.values():
+            return None
         return getattr(self, action)(slot, index)  # type: ignore[no-any-return]
 
     def is_right(self, num: int) -> bool:
@@ -97,10 +105,10 @@ class Play:
             self.wait(slot)
         self.streams.finish()
         found = [each.tolist() for each in self.slots]
-        there = [each.load() for each in self.stored]
+        kept = [load.wait() for load in [each.load() for each in self.stored]]
         self.streams.finish()
-        kept = [each.result.tolist() for each in there]
-        return found == [[value] * 5 for value in self.expected] and kept == [[value] * 5 for value in self.kept]
+        there = [each.tolist() for each in kept]
+        return found == [[value] * 5 for value in self.expected] and there == [[value] * 5 for value in self.kept]
 
 
 @given(st.integers(0, 2**32), st.integers(0, 2**32))

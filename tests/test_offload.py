@@ -137,7 +137,7 @@ wait for store 0""",
 def test_no_more_buckets_have_parameters_in_memory_than_is_said(num: int, zero: int, world: int) -> None:
     program = lowered(blocks(num), zero, world, offload=PARAMETERS)
     assert program.layout is not None
-    assert program.layout.buckets_away("parameters") == {bucket.name for bucket in program.layout.buckets}
+    assert program.layout.on_tiers("parameters").keys() == {bucket.name for bucket in program.layout.buckets}
     loaded = [life for life in lifetimes(program) if life.node.target is ops.load]
     assert 2 * num <= len(loaded) <= 4 * num
     at_once = [sum(life.first <= at <= life.last for life in loaded) for at in range(program.num_nodes())]
@@ -402,7 +402,7 @@ def test_steps_that_add_gradients_up_on_a_disk_are_the_same(zero: int, limit: fl
     config = Config(zero, 1, 1, accumulate=2, offload=SUMS_TOO, clip_norm=limit)
     both = lower(captured, config, Mesh(3), None, ())
     assert both.micro is not None
-    assert both.layout.buckets_away("gradients") == {bucket.name for bucket in both.layout.buckets}
+    assert both.layout.on_tiers("gradients").keys() == {bucket.name for bucket in both.layout.buckets}
     for program, reference in ((both.last, captured), (both.micro, micro_step(captured))):
         assert_same_step(program, reference, late=True)
         sums = [node for node, what in program.placeholders() if what.role is Role.GRADIENT]
@@ -420,8 +420,8 @@ def test_micro_batches_have_the_same_buckets_on_disk() -> None:
     both = lower(accumulated(momentum(2), 2), config, Mesh(2), None, ())
     assert both.micro is not None
     assert both.micro.layout == both.last.layout
-    assert both.layout.buckets_away("optimizer") == {bucket.name for bucket in both.layout.buckets}
-    assert both.layout.buckets_away("parameters") == both.layout.buckets_away("optimizer")
+    assert both.layout.on_tiers("optimizer").keys() == {bucket.name for bucket in both.layout.buckets}
+    assert both.layout.on_tiers("parameters") == both.layout.on_tiers("optimizer")
     assert not any(node.target is ops.store for node in both.micro.graph.nodes)
     assert {node.meta["input"].role for node in loaded(both.micro)} == {Role.PARAM}
 

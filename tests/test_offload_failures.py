@@ -111,7 +111,7 @@ def test_a_disk_without_room_is_refused_before_anything_changes(monkeypatch: pyt
 def test_a_block_that_has_changed_stops_the_step_that_reads_it() -> None:
     model, _ = small(offload=ON_DISK)
     model.train_step(X)
-    disk = model._zgraph.state.tier
+    disk = model._zgraph.state.tiers["disk"]
     with open(f"/proc/self/fd/{disk._fd}", "r+b") as file:
         file.write(b"\xff" * 8)
     with pytest.raises(DiskError, match="gave back other bytes than were written"):

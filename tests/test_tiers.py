@@ -220,8 +220,8 @@ def test_no_more_goes_to_the_host_than_it_has_for_each_rank(world: int) -> None:
     assert "1 B too much" in str(short.refusal())
     budget = fitting.chosen.reserved_bytes
     tight = chosen(budget, STATE_BYTES * world - world, world, offload="auto")
-    assert not tight.fits
-    assert tight.chosen.host_bytes < STATE_BYTES, "what takes least of what the host has room for"
+    assert tight.fits
+    assert tight.options["offload"]["optimizer"] == "disk", "what the host has no room for"
     assert any(other.why == "1 B too much on the host" for other in tight.rejected)
 
 
@@ -230,11 +230,17 @@ def test_where_it_would_help_a_refusal_says_so() -> None:
     (way,) = (way for way in chosen(least.chosen.reserved_bytes - 1).ways_out if "offload" in way.change)
     assert way.change == "offload={'optimizer': 'host'}"
     short = chosen(least.chosen.reserved_bytes - 1, STATE_BYTES - 1)
-    assert not any("offload" in way.change for way in short.ways_out)
+    (way,) = (way for way in short.ways_out if "offload" in way.change)
+    assert way.change == "offload={'optimizer': 'disk'}"
 
 
-def test_a_directory_for_files_is_of_no_use_on_a_gpu() -> None:
-    plan = chosen(1, offload="auto", offload_path="/var/tmp")
-    assert plan.options["offload"]["optimizer"] == "host"
-    assert "offload_path" not in plan.options
-    assert "offload_path is of no use: on cuda, nothing is chosen for a disk" in plan.notes
+def test_a_disk_has_what_the_host_has_no_room_for() -> None:
+    everything = chosen(1, offload="auto", offload_path="/var/tmp")
+    assert everything.options["offload"]["optimizer"] == "host"
+    assert "offload_path" not in everything.options
+    less = chosen(1, everything.chosen.host_bytes - 1, offload="auto", offload_path="/var/tmp")
+    assert less.options["offload"] == {**everything.options["offload"], "optimizer": "disk"}
+    assert less.options["offload_path"] == "/var/tmp"
+    none = chosen(1, less.chosen.host_bytes - 1, offload="auto")
+    assert none.options["offload"] == {**less.options["offload"], "parameters": "disk"}
+    assert everything.chosen.step_s < less.chosen.step_s < none.chosen.step_s

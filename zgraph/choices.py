@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from zgraph.config import BY_COST, WAITED_FOR, Config, may_load_ahead
+from zgraph.config import BY_COST, WAITED_FOR, Config, may_load_ahead, uses_disk
 from zgraph.errors import OptionError
 
 ACCUMULATE = "accumulate"
@@ -30,12 +30,13 @@ def offloads(tier: str) -> tuple[Any, ...]:
 
     Activations as far as nothing waits for them, and state, which is needed once in a step, before parameters, which
     are needed twice or more; then activations for which computing waits; last of all, where there are micro-batches,
-    sums of gradients, which are needed and written in each of them.
+    sums of gradients, which are needed and written in each of them. Where that is the host's memory, and it has no room
+    for all, a disk behind it has optimizer state, then parameters, too.
     """
     state = {"optimizer": tier}
     all_state = {**state, "parameters": tier}
     hidden, waited_for = {"activations": tier}, {"activations": WAITED_FOR[tier]}
-    return (
+    found = (
         None,
         hidden,
         state,
@@ -45,10 +46,17 @@ def offloads(tier: str) -> tuple[Any, ...]:
         {**all_state, **waited_for},
         {**all_state, "gradients": tier, **waited_for},
     )
+    if tier == "disk":
+        return found
+    slow = ({**found[i], "optimizer": "disk"} for i in _WITH_STATE)
+    return (*found, *slow, *({**found[i], "optimizer": "disk", "parameters": "disk"} for i in _WITH_PARAMETERS))
 
 
-_LESS = (None, 0, 0, 2, 2, 4, 5, 6)
-"""For each of ``offloads`` the one, by index, of which all lies there, too, and which is never slower."""
+_WITH_STATE = (2, 3, 4, 5, 6, 7)
+_WITH_PARAMETERS = _WITH_STATE[2:]
+
+_LESS = (None, 0, 0, 2, 2, 4, 5, 6, *_WITH_STATE, 10, 11, 12, 13)
+"""For each of ``offloads`` the one, by index, of which all lies there or nearer, too, and which is never slower."""
 
 LEVELS = (None, 0.25, 0.5, 0.75, 1.0)
 """Of recomputation, instead, where a model is not long: to weigh single activations takes seconds for each choice."""
@@ -169,8 +177,8 @@ def family(
         for varied in variations:
             both = {**options, **varied}
             given = {name: value for name, value in fixed.items() if name not in both}
-            if {**given, **both}.get(OFFLOAD) is None:
-                given.pop("offload_path", None)  # where "auto" puts nothing there
+            if fixed.get(OFFLOAD) == BY_COST and not uses_disk({**given, **both}.get(OFFLOAD)):
+                given.pop("offload_path", None)
             try:
                 config = Config.from_options({**given, **both})
             except OptionError as error:

@@ -142,13 +142,18 @@ def _check_offload(config: Config) -> None:
         raise OptionError(f"offload_path={path!r} is no path", fix="give the directory as a string")
     if path is not None and given is None:
         raise OptionError("offload_path without offload", fix=fix)
-    if path is not None and isinstance(given, dict) and not any(tier.startswith("disk") for tier in given.values()):
+    if path is not None and isinstance(given, dict) and not uses_disk(given):
         raise OptionError(f"offload_path, and with offload={given!r} nothing lies on a disk", fix="leave it out")
     if config.load_ahead and given != BY_COST and not may_load_ahead(config):
         raise OptionError(
             f"load_ahead with offload={given!r}: it is for optimizer state on the host, where no activations go there",
             fix="say offload={'optimizer': 'host'}, or leave it out",
         )
+
+
+def uses_disk(offload: Mapping[str, str] | None) -> bool:
+    """Whether something lies on a disk."""
+    return offload is not None and any(tier.startswith("disk") for tier in offload.values())
 
 
 def may_load_ahead(config: Config) -> bool:
@@ -279,7 +284,8 @@ class Config:
             whole product, up to the order in which a library adds up for another width. By default a matrix is whole
             where it is read.
         offload: where what a step does not need all the time lies instead of in memory: on a CPU ``"disk"``, as here,
-            and on a GPU ``"host"``, the memory of its host. ``{"optimizer": "disk"}``
+            and on a GPU ``"host"``, the memory of its host, or ``"disk"``, each as large as it is: ``{"parameters":
+            "host", "optimizer": "disk"}``. ``{"optimizer": "disk"}``
             keeps vectors of optimizer state on a disk: each bucket's come from there for its update, and go back, while
             others are computed. ``"parameters": "disk"`` does so with what each rank stores of parameters, which come
             for forward, for backward and for their update. ``"gradients": "disk"``, with ``accumulate``, does so with

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -31,9 +31,6 @@ from zgraph.workers import Job, Workers
 
 BLOCK_BYTES = 2**21
 """Of one read or write, and of what has one CRC: enough for a disk to be at its fastest with a few of them at once."""
-
-NUM_THREADS = 4
-"""How many blocks are in flight at once."""
 
 DEFAULT_PATH = "/var/tmp"
 """Where files lie if it is not said: what is there has to outlast a reboot (Filesystem Hierarchy Standard, 5.15), so
@@ -47,6 +44,8 @@ class Disk(Tier):
         path: of the directory that it lies in.
 
     Attributes:
+        num_threads: how many blocks are in flight at once.
+        device: where tensors are that come and go.
         num_bytes: of the file.
         is_direct: transfers go past the page cache.
 
@@ -55,6 +54,8 @@ class Disk(Tier):
     """
 
     name = "disk"
+    num_threads: ClassVar[int] = 4
+    device = torch.device("cpu")
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__()
@@ -63,7 +64,7 @@ class Disk(Tier):
         self._failure: DiskError | None = None
         with self._explained("make a file"):
             self._fd = _open_without_name(self.path)
-        self._workers = Workers(NUM_THREADS, "zgraph-disk")
+        self._workers = Workers(self.num_threads, "zgraph-disk")
         weakref.finalize(self, _close, self._fd, self._workers)
         if _is_in_memory(self._fd):
             raise DiskError(f"{self.path} lies in memory, not on a disk", fix="use another offload_path")
@@ -108,6 +109,25 @@ class Disk(Tier):
     def submit(self, work: Callable[..., None], *args: Any) -> Job:
         """Run something in one of the threads."""
         return self._workers.start(partial(work, *args))
+
+    def ready(self) -> Any:
+        """What a transfer that is started now has to come behind: nothing, where computing is done when it is told."""
+
+    def load(self, block: torch.Tensor, start: int, crc: int | None, ready: Any) -> None:
+        """Read a block from ``start`` on, and check it; in a thread.
+
+        Args:
+            block: bytes of the device.
+            ready: what it has to come behind.
+        """
+        self.read(block.numpy(), start, crc)
+
+    def store(self, block: torch.Tensor, start: int, ready: Any) -> int:
+        """Write a block from ``start`` on; its CRC. In a thread; see ``load``."""
+        return self.write(block.numpy(), start)
+
+    def arrived(self) -> None:
+        """Let what is computed from now on find what was loaded."""
 
     def put_off(self, failure: DiskError) -> None:
         """Have ``check`` tell it."""
@@ -214,13 +234,17 @@ class DiskTensor(Stored):
             out: where to; new memory if None. Memory that begins at a multiple of ``PAGE`` needs no copy on the way.
         """
         assert all(job.is_done for job in self._writing), "it is still being written"
-        if self._unwritten is not None:
-            return DiskTransfer([], self._unwritten if out is None else out.copy_(self._unwritten))
-        result = torch.empty_strided(self.shape, self.strides, dtype=self.dtype) if out is None else out
-        self.tier.moved.read_bytes += self.nbytes
         disk = self.tier
-        jobs = [disk.submit(disk.read, block, start, self._crcs[index]) for index, block, start in self._blocks(result)]
-        return DiskTransfer(jobs, result)
+        if self._unwritten is not None:
+            return DiskTransfer([], self._unwritten if out is None else out.copy_(self._unwritten), disk)
+        result = out
+        if result is None:
+            result = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=disk.device)
+        disk.moved.read_bytes += self.nbytes
+        ready, crcs = disk.ready(), self._crcs
+        blocks = self._blocks(result)
+        jobs = [disk.submit(disk.load, block, start, crcs[index], ready) for index, block, start in blocks]
+        return DiskTransfer(jobs, result, disk)
 
     def store(self, value: torch.Tensor) -> DiskTransfer:
         """Start to write ``value``, which must stay as it is until that has been waited for.
@@ -232,14 +256,16 @@ class DiskTensor(Stored):
         self._unwritten = None
         self.tier.moved.written_bytes += self.nbytes
         self._crcs = [None] * len(self._crcs)
+        ready = self.tier.ready()
         self._writing = [
-            self.tier.submit(self._write_block, index, block, start) for index, block, start in self._blocks(value)
+            self.tier.submit(self._write_block, index, block, start, ready)
+            for index, block, start in self._blocks(value)
         ]
-        return DiskTransfer(self._writing, self, value, self.tier)
+        return DiskTransfer(self._writing, self, self.tier, value)
 
-    def _blocks(self, tensor: torch.Tensor) -> Iterator[tuple[int, np.ndarray, int]]:
+    def _blocks(self, tensor: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, int]]:
         """Number, memory and place in the file of each block."""
-        data = bytes_of(tensor).numpy()
+        data = bytes_of(tensor)
         for index, at in enumerate(range(0, self.nbytes, BLOCK_BYTES)):
             yield index, data[at : at + BLOCK_BYTES], self.start + at
 
@@ -248,18 +274,23 @@ class DiskTensor(Stored):
         if self._room is not None:
             self._unwritten = value.clone()
 
-    def _write_block(self, index: int, data: np.ndarray, start: int) -> None:
-        self._crcs[index] = self.tier.write(data, start)
+    def _write_block(self, index: int, block: torch.Tensor, start: int, ready: Any) -> None:
+        self._crcs[index] = self.tier.store(block, start, ready)
 
 
 @dataclass
 class DiskTransfer:
-    """A read or a write that has been started."""
+    """A read or a write that has been started.
+
+    Attributes:
+        result: what is read, or the ``DiskTensor`` that is written.
+        keep: what is written.
+    """
 
     jobs: list[Job]
     result: Any
+    disk: Disk = field(repr=False)
     keep: torch.Tensor | None = None
-    disk: Disk | None = field(default=None, repr=False)
 
     def wait(self) -> Any:
         """What was read, or the ``DiskTensor`` that was written, once all of it has arrived.
@@ -271,12 +302,12 @@ class DiskTransfer:
             job.wait()
         for job in self.jobs:
             error = job.error
-            if error is not None and self.disk is not None and isinstance(error, DiskError):
+            if error is not None and self.keep is not None and isinstance(error, DiskError):
                 self.disk.put_off(error)
-                assert self.keep is not None
                 self.result.keep_unwritten(self.keep)
             elif error is not None:
                 raise error
+        self.disk.arrived()
         self.keep = None
         return self.result
 

@@ -53,8 +53,8 @@ class Executable:
                 with torch.enable_grad():
                     loss, *new = self.step.function(inputs, self._comm, *arena, *room)
             finally:
-                if self._state.tier is not None:
-                    self._state.tier.finish()  # a step that failed must not have its memory written to by and by
+                for tier in self._state.tiers.values():
+                    tier.finish()  # a step that failed must not have its memory written to by and by
             results = dict(zip(self.program.outputs[1:], new, strict=True))
             count = self._state.recipe.get(NUM_SKIPPED.name)
             for what, value in without_unmade(self._values, count, results).items():

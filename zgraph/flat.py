@@ -9,7 +9,8 @@ dtype works.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -69,8 +70,9 @@ class FlatTensors:
         group: the ranks; None for a single process.
         tensors: flat tensors that exist already, by bucket name.
         num_cached: how many buckets, gathered or read from a lower tier, are kept in memory at most.
-        away: the buckets that lie on a lower tier. What is written of them has to be followed by ``flush``.
-        tier: which.
+        away: the buckets that lie on lower tiers, each with its tier's name. What is written of them has to be followed
+            by ``flush``.
+        tiers: these, by name.
     """
 
     group = HeldGroup()
@@ -83,13 +85,13 @@ class FlatTensors:
         group: dist.ProcessGroup | None,
         tensors: dict[str, Any] | None = None,
         num_cached: int = 1,
-        away: Collection[str] = (),
-        tier: Tier | None = None,
+        away: Mapping[str, str] = MappingProxyType({}),
+        tiers: Mapping[str, Tier] = MappingProxyType({}),
     ) -> None:
         self.layout, self.group, self.num_cached = layout, group, num_cached
         self.sharded = sharded and layout.world > 1
         self.tensors: dict[str, Any] = {} if tensors is None else tensors
-        self._away, self._tier = frozenset(away), tier
+        self._away, self._tiers = away, tiers
         self._opened: OrderedDict[str, torch.Tensor] = OrderedDict()  # of those on a lower tier
         self._changed: set[str] = set()
         self._rank = dist.get_rank(group) if group is not None else 0
@@ -108,8 +110,7 @@ class FlatTensors:
         if bucket.name not in self._away:
             self.tensors[bucket.name] = flat
             return flat
-        assert self._tier is not None, "no room was reserved"
-        self.tensors[bucket.name] = self._tier.allocate(numel, flat.dtype)
+        self.tensors[bucket.name] = self._tiers[self._away[bucket.name]].allocate(numel, flat.dtype)
         self._changed.add(bucket.name)
         return self._open(bucket, flat)
 

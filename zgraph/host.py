@@ -59,6 +59,9 @@ class Streams(Protocol):
     def hold_up(self, event: Any) -> None:
         """Let all that computing is given from now on come behind an event."""
 
+    def wait(self, event: Any) -> None:
+        """Return when it has come about; in any thread."""
+
 
 class Cuda:
     """The streams of a CUDA device; computing is what the current stream does.
@@ -98,6 +101,9 @@ class Cuda:
 
     def hold_up(self, event: Any) -> None:
         torch.cuda.current_stream(self._device).wait_event(event)
+
+    def wait(self, event: Any) -> None:
+        event.synchronize()
 
 
 _PORTABLE = 1
@@ -157,19 +163,30 @@ class Host(Tier):
 
     def _grow(self, more: int, num_bytes: int) -> int:
         try:
-            block = np.empty(more + PAGE, dtype=np.uint8)  # for which NumPy asks the kernel for huge pages
-            piece = torch.from_numpy(block[-block.ctypes.data % PAGE :][:more])
-            self.streams.pin(piece)
+            piece = pinned(self.streams, more)
         except (MemoryError, RuntimeError) as error:
             raise HostError(
                 f"cannot lock {num_bytes} bytes of the host's memory, {more} more than there are: {error}",
                 fix="let less lie there (`offload=`), or use a machine with more memory",
             ) from error
-        weakref.finalize(self, self.streams.unpin, piece)
         # A page stands between pieces, so that no tensor is laid over the end of one.
         first = self._pieces[-1][0] + self._pieces[-1][1].nbytes + PAGE if self._pieces else 0
         self._pieces.append((first, piece))
+        weakref.finalize(self, self.streams.unpin, piece)
         return first
+
+
+def pinned(streams: Streams, num_bytes: int) -> torch.Tensor:
+    """So many bytes of the host that begin at a page and are locked, until ``streams.unpin``.
+
+    Raises:
+        MemoryError: there are not so many.
+        RuntimeError: they cannot be locked.
+    """
+    block = np.empty(num_bytes + PAGE, dtype=np.uint8)  # for which NumPy asks the kernel for huge pages
+    memory = torch.from_numpy(block[-block.ctypes.data % PAGE :][:num_bytes])
+    streams.pin(memory)
+    return memory
 
 
 class HostTensor(Stored):

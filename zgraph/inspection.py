@@ -121,7 +121,7 @@ def _away(runtime: Runtime, stored: Sequence[Any]) -> dict[str, int]:
     found: dict[str, int] = {}
     for name in LOWER_TIERS:
         on_it = [value for value in stored if isinstance(value, Stored) and value.tier.name == name]
-        moved = runtime.moved if runtime.state.tier is not None and runtime.state.tier.name == name else Moved()
+        moved = runtime.moved.get(name, Moved())
         found[f"{name}_bytes"] = sum(value.nbytes for value in on_it)
         found[f"{name}_read_bytes"], found[f"{name}_written_bytes"] = moved.read_bytes, moved.written_bytes
     return found

@@ -149,13 +149,13 @@ class Layout:
         """Whether the optimizer state of a bucket called ``key`` lies packed."""
         return (bucket, key) in self.packed
 
-    def buckets_away(self, what: str) -> frozenset[str]:
-        """The buckets of which something lies on a lower tier.
+    def on_tiers(self, what: str) -> dict[str, str]:
+        """The buckets of which something lies on a lower tier, each with the tier.
 
         Args:
             what: see ``Away``.
         """
-        return frozenset(name for each in self.away if each.what == what for name in each.buckets)
+        return {name: each.tier for each in self.away if each.what == what for name in each.buckets}
 
     def tier_of(self, what: str, bucket: str) -> str | None:
         """The lower tier on which something of a bucket lies; None where it is in memory."""

@@ -7,7 +7,7 @@ moment of ``optimizer.state_dict()`` and empty it again after ``optimizer.load_s
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -70,14 +70,14 @@ class OptimizerState:
 
     Attributes:
         stored: bucket name -> state key -> this rank's flat tensor, a 0-dim tensor, or a number.
-        tier: where flat tensors lie that are not in memory, those of parameters, too; None before one does.
+        tiers: by name, those where flat tensors lie that are not in memory, those of parameters, too.
     """
 
     _group = HeldGroup()
 
     def __init__(self, optimizer: torch.optim.Optimizer | None, agreement: Agreement) -> None:
         self.stored: dict[str, dict[str, Value]] = {}
-        self.tier: Tier | None = None
+        self.tiers: dict[str, Tier] = {}
         self._optimizer, self._group, self._agreement = optimizer, None, agreement
         self._layout = Layout((), world=1)
         self._params: Params = {}
@@ -102,15 +102,14 @@ class OptimizerState:
     def keep(self, bucket: str, key: str, value: Value) -> Value:
         """Store an entry where the layout has it; as it is stored."""
         entries = self.stored.setdefault(bucket, {})
-        entries[key] = self.placed(self._layout.buckets_away("optimizer"), bucket, value)
+        entries[key] = self.placed(self._layout.tier_of("optimizer", bucket), value)
         return entries[key]
 
-    def placed(self, away: Collection[str], bucket: str, value: Value) -> Value:
-        """A value of a bucket as it is stored: flat tensors of some of them on the lower tier."""
-        if bucket not in away or not isinstance(value, torch.Tensor) or value.dim() != 1:
+    def placed(self, tier: str | None, value: Value) -> Value:
+        """A value of a bucket as it is stored: flat tensors of some of them on a lower tier."""
+        if tier is None or not isinstance(value, torch.Tensor) or value.dim() != 1:
             return value
-        assert self.tier is not None, "no room was reserved"
-        there = self.tier.allocate(len(value), value.dtype)
+        there = self.tiers[tier].allocate(len(value), value.dtype)
         there.write(value)
         return there
 
@@ -147,7 +146,7 @@ class OptimizerState:
                         flat.write(name, value)
                     if layout.packs(bucket.name, key):
                         entries[key] = pack(flat.tensors[bucket.name])
-                    entries[key] = self.placed(layout.buckets_away("optimizer"), bucket.name, entries[key])
+                    entries[key] = self.placed(layout.tier_of("optimizer", bucket.name), entries[key])
                 else:
                     entries[key] = _copy(self._value(names[0], params[names[0]], key, readers))
             if self._optimizer is not None:

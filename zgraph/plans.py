@@ -383,7 +383,7 @@ def describe(
         ways_out=ways_out,
         error=expected_error(hardware.device_type, hardware.name) if _was_compared(hardware) else NOTHING_MEASURED,
         unknown=dict(prediction.unknown),
-        notes=tuple(dict.fromkeys((*notes, *_tier_notes(lowered, prediction, hardware)))),
+        notes=tuple(dict.fromkeys((*notes, *_tier_notes(lowered, prediction)))),
         host_budget_bytes=host_share(hardware, lowered.last.mesh.size),
     )
 
@@ -393,7 +393,7 @@ def _counts_tokens(dtype: torch.dtype) -> bool:
     return not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool)
 
 
-def _tier_notes(lowered: Lowered, prediction: Prediction, hardware: Hardware) -> Iterator[str]:
+def _tier_notes(lowered: Lowered, prediction: Prediction) -> Iterator[str]:
     """What lies on lower tiers, if anything does, and how much of it a step moves."""
     for tier, where in LOWER_TIERS.items():
         found = state_on(tier, lowered.last)
@@ -407,8 +407,6 @@ def _tier_notes(lowered: Lowered, prediction: Prediction, hardware: Hardware) ->
         kinds = f"{', '.join(first)} and {last}" if first else last
         read, written = (show_bytes(prediction.moved_bytes[way[tier]]) for way in (INWARD, OUTWARD))
         yield f"{show_bytes(stored)} of each rank's {kinds} lie on {where}; a step reads {read} and writes {written}"
-        if tier == "disk" and hardware.device_type != "cpu":
-            yield "what lies on a disk is simulated: zgraph does not run this on GPUs so far"
 
 
 def _was_compared(hardware: Hardware) -> bool:

@@ -298,12 +298,6 @@ class Program:
             return None
         return self.layout.tier_of(AWAY[what.role], what.name)
 
-    def tiers(self) -> set[str]:
-        """The lower tiers where something of it lies."""
-        away = () if self.layout is None else self.layout.away
-        spills = self.graph.find_nodes(op="call_function", target=ops.spill)
-        return {each.tier for each in away} | set(map(ops.tier_of, spills))
-
     @property
     def output_node(self) -> fx.Node:
         return self.graph.output_node()

@@ -46,7 +46,7 @@ from zgraph.eager import GatherOnUse
 from zgraph.errors import OptimizerError, OptionError, ZgraphError
 from zgraph.execute import Executable
 from zgraph.facts import ARGUMENTS, ATTRIBUTES, STEP_COUNTS, Facts, fact_of, hold, in_names, state_spec
-from zgraph.footprint import state_on
+from zgraph.footprint import spilled_bytes, state_on
 from zgraph.groups import open_axes
 from zgraph.hardware import LOWER_TIERS, Hardware
 from zgraph.heap import release_free_memory
@@ -66,6 +66,7 @@ from zgraph.progress import PASSES, Phases
 from zgraph.search import Search
 from zgraph.skipping import GRADIENT_NORM, NUM_SKIPPED
 from zgraph.spilled import SpillRoom
+from zgraph.staging import StagedDisk
 from zgraph.state import TrainingState
 from zgraph.stopwatch import Measured, Stopwatch
 from zgraph.tiers import Moved, Tier, padded
@@ -146,7 +147,7 @@ class Runtime:
     _num_skipped: int = 0
     _num_changes: Counter[str] = field(default_factory=Counter)
     _last: Compiled | None = None
-    moved: Moved = field(default_factory=Moved)  # from and to a lower tier, by the last step
+    moved: dict[str, Moved] = field(default_factory=dict)  # from and to lower tiers, by the last step
     _facts_seen: dict[str, str] = field(default_factory=dict)
     _capturing: bool = False
     _in_one_pass: bool = False  # vectors are quantised and packed, on all ranks
@@ -222,18 +223,18 @@ class Runtime:
         self._keep((*used, last))
         assert self.comm is not None
         self.comm.traffic.clear()
-        if self.state.tier is not None:
-            self.state.tier.moved = Moved()
+        for tier in self.state.tiers.values():
+            tier.moved = Moved()
         with self.agreement.no_return(), self.state.adding_up():
             for compiled, call in zip(used, calls[:-1], strict=True):
                 assert compiled.micro is not None
                 self._to_run(compiled.micro).run(tensors_of(call), hypers)
             loss = self._to_run(last.executable).run(tensors_of(calls[-1]), hypers)
         self._num_to_time = max(self._num_to_time - 1, 0)
-        if self.state.tier is not None:
-            self.moved, self.state.tier.moved = self.state.tier.moved, Moved()
+        for name, tier in self.state.tiers.items():
+            self.moved[name], tier.moved = tier.moved, Moved()
             with self.agreement.together():
-                self.state.tier.check()
+                tier.check()
         for call, compiled in made:
             facts = self.facts.read(call)
             if compiled.executable.program.reads_all_state():  # what created its state reads it from now on
@@ -271,29 +272,37 @@ class Runtime:
         return compiled
 
     def _reserve(self, compiled: Compiled) -> None:
-        """Have room for all that is to lie on a lower tier, before any of it is moved there."""
+        """Have room for all that is to lie on lower tiers, before any of it is moved there."""
         program = compiled.executable.program
-        wanted = sum(padded(num_bytes) for tier in LOWER_TIERS for num_bytes in state_on(tier, program).values())
-        if self.state.tier is not None and program.layout == self.state.layout:
-            wanted -= self.state.tier.used_bytes - self.spill_room.taken_bytes  # it stays where it is
-        missing = max(wanted, 0) + self.spill_room.missing_bytes
         try:
-            with self.agreement.together():
-                tier = self.state.open_tier(partial(self._open_tier, compiled))
-                tier.check_room(missing, ranks_here(self.agreement.world))
-            with self.agreement.together():
-                tier.reserve(missing)
-                self.spill_room.take(tier)
+            for name in LOWER_TIERS:
+                there = state_on(name, program)
+                has_spilled = any(spilled_bytes(each, name) for each in compiled.lowered.programs)
+                if there or has_spilled:
+                    self._reserve_on(name, compiled, sum(map(padded, there.values())), has_spilled)
         except ZgraphError:
             self.spill_room.give_up()
             raise
 
-    def _open_tier(self, compiled: Compiled) -> Tier:
-        """Where what does not lie in the memory that is computed in is to go: each kind of device has one tier."""
-        if any("host" in program.tiers() for program in compiled.lowered.programs):
-            device = compiled.layout.buckets[0].device
+    def _reserve_on(self, name: str, compiled: Compiled, wanted: int, has_spilled: bool) -> None:
+        """Have room for so many bytes of state on a tier, and for what steps spill there."""
+        room = self.spill_room if has_spilled else SpillRoom()
+        if name in self.state.tiers and compiled.layout == self.state.layout:
+            wanted -= self.state.tiers[name].used_bytes - room.taken_bytes  # it stays where it is
+        missing = max(wanted, 0) + room.missing_bytes
+        with self.agreement.together():
+            tier = self.state.open_tier(name, partial(self._open_tier, name, compiled.layout.buckets[0].device))
+            tier.check_room(missing, ranks_here(self.agreement.world))
+        with self.agreement.together():
+            tier.reserve(missing)
+            room.take(tier)
+
+    def _open_tier(self, name: str, device: torch.device) -> Tier:
+        """Where what does not lie in the memory that is computed in is to go."""
+        if name == "host":
             return Host(device, Cuda(device))
-        return Disk(self.config.offload_path or DEFAULT_PATH)
+        path = self.config.offload_path or DEFAULT_PATH
+        return Disk(path) if device.type == "cpu" else StagedDisk(path, device, Cuda(device))
 
     def _keep(self, used: Sequence[Compiled]) -> None:
         """Count these as used last; of all steps those used last are kept. All ranks decide alike."""

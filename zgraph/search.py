@@ -19,8 +19,8 @@ from typing import Any
 
 from zgraph.beginnings import Beginnings
 from zgraph.captures import Captures
-from zgraph.choices import ACCUMULATE, CHAINED, LEVELS, MEMORY_FIRST, OFFLOAD, Choice, family
-from zgraph.config import BY_COST, Config
+from zgraph.choices import ACCUMULATE, CHAINED, LEVELS, MEMORY_FIRST, Choice, family
+from zgraph.config import Config
 from zgraph.errors import CaptureError, OptionError
 from zgraph.hardware import Hardware, lower_tier
 from zgraph.layout import aligned
@@ -90,9 +90,6 @@ class Search:
         self._notes: list[str] = []
         self._refused: OptionError | CaptureError | None = None  # why the first of those was, that are left out
         self.tier = lower_tier(hardware)
-        if fixed.get(OFFLOAD) == BY_COST and self.tier != "disk" and "offload_path" in fixed:
-            fixed = {name: value for name, value in fixed.items() if name != "offload_path"}
-            self._notes.append(f"offload_path is of no use: on {hardware.device_type}, nothing is chosen for a disk")
         self.captures, self.hardware, self.world, self.fixed, self._passes = captures, hardware, world, fixed, passes
         self._tell = tell
         self._on_cpu = hardware.device_type == "cpu"

@@ -91,15 +91,15 @@ class TrainingState:
         return self._optimizer_state.stored
 
     @property
-    def tier(self) -> Tier | None:
-        """Where parameters and optimizer state lie that are not in memory."""
-        return self._optimizer_state.tier
+    def tiers(self) -> dict[str, Tier]:
+        """By name, those where parameters and optimizer state lie that are not in memory."""
+        return self._optimizer_state.tiers
 
-    def open_tier(self, opened: Callable[[], Tier]) -> Tier:
-        """The lower tier that there is, or else one that is opened now."""
-        if self._optimizer_state.tier is None:
-            self._optimizer_state.tier = opened()
-        return self._optimizer_state.tier
+    def open_tier(self, name: str, opened: Callable[[], Tier]) -> Tier:
+        """The lower tier of a name that there is, or else one that is opened now."""
+        if name not in self.tiers:
+            self.tiers[name] = opened()
+        return self.tiers[name]
 
     def keep(self, bucket: str, key: str, value: Value) -> Value:
         """Store optimizer state where the layout has it; as it is stored."""
@@ -108,7 +108,7 @@ class TrainingState:
     def keep_gradient(self, bucket: str, value: torch.Tensor) -> torch.Tensor | Stored:
         """Store what micro-batches are to be added up in, where the layout has it; as it is stored."""
         assert self.layout is not None
-        stored = self._optimizer_state.placed(self.layout.buckets_away("gradients"), bucket, value)
+        stored = self._optimizer_state.placed(self.layout.tier_of("gradients", bucket), value)
         assert isinstance(stored, (torch.Tensor, Stored))
         self.gradients[bucket] = stored
         return stored
@@ -339,8 +339,8 @@ class TrainingState:
             group=self.shard_group,
             tensors=tensors,
             num_cached=num_cached,
-            away=layout.buckets_away("parameters"),
-            tier=self.tier,
+            away=layout.on_tiers("parameters"),
+            tiers=self.tiers,
         )
 
     @contextmanager

@@ -61,10 +61,10 @@ def start_where_there_is_room_for_one() -> None:
             patch.setattr(host, "available_bytes", lambda: 4096 * 20)
             with pytest.raises(ZgraphError, match="of the host's memory for each of 2 ranks: 73728 of it may be taken"):
                 model.train_step(X)
-        assert model._zgraph.state.tier.num_bytes == 0
+        assert model._zgraph.state.tiers["host"].num_bytes == 0
         model.train_step(X)
         stored = state_on("host", model.program)
-        assert 36864 < sum(map(padded, stored.values())) == model._zgraph.state.tier.num_bytes < 73728
+        assert 36864 < sum(map(padded, stored.values())) == model._zgraph.state.tiers["host"].num_bytes < 73728
 
 
 def test_what_the_ranks_of_a_machine_need_together_has_to_fit(ranks: Ranks) -> None:

@@ -147,7 +147,7 @@ def start_where_one_disk_is_full() -> None:
     train_where_one_is_refused(model, 1, "posix_fallocate", reason)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     model.train_step(X)
-    disk = model._zgraph.state.tier
+    disk = model._zgraph.state.tiers["disk"]
     assert disk.num_bytes == sum(map(padded, state_on("disk", model.program).values()))
 
 
