@@ -37,6 +37,7 @@ LINE = 112
 _COMM_METHODS: dict[Any, str] = {
     ops.all_gather: "all_gather",
     ops.all_gather_into: "all_gather",
+    ops.share: "share",
     ops.reduce_scatter: "reduce_scatter",
     ops.all_reduce: "all_reduce",
     ops.all_to_all: "all_to_all",

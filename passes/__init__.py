@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zgraph.config import BUCKET_BYTES, Config, activations_on
+from zgraph.config import BUCKET_BYTES, BY_COST, Config, activations_on
 from zgraph.errors import OptionError
 from zgraph.hardware import Hardware
 from zgraph.layout import ALIGN, Layout
@@ -28,6 +28,7 @@ from zgraph.passes.reorder import OrderByMemory
 from zgraph.passes.schedule import FAR, Schedule
 from zgraph.passes.secondary import KeepSecondaryShards
 from zgraph.passes.shard import AverageGradients, ReadParamsEarly, ShardGradients, ShardOptimizer, ShardParams
+from zgraph.passes.share_memory import ShareMemory
 from zgraph.passes.tidy import Tidy
 from zgraph.passes.tile import TileProducts
 from zgraph.passes.unshard import Unshard
@@ -57,6 +58,7 @@ def default_passes(
     Raises:
         OptionError: an option weighs costs, and there is no machine.
     """
+    sizes = _bucket_bytes(config, mesh, hardware)
     zero: tuple[tuple[Pass, ...], ...] = (
         (AverageGradients(mesh),),
         (ShardOptimizer(mesh),),
@@ -75,21 +77,22 @@ def default_passes(
     steps = (
         FormBuckets(
             mesh.shard_size,
-            _bucket_bytes(config),
+            BUCKET_BYTES if sizes is None else sizes,
             layout,
             packed=config.state_precision == "int8",
             granule=_granule(config),
-            bounds=_bounds(config, mesh, hardware),
+            bounds=_bounds(config, mesh, hardware) if sizes is None else None,
         ),
         *(p for stage in zero[: config.zero + 1] for p in stage),
         *((ReduceInLowPrecision(),) if config.reduce_precision == "bf16" and mesh.size > 1 else ()),
         *((ReduceQuantized(),) if config.reduce_precision == "int8" and mesh.size > 1 else ()),
         *((QuantizeState(),) if config.state_precision == "int8" else ()),
-        _order(config, hardware),
+        _order(config, hardware, sizes),
         *((OrderByMemory(hardware),) if config.memory_first else ()),
     )
     in_place = UpdateInPlace(compiled=config.kernels != "eager")
-    last_steps: tuple[Pass, ...] = (in_place, JoinLossBackward(), OverwriteOperands())
+    share = (ShareMemory(),) if _shares_memory(config, mesh, hardware) else ()
+    last_steps: tuple[Pass, ...] = (in_place, *share, JoinLossBackward(), OverwriteOperands())
     # What is recomputed is chosen by what calls cost one by one.
     fuse = (_fuse(config, hardware, last_steps),) if config.kernels in ("auto", "zgraph", "inductor") else ()
     then = (*steps, *last_steps)
@@ -137,22 +140,30 @@ def _granule(config: Config) -> int:
     return BLOCK if is_in_blocks else ALIGN
 
 
-def _bucket_bytes(config: Config) -> int:
-    """The size of buckets that no cost decides."""
-    return config.bucket_bytes if isinstance(config.bucket_bytes, int) else BUCKET_BYTES
+def _bucket_bytes(config: Config, mesh: Mesh, hardware: Hardware | None) -> int | None:
+    """The size of buckets; None where the cost model says where each ends."""
+    if isinstance(config.bucket_bytes, int):
+        return config.bucket_bytes
+    on_gpus = hardware is not None and hardware.device_type != "cpu" and config.prefetch is None
+    by_cost = config.bucket_bytes == BY_COST or on_gpus
+    return None if by_cost and mesh.size > 1 else BUCKET_BYTES
 
 
-def _bounds(config: Config, mesh: Mesh, hardware: Hardware | None) -> Bounds | None:
-    if isinstance(config.bucket_bytes, int) or mesh.size == 1:
-        return None
+def _shares_memory(config: Config, mesh: Mesh, hardware: Hardware | None) -> bool:
+    """Whether ranks have parameters, each its part, in memory that they share."""
+    is_one_host = hardware is not None and hardware.device_type == "cpu" and hardware.reads_peers
+    return is_one_host and config.zero == 3 and mesh.size > 1 and "parameters" not in (config.offload or ())
+
+
+def _bounds(config: Config, mesh: Mesh, hardware: Hardware | None) -> Bounds:
     known = _known(hardware, f"bucket_bytes={config.bucket_bytes!r} weighs seconds", "give a number of bytes")
     return Bounds(known, mesh, config.zero)
 
 
-def _order(config: Config, hardware: Hardware | None) -> Pass:
+def _order(config: Config, hardware: Hardware | None, sizes: int | None) -> Pass:
     """By cost, or at a fixed distance where that is asked for or no machine says what calls cost."""
     if hardware is None or config.prefetch is not None:
-        limit = config.bucket_bytes if isinstance(config.bucket_bytes, int) else FAR
+        limit = FAR if sizes is None else sizes
         return Overlap(1 if config.prefetch is None else config.prefetch, limit)
     return Schedule(hardware, config.in_flight)
 
@@ -204,6 +215,7 @@ __all__ = [
     "ShardGradients",
     "ShardOptimizer",
     "ShardParams",
+    "ShareMemory",
     "Tidy",
     "TileProducts",
     "Unshard",

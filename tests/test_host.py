@@ -41,9 +41,7 @@ class Play:
         one_at_a_time: what is on its way, either way, is not moved again before it has been waited for.
     """
 
-    def __init__(
-        self, seed: int, streams: Streams, tier: Tier | None = None, *, one_at_a_time: bool = False
-    ) -> None:
+    def __init__(self, seed: int, streams: Streams, tier: Tier | None = None, *, one_at_a_time: bool = False) -> None:
         self.random, self.streams, self.one_at_a_time = random.Random(seed), streams, one_at_a_time
         self.tier = Host(CPU, streams) if tier is None else tier
         self.tier.reserve(8 * PAGE)

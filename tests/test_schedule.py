@@ -16,11 +16,12 @@ from tests.mutants.steps import in_single_precision
 from tests.programs import assert_same_step, blocks, clipped, few_examples, order, two_layers
 from tests.recipes import Recipe, Reshuffle, build, recipes
 from zgraph import ops
-from zgraph.config import IN_FLIGHT, Config
+from zgraph.config import BUCKET_BYTES, IN_FLIGHT, Config
 from zgraph.curves import Collective
 from zgraph.hardware import Hardware
-from zgraph.machines import preset
+from zgraph.machines import assumed_cpu, preset
 from zgraph.passes import Overlap, Schedule, default_passes
+from zgraph.passes.bounds import Bounds
 from zgraph.passes.schedule import GAIN, Holding, _costs, _put, _Step
 from zgraph.pipeline import run
 from zgraph.program import REPLICA, SHARD, Mesh, Phase, Program, Stage, operand
@@ -357,9 +358,28 @@ def test_a_step_with_a_norm_of_all_gradients_takes_gradients_up_as_they_arrive_a
 def test_a_machine_schedules_and_an_integer_keeps_its_distance(prefetch: int | None) -> None:
     config = Config(prefetch=prefetch)
     passes = [p for p in default_passes(config, Mesh(2), hardware=SLOW) if p.gives is Stage.SCHEDULED]
-    assert passes == [Schedule(SLOW, 2) if prefetch is None else Overlap(prefetch, config.bucket_bytes)]
+    assert passes == [Schedule(SLOW, 2) if prefetch is None else Overlap(prefetch, BUCKET_BYTES)]
     without = [p for p in default_passes(config, Mesh(2)) if p.gives is Stage.SCHEDULED]
-    assert without == [Overlap(1 if prefetch is None else prefetch, config.bucket_bytes)]
+    assert without == [Overlap(1 if prefetch is None else prefetch, BUCKET_BYTES)]
+
+
+def test_the_cost_model_says_where_buckets_end_on_several_gpus_that_are_known() -> None:
+    def bounds(ranks: int, hardware: Hardware | None, **options: Any) -> Any:
+        (form,) = (
+            p for p in default_passes(Config(**options), Mesh(ranks), hardware=hardware) if p.name == "FormBuckets"
+        )
+        return form.bounds
+
+    assert bounds(2, preset("h100")) == Bounds(preset("h100"), Mesh(2), 3)
+    assert bounds(2, assumed_cpu(2, 2**34), bucket_bytes="auto") is not None
+    for ranks, hardware, options in (
+        (1, preset("h100"), {}),
+        (2, None, {}),
+        (2, assumed_cpu(2, 2**34), {}),
+        (2, preset("h100"), {"bucket_bytes": 2**24}),
+        (2, preset("h100"), {"prefetch": 1}),
+    ):
+        assert bounds(ranks, hardware, **options) is None
 
 
 @pytest.mark.parametrize("gather_precision", [None, "bf16", "int8"])

@@ -211,6 +211,11 @@ class CheckedComm:
         self._agreement.check(tag)
         return self._comm.all_gather(shard, out)
 
+    def share(self, shard: torch.Tensor, *, tag: str = "") -> Any:
+        """As ``Comm.share``; raises as ``all_gather`` does."""
+        self._agreement.check(tag)
+        return self._comm.share(shard)
+
     def reduce_scatter(
         self, full: torch.Tensor, operation: str, out: torch.Tensor | None = None, *, tag: str = ""
     ) -> Any:

@@ -36,7 +36,7 @@ def offloads(tier: str) -> tuple[Any, ...]:
     state = {"optimizer": tier}
     all_state = {**state, "parameters": tier}
     hidden, waited_for = {"activations": tier}, {"activations": WAITED_FOR[tier]}
-    found = (
+    found: tuple[dict[str, str] | None, ...] = (
         None,
         hidden,
         state,
@@ -48,12 +48,12 @@ def offloads(tier: str) -> tuple[Any, ...]:
     )
     if tier == "disk":
         return found
-    slow = ({**found[i], "optimizer": "disk"} for i in _WITH_STATE)
-    return (*found, *slow, *({**found[i], "optimizer": "disk", "parameters": "disk"} for i in _WITH_PARAMETERS))
+    further = [{**(found[i] or {}), "optimizer": "disk"} for i in _WITH_STATE]
+    return (*found, *further, *({**each, "parameters": "disk"} for each in further if "parameters" in each))
 
 
 _WITH_STATE = (2, 3, 4, 5, 6, 7)
-_WITH_PARAMETERS = _WITH_STATE[2:]
+"""Of ``offloads``, those by which optimizer state lies elsewhere."""
 
 _LESS = (None, 0, 0, 2, 2, 4, 5, 6, *_WITH_STATE, 10, 11, 12, 13)
 """For each of ``offloads`` the one, by index, of which all lies there or nearer, too, and which is never slower."""
@@ -142,6 +142,7 @@ def family(
     is_long: bool = True,
     tile_bytes: int | None = TILE_BYTES,
     tier: str = "disk",
+    bucket_bytes: int | None = None,
 ) -> list[Choice]:
     """All choices, milder ones first.
 
@@ -153,6 +154,7 @@ def family(
         is_long: the model repeats more blocks than are captured.
         tile_bytes: of large matrices, how much is gathered at a time where that is tried; None if it is not.
         tier: where the machine has what is offloaded.
+        bucket_bytes: the size of buckets that others are tried beside; None for the default.
 
     Raises:
         OptionError: one of them cannot be.
@@ -165,6 +167,8 @@ def family(
     crossed = {**chains, **(CROSSED if world > 1 else {"zero": (0,), "shard_size": (None,)})}
     if 1 < devices_per_node < world and world % devices_per_node == 0:
         crossed["shard_size"] = (None, devices_per_node)
+    if bucket_bytes is not None:
+        crossed["bucket_bytes"] = (bucket_bytes,)
     crossed = {
         name: (fixed[name],) if name in fixed and name != OFFLOAD else values for name, values in crossed.items()
     }
@@ -199,7 +203,7 @@ def family(
             found[_key(both)] = Choice({**told, **given}, config, milder, sum(map(len, before.values())))
     if not found and world == 1 and "zero" not in fixed:  # what was asked for needs a stage, which changes nothing here
         stage = {**fixed, "zero": Config.zero}
-        return family(num_rows, world, stage, devices_per_node, is_long=is_long, tile_bytes=tile_bytes, tier=tier)
+        return family(num_rows, 1, stage, devices_per_node, is_long=is_long, tile_bytes=tile_bytes, tier=tier)
     if not found and refused is not None:
         raise refused
     return list(found.values())

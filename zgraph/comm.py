@@ -59,6 +59,7 @@ class Comm(Protocol):
     axes: dict[str, Any]
 
     def all_gather(self, shard: torch.Tensor, out: torch.Tensor | None = None) -> Any: ...
+    def share(self, shard: torch.Tensor) -> Any: ...
     def reduce_scatter(self, full: torch.Tensor, operation: str, out: torch.Tensor | None = None) -> Any: ...
     def all_reduce(self, value: torch.Tensor, operation: str) -> Any: ...
     def all_to_all(self, full: torch.Tensor) -> Any: ...
@@ -91,6 +92,14 @@ class Group:
         """This rank's contiguous 1/world of a flat buffer, as a view."""
         size = full.shape[0] // self.world
         return full[self.rank * size : (self.rank + 1) * size]
+
+    def share(self, shard: torch.Tensor) -> Any:
+        """As ``all_gather``; where all ranks have their parts in memory that they share, without a copy."""
+        return self.all_gather(shard)
+
+    def all_gather(self, shard: torch.Tensor, out: torch.Tensor | None = None) -> Any:
+        """The parts of all ranks, one after the other."""
+        raise NotImplementedError
 
     def _others(self, num_bytes: int) -> int:
         return num_bytes * (self.world - 1) // self.world

@@ -61,6 +61,7 @@ _RANGES = (("zero", 0, 3), ("prefetch", 0, 64), ("accumulate", 1, 2**20), ("loss
 
 
 BUCKET_BYTES = 16 * 2**20
+"""Of a bucket, where the cost model does not say where it ends."""
 
 BY_COST = "auto"
 """What ``bucket_bytes`` may be besides a number of bytes, and ``offload`` besides what lies where."""
@@ -220,7 +221,9 @@ class Config:
             bytes, and travel together. A parameter larger than this has a bucket of its own. ``"auto"``: the cost model
             says where each bucket ends (``zgraph.passes.bounds``): larger ones where links would wait for each other's
             latency, smaller ones where nothing hides them, and not larger where that saves less than a thousandth of a
-            step. With ``memory=``, ``"auto"`` tries that beside fixed sizes.
+            step. By default that is so on several GPUs that are known (``zgraph doctor`` says). It is 16 MiB on CPUs,
+            whose cores move what travels and hide nothing, on a single rank, with ``prefetch``, which counts buckets,
+            and where no machine is known. With ``memory=`` both are tried, and other sizes.
         prefetch: how many buckets ahead of their first use parameters are gathered (ZeRO-3). By default the cost model
             says when what travels is sent and when it is waited for (``zgraph.passes.Schedule``); on a GPU that is not
             known, and has not been calibrated, that is one bucket ahead.
@@ -328,7 +331,7 @@ class Config:
     """
 
     zero: int = 3
-    bucket_bytes: int | str = BUCKET_BYTES
+    bucket_bytes: int | str | None = None
     prefetch: int | None = None
     in_flight: int | None = 2
     shard_size: int | None = None
@@ -378,7 +381,7 @@ class Config:
             values["keep_float32"] = _names(values["keep_float32"], "keep_float32", "['head', 'norm']")
         if "recompute" in values:
             values["recompute"] = _recompute(values["recompute"])
-        if values.get("bucket_bytes", BY_COST) != BY_COST:
+        if values.get("bucket_bytes") not in (None, BY_COST):
             values["bucket_bytes"] = parse_bytes(values["bucket_bytes"], "bucket_bytes")
         if values.get("tile_bytes") is not None:
             values["tile_bytes"] = parse_bytes(values["tile_bytes"], "tile_bytes")

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from zgraph.comm import MESSAGE_BYTES, Group, PointToPointComm, Traffic, Transfer
 from zgraph.errors import RankError
 from zgraph.peer_memory import PeerMemory
+from zgraph.shared_memory import whole_of
 
 PASSING_BYTES = 2**19
 """Of a peer's part that is added up at once: it and what it is added to stay in a cache of the second level."""
@@ -163,6 +164,20 @@ class DirectComm(Group):
                 own.copy_(shard)
             exchange.hear()
             return result
+
+        return _Started(finish)
+
+    def share(self, shard: torch.Tensor) -> _Started | Transfer:
+        whole = whole_of(shard)
+        if whole is None:
+            return self.all_gather(shard)
+        self._count("share", 0)
+        messages = _Messages(self._pairs, "the sharing of parameters", 1)
+        messages.send(torch.zeros(1, dtype=torch.int64))
+
+        def finish() -> torch.Tensor:
+            messages.all()
+            return whole
 
         return _Started(finish)
 

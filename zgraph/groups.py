@@ -96,6 +96,11 @@ def backends(group: dist.ProcessGroup) -> dict[str, str]:
     return {device: backend for device, _, backend in served}
 
 
+def serves_cpu(group: dist.ProcessGroup) -> bool:
+    """Whether gloo carries tensors of a CPU."""
+    return backends(group).get("cpu") == "gloo"
+
+
 def default_backend() -> str:
     """What ``dist.init_process_group`` is given when the user has not called it: tensors of every device can travel."""
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"

@@ -48,6 +48,8 @@ def _lies_in(node: fx.Node) -> fx.Node | None:
         return _written_over(node) if ops.may_write(node.target) else None
     if ops.view_of(node) is not None:
         return None if _copies(node, source) else source
+    if node.target is ops.share:
+        return source
     if node.target is ops.wait:
         out = source.kwargs.get("out")
         return out if isinstance(out, fx.Node) else source

@@ -148,7 +148,7 @@ class _Started:
         target, sent = self._node.target, self._sent
         if target in ops.TRANSFERS:
             return [out.copy_(sent[0]) for out in self._out] if self._out else [sent[0].clone()]
-        if target in (ops.all_gather, ops.all_gather_into):
+        if target in (ops.all_gather, ops.all_gather_into, ops.share):
             full = torch.cat(sent)
             return [out.copy_(full) for out in self._out] if self._out else [full.clone() for _ in sent]
         if target is ops.all_to_all:

@@ -19,6 +19,7 @@ from zgraph.errors import BudgetError, quoted
 from zgraph.liveness import Lifetime, held_bytes, lifetimes
 from zgraph.plans import show_bytes
 from zgraph.program import Program, target_name
+from zgraph.shared_memory import whole_of
 
 TOLERANCE = 0.01
 """Of the most that is predicted for any call."""
@@ -44,7 +45,9 @@ class MemoryCheck:
 
     def begin(self, inputs: Iterable[Any]) -> None:
         """A step begins, which has been given these values: their memory is not the step's own."""
-        self._given = {storage.data_ptr() for storage in _storages(inputs)}
+        given = list(inputs)
+        shared = (whole_of(value) for value in given if isinstance(value, torch.Tensor))
+        self._given = {storage.data_ptr() for storage in _storages([given, list(shared)])}
 
     def see(self, number: int, values: Mapping[str, Any]) -> None:
         """The call of this number in the graph has run.

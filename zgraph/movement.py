@@ -345,6 +345,7 @@ RULES: dict[Any, Rule] = {
     ops.shard: _shard,
     ops.all_gather: _all_gather,
     ops.all_gather_into: _all_gather,
+    ops.share: _all_gather,
     ops.all_reduce: _all_reduce,
     ops.reduce_scatter: _reduce_scatter,
     ops.all_to_all: _all_to_all,

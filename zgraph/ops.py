@@ -8,6 +8,7 @@ in parts; ``zgraph::pack_state`` and ``zgraph::unpack_state`` are for tensors th
 ``zgraph::quantize`` and what reads its result for those that travel so; ``zgraph::elements`` says where a flat buffer
 has elements of parameters rather than padding. ``zgraph::cross_entropy_backward`` is two of ATen's, a few rows at a
 time; ``zgraph::product_columns`` and ``embedding_rows_backward`` are parts of one (``zgraph.tiling``).
+``zgraph::share`` starts what ``all_gather`` does where ranks share memory, so that what is waited for is no copy.
 ``zgraph::load``, ``zgraph::store`` and ``zgraph::spill`` start transfers from and to a lower tier, the host's memory or
 a disk, which are waited for as collectives are.
 """
@@ -51,6 +52,7 @@ _library.define("unpack_state(Tensor packed) -> Tensor")  # type: ignore[no-unty
 _library.define("quantize(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("dequantize(Tensor data, ScalarType dtype) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("mean_of_quantized(Tensor data, int world) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("share(Tensor shard, int world, str axis) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("load(Tensor stored, str tier) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("store(Tensor x, str tier, *, Tensor(a!) out) -> Tensor(a!)")  # type: ignore[no-untyped-call]
 _library.define("spill(Tensor x, str tier) -> Tensor")  # type: ignore[no-untyped-call]
@@ -138,6 +140,7 @@ def _unpacked_shape(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(packed.unpacked_numel(len(x)), dtype=torch.float32)
 
 
+_library.impl("share", lambda shard, world, _: shard.repeat(world), "Meta")  # type: ignore[no-untyped-call]
 _library.impl("shard", _shard_shape, "Meta")  # type: ignore[no-untyped-call]
 for _name in ("quantize", "dequantize", "mean_of_quantized"):
     _library.impl(_name, getattr(quantized, _name), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
@@ -197,9 +200,11 @@ all_gather_into = c10d.all_gather_into_tensor_out.default
 reduce_scatter = c10d.reduce_scatter_tensor.default
 all_to_all = c10d.all_to_all_single.default
 """Each rank receives its part of what every rank sends, in rank order: equal parts, whose sizes are given twice."""
+share = torch.ops.zgraph.share.default
+"""As ``all_gather``, where the parts of all ranks lie in memory that they share: the result is no copy of them."""
 wait = c10d.wait_tensor.default
 
-STARTS = frozenset({all_gather, all_gather_into, all_reduce, reduce_scatter, all_to_all})
+STARTS = frozenset({all_gather, all_gather_into, all_reduce, reduce_scatter, all_to_all, share})
 """Operators that start a collective; each value is waited for exactly once before it is read."""
 
 load = torch.ops.zgraph.load.default

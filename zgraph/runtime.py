@@ -47,7 +47,7 @@ from zgraph.errors import OptimizerError, OptionError, ZgraphError
 from zgraph.execute import Executable
 from zgraph.facts import ARGUMENTS, ATTRIBUTES, STEP_COUNTS, Facts, fact_of, hold, in_names, state_spec
 from zgraph.footprint import spilled_bytes, state_on
-from zgraph.groups import open_axes
+from zgraph.groups import open_axes, serves_cpu
 from zgraph.hardware import LOWER_TIERS, Hardware
 from zgraph.heap import release_free_memory
 from zgraph.host import Cuda, Host
@@ -57,6 +57,7 @@ from zgraph.machines import ranks_here
 from zgraph.memory_check import MemoryCheck
 from zgraph.metrics import Metric, by_name
 from zgraph.overwrites import check_overwrites
+from zgraph.peer_memory import find_readable_peers
 from zgraph.pipeline import Pass, PassRecord
 from zgraph.placement import place
 from zgraph.plans import Plan, describe, host_share, show_bytes
@@ -140,6 +141,7 @@ class Runtime:
     spill_room: SpillRoom = field(default_factory=SpillRoom)
     comm: Comm | None = None
     _machine: str | None = None
+    _is_one_host: bool = True  # all ranks can read each other's memory, where any can
     _budget_bytes: int | None = None
     _decided: dict[str, Plan] = field(default_factory=dict)  # by what a step is given
     _last_decided: Plan | None = None
@@ -429,6 +431,9 @@ class Runtime:
     def _agree_on_machine(self, batch: Call) -> None:
         if self._machine is None:
             self._machine = self.agreement.of_first(partial(self._tell_machine, batch))
+            group, machine = self.state.group, self.hardware
+            if group is not None and machine is not None and machine.device_type == "cpu" and machine.reads_peers:
+                self._is_one_host = serves_cpu(group) and find_readable_peers(group) is not None
 
     def _tell_machine(self, batch: Call) -> str:
         """The machine as ``zgraph.which_hardware`` tells it; nothing where it is a GPU that is not known."""
@@ -445,7 +450,10 @@ class Runtime:
     @property
     def hardware(self) -> Hardware | None:
         """Rank 0's machine, by which all ranks decide."""
-        return told(self._machine, self.agreement.world) if self._machine else None
+        if not self._machine:
+            return None
+        machine = told(self._machine, self.agreement.world)
+        return machine if self._is_one_host else replace(machine, reads_peers=False)
 
     def device(self) -> torch.device | None:
         """Where parameters without memory live; None before they have a place."""

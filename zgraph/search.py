@@ -20,7 +20,7 @@ from typing import Any
 from zgraph.beginnings import Beginnings
 from zgraph.captures import Captures
 from zgraph.choices import ACCUMULATE, CHAINED, LEVELS, MEMORY_FIRST, Choice, family
-from zgraph.config import Config
+from zgraph.config import BUCKET_BYTES, Config
 from zgraph.errors import CaptureError, OptionError
 from zgraph.hardware import Hardware, lower_tier
 from zgraph.layout import aligned
@@ -102,6 +102,8 @@ class Search:
             is_long=captures.is_long,
             tile_bytes=captures.tile_bytes,
             tier=self.tier,
+            # On GPUs the cost model is the default; but what it says for each number of blocks cannot be extrapolated.
+            bucket_bytes=BUCKET_BYTES if world > 1 and not self._on_cpu else None,
         )
         self.tried: dict[Choice, Tried | None] = {}
         self._more_milder: dict[Choice, list[Choice]] = {choice: [] for choice in self.members}

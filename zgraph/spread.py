@@ -28,6 +28,7 @@ _ORDER = list(Spread)
 _AFTER = {
     ops.all_gather: Spread.REPLICATED,
     ops.all_gather_into: Spread.REPLICATED,
+    ops.share: Spread.REPLICATED,
     ops.max_over_ranks: Spread.REPLICATED,
     ops.all_to_all: Spread.PER_RANK,
 }

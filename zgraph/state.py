@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from zgraph import shared_memory
 from zgraph.accumulation import ADD_UP
 from zgraph.agreement import Agreement
 from zgraph.eager import getter
@@ -149,7 +150,7 @@ class TrainingState:
             forms = self._optimizer_state.forms(current)
             check_agreement(layout, forms)
 
-        new = self._params_in(layout, {}, num_cached=2)
+        new = self._params_in(layout, self._shared(layout), num_cached=2)
         names = {id(param): name for name, param in current.items()}
         initialise(meta_modules, names, new, self.agreement, self.group)
         initialised = {id(param) for module in meta_modules for param in module.params.values()}
@@ -162,6 +163,14 @@ class TrainingState:
                 self._share_buffers()
         self.layout, self.params, self._placed, self.gradients = layout, new.tensors, current, {}
         self._memory = {name: _memory(param) for name, param in current.items()}
+
+    def _shared(self, layout: Layout) -> dict[str, torch.Tensor]:
+        """This rank's part of each bucket, where ranks divide parameters that lie in memory, and can share it."""
+        on_cpu = all(bucket.device.type == "cpu" for bucket in layout.buckets)
+        if not (layout.shard_params and layout.world > 1 and on_cpu) or layout.on_tiers("parameters"):
+            return {}
+        sizes = {bucket.name: (bucket.numel // layout.world, bucket.dtype) for bucket in layout.buckets}
+        return shared_memory.allocate(sizes, self.shard_group) or {}
 
     @contextmanager
     def _moving(self) -> Iterator[None]:

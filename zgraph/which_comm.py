@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from zgraph.comm import Comm, FunctionalComm, PointToPointComm, SingleComm
 from zgraph.direct import DirectComm
-from zgraph.groups import axis_group, backends
+from zgraph.groups import axis_group, serves_cpu
 from zgraph.peer_memory import find_readable_peers
 from zgraph.program import Mesh
 
@@ -36,7 +36,7 @@ def _make(
 ) -> SingleComm | PointToPointComm | DirectComm | FunctionalComm:
     if group is None:
         return SingleComm()
-    if devices == {"cpu"} and backends(group).get("cpu") == "gloo":
+    if devices == {"cpu"} and serves_cpu(group):
         pids = find_readable_peers(group)
         return PointToPointComm(group) if pids is None else DirectComm(group, pids)
     return FunctionalComm(group)

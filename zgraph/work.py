@@ -340,6 +340,8 @@ def _owned(node: fx.Node, target: OwnedUpdate, world: Size) -> Iterator[Work]:
 def _collective(node: fx.Node, world: Size) -> Work:
     sent = operand(node).meta["val"]
     whole = num_bytes_of(sent)
+    if node.target is ops.share:
+        return Work("collective", LINK, collective="all_gather", world=world)  # a message, and no copy
     if node.target in (ops.all_gather, ops.all_gather_into):
         return Work("collective", LINK, read_bytes=whole * world, collective="all_gather", world=world)
     kinds: dict[Any, str] = {ops.reduce_scatter: "reduce_scatter", ops.all_to_all: "all_to_all"}
