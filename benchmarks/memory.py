@@ -80,7 +80,11 @@ class Held:
 
 
 class Meter:
-    """Measures the calling process against what it held when the meter was made."""
+    """Measures the calling process against what it held when the meter was made.
+
+    Of memory that ranks share, each counts its own part: that is allocated, and what is resident of the others' is
+    theirs, as a control group counts it.
+    """
 
     def __init__(self) -> None:
         self._library = ctypes.CDLL(None)
@@ -98,11 +102,13 @@ class Meter:
 
     def read(self) -> Held:
         """What is held now, and the peaks."""
+        mine = shared_bytes()
+        others = max(_status_bytes("RssShmem") - mine, 0)
         return Held(
-            live_bytes=int(self._library.malloc_counter_live()) - self.baseline_live_bytes,
-            resident_bytes=_taken_bytes("VmRSS") - self.baseline_resident_bytes,
-            live_peak_bytes=int(self._library.malloc_counter_peak()) - self.baseline_live_bytes,
-            resident_peak_bytes=_taken_bytes("VmHWM") - self.baseline_resident_bytes,
+            live_bytes=int(self._library.malloc_counter_live()) - self.baseline_live_bytes + mine,
+            resident_bytes=_taken_bytes("VmRSS") - self.baseline_resident_bytes - others,
+            live_peak_bytes=int(self._library.malloc_counter_peak()) - self.baseline_live_bytes + mine,
+            resident_peak_bytes=_taken_bytes("VmHWM") - self.baseline_resident_bytes - others,
         )
 
 

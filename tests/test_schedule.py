@@ -370,14 +370,14 @@ def test_the_cost_model_says_where_buckets_end_on_several_gpus_that_are_known() 
         )
         return form.bounds
 
-    assert bounds(2, preset("h100")) == Bounds(preset("h100"), Mesh(2), 3)
+    assert bounds(2, preset("H100")) == Bounds(preset("H100"), Mesh(2), 3)
     assert bounds(2, assumed_cpu(2, 2**34), bucket_bytes="auto") is not None
     for ranks, hardware, options in (
-        (1, preset("h100"), {}),
+        (1, preset("H100"), {}),
         (2, None, {}),
         (2, assumed_cpu(2, 2**34), {}),
-        (2, preset("h100"), {"bucket_bytes": 2**24}),
-        (2, preset("h100"), {"prefetch": 1}),
+        (2, preset("H100"), {"bucket_bytes": 2**24}),
+        (2, preset("H100"), {"prefetch": 1}),
     ):
         assert bounds(ranks, hardware, **options) is None
 

@@ -103,10 +103,10 @@ def works(node: fx.Node, world: Size) -> tuple[Work, ...]:
         return (_kernel(node, target),)
     if isinstance(target, OwnedUpdate):
         return tuple(_owned(node, target, world))
-    if (shares_memory(node) and not ops.may_write(target)) or ops.is_scalar_op(target) or target in _NOTHING:
-        return (FREE,)
     if target in ops.STARTS:
         return (_collective(node, world),)
+    if (shares_memory(node) and not ops.may_write(target)) or ops.is_scalar_op(target) or target in _NOTHING:
+        return (FREE,)
     target = ops.allocating(target)
     if target is ops.load:
         return (Work("load", ops.tier_of(node), read_bytes=num_bytes_of(node.meta["val"])),)
