@@ -228,6 +228,7 @@ def test_gradients_are_made_in_the_flat_gradient_bit_for_bit(
 
 SPILLED = {"activations": WAITED_FOR["host"]}
 STATE = {"optimizer": "host", "parameters": "host"}
+ON_DISK = {"optimizer": "disk", "parameters": "host", "activations": WAITED_FOR["disk"]}
 
 
 @pytest.mark.parametrize(
@@ -257,6 +258,22 @@ def test_what_lies_on_the_host_trains_bit_for_bit_as_on_the_gpu(
     assert stats["host_bytes"] == sum(state_on("host", model.program).values())
     assert (stats["host_bytes"] > 0) == ("optimizer" in offload or "parameters" in offload)
     assert (spilled_bytes(model.program, "host") > 0) == ("activations" in offload)
+
+
+@pytest.mark.parametrize("offload", [ON_DISK, {"optimizer": "host", "parameters": "disk"}], ids=str)
+def test_what_lies_on_a_disk_trains_bit_for_bit_as_on_the_gpu(offload: dict[str, str]) -> None:
+    if "activations" in offload:
+        needs_preset()
+    batches = [torch.randn(2048, 512, device=GPU) for _ in range(4)]
+    (model, optimizer), (plain, theirs) = compiled_layers(offload=offload), compiled_layers()
+    for batch in batches:
+        assert torch.equal(model.train_step(batch), plain.train_step(batch))
+    for found, expected in zip(tensors_of(optimizer).values(), tensors_of(theirs).values(), strict=True):
+        assert torch.equal(found, expected)
+    stats = model.stats()
+    for tier in ("host", "disk"):
+        assert stats[f"{tier}_bytes"] == sum(state_on(tier, model.program).values()) > 0
+    assert (spilled_bytes(model.program, "disk") > 0) == ("activations" in offload)
 
 
 def test_gradients_are_added_up_on_the_host_bit_for_bit_as_on_the_gpu() -> None:

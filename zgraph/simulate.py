@@ -8,6 +8,7 @@ user's model and optimizer stay as they are.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -292,7 +293,9 @@ class SimulatedRanks:
             state=state_spec(self._model, forms),
             config=self._config,
         )
-        mesh, machine = self._config.mesh(self.world_size), hardware_of(torch.device("cpu"), self.world_size)
+        mesh = self._config.mesh(self.world_size)
+        # As on several hosts, where parameters are gathered: nothing is shared that each rank could write to.
+        machine = replace(hardware_of(torch.device("cpu"), self.world_size), reads_peers=False)
         lowered = lower(captured, self._config, mesh, layout, self._passes, hardware=machine)
         for program in lowered.programs:
             forget(program.graph)
