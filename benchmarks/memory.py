@@ -103,8 +103,8 @@ class Meter:
     def read(self) -> Held:
         """What is held now, and the peaks."""
         sharing = sys.modules.get("zgraph.shared_memory")  # a peer of zgraph's may have nothing of it
-        mine = sharing.shared_bytes() if sharing is not None else 0
-        others = max(_status_bytes("RssShmem") - mine, 0)
+        mine, others = sharing.shared_bytes() if sharing is not None else (0, 0)
+        others = min(others, max(_status_bytes("RssShmem") - mine, 0))
         return Held(
             live_bytes=int(self._library.malloc_counter_live()) - self.baseline_live_bytes + mine,
             resident_bytes=_taken_bytes("VmRSS") - self.baseline_resident_bytes - others,

@@ -30,6 +30,7 @@ from zgraph.errors import DiskError, HostError
 from zgraph.footprint import spilled_bytes, state_on
 from zgraph.host import Way
 from zgraph.staging import StagedDisk
+from zgraph.tiers import PAGE
 
 
 def play(seed: int, streams: Streams, made: type[StagedDisk] = StagedDisk) -> Play:
@@ -60,11 +61,18 @@ class Hasty(StagedDisk):
         pass
 
 
-class Unheld(Streams):
-    """Lets threads use a block again, and write it, while it is copied."""
+class Narrow(StagedDisk):
+    """Has one block for all that is on its way."""
 
-    def wait(self, event: Event) -> None:
-        pass
+    num_threads = 1
+
+
+class Rash(Narrow):
+    """Uses a block again while it is copied."""
+
+    def _staged(self, num_bytes: int) -> Any:
+        self._last = dict.fromkeys(self._last)
+        return super()._staged(num_bytes)
 
 
 @pytest.mark.parametrize("way", Way)
@@ -77,7 +85,22 @@ def test_without_holding_computing_up_some_order_is_wrong() -> None:
 
 
 def test_without_waiting_for_a_block_some_order_is_wrong() -> None:
-    assert not all(play(seed, Unheld(seed, at_once=False)).is_right(40) for seed in range(40))
+    assert all(play(seed, Streams(seed, at_once=False), Narrow).is_right(40) for seed in range(10))
+    assert not all(play(seed, Streams(seed, at_once=False), Rash).is_right(40) for seed in range(60))
+
+
+def test_a_block_that_is_bad_leaves_no_others_on_their_way(disk_path: Path) -> None:
+    streams = Streams(at_once=False)
+    disk = StagedDisk(disk_path, CPU, streams)
+    stored = disk.allocate(3 * BLOCK_BYTES, torch.uint8)
+    stored.write(torch.ones(3 * BLOCK_BYTES, dtype=torch.uint8))
+    os.pwrite(disk._fd, b"x" * PAGE, stored.start + BLOCK_BYTES)  # type: ignore[arg-type]
+    memory = torch.zeros(3 * BLOCK_BYTES, dtype=torch.uint8)
+    with pytest.raises(DiskError, match="gave back other bytes than were written"):
+        stored.load(out=memory).wait()
+    streams.compute(lambda: memory.fill_(7))  # type: ignore[arg-type, return-value]
+    streams.finish()
+    assert memory.eq(7).all()
 
 
 @pytest.mark.parametrize("num_bytes", [1, BLOCK_BYTES, 20 * BLOCK_BYTES + 5])
@@ -210,3 +233,20 @@ def test_no_room_on_either_is_refused_before_anything_changes(
             model.train_step(X)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     model.train_step(X)
+
+
+def test_a_step_that_fails_leaves_nothing_in_flight(beside_a_device: Use) -> None:
+    beside_a_device(None)
+    models = []
+    for options in ({}, {"offload": ALL_ON_DISK}):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Embedding(5, 40), torch.nn.Linear(40, 40))
+        models.append(compiled(model, bucket_bytes=1, **options))
+    good, bad = torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 3, 7])
+    for batch in (good, bad, good, good):
+        if batch is bad:
+            for model in models:
+                with pytest.raises(IndexError):
+                    model.train_step(batch)
+        else:
+            assert torch.equal(*(model.train_step(batch) for model in models))

@@ -186,7 +186,8 @@ def family(
             try:
                 config = Config.from_options({**given, **both})
             except OptionError as error:
-                if all(both[name] == fixed.get(name, getattr(Config, name)) for name in both):
+                usual = {"bucket_bytes": bucket_bytes, **fixed}
+                if all(both[name] == usual.get(name, getattr(Config, name)) for name in both):
                     refused = refused or error
                 continue
             if any(not VARIED[name].matters(config) for name in varied) or _copies_in_vain(config, fixed):
@@ -206,6 +207,7 @@ def family(
         return family(num_rows, 1, stage, devices_per_node, is_long=is_long, tile_bytes=tile_bytes, tier=tier)
     if not found and refused is not None:
         raise refused
+    assert found, "what cannot be asked for is refused"
     return list(found.values())
 
 

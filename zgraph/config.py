@@ -152,9 +152,9 @@ def _check_offload(config: Config) -> None:
         )
 
 
-def uses_disk(offload: Mapping[str, str] | None) -> bool:
-    """Whether something lies on a disk."""
-    return offload is not None and any(tier.startswith("disk") for tier in offload.values())
+def uses_disk(offload: Mapping[str, str] | str | None) -> bool:
+    """Whether something is said to lie on a disk."""
+    return isinstance(offload, Mapping) and any(tier.startswith("disk") for tier in offload.values())
 
 
 def may_load_ahead(config: Config) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from zgraph.choices import ACCUMULATE, CHAINED, OFFLOAD, SEARCHED, offloads, searched
-from zgraph.config import Config
+from zgraph.config import Config, uses_disk
 from zgraph.errors import OptionError, ZgraphError
 from zgraph.hardware import Hardware
 from zgraph.machines import PRESETS, preset
@@ -154,14 +154,17 @@ class _WaysOut:
         """The least that goes to a lower tier, if the user has not said what does."""
         if OFFLOAD in self._search.fixed:
             return
-        fixed = self._fixed(*CHAINED)
+        fixed, is_short = self._fixed(*CHAINED), False
         for what in offloads(self._search.tier)[1:]:
             if "gradients" in what and fixed[ACCUMULATE] == 1:
                 continue
+            if self._search.tier == "host" and uses_disk(what) and not is_short:
+                continue  # the host has room for all that could go to a disk
             search = self._search.beside(fixed={**fixed, OFFLOAD: what})
             if (fits := search.within(self._budget, estimated=True)) is not None:
                 yield from self._way(f"{OFFLOAD}={what!r}", fits)
                 return
+            is_short |= any(search.too_much_on_host(tried.estimate) for tried in search.tried.values() if tried)
 
     def _precisions(self) -> Iterator[WayOut]:
         config = self._least.choice.config

@@ -300,6 +300,8 @@ class DiskTransfer:
         """
         for job in self.jobs:
             job.wait()
+        if self.keep is None:
+            self.disk.arrived()  # also if a block is bad: others are on their way to where that was to be
         for job in self.jobs:
             error = job.error
             if error is not None and self.keep is not None and isinstance(error, DiskError):
@@ -307,7 +309,6 @@ class DiskTransfer:
                 self.result.keep_unwritten(self.keep)
             elif error is not None:
                 raise error
-        self.disk.arrived()
         self.keep = None
         return self.result
 

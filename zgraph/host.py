@@ -97,7 +97,8 @@ class Cuda:
             stream.wait_event(event)
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
-        return stream.record_event()
+        done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call] # threads that wait for it sleep
+        return stream.record_event(done)
 
     def hold_up(self, event: Any) -> None:
         torch.cuda.current_stream(self._device).wait_event(event)

@@ -31,7 +31,7 @@ from zgraph.budget import Budget, free_bytes
 from zgraph.capture import batch_device, capture
 from zgraph.captures import Captures
 from zgraph.child import in_child
-from zgraph.choices import ACCUMULATE, STORED, searched
+from zgraph.choices import ACCUMULATE, OFFLOAD, STORED, searched
 from zgraph.codegen import quantizers
 from zgraph.codegen.emit import Watch, emit
 from zgraph.codegen.kernel import Kernel
@@ -39,7 +39,7 @@ from zgraph.codegen.quantizers import IN_ONE_PASS
 from zgraph.collector import collect_garbage, only_new_objects
 from zgraph.comm import Comm
 from zgraph.compile_times import CAPTURE
-from zgraph.config import Config, check_numbers
+from zgraph.config import Config, check_numbers, uses_disk
 from zgraph.decision import AUTO, KERNELS, decide
 from zgraph.disk import DEFAULT_PATH, Disk
 from zgraph.eager import GatherOnUse
@@ -47,7 +47,7 @@ from zgraph.errors import OptimizerError, OptionError, ZgraphError
 from zgraph.execute import Executable
 from zgraph.facts import ARGUMENTS, ATTRIBUTES, STEP_COUNTS, Facts, fact_of, hold, in_names, state_spec
 from zgraph.footprint import spilled_bytes, state_on
-from zgraph.groups import open_axes, serves_cpu
+from zgraph.groups import open_axes
 from zgraph.hardware import LOWER_TIERS, Hardware
 from zgraph.heap import release_free_memory
 from zgraph.host import Cuda, Host
@@ -57,7 +57,6 @@ from zgraph.machines import ranks_here
 from zgraph.memory_check import MemoryCheck
 from zgraph.metrics import Metric, by_name
 from zgraph.overwrites import check_overwrites
-from zgraph.peer_memory import find_readable_peers
 from zgraph.pipeline import Pass, PassRecord
 from zgraph.placement import place
 from zgraph.plans import Plan, describe, host_share, show_bytes
@@ -65,6 +64,8 @@ from zgraph.predict import predict
 from zgraph.program import Guard, Input, Program, Role
 from zgraph.progress import PASSES, Phases
 from zgraph.search import Search
+from zgraph.shared_memory import may_share
+from zgraph.sharing import shares_memory
 from zgraph.skipping import GRADIENT_NORM, NUM_SKIPPED
 from zgraph.spilled import SpillRoom
 from zgraph.staging import StagedDisk
@@ -141,7 +142,7 @@ class Runtime:
     spill_room: SpillRoom = field(default_factory=SpillRoom)
     comm: Comm | None = None
     _machine: str | None = None
-    _is_one_host: bool = True  # all ranks can read each other's memory, where any can
+    _is_one_host: bool = True  # all ranks can share memory, where any can
     _budget_bytes: int | None = None
     _decided: dict[str, Plan] = field(default_factory=dict)  # by what a step is given
     _last_decided: Plan | None = None
@@ -219,7 +220,8 @@ class Runtime:
         if needs_tier and (made or layout != self.state.layout):
             self._reserve(last)
         if replaced or layout != self.state.layout:
-            self.state.commit(layout)
+            programs = (program for each in (*used, last) for program in each.lowered.programs)
+            self.state.commit(layout, in_shared_memory=any(map(shares_memory, programs)))
             if layout.away:
                 release_free_memory()  # where the model was built, and no state comes to lie
         self._keep((*used, last))
@@ -276,28 +278,31 @@ class Runtime:
     def _reserve(self, compiled: Compiled) -> None:
         """Have room for all that is to lie on lower tiers, before any of it is moved there."""
         program = compiled.executable.program
+        wanted: list[tuple[Tier, int, SpillRoom]] = []
         try:
             for name in LOWER_TIERS:
                 there = state_on(name, program)
                 has_spilled = any(spilled_bytes(each, name) for each in compiled.lowered.programs)
-                if there or has_spilled:
-                    self._reserve_on(name, compiled, sum(map(padded, there.values())), has_spilled)
+                if not there and not has_spilled:
+                    continue
+                room = self.spill_room if has_spilled else SpillRoom()
+                num_bytes = sum(map(padded, there.values()))
+                if name in self.state.tiers and program.layout == self.state.layout:
+                    num_bytes -= self.state.tiers[name].used_bytes - room.taken_bytes  # it stays where it is
+                missing = max(num_bytes, 0) + room.missing_bytes
+                with self.agreement.together():
+                    tier = self.state.open_tier(name, partial(self._open_tier, name, compiled.layout.buckets[0].device))
+                    tier.check_room(missing, ranks_here(self.agreement.world))
+                wanted.append((tier, missing, room))
+            for tier, missing, room in reversed(
+                wanted
+            ):  # a disk says only now whether it has room, and takes no memory
+                with self.agreement.together():
+                    tier.reserve(missing)
+                    room.take(tier)
         except ZgraphError:
             self.spill_room.give_up()
             raise
-
-    def _reserve_on(self, name: str, compiled: Compiled, wanted: int, has_spilled: bool) -> None:
-        """Have room for so many bytes of state on a tier, and for what steps spill there."""
-        room = self.spill_room if has_spilled else SpillRoom()
-        if name in self.state.tiers and compiled.layout == self.state.layout:
-            wanted -= self.state.tiers[name].used_bytes - room.taken_bytes  # it stays where it is
-        missing = max(wanted, 0) + room.missing_bytes
-        with self.agreement.together():
-            tier = self.state.open_tier(name, partial(self._open_tier, name, compiled.layout.buckets[0].device))
-            tier.check_room(missing, ranks_here(self.agreement.world))
-        with self.agreement.together():
-            tier.reserve(missing)
-            room.take(tier)
 
     def _open_tier(self, name: str, device: torch.device) -> Tier:
         """Where what does not lie in the memory that is computed in is to go."""
@@ -433,7 +438,7 @@ class Runtime:
             self._machine = self.agreement.of_first(partial(self._tell_machine, batch))
             group, machine = self.state.group, self.hardware
             if group is not None and machine is not None and machine.device_type == "cpu" and machine.reads_peers:
-                self._is_one_host = serves_cpu(group) and find_readable_peers(group) is not None
+                self._is_one_host = may_share(group)
 
     def _tell_machine(self, batch: Call) -> str:
         """The machine as ``zgraph.which_hardware`` tells it; nothing where it is a GPU that is not known."""
@@ -596,6 +601,8 @@ class Runtime:
         kept: list[dict[str, Any]] = []
         if self._last_decided is not None:
             before = self._last_decided.config
+            if fixed.get(OFFLOAD) == AUTO and not uses_disk(before.offload):
+                fixed.pop("offload_path", None)
             fixed = {name: value for name, value in fixed.items() if value != AUTO or name == KERNELS}
             kept = [{**searched(before), **fixed}]
             fixed = {**{name: getattr(before, name) for name in STORED}, **fixed}

@@ -340,7 +340,7 @@ class Search:
 
     def _alike(self, config: Config) -> Config:
         """The one that stands for all that make the same program: those whose buckets hold all parameters."""
-        given = config.bucket_bytes
+        given = BUCKET_BYTES if config.bucket_bytes is None else config.bucket_bytes
         if not isinstance(given, int) or config.prefetch is not None:
             return config
         captured = self.captures.captured(config, self.captures.sizes[-1])

@@ -7,6 +7,7 @@ in the host's memory once. Ranks that may read each other's memory (``zgraph.pee
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 from collections.abc import Mapping
@@ -15,9 +16,12 @@ import torch
 import torch.distributed as dist
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from zgraph.errors import RankError
 from zgraph.groups import serves_cpu
 from zgraph.peer_memory import find_readable_peers
-from zgraph.tiers import padded
+from zgraph.tiers import PAGE, padded
+
+_TOKEN_BYTES = 32
 
 _wholes = WeakTensorKeyDictionary()
 """By this rank's part of a vector that is shared, the vector."""
@@ -29,33 +33,41 @@ def whole_of(part: torch.Tensor) -> torch.Tensor | None:
     return found
 
 
-def shared_bytes() -> int:
-    """Of what this process shares, the bytes of its own parts."""
-    return sum(part.nbytes for part in _wholes)
+def shared_bytes() -> tuple[int, int]:
+    """Of what this process shares, the bytes of its own parts, and those of the others'."""
+    mine = sum(part.nbytes for part in _wholes)
+    return mine, sum(_wholes[part].nbytes for part in _wholes) - mine
 
 
-def allocate(
-    sizes: Mapping[str, tuple[int, torch.dtype]], group: dist.ProcessGroup | None
-) -> dict[str, torch.Tensor] | None:
-    """This rank's part of each of some vectors, zeros; None where ranks share no memory. All ranks call it together.
+def may_share(group: dist.ProcessGroup) -> bool:
+    """Whether the ranks of a group can map one file, as they find out by trying. All of them call it together."""
+    pids = find_readable_peers(group) if serves_cpu(group) else None
+    return pids is not None and isinstance(_mapped(PAGE, pids, group), mmap.mmap)
+
+
+def allocate(sizes: Mapping[str, tuple[int, torch.dtype]], group: dist.ProcessGroup) -> dict[str, torch.Tensor]:
+    """This rank's part of each of some vectors, zeros. All ranks call it together.
 
     Args:
         sizes: by name, elements of a rank's part and their dtype.
-        group: the ranks, in whose order parts lie; None for a single process.
+        group: the ranks, in whose order parts lie, which ``may_share``.
+
+    Raises:
+        RankError: one of them cannot map so much.
     """
-    if group is None or not sizes or not serves_cpu(group):
-        return None
     pids = find_readable_peers(group)
-    if pids is None:
-        return None
+    assert pids is not None, "ranks that may share"
     world, rank = dist.get_world_size(group), dist.get_rank(group)
     starts, num_bytes = {}, 0
     for name, (numel, dtype) in sizes.items():
         starts[name] = num_bytes
         num_bytes += padded(world * numel * dtype.itemsize)
-    memory = _mapped(num_bytes, pids, rank, group)
-    if memory is None:
-        return None
+    memory = _mapped(num_bytes, pids, group)
+    if not isinstance(memory, mmap.mmap):
+        raise RankError(
+            f"{memory} of {world} ranks cannot map {num_bytes} bytes of memory that all of them share",
+            fix="raise the limits of their address space and of files (`ulimit -v`, `ulimit -f`), or give zero=2",
+        )
     found = {}
     for name, (numel, dtype) in sizes.items():
         whole = torch.frombuffer(memory, dtype=dtype, count=world * numel, offset=starts[name])
@@ -65,32 +77,27 @@ def allocate(
     return found
 
 
-def _mapped(num_bytes: int, pids: tuple[int, ...], rank: int, group: dist.ProcessGroup) -> mmap.mmap | None:
-    """A new file of the first rank, as each maps it; None if one of them cannot."""
-    fd = -1
-    try:
-        if rank == 0:
+def _mapped(num_bytes: int, pids: tuple[int, ...], group: dist.ProcessGroup) -> mmap.mmap | int:
+    """A new file of the first rank, as each maps it; or how many cannot. All ranks call it together."""
+    is_first, fd = dist.get_rank(group) == 0, -1
+    # What the file is known by, behind all else: where ``/proc`` is of other processes, a number may be another file's.
+    token = torch.frombuffer(bytearray(os.urandom(_TOKEN_BYTES)), dtype=torch.int64)
+    with contextlib.suppress(OSError):
+        if is_first:
             fd = os.memfd_create("zgraph", os.MFD_CLOEXEC)
-            os.ftruncate(fd, num_bytes)
-    except OSError:
-        fd = _closed(fd)
-    number = torch.tensor([fd if rank == 0 else 0])
-    dist.broadcast(number, group_src=0, group=group)
+            os.pwrite(fd, token.numpy().tobytes(), num_bytes)
+    told = torch.cat([torch.tensor([fd]), token])
+    dist.broadcast(told, group_src=0, group=group)
+    number, *_ = told.tolist()
     memory = None
-    try:
-        if number.item() >= 0:
-            if rank > 0:
-                fd = os.open(f"/proc/{pids[0]}/fd/{number.item()}", os.O_RDWR | os.O_CLOEXEC)
-            memory = mmap.mmap(fd, num_bytes)
-    except OSError:
-        pass  # all are told
-    num_without = torch.tensor([memory is None], dtype=torch.int64)
+    with contextlib.suppress(OSError, ValueError):
+        if number >= 0:
+            if not is_first:
+                fd = os.open(f"/proc/{pids[0]}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
+            if os.pread(fd, _TOKEN_BYTES + 1, num_bytes) == told[1:].numpy().tobytes():
+                memory = mmap.mmap(fd, num_bytes)
+    num_without = torch.tensor(memory is None, dtype=torch.int64)
     dist.all_reduce(num_without, group=group)
-    _closed(fd)  # what is mapped stays
-    return None if num_without.item() else memory
-
-
-def _closed(fd: int) -> int:
     if fd >= 0:
-        os.close(fd)
-    return -1
+        os.close(fd)  # what is mapped stays
+    return memory if memory is not None and not num_without.item() else int(num_without.item())

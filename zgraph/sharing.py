@@ -15,6 +15,11 @@ from zgraph.liveness import owners, written
 from zgraph.program import Program, Role, operand
 
 
+def shares_memory(program: Program) -> bool:
+    """Whether a program reads parameters where all ranks have them."""
+    return bool(program.graph.find_nodes(op="call_function", target=ops.share))
+
+
 class Reads:
     """What a program reads, writes and starts, and when."""
 

@@ -125,16 +125,21 @@ class TrainingState:
         ]
 
     @torch.no_grad()
-    def commit(self, layout: Layout) -> None:
+    def commit(self, layout: Layout, *, in_shared_memory: bool = False) -> None:
         """Move parameters and optimizer state into the buckets of ``layout``, and initialise what is on meta.
 
         The first call makes rank 0's parameters and buffers those of all ranks. A later one, with another layout,
         keeps every value; rank 0's values of parameters that have been ``replaced`` become those of all ranks.
         Gradients are dropped: a compiled step makes its own.
 
+        Args:
+            layout: of which a rank stores its part.
+            in_shared_memory: parameters lie where the ranks that divide them share memory.
+
         Raises:
             StateError: a module cannot be initialised, or optimizer state does not fit.
-            RankError: it was so on another rank. Nothing has changed then, on any rank.
+            RankError: it was so on another rank, or one cannot share so much memory. Nothing has changed then, on any
+                rank.
         """
         open_axes(self.group, self.mesh)
         current = dict(self.model.named_parameters())
@@ -150,7 +155,7 @@ class TrainingState:
             forms = self._optimizer_state.forms(current)
             check_agreement(layout, forms)
 
-        new = self._params_in(layout, self._shared(layout), num_cached=2)
+        new = self._params_in(layout, self._shared(layout) if in_shared_memory else {}, num_cached=2)
         names = {id(param): name for name, param in current.items()}
         initialise(meta_modules, names, new, self.agreement, self.group)
         initialised = {id(param) for module in meta_modules for param in module.params.values()}
@@ -165,12 +170,10 @@ class TrainingState:
         self._memory = {name: _memory(param) for name, param in current.items()}
 
     def _shared(self, layout: Layout) -> dict[str, torch.Tensor]:
-        """This rank's part of each bucket, where ranks divide parameters that lie in memory, and can share it."""
-        on_cpu = all(bucket.device.type == "cpu" for bucket in layout.buckets)
-        if not (layout.shard_params and layout.world > 1 and on_cpu) or layout.on_tiers("parameters"):
-            return {}
+        """This rank's part of each bucket, in memory that the ranks share that divide them."""
+        assert self.shard_group is not None
         sizes = {bucket.name: (bucket.numel // layout.world, bucket.dtype) for bucket in layout.buckets}
-        return shared_memory.allocate(sizes, self.shard_group) or {}
+        return shared_memory.allocate(sizes, self.shard_group)
 
     @contextmanager
     def _moving(self) -> Iterator[None]:
