@@ -89,7 +89,7 @@ def test_micro_batches_before_the_last_begin_alike_too(counted: Counter[str]) ->
     program, beginnings = accumulated(two_layers(), 2), Beginnings()
     for zero in range(4):
         for in_flight in (0, 2):
-            config = Config(zero, accumulate=2, in_flight=in_flight)
+            config = Config(zero, 2**24, accumulate=2, in_flight=in_flight)
             lower(program, config, Mesh(2), None, (), hardware=H100, beginnings=beginnings, prove=False)
     assert counted["FormBuckets"] == 4
 

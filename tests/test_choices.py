@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from zgraph.captures import Captures
-from zgraph.choices import SEARCHED, VARIED, divisors, family
-from zgraph.config import Config
+from zgraph.choices import _LESS, SEARCHED, VARIED, divisors, family, offloads
+from zgraph.config import BUCKET_BYTES, Config
 from zgraph.decision import config_of
 from zgraph.errors import OptionError
 
@@ -93,6 +93,23 @@ def test_milder_members_differ_in_one_step_and_come_first() -> None:
             assert len(differing - {"zero", "keep_gathered"}) == 1
     mildest = [choice for choice in members if not choice.milder]
     assert all((choice.config.accumulate, choice.config.recompute) == (1, None) for choice in mildest)
+
+
+@pytest.mark.parametrize("bucket_bytes", [None, BUCKET_BYTES])
+def test_a_choice_of_the_user_that_cannot_be_is_refused_whatever_buckets_are_tried(bucket_bytes: int | None) -> None:
+    offload = {"optimizer": "host", "gradients": "host"}
+    with pytest.raises(OptionError, match="offload of gradients with accumulate=1"):
+        family(1, 8, {"offload": offload, "accumulate": 1}, tier="host", bucket_bytes=bucket_bytes)
+
+
+def test_what_is_never_slower_lies_as_near_or_nearer() -> None:
+    near = {"host": 1, "host, waited for": 1, "disk": 2, "disk, waited for": 2}
+    for tier in ("host", "disk"):
+        values = offloads(tier)
+        for what, less in zip(values, _LESS, strict=False):
+            nearer = {} if less is None else values[less] or {}
+            assert all(near[there] <= near[(what or {}).get(kind, "")] for kind, there in nearer.items())
+    assert len(offloads("host")) == len(_LESS)
 
 
 def test_a_choice_of_the_user_that_cannot_be_is_refused() -> None:

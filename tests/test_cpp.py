@@ -169,7 +169,8 @@ def test_a_step_with_kernels_is_one_with_operators(options: dict[str, Any]) -> N
     fast, plain = trained(**options), trained(kernels="eager", **options)
     assert (fast[1], plain[1]) == ({CPP}, {SLICES})
     for name, value in fast[0].items():
-        torch.testing.assert_close(value, plain[0][name], rtol=1e-5, atol=1e-7, msg=name)
+        # Some gradients almost cancel out, and AdamW makes large steps of them whatever their size.
+        torch.testing.assert_close(value, plain[0][name], rtol=1e-5, atol=2e-6, msg=name)
 
 
 def train_where_one_rank_lacks_a_compiler() -> tuple[dict[str, torch.Tensor], set[str]]:

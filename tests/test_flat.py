@@ -30,8 +30,8 @@ def test_what_was_written_last_is_read(
 ) -> None:
     made = layout(bucket_bytes)
     disk = Disk("/var/tmp")
-    on_disk = {made.find(str(i))[0].name for i in away}
-    flat = FlatTensors(made, sharded=False, group=None, num_cached=num_cached, away=on_disk, tier=disk)
+    on_disk = {made.find(str(i))[0].name: "disk" for i in away}
+    flat = FlatTensors(made, sharded=False, group=None, num_cached=num_cached, away=on_disk, tiers={"disk": disk})
     expected: dict[int, torch.Tensor] = {}
     for number, (action, i) in enumerate(actions):
         if action == "write":
@@ -47,7 +47,7 @@ def test_what_was_written_last_is_read(
     kept: Any = flat.tensors
     assert all(isinstance(value, DiskTensor) is (name in on_disk) for name, value in kept.items())
     assert all(flat.is_away(str(i)) is (made.find(str(i))[0].name in on_disk) for i in range(len(SHAPES)))
-    again = FlatTensors(made, sharded=False, group=None, tensors=kept, away=on_disk, tier=disk)
+    again = FlatTensors(made, sharded=False, group=None, tensors=kept, away=on_disk, tiers={"disk": disk})
     values = dict(again.copies())
     for i, value in expected.items():
         assert torch.equal(values[str(i)], value)

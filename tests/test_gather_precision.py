@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -198,7 +199,8 @@ def travel(options: dict[str, Any]) -> dict[str, dict[str, int]]:
     for step in range(2):
         parts = torch.randn(2 * num_ranks, BLOCK).chunk(num_ranks)
         expected = simulated.train_step([(part,) for part in parts])
-        assert_equal({"loss": compiled.train_step(parts[rank])}, {"loss": expected}, f"step {step}")
+        with mock.patch("zgraph.runtime.may_share", return_value=False):  # as on several hosts
+            assert_equal({"loss": compiled.train_step(parts[rank])}, {"loss": expected}, f"step {step}")
     assert_equal(compiled.state_dict(), simulated.state_dict(), "weights")
     found: dict[str, dict[str, int]] = compiled.stats()["collectives"]
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -137,7 +138,8 @@ def train(keep: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     optimizer = AdamW(reference.parameters())
     for _ in range(3):
         x = torch.randn(6 * num_ranks, 6, dtype=torch.float64)
-        compiled.train_step(x.chunk(num_ranks)[rank])
+        with mock.patch("zgraph.runtime.may_share", return_value=False):  # as on several hosts
+            compiled.train_step(x.chunk(num_ranks)[rank])
         optimizer.zero_grad()
         reference(x).backward()
         optimizer.step()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,12 +19,14 @@ from zgraph.pipeline import run
 from zgraph.program import Input, Program, Role, Stage
 from zgraph.spread import Spread, spread_of
 
-CPU = assumed_cpu(2, 2**33)
+CPU = replace(assumed_cpu(2, 2**33), reads_peers=False)
 
 
-def lowered(captured: Program, world: int, zero: int, shard_size: int | None = None) -> Program:
-    config = Config(zero=zero, bucket_bytes=64, shard_size=shard_size)
-    return run(default_passes(config, config.mesh(world), hardware=CPU), captured).program
+def lowered(
+    captured: Program, world: int, zero: int, shard_size: int | None = None, *, is_one_host: bool = False
+) -> Program:
+    config, machine = Config(zero=zero, bucket_bytes=64, shard_size=shard_size), replace(CPU, reads_peers=is_one_host)
+    return run(default_passes(config, config.mesh(world), hardware=machine), captured).program
 
 
 def told(program: Program) -> dict[str, str]:
@@ -37,6 +41,7 @@ def test_state_is_divided_and_gathered_and_gradients_are_each_ranks_own_until_th
     assert found["batch:0"] == "per rank"
     assert found["_c10d_functional.all_gather_into_tensor.default"] == "replicated"
     assert found["_c10d_functional.reduce_scatter_tensor.default"] == "sharded"
+    assert told(lowered(one_layer(), 2, 3, is_one_host=True))["zgraph.share.default"] == "replicated"
 
 
 def test_where_nodes_have_replicas_a_part_is_sharded_once_these_have_taken_the_mean_of_theirs() -> None:

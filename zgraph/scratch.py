@@ -186,10 +186,10 @@ def _of_gelu(node: fx.Node) -> int:
 
 @_works(aten.mm, aten.addmm, aten.mv)
 def _of_product(node: fx.Node) -> int:
-    """Copies of operands between whose elements there are gaps in either order."""
+    """Copies of operands between whose elements there are gaps in either order; in 16 bits, in oneDNN's order, too."""
     first = _SECOND.get(_operator(node), 1) - 1
     operands = (_val(node, first), _val(node, first + 1))
-    return sum(_dense(val) for val in operands if 1 not in val.stride())
+    return sum(_dense(val) * (2 if val.dtype in _HALVES else 1) for val in operands if 1 not in val.stride())
 
 
 @_works(aten.bmm, aten.baddbmm)
@@ -310,8 +310,9 @@ def _recurrent(node: fx.Node) -> int:
 
 @_works(aten.mkldnn_rnn_layer_backward)
 def _recurrent_backward(node: fx.Node) -> int:
-    """And once more for the gradients of the weights."""
-    return _gates(node) + 2 * (_dense(_val(node, 1)) + _dense(_val(node, 2))) + _OF_LAYER
+    """And once more for the gradients of the weights, in 16 bits twice."""
+    times = 3 if _val(node, 1).dtype in _HALVES else 2
+    return _gates(node) + times * (_dense(_val(node, 1)) + _dense(_val(node, 2))) + _OF_LAYER
 
 
 _OF_LAYER = 2**20
