@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -37,10 +39,18 @@ def train(optimizer: str, options: dict[str, Any]) -> Trained:
     return losses, dict(model.state_dict()), state, compiled.stats()["collectives"]
 
 
-def train_as_simulated(ranks: Ranks, optimizer: str, options: dict[str, Any]) -> list[dict[str, dict[str, int]]]:
+def train_on_hosts(optimizer: str, options: dict[str, Any]) -> Trained:
+    """Where no memory is shared."""
+    with mock.patch("zgraph.runtime.may_share", return_value=False):
+        return train(optimizer, options)
+
+
+def train_as_simulated(
+    ranks: Ranks, optimizer: str, options: dict[str, Any], training: Callable[..., Trained] = train
+) -> list[dict[str, dict[str, int]]]:
     """Train on four ranks in two nodes, and simulate it; what each rank has communicated."""
     options = {**options, **({} if "secondary_size" in options else {"shard_size": 2})}
-    found = ranks.run(train, optimizer, options, world=4)
+    found = ranks.run(training, optimizer, options, world=4)
     _, _, other, theirs = made(optimizer, torch.float32)
     simulated = zgraph.simulate_ranks(other, theirs, world_size=4, **options)
     expected = [simulated.train_step(parts) for parts in batches(4, dtype=torch.float32)]
@@ -78,7 +88,7 @@ def test_two_nodes_of_two_ranks_compute_what_is_simulated(ranks: Ranks, choice: 
 @pytest.mark.slow
 def test_bytes_are_counted_by_axis(ranks: Ranks) -> None:
     whole = 64 + 16 + 80 + 16 + 32 + 16  # elements of the only bucket, each parameter padded to a multiple of 16
-    for found in train_as_simulated(ranks, "adamw", {"zero": 3}):
+    for found in train_as_simulated(ranks, "adamw", {"zero": 3}, train_on_hosts):
         assert found["all_gather along shard"] == {"count": 1, "bytes": whole // 2 * 4}
         assert found["reduce_scatter along shard"] == {"count": 1, "bytes": whole // 2 * 4}
         assert found["all_reduce along replica"] == {"count": 1, "bytes": whole // 2 * 4}
@@ -88,7 +98,7 @@ def test_bytes_are_counted_by_axis(ranks: Ranks) -> None:
 @pytest.mark.slow
 def test_with_secondary_shards_backward_gathers_inside_of_nodes(ranks: Ranks) -> None:
     whole = 256  # elements of the only bucket, padded for four ranks to multiples of 16
-    for found in train_as_simulated(ranks, "adamw", {"zero": 3, "secondary_size": 2}):
+    for found in train_as_simulated(ranks, "adamw", {"zero": 3, "secondary_size": 2}, train_on_hosts):
         assert found["all_gather"] == {"count": 1, "bytes": whole * 3 // 4 * 4}
         assert found["all_gather along secondary"] == {"count": 1, "bytes": whole // 2 * 4}
 
