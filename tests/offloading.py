@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -97,3 +98,26 @@ def assert_state_is_the_users(model: Any, optimizer: Any, plain: Any, saved: Map
     assert all(torch.equal(in_memory.train_step(X), loss) for loss in expected)
     with torch.no_grad():
         assert torch.equal(model(X), in_memory(X))
+
+
+def fail_and_go_on(offload: Mapping[str, str], failed: Callable[[], None] = lambda: None, **options: Any) -> None:
+    """A step that fails in its middle, with and without what lies elsewhere, and then those that do not.
+
+    Args:
+        failed: looks on, behind the step that has failed.
+    """
+    models = []
+    for given in ({}, {"offload": offload}):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(5, 40), nn.Linear(40, 40))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        models.append(zgraph.compile(model, optimizer, loss=mean_square, bucket_bytes=1, **given, **options))
+    good, bad = torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 3, 7])
+    for batch in (good, good, bad, good, good):
+        if batch is bad:
+            for model in models:
+                with pytest.raises(IndexError):
+                    model.train_step(batch)
+            failed()
+        else:
+            assert torch.equal(*(model.train_step(batch) for model in models))

@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.offloading import X, assert_state_is_the_users, small
+from tests.offloading import X, assert_state_is_the_users, fail_and_go_on, small
 from tests.optimizers import tensors_of
 from tests.reference import slow
 from tests.streams import Streams
@@ -159,20 +159,11 @@ def test_state_stays_the_users(on_streams: Use, seed: int | None) -> None:
 
 def test_a_step_that_fails_leaves_nothing_in_flight(on_streams: Use) -> None:
     made = on_streams(None)
-    models = []
-    for options in ({}, {"offload": EVERYTHING}):
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Embedding(5, 40), torch.nn.Linear(40, 40))
-        models.append(compiled(model, bucket_bytes=1, **options))
-    good, bad = torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 3, 7])
-    for batch in (good, bad, good, good):
-        if batch is bad:
-            for model in models:
-                with pytest.raises(IndexError):
-                    model.train_step(batch)
-            assert not any(made[-1]._queues.values())
-        else:
-            assert torch.equal(*(model.train_step(batch) for model in models))
+
+    def failed() -> None:
+        assert not any(made[-1]._queues.values())
+
+    fail_and_go_on(EVERYTHING, failed)
 
 
 def test_what_has_no_room_on_the_host_is_refused_before_anything_changes(

@@ -11,7 +11,17 @@ from torch import nn
 
 import zgraph
 from tests.models import CASES
-from tests.offloading import EVERYTHING, ON_DISK, SUMS_TOO, Speed, X, assert_state_is_the_users, mean_square, small
+from tests.offloading import (
+    EVERYTHING,
+    ON_DISK,
+    SUMS_TOO,
+    Speed,
+    X,
+    assert_state_is_the_users,
+    fail_and_go_on,
+    mean_square,
+    small,
+)
 from tests.optimizers import OPTIMIZERS, tensors_of
 from tests.reference import slow
 from zgraph.disk import DiskTensor
@@ -211,28 +221,7 @@ def test_state_moves_along_when_buckets_are_formed_anew(offload: dict[str, str])
 @pytest.mark.parametrize(("accumulate", "offload"), [(1, EVERYTHING), (2, SUMS_TOO)])
 def test_a_step_that_fails_leaves_state_as_it_was(accumulate: int, offload: dict[str, str]) -> None:
     """Also one that has added up gradients already."""
-    models = []
-    for options in ({}, {"offload": offload}):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Embedding(5, 40), nn.Linear(40, 40))
-        models.append(
-            zgraph.compile(
-                model,
-                torch.optim.AdamW(model.parameters()),
-                loss=mean_square,
-                bucket_bytes=1,
-                accumulate=accumulate,
-                **options,
-            )
-        )
-    good, bad = torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 3, 7])
-    for batch in (good, good, bad, good, good):
-        if batch is bad:
-            for model in models:
-                with pytest.raises(IndexError):
-                    model.train_step(batch)
-        else:
-            assert torch.equal(*(model.train_step(batch) for model in models))
+    fail_and_go_on(offload, accumulate=accumulate)
 
 
 def test_ranks_are_simulated_with_their_state_in_memory() -> None:
