@@ -250,8 +250,11 @@ def test_copies_run_on_streams_of_their_own_between_events(cuda: mock.MagicMock)
         mock.call.wait("second"),
         mock.call.on(inward),
         mock.call.copy(source, non_blocking=True),
-        mock.call.record(),
+        mock.call.record(cuda.Event.return_value),
     ]
+    cuda.Event.assert_called_once_with(blocking=True)
+    streams.wait(event)
+    event.synchronize.assert_called_once_with()
     computing = cuda.current_stream.return_value
     assert streams.computed() is computing.record_event.return_value
     streams.hold_up(event)
