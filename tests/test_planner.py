@@ -80,7 +80,7 @@ def predicted(**options: Any) -> tuple[float, int]:
     """Seconds and bytes, without the planner."""
     config, machine = Config.from_options(options), preset("H100")
     captured = captured_rows(config.accumulate)
-    config = replace(config, bucket_bytes=BUCKET_BYTES)  # beside which the planner tries others
+    config = replace(config, bucket_bytes=config.bucket_bytes or BUCKET_BYTES)  # beside which the planner tries others
     lowered = lower(captured, config, Mesh(WORLD), None, (), hardware=machine, prove=False)
     made = predict(lowered, machine, config.accumulate)
     return made.step_s, made.reserved_bytes
