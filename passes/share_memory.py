@@ -27,5 +27,5 @@ class ShareMemory(Pass):
     def rewrite(self, program: Program) -> None:
         reads = Reads(program)
         for start in program.graph.find_nodes(op="call_function", target=ops.all_gather):
-            if reads.may_be_shared(start):
+            if reads.why_not(start) is None:
                 start.target = ops.share

@@ -28,6 +28,7 @@ from zgraph.passes import ShareMemory, default_passes
 from zgraph.pipeline import Pass, run
 from zgraph.program import Input, Mesh, Phase, Program, Role, Stage, operand
 from zgraph.reference import divide, join
+from zgraph.sharing import shares
 
 aten = torch.ops.aten
 HOST = replace(assumed_cpu(2, 2**34).for_ranks(2), reads_peers=True)
@@ -37,10 +38,6 @@ def lowered(captured: Program, world: int, **options: Any) -> Program:
     """With all passes."""
     config = Config(3, **{"bucket_bytes": 200, **options})
     return run(default_passes(config, Mesh(world), hardware=HOST), captured).program
-
-
-def shares(program: Program) -> list[fx.Node]:
-    return list(program.graph.find_nodes(op="call_function", target=ops.share))
 
 
 class Paced:

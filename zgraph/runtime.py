@@ -65,7 +65,7 @@ from zgraph.program import Guard, Input, Program, Role
 from zgraph.progress import PASSES, Phases
 from zgraph.search import Search
 from zgraph.shared_memory import may_share
-from zgraph.sharing import shares_memory
+from zgraph.sharing import shares
 from zgraph.skipping import GRADIENT_NORM, NUM_SKIPPED
 from zgraph.spilled import SpillRoom
 from zgraph.staging import StagedDisk
@@ -221,7 +221,7 @@ class Runtime:
             self._reserve(last)
         if replaced or layout != self.state.layout:
             programs = (program for each in (*used, last) for program in each.lowered.programs)
-            self.state.commit(layout, in_shared_memory=any(map(shares_memory, programs)))
+            self.state.commit(layout, in_shared_memory=any(map(shares, programs)))
             if layout.away:
                 release_free_memory()  # where the model was built, and no state comes to lie
         self._keep((*used, last))

@@ -15,9 +15,9 @@ from zgraph.liveness import owners, written
 from zgraph.program import Program, Role, operand
 
 
-def shares_memory(program: Program) -> bool:
-    """Whether a program reads parameters where all ranks have them."""
-    return bool(program.graph.find_nodes(op="call_function", target=ops.share))
+def shares(program: Program) -> list[fx.Node]:
+    """The calls that start to read parameters where all ranks have them."""
+    return list(program.graph.find_nodes(op="call_function", target=ops.share))
 
 
 class Reads:
@@ -25,32 +25,28 @@ class Reads:
 
     def __init__(self, program: Program) -> None:
         self._program = program
-        self._at = {node: position for position, node in enumerate(program.graph.nodes)}
+        self._at = at = {node: position for position, node in enumerate(program.graph.nodes)}
+        self._last: dict[fx.Node, int] = {}  # where a value, or a view of it, is needed for the last time
         self._written: dict[fx.Node, list[int]] = {}
         owner = owners(program)
-        for node, position in self._at.items():
+        for node, position in at.items():
+            is_sent = node.target in ops.ASYNCHRONOUS
+            until = max([position, *(at[wait] for wait in node.users)]) if is_sent else position
+            for root in map(ops.root_of, node.all_input_nodes):
+                self._last[root] = max(self._last.get(root, 0), until)
             for memory in written(node) if node.op == "call_function" else ():
                 self._written.setdefault(owner[memory], []).append(position)
-        self._collectives = [node for node in self._at if node.op == "call_function" and node.target in ops.STARTS]
-
-    def may_be_shared(self, start: fx.Node) -> bool:
-        """Whether the parameters that a gather sends could be read where all ranks have them."""
-        shard = operand(start)
-        return shard.op == "placeholder" and self._why_not(start, shard) is None
+        self._collectives = [node for node in at if node.op == "call_function" and node.target in ops.STARTS]
 
     def why_not(self, start: fx.Node) -> str | None:
-        """What is wrong with reading parameters where all ranks have them, if anything is."""
+        """What is wrong with reading what a gather sends where all ranks have it, if anything is."""
         shard = operand(start)
         if shard.op != "placeholder":
             return f"shares {shard.name}, which is computed: only what lies in memory between steps is shared"
-        return self._why_not(start, shard)
-
-    def _why_not(self, start: fx.Node, shard: fx.Node) -> str | None:
         if shard.meta["input"].role is not Role.PARAM or self._program.tier_of(shard) is not None:
             return f"shares {shard.meta['input']}, which is no parameter in memory"
         (wait,) = start.users
-        last = self._last_read(wait)
-        end = len(self._at)
+        last, end = self._last.get(wait, self._at[wait]), len(self._at)
         write = min((at for at in self._written.get(shard, ()) if at > self._at[start]), default=end)
         for collective in self._collectives:
             (arrived,) = collective.users
@@ -59,15 +55,3 @@ class Reads:
                 return None
         what = "this rank writes its part again" if write < end else "the step ends, and values may be loaded"
         return f"is read by others, and {what} without a collective in between that tells that they are done"
-
-    def _last_read(self, value: fx.Node) -> int:
-        """Where a value, or a view of it, is needed for the last time."""
-        last, views, seen = self._at[value], [value], {value}
-        while views:
-            for user in views.pop().users:
-                until = [user, *(user.users if user.target in ops.ASYNCHRONOUS else ())]
-                last = max(last, *(self._at[each] for each in until))
-                if user not in seen and ops.view_of(user) is not None:
-                    seen.add(user)
-                    views.append(user)
-        return last

@@ -27,7 +27,7 @@ from zgraph.layout import Bucket, Layout
 from zgraph.liveness import owners, written
 from zgraph.packed import packed_numel
 from zgraph.program import OF_PARAMETERS, Input, Mesh, Program, Role, Stage, describe, operand, source_of, target_name
-from zgraph.sharing import Reads
+from zgraph.sharing import Reads, shares
 
 
 def check_structure(program: Program, *, after: str, look: Look | None = None) -> None:
@@ -62,13 +62,13 @@ def check_structure(program: Program, *, after: str, look: Look | None = None) -
 
 def _check_shared(program: Program, after: str) -> None:
     """Nobody writes his part of parameters while others read them where they lie."""
-    shares = program.graph.find_nodes(op="call_function", target=ops.share)
-    if not shares:
+    starts = shares(program)
+    if not starts:
         return
     if program.stage < Stage.INPLACE:
-        raise broken(after, shares[0], "shares memory, which comes with the last lowering only")
+        raise broken(after, starts[0], "shares memory, which comes with the last lowering only")
     reads = Reads(program)
-    for start in shares:
+    for start in starts:
         why = reads.why_not(start)
         if why is not None:
             raise broken(after, start, why)
