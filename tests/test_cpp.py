@@ -152,14 +152,14 @@ def test_loading_kernels_leaves_small_numbers_as_they_are() -> None:
     assert (tiny * 1).item() == 1e-310 != 0
 
 
-def trained(**options: Any) -> tuple[dict[str, torch.Tensor], set[str]]:
+def trained(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[dict[str, torch.Tensor], set[str]]:
     """Parameters after three steps of a model that is more than a slice, and what its kernels are written in."""
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(300, 300), torch.nn.Tanh(), torch.nn.Linear(300, 1))
+    model = torch.nn.Sequential(torch.nn.Linear(300, 300), torch.nn.Tanh(), torch.nn.Linear(300, 1)).to(dtype)
     optimizer = partial(torch.optim.AdamW, lr=1e-2)(model.parameters())
     zgraph.compile(model, optimizer=optimizer, loss=lambda y, _: y.square().mean(), **options)
     for _ in range(3):
-        model.train_step(torch.ones(4, 300))
+        model.train_step(torch.ones(4, 300, dtype=dtype))
     found = [node.target for node in model.program.graph.nodes if isinstance(node.target, Kernel)]
     return model.state_dict(), {language for kernel in found for language in kernel._functions}
 
@@ -168,9 +168,11 @@ def trained(**options: Any) -> tuple[dict[str, torch.Tensor], set[str]]:
 def test_a_step_with_kernels_is_one_with_operators(options: dict[str, Any]) -> None:
     fast, plain = trained(**options), trained(kernels="eager", **options)
     assert (fast[1], plain[1]) == ({CPP}, {SLICES})
-    for name, value in fast[0].items():
-        # Some gradients almost cancel out, and AdamW makes large steps of them whatever their size.
-        torch.testing.assert_close(value, plain[0][name], rtol=1e-5, atol=2e-6, msg=name)
+    exact, _ = trained(torch.float64, kernels="eager", **options)
+    for name, value in exact.items():
+        # Some gradients almost cancel out, and what they are off by grows from step to step, whoever computes it.
+        found, expected = ((each[0][name] - value).abs().max().item() for each in (fast, plain))
+        assert found <= 2 * expected + 1e-8, name
 
 
 def train_where_one_rank_lacks_a_compiler() -> tuple[dict[str, torch.Tensor], set[str]]:
