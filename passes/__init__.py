@@ -91,7 +91,7 @@ def default_passes(
         *((OrderByMemory(hardware),) if config.memory_first else ()),
     )
     in_place = UpdateInPlace(compiled=config.kernels != "eager")
-    share = (ShareMemory(),) if _shares_memory(config, mesh, hardware) else ()
+    share = (ShareMemory(),) if shares_parameters(config, mesh, hardware) else ()
     last_steps: tuple[Pass, ...] = (in_place, *share, JoinLossBackward(), OverwriteOperands())
     # What is recomputed is chosen by what calls cost one by one.
     fuse = (_fuse(config, hardware, last_steps),) if config.kernels in ("auto", "zgraph", "inductor") else ()
@@ -149,7 +149,7 @@ def _bucket_bytes(config: Config, mesh: Mesh, hardware: Hardware | None) -> int 
     return None if by_cost and mesh.size > 1 else BUCKET_BYTES
 
 
-def _shares_memory(config: Config, mesh: Mesh, hardware: Hardware | None) -> bool:
+def shares_parameters(config: Config, mesh: Mesh, hardware: Hardware | None) -> bool:
     """Whether ranks have parameters, each its part, in memory that they share."""
     is_one_host = hardware is not None and hardware.device_type == "cpu" and hardware.reads_peers
     return is_one_host and config.zero == 3 and mesh.size > 1 and "parameters" not in (config.offload or ())

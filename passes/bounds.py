@@ -8,7 +8,7 @@ memory. What is computed with a bucket's parameters hides the collectives of the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
@@ -24,6 +24,9 @@ from zgraph.work import LINK, Work
 LIMITS = tuple(2**power for power in range(20, 31))
 """Bytes of the largest bucket of parameters that are smaller each; what is larger has a bucket of its own."""
 
+MOST_ENDS = 256
+"""Where buckets may end: of more parameters, neighbours that are small beside all of them stay together."""
+
 
 @dataclass(frozen=True)
 class Bounds:
@@ -38,6 +41,7 @@ class Bounds:
     hardware: Hardware
     mesh: Mesh
     zero: int
+    _seconds: dict[tuple[str, int], float] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def divide(self, members: Sequence[ParamSpec], times: Times) -> list[list[int]]:
         """Which of some parameters share buckets, by their numbers: neighbours.
@@ -51,22 +55,28 @@ class Bounds:
             members: in order of first use, of one kind.
             times: when the step reads each, and when it has its gradient.
         """
-        costs = [list(self._costs(members, times, end)) for end in range(len(members))]
+        parts = _parts(members)
+        costs = [list(self._costs(members, parts, times, end)) for end in range(len(parts))]
         found = [_best(costs, limit) for limit in LIMITS]
         enough = min(exposed for exposed, _ in found) + GAIN * times.step_s
         ends = next(ends for exposed, ends in found if exposed <= enough)
-        return [list(range(start, end)) for start, end in zip([0, *ends], ends, strict=False)]
+        return [
+            list(range(parts[start].start, parts[end - 1].stop)) for start, end in zip([0, *ends], ends, strict=False)
+        ]
 
-    def _costs(self, members: Sequence[ParamSpec], times: Times, end: int) -> Iterator[tuple[int, int, float]]:
-        """Of buckets that end with a member: which is the first, how many bytes there are, exposed seconds."""
+    def _costs(
+        self, members: Sequence[ParamSpec], parts: Sequence[range], times: Times, end: int
+    ) -> Iterator[tuple[int, int, float]]:
+        """Of buckets that end with a part: which is the first, how many bytes there are, exposed seconds."""
         num_bytes = travelling = 0
-        behind = times.of(members[end + 1].name) if end + 1 < len(members) else times.turn
+        behind = times.of(members[parts[end].stop].name) if end + 1 < len(parts) else times.turn
         for start in range(end, -1, -1):
-            spec, here = members[start], times.of(members[start].name)
-            num_bytes += spec.room * spec.dtype.itemsize
-            travelling += spec.room * here.itemsize
+            for spec in (members[i] for i in parts[start]):
+                num_bytes += _num_bytes(spec)
+                travelling += spec.room * times.of(spec.name).itemsize
             if start < end and num_bytes > LIMITS[-1]:
                 return
+            here = times.of(members[parts[start].start].name)
             forward_s, backward_s = behind.read_s - here.read_s, here.gradient_s - behind.gradient_s
             yield start, num_bytes, self._exposed_s(travelling, num_bytes, forward_s, backward_s, is_first=start == 0)
 
@@ -83,10 +93,35 @@ class Bounds:
         return max(gather - forward_s, 0.0) + max(gather + reduce - backward_s, 0.0)
 
     def _collective_s(self, kind: str, num_bytes: int) -> float:
-        axis, size = self.mesh.shard_axis, self.mesh.shard_size
-        together = ranks_together(self.mesh, axis, self.hardware.devices_per_node)
-        work = Work("collective", LINK, read_bytes=num_bytes, collective=kind, world=size, together=together)
-        return float(seconds(work, self.hardware))
+        if (kind, num_bytes) not in self._seconds:
+            axis, size = self.mesh.shard_axis, self.mesh.shard_size
+            together = ranks_together(self.mesh, axis, self.hardware.devices_per_node)
+            work = Work("collective", LINK, read_bytes=num_bytes, collective=kind, world=size, together=together)
+            self._seconds[kind, num_bytes] = float(seconds(work, self.hardware))
+        return self._seconds[kind, num_bytes]
+
+
+def _num_bytes(spec: ParamSpec) -> int:
+    return spec.room * spec.dtype.itemsize
+
+
+def _parts(members: Sequence[ParamSpec]) -> list[range]:
+    """What a bucket holds all or nothing of: single members, or neighbours where there are more than ``MOST_ENDS``.
+
+    Neighbours go together up to an even share of all bytes, or of the largest limit if that is less. So of two parts
+    that follow each other, together, there is more than a share, and a bucket that ends with a part begins with one of
+    at most 2 * ``MOST_ENDS``.
+    """
+    if len(members) <= MOST_ENDS:
+        return [range(i, i + 1) for i in range(len(members))]
+    share = min(sum(map(_num_bytes, members)) // MOST_ENDS, LIMITS[-1] // MOST_ENDS)
+    found, start, held = [], 0, 0
+    for i, spec in enumerate(members):
+        if i > start and held + _num_bytes(spec) > share:
+            found.append(range(start, i))
+            start, held = i, 0
+        held += _num_bytes(spec)
+    return [*found, range(start, len(members))]
 
 
 def _best(costs: Sequence[Sequence[tuple[int, int, float]]], limit: int) -> tuple[float, list[int]]:

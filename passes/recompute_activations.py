@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from zgraph.footprint import footprint
+from zgraph.footprint import held_by
 from zgraph.frontier import Choice, frontier
 from zgraph.hardware import Hardware
 from zgraph.optimal_recomputation import optimum
@@ -34,12 +34,23 @@ class _Way:
 
 @dataclass(frozen=True)
 class _Ways:
-    """What levels choose from, each way beaten by no other; what keeping all holds, and what ways held when tried."""
+    """What levels choose from, each way beaten by no other.
+
+    Attributes:
+        ways: with the peaks that are foreseen.
+        kept_bytes: what keeping all holds.
+        unforeseen_bytes: of them.
+        tried: what ways have held, by number.
+    """
 
     ways: tuple[_Way, ...]
     kept_bytes: int
+    unforeseen_bytes: int
     tried: dict[int, int]
 
+
+QUARTERS = (0.25, 0.5, 0.75, 1.0)
+"""Levels of which none has a higher peak than one before, as each takes the lowest peak of those up to it."""
 
 Levels = dict[Any, list[tuple[tuple[Pass, ...], _Ways]]]
 """What levels were chosen from on one machine, by program, and by the passes that follow."""
@@ -62,7 +73,8 @@ class RecomputeActivations(Pass):
     included. They are not there yet, so the passes that follow are tried on a copy to see where they come to lie.
 
     Args:
-        level: from 0, where nothing is dropped, to 1. A higher one never has a higher peak, nor less to compute.
+        level: from 0, where nothing is dropped, to 1. A higher one never has less to compute, nor a higher peak than a
+            quarter that is not above it.
         hardware: the machine, whose seconds are weighed against bytes.
         then: the passes that follow this one.
         solver: ``"milp"`` looks for the fastest choice for the bytes that the level says; see
@@ -79,21 +91,29 @@ class RecomputeActivations(Pass):
     takes, gives = Stage.CAPTURED, Stage.CAPTURED
 
     def rewrite(self, program: Program) -> None:
-        make_again(program, _calls(program, _Chosen(self, program).way()))
+        chosen = _Chosen(self, program)
+        make_again(program, _calls(program, chosen.way()))
+        program.notes += chosen.notes
 
 
 class _Chosen:
     """The choice for a level, whose peak has been seen to be what it has to be.
 
     What the passes make of a program without some activations may hold a little more than was foreseen: where a call
-    runs again, say, parameters are gathered earlier, and the one whose gather follows with them. So a choice counts
-    once they have been tried on it. The lowest peak is that of the last choice on the frontier, as tried. Then the
-    level says bytes, and of the choices that are foreseen to stay below these the first is taken that does. No lower
-    level takes a later one, as it starts to look no later and is content with more.
+    runs again, say, parameters are gathered earlier, and the one whose gather follows with them; and on a CPU tensors
+    lie in an arena with gaps, beside what operators work in. So a choice counts once they have been tried on it. The
+    lowest peak is that of the last choice on the frontier, as tried. Then the level says bytes, and of the choices that
+    are foreseen to stay below these the first is taken that does. No lower level takes a later one, as it starts to
+    look no later and is content with more. But what it takes may happen to have the lower peak: then it is taken for
+    the higher one, too, if it is one of ``QUARTERS``.
+
+    Attributes:
+        notes: how near the best a choice is that a solver was asked for.
     """
 
     def __init__(self, made: RecomputeActivations, program: Program) -> None:
         self.made, self.program = made, program
+        self.notes: tuple[str, ...] = ()
         self._found = self._find()
         self.ways = self._found.ways
 
@@ -103,14 +123,19 @@ class _Chosen:
         found = next((ways for then, ways in known if then == self.made.then), None)
         if found is None:
             ways = tuple(self._way(choice) for choice in frontier(self._profile))
-            found = _Ways(ways, self._profile.kept.peak_bytes, {})
+            kept_bytes = held_by(self._passed, self.made.hardware).peak_bytes
+            found = _Ways(ways, kept_bytes, kept_bytes - self._profile.kept.peak_bytes, {})
             known.append((self.made.then, found))
         return found
 
     @cached_property
     def _profile(self) -> Profile:
-        passed = run(self.made.then, marked(self.program), prove=False).program
-        return Profile(self.program, passed, self.made.hardware)
+        return Profile(self.program, self._passed, self.made.hardware)
+
+    @cached_property
+    def _passed(self) -> Program:
+        """What the passes make of it with all kept."""
+        return run(self.made.then, marked(self.program), prove=False).program
 
     def _way(self, choice: Choice) -> _Way:
         again = self._profile.again(choice.dropped)
@@ -119,19 +144,39 @@ class _Chosen:
 
     def way(self) -> _Way:
         """What runs again."""
+        level = self.made.level
+        most = self._most_bytes(level)
+        numbers = [self._first(self._most_bytes(lower)) for lower in QUARTERS if lower < level]
+        taken = self.ways[min((*numbers, self._first(most)), key=lambda number: (self._peak_bytes(number), number))]
+        if self.made.solver == "milp":
+            found = optimum(self._profile, most - self._found.unforeseen_bytes)
+            if found.choice is not None and found.choice.seconds < taken.seconds:
+                optimal = self._way(found.choice)
+                if self._tried_bytes(optimal) <= most:
+                    taken = optimal
+            told = f"what runs again takes {1e3 * taken.seconds:.3g} ms"
+            gap = found.gap(taken.seconds)
+            self.notes = (f"recompute_solver='milp': {told}, at most {gap:.1%} of it more than the best choice",)
+        return taken
+
+    def _most_bytes(self, level: float) -> int:
+        """The peak that a level may have."""
         highest = self._found.kept_bytes
+        return math.floor(highest - level * (highest - self._peak_bytes(self._end)))
+
+    @cached_property
+    def _end(self) -> int:
+        """The number of the last way that lowers the peak."""
         end = len(self.ways) - 1
-        while end and self._peak_bytes(end) >= highest:
+        while end and self._peak_bytes(end) >= self._found.kept_bytes:
             end -= 1
-        most = math.floor(highest - self.made.level * (highest - self._peak_bytes(end)))
-        first = next(i for i in range(end + 1) if self.ways[i].peak_bytes <= most or i == end)
-        taken = next(i for i in range(first, end + 1) if self._peak_bytes(i) <= most)
-        best = optimum(self._profile, most).choice if self.made.solver == "milp" else None
-        if best is not None and best.seconds < self.ways[taken].seconds:
-            optimal = self._way(best)
-            if self._tried_bytes(optimal) <= most:
-                return optimal
-        return self.ways[taken]
+        return end
+
+    def _first(self, most: int) -> int:
+        """The number of the fastest way whose peak is so low, as tried."""
+        foreseen = most - self._found.unforeseen_bytes
+        first = next((i for i in range(self._end) if self.ways[i].peak_bytes <= foreseen), self._end)
+        return next((i for i in range(first, self._end) if self._peak_bytes(i) <= most), self._end)
 
     def _peak_bytes(self, index: int) -> int:
         """What the schedule holds with a way."""
@@ -146,7 +191,7 @@ class _Chosen:
         copy = self.program.clone()
         make_again(copy, _calls(copy, way))
         tried = run(self.made.then, copy, prove=False).program
-        return footprint(tried, staged=self.made.hardware.is_staged).peak_bytes
+        return held_by(tried, self.made.hardware).peak_bytes
 
 
 def _calls(program: Program, way: _Way) -> set[fx.Node]:

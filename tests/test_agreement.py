@@ -73,13 +73,14 @@ def test_all_ranks_are_told_what_the_first_one_makes(ranks: Ranks) -> None:
     assert Agreement(None).of_first(lambda: "mine") == "mine"
 
 
-def take_the_least() -> int:
+def take_the_least(number: int) -> int:
     ranks = agreement()
-    return ranks.least(2**40 + 5 - ranks.rank)
+    return ranks.least(number - ranks.rank)
 
 
 def test_the_smallest_number_of_all_ranks_is_taken(ranks: Ranks) -> None:
-    assert ranks.run(take_the_least, timeout_s=60) == [2**40 + 4] * 2
+    assert ranks.run(take_the_least, 2**40 + 5, timeout_s=60) == [2**40 + 4] * 2
+    assert ranks.run(take_the_least, 2**70, timeout_s=60) == [2**64 - 1] * 2
     assert Agreement(None).least(3) == 3
 
 

@@ -22,7 +22,7 @@ from zgraph.layout import ParamSpec
 from zgraph.machines import assumed_cpu, preset
 from zgraph.passes import bounds as module
 from zgraph.passes import default_passes
-from zgraph.passes.bounds import Bounds, Time, Times, _best
+from zgraph.passes.bounds import LIMITS, MOST_ENDS, Bounds, Time, Times, _best, _parts
 from zgraph.pipeline import run
 from zgraph.program import Mesh, Program
 
@@ -97,7 +97,9 @@ def test_no_other_buckets_within_a_limit_expose_less(
     clock = [0.0, *itertools.accumulate(spans[: len(members)])]
     found = {f"w{i}": Time(clock[i], 3 * clock[-1] - 2 * clock[i], 4) for i in range(len(members))}
     times = Times(found, Time(clock[-1], clock[-1], 0), 3 * clock[-1])
-    costs = [list(Bounds(hardware, Mesh(4), zero)._costs(members, times, end)) for end in range(len(members))]
+    bounds, parts = Bounds(hardware, Mesh(4), zero), _parts(members)
+    assert parts == [range(i, i + 1) for i in range(len(members))]
+    costs = [list(bounds._costs(members, parts, times, end)) for end in range(len(members))]
     for limit in (MIB, 4 * MIB, 2**30):
         least = min(
             sum(_cost(costs, start, end) for start, end in zip([0, *ends], ends, strict=False))
@@ -107,6 +109,22 @@ def test_no_other_buckets_within_a_limit_expose_less(
         exposed, ends = _best(costs, limit)
         assert exposed == pytest.approx(least)
         assert exposed == pytest.approx(sum(_cost(costs, start, end) for start, end in pairs(ends)))
+
+
+@given(st.lists(st.sampled_from([4, 4096, MIB, 64 * MIB]), min_size=MOST_ENDS + 1, max_size=900))
+@few_examples(20)
+def test_few_windows_of_many_parameters_are_weighed(num_bytes: list[int]) -> None:
+    members = [spec(i, size) for i, size in enumerate(num_bytes)]
+    parts = _parts(members)
+    assert [i for part in parts for i in part] == list(range(len(members)))
+    sizes = [4 * sum(members[i].room for i in part) for part in parts]
+    share = min(sum(sizes), LIMITS[-1]) // MOST_ENDS
+    assert all(size <= share for size, part in zip(sizes, parts, strict=True) if len(part) > 1)
+    assert all(sum(pair) > share for pair in itertools.pairwise(sizes))
+    bounds, times = Bounds(preset("H100"), Mesh(4), 3), evenly(len(members), 1e-5)
+    windows = [len(list(bounds._costs(members, parts, times, end))) for end in range(len(parts))]
+    assert max(windows) <= 2 * MOST_ENDS + 1
+    assert [i for bucket in bounds.divide(members, times) for i in bucket] == list(range(len(members)))
 
 
 def every_way(num: int) -> list[list[int]]:

@@ -270,3 +270,47 @@ def test_a_budget_that_tiles_alone_meet_is_met_by_tiles_and_the_step_is_the_same
     (_, expected), _ = ranks.run(trained_with, None, zero=3)
     for name, value in expected.items():
         torch.testing.assert_close(params[name], value, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def mean_square(output: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    return output.square().mean()
+
+
+def test_a_model_whose_budget_was_refused_may_be_compiled_again_until_a_step_has_run() -> None:
+    model = nn.Linear(64, 64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    given: dict[str, Any] = {"optimizer": optimizer, "loss": mean_square, "progress": False}
+    zgraph.compile(model, memory="1KiB", **given)
+    with pytest.raises(BudgetError, match=r"beside what is live: what compiling leaves"):
+        model.train_step(torch.ones(4, 64))
+    with pytest.raises(OptionError, match="zero=7"):
+        zgraph.compile(model, zero=7, **given)
+    with pytest.raises(OptionError, match="loss is a int"):
+        zgraph.compile(model, **{**given, "loss": 1})
+    with pytest.raises(BudgetError):  # it is compiled as before
+        model.train_step(torch.ones(4, 64))
+    assert type(zgraph.compile(model, memory="1GiB", **given)).__mro__[2] is nn.Linear
+    model.train_step(torch.ones(4, 64))
+    with pytest.raises(OptionError, match="compiled already"):
+        zgraph.compile(model, **given)
+
+
+def given_on(which: tuple[int, ...]) -> None:
+    rank, _ = world()
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    memory: dict[str, Any] = {"memory": 2**70} if rank in which else {}
+    zgraph.compile(model, optimizer, loss=mean_square, progress=False, **memory)
+    if len(which) == 2:
+        model.train_step(torch.ones(4, 4))
+        return
+    with pytest.raises(RankError, match=r"the ranks disagree on memory: .*given"):
+        model.train_step(torch.ones(4, 4))
+
+
+def test_memory_that_is_given_on_one_rank_is_what_the_ranks_disagree_on(ranks: Ranks) -> None:
+    ranks.run(given_on, (1,))
+
+
+def test_more_memory_than_any_machine_has_is_ample(ranks: Ranks) -> None:
+    ranks.run(given_on, (0, 1))

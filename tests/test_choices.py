@@ -15,7 +15,7 @@ from zgraph.decision import config_of
 from zgraph.errors import OptionError
 
 
-def test_a_family_is_every_stage_and_recomputation_with_one_variation_at_most() -> None:
+def test_a_family_is_every_stage_and_recomputation_with_one_variation_or_all_that_save_memory() -> None:
     told = [choice.options for choice in family(1, 2, {"recompute": None})]
     mebi = 2**20
     assert told == [
@@ -26,6 +26,7 @@ def test_a_family_is_every_stage_and_recomputation_with_one_variation_at_most() 
             *({"bucket_bytes": size} for size in (4 * mebi, 64 * mebi, 256 * mebi, "auto")),
             *([{"in_flight": 0}, {"in_flight": None}, {"unshard": 0.5}, {"unshard": 1.0}] if zero == 3 else []),
             *([{"tile_bytes": 8 * mebi}] if zero == 3 else []),
+            *([{"bucket_bytes": 4 * mebi, "in_flight": 0, "tile_bytes": 8 * mebi}] if zero == 3 else []),
         )
     ]
 
@@ -145,7 +146,10 @@ def test_where_ranks_fill_several_nodes_they_may_have_copies() -> None:
 def test_tiles_are_tried_where_a_matrix_is_larger_than_one() -> None:
     with_tiles, without = (family(1, 2, {"recompute": None}, tile_bytes=size) for size in (9 * 2**20, None))
     tiled = [choice.options for choice in with_tiles if "tile_bytes" in choice.options]
-    assert tiled == [{"zero": 3, "tile_bytes": 9 * 2**20, "recompute": None}]
+    size = {"tile_bytes": 9 * 2**20}
+    lean = {"bucket_bytes": 4 * 2**20, "in_flight": 0}
+    assert tiled == [{"zero": 3, **size, "recompute": None}, {"zero": 3, **lean, **size, "recompute": None}]
+    without = [choice for choice in without if not choice.options.keys() >= lean.keys()]
     assert [c.options for c in without] == [c.options for c in with_tiles if c.options not in tiled]
 
 

@@ -15,6 +15,7 @@ from torch import fx
 
 import zgraph
 from tests.choices import in_turn
+from tests.models import GPT
 from tests.programs import assert_identical, assert_same_step, blocks, few_examples, network, values_for
 from tests.ranks import Ranks
 from tests.recomputing import OPTIONS, trained
@@ -28,7 +29,10 @@ from zgraph.footprint import footprint
 from zgraph.lockstep import run_ranks
 from zgraph.lower import lower
 from zgraph.passes import Levels, default_passes
+from zgraph.passes.recompute_activations import QUARTERS
 from zgraph.pipeline import run
+from zgraph.planner import open_search
+from zgraph.predict import predict
 from zgraph.program import Mesh, Program
 
 LEVELS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -72,6 +76,23 @@ def test_more_level_is_never_a_higher_peak_nor_less_to_compute(
 @pytest.mark.parametrize("world", [1, 2])
 def test_more_level_of_a_model_is_never_a_higher_peak_nor_less_to_compute(world: int) -> None:
     check_levels(captured_stack(5, 64, 8), (0.0, 0.1, 0.5, 0.9, 1.0), world, bucket_bytes=1000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(64, 3, 128), (64, 2, 256)])
+def test_a_higher_quarter_is_never_a_higher_peak_of_what_lies_on_a_cpu(size: tuple[int, int, int]) -> None:
+    """Gaps of the arena and what operators work in included, which no choice foresees."""
+    tokens = torch.zeros(12, 11, dtype=torch.long)
+    on = {"batch": (tokens, tokens), "world_size": 2, "hardware": "cpu"}
+    searched, _ = open_search(lambda: GPT(*size), torch.optim.AdamW, **on)
+    known, peaks = Levels(), []
+    for level in (0.0, *QUARTERS):
+        config = Config(3, recompute=level)
+        captured = searched.captures.captured(config, searched.captures.num_blocks)
+        made = lower(captured, config, Mesh(2), None, (), hardware=searched.hardware, levels=known, prove=False)
+        peaks.append(predict(made, searched.hardware).peak_bytes)
+    assert peaks == sorted(peaks, reverse=True)
+    assert peaks[-1] < peaks[0]
 
 
 def test_what_was_worked_out_for_one_level_serves_the_others_and_no_other_passes() -> None:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 
 from tests.programs import assert_same_step, blocks, few_examples, network
 from tests.test_liveness import assert_counts_agree
@@ -196,7 +197,7 @@ def test_what_cannot_be_taken_is_not_looked_at() -> None:
 def test_what_is_left_out_makes_no_difference(unbounded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     pruned, whole = search(blocks(4), 4), search(blocks(4), 4)
     monkeypatch.setattr(whole, "least_bytes", lambda _: 0)
-    monkeypatch.setattr(whole, "_further", lambda _: None)
+    monkeypatch.setattr(whole, "_leaner", lambda _: ())
     monkeypatch.setattr(whole, "_alike", lambda config: config)
     if unbounded:
         for choice in whole.members:
@@ -209,3 +210,46 @@ def test_what_is_left_out_makes_no_difference(unbounded: bool, monkeypatch: pyte
         taken, expected = pruned.within(budget), whole.within(budget)
         assert (taken and taken.choice.options) == (expected and expected.choice.options)
     assert pruned.least().choice.options == whole.least().choice.options
+
+
+class Headed(nn.Module):
+    """A head much larger than all else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(64, 512), nn.Linear(512, 32768, bias=False)
+        self.layers = nn.ModuleList(nn.Linear(512, 512, bias=False) for _ in range(4))
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        x = self.table(tokens)
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return F.cross_entropy(self.head(x), targets)
+
+
+def of_headed(num_rows: int = 8, **fixed: Any) -> Search:
+    with torch.device("meta"):
+        model = Headed()
+    tokens = torch.zeros(num_rows, dtype=torch.long)
+    captures = Captures(model, torch.optim.AdamW(model.parameters()), ((tokens, tokens), {}))
+    return Search(captures, H100, 8, fixed)
+
+
+@pytest.mark.slow
+def test_options_that_save_memory_are_taken_together_where_none_does_alone() -> None:
+    """Found by hand: one of small buckets, none ahead and tiles takes 70 MiB, all three 50."""
+    taken = of_headed(accumulate=1, recompute=None, zero=3).within(50 * 2**20)
+    assert taken is not None
+    together = {"bucket_bytes": 4 * 2**20, "in_flight": 0, "tile_bytes": 8 * 2**20}
+    assert taken.choice.options.items() >= together.items()
+
+
+@pytest.mark.slow
+def test_that_nothing_fits_is_found_out_without_looking_at_most() -> None:
+    of = of_headed()
+    assert of.within(30 * 2**20) is None
+    looked_at = len(of.tried)
+    least = of.least()
+    assert of.within(least.num_bytes) is not None
+    assert looked_at <= 60 < len(of.members) / 5
+    assert len(of.tried) >= looked_at

@@ -156,10 +156,11 @@ class Agreement:
         return message[2:].decode()
 
     def least(self, number: int) -> int:
-        """The smallest number of all ranks; none is negative."""
+        """The smallest number of all ranks; none is negative, and any from 2**64 - 1 on counts as that."""
         if self._group is None:
             return number
-        return min(int.from_bytes(raw, "little") for raw in self._exchange(number.to_bytes(8, "little")))
+        told = min(number, 2**64 - 1).to_bytes(8, "little")
+        return min(int.from_bytes(raw, "little") for raw in self._exchange(told))
 
     def _exchange(self, message: bytes) -> list[bytes]:
         """All ranks' messages; all of one length."""

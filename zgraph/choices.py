@@ -234,12 +234,23 @@ def _product(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     return found
 
 
+LEAN: dict[str, Any] = {"bucket_bytes": 4 * 2**20, "in_flight": 0, "tile_bytes": TILE_BYTES}
+"""Variations that together take less memory than each: of few bytes at a time, none before it is needed."""
+
+
 def _variations(fixed: Mapping[str, Any], tile_bytes: int | None) -> list[dict[str, Any]]:
-    """None, and one of each value."""
+    """None, one of each value, and all that save memory together."""
     values = {name: variation.values for name, variation in VARIED.items() if name not in fixed}
     if "tile_bytes" in values:
         values["tile_bytes"] = () if tile_bytes is None else (tile_bytes,)
-    return [{}, *({name: value} for name, each in values.items() for value in each)]
+    lean = {name: value for name, value in LEAN.items() if values.get(name)}
+    if "tile_bytes" in lean:
+        lean["tile_bytes"] = tile_bytes
+    return [
+        {},
+        *({name: value} for name, each in values.items() for value in each),
+        *([lean] if len(lean) > 1 else []),
+    ]
 
 
 def _key(options: Mapping[str, Any]) -> Any:

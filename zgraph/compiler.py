@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -80,7 +81,8 @@ def compile(  # noqa: A001
         ``model`` itself, now also a ``CompiledModule``. (Python cannot spell the type that is both, hence ``Any``.)
 
     Raises:
-        OptionError: an unknown option, or one out of range; a pass that cannot be placed.
+        OptionError: an unknown option, or one out of range; a pass that cannot be placed; a step of the model has run
+            already (until then, a refused budget say, it may be compiled again).
         OptimizerError: the optimizer holds parameters that are not the model's, or has step hooks.
         CaptureError: there is nothing to train, or a lazy module has not been called yet.
     """
@@ -93,21 +95,40 @@ def compile(  # noqa: A001
     else:
         budget = Budget.of(memory, options)
         config = budget.config
-    check_arguments(model, optimizer, loss, weight, passes, config)
-    for name in vars(CompiledModule):
-        if not hasattr(nn.Module, name) and hasattr(model, name):
-            raise OptionError(
-                f"the model has an attribute {name!r}, which zgraph.compile would hide", fix="rename the attribute"
-            )
-    group = process_group()
-    if plan is not None:
-        _check_plan(plan, group, model)
-    runtime = Runtime(
-        model, optimizer, loss, weight, check_metrics(metrics), config, group, tuple(passes), budget, progress
-    )
+    with _as_it_was(model):
+        check_arguments(model, optimizer, loss, weight, passes, config)
+        for name in vars(CompiledModule):
+            if not hasattr(nn.Module, name) and hasattr(model, name):
+                raise OptionError(
+                    f"the model has an attribute {name!r}, which zgraph.compile would hide", fix="rename the attribute"
+                )
+        group = process_group()
+        if plan is not None:
+            _check_plan(plan, group, model)
+        runtime = Runtime(
+            model, optimizer, loss, weight, check_metrics(metrics), config, group, tuple(passes), budget, progress
+        )
     model.__class__ = type(f"Compiled{type(model).__name__}", (CompiledModule, type(model)), {})
     model.__dict__["_zgraph"] = runtime
     return model
+
+
+@contextmanager
+def _as_it_was(model: Any) -> Iterator[None]:
+    """A compiled model of which nothing has been moved, since no step has run, is taken to be not compiled yet.
+
+    If something fails within, it is compiled as before.
+    """
+    if not isinstance(model, CompiledModule) or model.__dict__["_zgraph"].state.layout is not None:
+        yield
+        return
+    compiled, runtime = type(model), model.__dict__.pop("_zgraph")
+    model.__class__ = compiled.__bases__[1]
+    try:
+        yield
+    except BaseException:
+        model.__class__, model.__dict__["_zgraph"] = compiled, runtime
+        raise
 
 
 class CompiledModule(nn.Module):
@@ -350,7 +371,9 @@ def check_arguments(model: Any, optimizer: Any, loss: Any, weight: Any, passes: 
             fix="call the model once on a batch before zgraph.compile, as lazy modules need",
         )
     if isinstance(model, CompiledModule):
-        raise OptionError("this model is compiled already", fix="compile each model once")
+        raise OptionError(
+            "this model is compiled already, and a step of it has run", fix="compile each model once, or build it anew"
+        )
     if optimizer is not None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise OptionError(f"optimizer is a {type(optimizer).__name__}", fix="pass a torch.optim.Optimizer")

@@ -54,6 +54,9 @@ RECOMPUTE = ("blocks", "operators")
 """What ``recompute`` may be besides a number and a list of modules."""
 
 
+ARGUMENTS = ("memory", "loss", "weight", "metrics", "passes", "plan", "progress")
+"""What ``zgraph.compile`` takes by name besides options."""
+
 _TINY = 2.0**-100
 """A loss scale that is far enough from what float32 has no normal numbers for."""
 
@@ -264,11 +267,12 @@ class Config:
         recompute: what backward computes again instead of keeping it since forward. A number from 0 to 1: how far to go
             from the peak with all kept, which is 0, to the lowest that computing again can reach, which is 1, by
             dropping single tensors: those that lower the peak most for the seconds that they cost on the machine. It
-            needs no blocks. A higher number never has a higher peak, nor less to compute. ``"blocks"``: all that lies
-            within a block, of which only what goes in is kept; blocks are the members of lists (``nn.ModuleList``,
-            ``nn.Sequential``) of which two or more compute alike. ``"operators"``: the same, but for the results of
-            matrix products, convolutions and attention, which are kept, too, as they take most of the time. A list of
-            patterns of module paths, such as ``["encoder", "decoder.layers.*"]``: each of these modules is a block.
+            needs no blocks. A higher number never has less to compute, nor a higher peak than a quarter (0.25, 0.5,
+            0.75) below it. ``"blocks"``: all that lies within a block, of which only what goes in is kept; blocks are
+            the members of lists (``nn.ModuleList``, ``nn.Sequential``) of which two or more compute alike.
+            ``"operators"``: the same, but for the results of matrix products, convolutions and attention, which are
+            kept, too, as they take most of the time. A list of patterns of module paths, such as
+            ``["encoder", "decoder.layers.*"]``: each of these modules is a block.
             What draws random numbers, as dropout and attention with dropout do, never runs again: its results are kept.
             By default all is kept.
         recompute_solver: for a number as ``recompute``: ``"milp"`` finds the fastest choice that goes as far, by SciPy,
@@ -371,6 +375,7 @@ class Config:
         known = [field.name for field in fields(cls)]
         for name in options:
             if name not in known:
+                known += ARGUMENTS
                 near = difflib.get_close_matches(name, known, n=1)
                 raise OptionError(
                     f"unknown option {name!r}",

@@ -21,9 +21,10 @@ from torch import fx
 from zgraph import ops, scratch
 from zgraph.codegen.region import Region
 from zgraph.fusion import Fusion
+from zgraph.hardware import Hardware
 from zgraph.liveness import held_bytes, lifetimes
 from zgraph.ops import root_of
-from zgraph.placement import Placement
+from zgraph.placement import Placement, place
 from zgraph.program import FlatGradient, Input, Origin, Phase, Program, Role, operand, target_name
 
 
@@ -313,3 +314,21 @@ def _is_gradient(node: fx.Node) -> bool:
                 seen.add(user)
                 reached.append(user)
     return False
+
+
+def placed(program: Program, hardware: Hardware) -> Placement:
+    """What lies where on a machine."""
+    return place(program, staged=hardware.is_staged, device_type=hardware.device_type)
+
+
+def held_by(program: Program, hardware: Hardware, placement: Placement | None = None) -> Footprint:
+    """What a program holds on a machine: on a CPU with an arena of its own, and with what libraries hold.
+
+    Args:
+        program: at any stage.
+        hardware: the machine.
+        placement: what ``placed`` gives, which is worked out if None.
+    """
+    placement = placed(program, hardware) if placement is None else placement
+    held = footprint(program, staged=hardware.is_staged, placement=placement)
+    return with_scratch(held, program) if hardware.device_type == "cpu" else held

@@ -4,6 +4,7 @@ Seconds are linear in what runs again. Bytes are not: where a call runs again de
 what holds for every choice (what is kept is held from its last use in forward to its first in backward), and a choice
 that turns out to be above the peak is ruled out, until one is not. The first that is not is the best there is; if there
 are too many, the last one's seconds are still less than any choice can have, which bounds how far a found one is off.
+What ends the search is a number of choices, not a time, so that all ranks end alike.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from zgraph.errors import OptionError
 from zgraph.frontier import Choice
 from zgraph.recomputation import Profile
 
-MOST_RULED_OUT = 200
+MOST_RULED_OUT = 20
+"""Solutions, of which each takes from a twentieth of a second to one; many are often as fast as each other."""
+
 MOST_CANDIDATES = 64
 """More of them than this are refused: a solver may not come to an end."""
 
@@ -150,10 +153,15 @@ class _Problem:
         is_whole = np.zeros(self.num)
         is_whole[: len(self.candidates)] = 1
         rows = [constraint(matrix, np.array(self.least) - 1e-9, np.inf)] if self.rows else []
-        found = milp(costs, integrality=is_whole, bounds=bounds(0, 1), constraints=rows)
-        if found.x is None:
+        found = milp(costs, integrality=is_whole, bounds=bounds(0, 1), constraints=rows, options={"mip_rel_gap": 0})
+        if found.status == _INFEASIBLE:
             return None
+        assert found.status == 0, found.message
         return frozenset(memory for memory, i in self.candidates.items() if found.x[i] > 0.5)
+
+
+_INFEASIBLE = 2
+"""A status of ``scipy.optimize.milp``."""
 
 
 def _scipy() -> tuple[Any, Any, Any]:

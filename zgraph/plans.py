@@ -261,6 +261,8 @@ class Plan:
         """The error of a plan that does not fit: by how much, what is in the way, and what would help."""
         lines = [f"no options fit: {self.verdict}; at the peak:"]
         lines += [f"  {owner}" for owner in self.owners[:_NUM_TOLD]]
+        if (beside := self.chosen.reserved_bytes - self.chosen.peak_bytes) > self.chosen.reserved_bytes / 10:
+            lines.append(f"  {show_bytes(beside)} beside what is live: what compiling leaves, and the allocator takes")
         lines += self.notes
         return BudgetError("\n".join(lines), fix="; or ".join(map(str, self.ways_out)) or NO_WAY_OUT)
 
@@ -383,7 +385,7 @@ def describe(
         ways_out=ways_out,
         error=expected_error(hardware.device_type, hardware.name) if _was_compared(hardware) else NOTHING_MEASURED,
         unknown=dict(prediction.unknown),
-        notes=tuple(dict.fromkeys((*notes, *_tier_notes(lowered, prediction)))),
+        notes=tuple(dict.fromkeys((*notes, *lowered.last.notes, *_tier_notes(lowered, prediction)))),
         host_budget_bytes=host_share(hardware, lowered.last.mesh.size),
     )
 

@@ -10,10 +10,10 @@ from itertools import repeat
 
 from zgraph.allocator import reserved_bytes
 from zgraph.cost import Costs
-from zgraph.footprint import Footprint, footprint, with_scratch, with_state
+from zgraph.footprint import Footprint, held_by, placed, with_state
 from zgraph.hardware import Hardware
 from zgraph.lower import Lowered
-from zgraph.placement import Placement, place
+from zgraph.placement import Placement
 from zgraph.program import Program
 from zgraph.timeline import TRANSFER_LANES, Timeline, play
 
@@ -134,11 +134,6 @@ def predict(lowered: Lowered, hardware: Hardware, accumulate: int = 1) -> Predic
     return Prediction(timelines, footprints, (accumulate - 1, 1)[-len(timelines) :], hardware.device_type)
 
 
-def placed(program: Program, hardware: Hardware) -> Placement:
-    """What lies where on a machine."""
-    return place(program, staged=hardware.is_staged, device_type=hardware.device_type)
-
-
 def costs_of(program: Program, hardware: Hardware, placement: Placement | None = None) -> Costs:
     """What a program's calls cost on a machine, where what they make lies as it does there.
 
@@ -149,19 +144,6 @@ def costs_of(program: Program, hardware: Hardware, placement: Placement | None =
     """
     placement = placed(program, hardware) if placement is None else placement
     return Costs(program, hardware, copied=placement.copied)
-
-
-def held_by(program: Program, hardware: Hardware, placement: Placement | None = None) -> Footprint:
-    """What a program holds on a machine: on a CPU with an arena of its own, and with what libraries hold.
-
-    Args:
-        program: at any stage.
-        hardware: the machine.
-        placement: what ``placed`` gives, which is worked out if None.
-    """
-    placement = placed(program, hardware) if placement is None else placement
-    held = footprint(program, staged=hardware.is_staged, placement=placement)
-    return with_scratch(held, program) if hardware.device_type == "cpu" else held
 
 
 def in_one_arena(footprints: Sequence[Footprint]) -> tuple[Footprint, ...]:

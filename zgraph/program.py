@@ -250,6 +250,7 @@ class Program:
         guards: expressions over HYPER and numeric OPT_STATE inputs that held at capture and must hold to run.
         layout: buckets; None before bucketing.
         weighed: what could be kernels, in order.
+        notes: what whoever reads a plan should know of how passes decided.
     """
 
     graph: fx.Graph
@@ -264,6 +265,7 @@ class Program:
     guards: tuple[Guard, ...] = ()
     layout: Layout | None = None
     weighed: tuple[Weighed, ...] = ()
+    notes: tuple[str, ...] = ()
     _made_by: str = "capture"
     _inferred: dict[Hashable, Any] = field(default_factory=dict, repr=False)
     _keys: dict[int, tuple[torch.Tensor, int]] = field(default_factory=dict, repr=False)

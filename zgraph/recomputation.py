@@ -324,7 +324,7 @@ class Profile:
             num_bytes = self._num_bytes(node)
             change[start] += num_bytes
             change[last[node] + 1] -= num_bytes
-        for name in buckets.keys() - self.gathers.keys():
+        for name in (name for name in buckets if name not in self.gathers):  # in order: seconds are added up
             num_bytes, more = self._gathered[name]
             seconds += more
             change[buckets[name][0]] += num_bytes

@@ -173,6 +173,8 @@ class Runtime:
             raise OptimizerError(
                 "train_step needs an optimizer", fix="zgraph.compile(model, optimizer=torch.optim.AdamW(...))"
             )
+        if self._last is None:  # those that have a budget begin by agreeing on options
+            self.agreement.check("model.train_step()", {"memory": "not given" if self.budget is None else "given"})
         if self.budget is not None:
             self._choose_options(self.budget, args, kwargs)
         hypers: dict[str, float] = {}
@@ -564,7 +566,9 @@ class Runtime:
             if self.hardware is None:
                 raise OptionError("this GPU is not known, so that memory= has no times", fix="run `zgraph calibrate`")
             if self._budget_bytes is None:
-                self._budget_bytes = self.agreement.least(budget.num_bytes or self._free_bytes(largest))
+                with self.agreement.together():
+                    num_bytes = budget.num_bytes or self._free_bytes(largest)
+                self._budget_bytes = self.agreement.least(num_bytes)
             split = (
                 MicroBatches([largest] * len(calls)) if len(args) == 1 and isinstance(args[0], MicroBatches) else None
             )

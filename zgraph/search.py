@@ -5,8 +5,9 @@ first that fits. So more memory never gives a slower choice, and less never one 
 
 Few of them are looked at. What is never faster than another is not, while that other may be taken: a step with more
 micro-batches or more recomputation is taken to be no faster than the same step with less. Nor is what cannot fit: its
-state, and the activations that are held where forward ends, are too much already, or the same step with all the
-recomputation that there is takes too much. And buckets that hold all parameters are not told apart.
+state, and the activations that are held where forward ends, are too much already, or a choice that takes no more does
+(``Search._leaner``). If several did not fit, the one that takes least of all is looked for: if that does not, none
+does. And what makes the same program is not told apart.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from zgraph.hardware import Hardware, lower_tier
 from zgraph.layout import aligned
 from zgraph.liveness import lifetimes
 from zgraph.lower import Lowered, lower
-from zgraph.passes import Levels, default_passes
+from zgraph.passes import Levels, default_passes, shares_parameters
 from zgraph.pipeline import Pass, Watch
 from zgraph.plans import Estimate, host_share
 from zgraph.predict import Prediction, compiled_bytes, predict
@@ -54,6 +55,14 @@ class Tried:
         """What has to fit; of an estimate for a GPU, what is live: its allocator's bytes do not grow in a line."""
         return self.estimate.reserved_bytes if self.is_exact or self.on_cpu else self.estimate.peak_bytes
 
+
+_PATIENCE = 8
+"""How many choices may turn out not to fit before it is asked whether any does, which takes about 30 of them."""
+
+_ADDS: tuple[tuple[str, Any], ...] = (
+    ("unshard", 0.5), ("unshard", 1.0), ("keep_gathered", True), ("load_ahead", True), ("in_flight", None)
+)  # fmt: skip
+"""Options that hold more than their defaults."""
 
 _OF_STATE = (
     "bucket_bytes", "in_flight", "keep_gathered", "load_ahead", MEMORY_FIRST, "shard_size", "tile_bytes", "unshard"
@@ -110,9 +119,9 @@ class Search:
         for choice in self.members:
             for milder in choice.milder:
                 self._more_milder[milder].append(choice)
-        self._most_recomputed = {
-            _without_level(choice.config): choice for choice in self.members if choice.config.recompute == LEVELS[-1]
-        }
+        self._by_config = {choice.config: choice for choice in self.members}
+        self._most_micro_batches = max(choice.config.accumulate for choice in self.members)
+        self._least: Tried | None = None
         self._held: dict[Any, tuple[_Held, ...]] = {}
         self._estimates: dict[Config, Estimate] = {}
         self._levels: Levels = {}
@@ -167,6 +176,7 @@ class Search:
         for choice in self.members:
             if not choice.milder:
                 put(0.0, 0, choice, None)
+        known_before, some_fits = len(self.tried), False
         while queue:
             seconds, *_, choice, tried = heapq.heappop(queue)
             if tried is not None:
@@ -176,14 +186,22 @@ class Search:
                 continue
             if self._may_fit(choice, budget) and (tried := self.estimated(choice)) is not None:
                 seconds = max(seconds, tried.estimate.step_s)
-                if tried.num_bytes <= budget and not self.too_much_on_host(tried.estimate):
+                if self._seems_to_fit(tried, budget):
+                    some_fits = True
                     put(tried.estimate.step_s, tried.estimate.peak_bytes, choice, tried)
+            if not some_fits and len(self.tried) >= known_before + _PATIENCE:
+                if not self._seems_to_fit(self._least_of_all(), budget):
+                    return None
+                some_fits = True
             for later in self._more_milder[choice]:
                 known[later] = max(known[later], seconds)
                 waiting[later] -= 1
                 if not waiting[later]:
                     put(known[later], 0, later, None)
         return None
+
+    def _seems_to_fit(self, tried: Tried, budget: float) -> bool:
+        return tried.num_bytes <= budget and not self.too_much_on_host(tried.estimate)
 
     def fits(self, estimate: Estimate, budget: float) -> bool:
         """Whether what an estimate takes is within a budget, and the rank's share of its host's memory."""
@@ -196,33 +214,39 @@ class Search:
     def least(self) -> Tried:
         """The choice that takes least memory, worked out in full; of those that fit on the host, if any does.
 
-        A part of the recomputation is looked at only beside the best with all of it: it holds no less, but may have the
-        allocator take a little less.
-
         Raises:
             OptionError, CaptureError: the model can do none.
         """
-        best: Tried | None = None
-        for choice in sorted(self.members, key=lambda choice: (self.least_bytes(choice), choice.depth)):
-            if best is not None and (0, self.least_bytes(choice)) > self._size(best)[:2]:
-                break
-            if self._further(choice) is not None:
-                continue
-            tried = self.estimated(choice)
-            if tried is not None and (best is None or self._size(tried) < self._size(best)):
-                best = tried
-        if best is None:
-            assert self._refused is not None
-            raise self._refused
-        alike = [self.estimated(choice) for choice in self.members if self._further(choice) is best.choice]
-        best = min([*(tried for tried in alike if tried is not None), best], key=self._size)  # no more than it takes
-        return self.exact(best.choice)
+        return self.exact(self._least_of_all().choice)
+
+    def _least_of_all(self) -> Tried:
+        """By estimates. Of those that nothing leaner stands beside; then of those that its best is leaner than.
+
+        These hold no less, but may have the allocator take a little less, or have fewer nodes.
+        """
+        if self._least is None:
+            best: Tried | None = None
+            for choice in sorted(self.members, key=lambda choice: (self.least_bytes(choice), -choice.depth)):
+                if best is not None and (0, self.least_bytes(choice)) > self._size(best)[:2]:
+                    break
+                if any(self._leaner(choice)):
+                    continue
+                tried = self.estimated(choice)
+                if tried is not None and (best is None or self._size(tried) < self._size(best)):
+                    best = tried
+            if best is None:
+                assert self._refused is not None
+                raise self._refused
+            most = best.choice
+            alike = [self.estimated(choice) for choice in self.members if self._most_recomputed(choice) is most]
+            self._least = min([*(tried for tried in alike if tried is not None), best], key=self._size)
+        return self._least
 
     def _size(self, tried: Tried) -> tuple[int, int, float, int]:
         """What is less: bytes, those that the host lacks before all, then seconds, then what is asked for on top."""
         estimate = tried.estimate
-        # Of a longer model some have been worked out in full, some not; on a CPU what is beside live bytes is alike.
-        is_live = self._on_cpu or len(self.captures.sizes) > 1
+        # On a GPU, of a longer model, some have been worked out in full, some not.
+        is_live = not self._on_cpu and len(self.captures.sizes) > 1
         num_bytes = estimate.peak_bytes if is_live else estimate.reserved_bytes
         return self.too_much_on_host(estimate), num_bytes, estimate.step_s, tried.choice.depth
 
@@ -339,7 +363,15 @@ class Search:
             self._notes.append(note)
 
     def _alike(self, config: Config) -> Config:
-        """The one that stands for all that make the same program: those whose buckets hold all parameters."""
+        """The one that stands for all that make the same program.
+
+        Those whose buckets hold all parameters; on a CPU, which hides nothing, those with any number of buckets in
+        flight; and those that keep more parameters gathered where ranks share them.
+        """
+        if self._on_cpu and config.prefetch is None:
+            config = replace(config, in_flight=Config.in_flight)
+        if shares_parameters(config, config.mesh(self.world), self.hardware):
+            config = replace(config, unshard=Config.unshard)
         given = BUCKET_BYTES if config.bucket_bytes is None else config.bucket_bytes
         if not isinstance(given, int) or config.prefetch is not None:
             return config
@@ -354,15 +386,34 @@ class Search:
         """Whether a choice has to be estimated: it fits as far as is known without, and so does what takes less."""
         if self.least_bytes(choice) > budget:
             return False
-        further = self._further(choice)
-        lowest = None if further is None else self.estimated(further)
-        return lowest is None or lowest.num_bytes <= budget
+        for leaner in self._leaner(choice):
+            is_asked = isinstance(choice.config.recompute, float) and leaner is self._most_recomputed(choice)
+            known = self.estimated(leaner) if is_asked else self.tried.get(leaner)
+            if known is not None and known.estimate.peak_bytes > budget:
+                return False
+        return True
 
-    def _further(self, choice: Choice) -> Choice | None:
-        """The same with all the recomputation there is, which takes no more memory, if a choice has a part of it."""
-        level = choice.config.recompute
-        is_part = isinstance(level, float) and level != LEVELS[-1]
-        return self._most_recomputed.get(_without_level(choice.config)) if is_part else None
+    def _leaner(self, choice: Choice) -> Iterator[Choice]:
+        """Others that hold no more, by one option.
+
+        With all the recomputation that there is; without what is held for longer than it has to be; and with as many
+        micro-batches as there can be, where there are some, so that gradients are added up in any case.
+        """
+        config = choice.config
+        changed: list[dict[str, Any]] = [
+            {name: getattr(Config, name)} for name, value in _ADDS if getattr(config, name) == value
+        ]
+        if 1 < config.accumulate < self._most_micro_batches:
+            changed.append({ACCUMULATE: self._most_micro_batches})
+        others = [self._most_recomputed(choice), *(self._by_config.get(replace(config, **each)) for each in changed)]
+        return (other for other in others if other is not None)
+
+    def _most_recomputed(self, choice: Choice) -> Choice | None:
+        """The same with all the recomputation there is, if a choice has none or a part of it."""
+        all_there_is = LEVELS[-1]
+        if choice.config.recompute == all_there_is:
+            return None
+        return self._by_config.get(replace(choice.config, recompute=all_there_is))
 
     def least_bytes(self, choice: Choice) -> int:
         """Bytes that a rank holds at least where forward ends, without passes that shard."""
@@ -406,10 +457,6 @@ class Search:
         passes = default_passes(replace(config, offload=None), Mesh(1), hardware=self.hardware)
         first = tuple(takewhile(lambda p: p.gives is Stage.CAPTURED, passes))
         return self._beginnings.run(first, captured).program
-
-
-def _without_level(config: Config) -> Config:
-    return replace(config, recompute=None)
 
 
 @dataclass(frozen=True)

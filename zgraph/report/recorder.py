@@ -18,12 +18,12 @@ from torch import fx
 from zgraph import ops
 from zgraph.codegen.kernel import Kernel
 from zgraph.cost import Cost
-from zgraph.footprint import Footprint, Kind, with_state
+from zgraph.footprint import Footprint, Kind, held_by, placed, with_state
 from zgraph.hardware import LOWER_TIERS, MOVERS, Hardware
 from zgraph.liveness import held_bytes
 from zgraph.pipeline import Pass, PassRecord
 from zgraph.plans import owners_of
-from zgraph.predict import costs_of, held_by, placed
+from zgraph.predict import costs_of
 from zgraph.program import Input, Origin, Program, describe, show, target_name
 from zgraph.report.runs import runs
 from zgraph.report.sources import code_around
