@@ -15,6 +15,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import count, takewhile
 from typing import Any
 
@@ -57,7 +58,10 @@ class Tried:
 
 
 _PATIENCE = 8
-"""How many choices may turn out not to fit before it is asked whether any does, which takes about 30 of them."""
+"""How many choices may turn out not to fit before it is asked whether any does, which looks at some tens of them."""
+
+_NEAR = 0.1
+"""Where the most recomputation takes up to so much more than the least found, less of it may take less."""
 
 _ADDS: tuple[tuple[str, Any], ...] = (
     ("unshard", 0.5), ("unshard", 1.0), ("keep_gathered", True), ("load_ahead", True), ("in_flight", None)
@@ -120,6 +124,9 @@ class Search:
             for milder in choice.milder:
                 self._more_milder[milder].append(choice)
         self._by_config = {choice.config: choice for choice in self.members}
+        self._first_of: dict[tuple[int, Any], Choice] = {}  # by number of micro-batches and recomputation
+        for choice in self.members:
+            self._first_of.setdefault((choice.config.accumulate, choice.config.recompute), choice)
         self._most_micro_batches = max(choice.config.accumulate for choice in self.members)
         self._least: Tried | None = None
         self._held: dict[Any, tuple[_Held, ...]] = {}
@@ -220,27 +227,53 @@ class Search:
         return self.exact(self._least_of_all().choice)
 
     def _least_of_all(self) -> Tried:
-        """By estimates. Of those that nothing leaner stands beside; then of those that its best is leaner than.
+        """By estimates: of those with the most recomputation that nothing leaner stands beside, and of what is near.
 
-        These hold no less, but may have the allocator take a little less, or have fewer nodes.
+        Less recomputation mostly holds no less, but may have the allocator take a little less, or have fewer nodes.
+
+        Raises:
+            OptionError, CaptureError: the model can do none.
         """
         if self._least is None:
             best: Tried | None = None
-            for choice in sorted(self.members, key=lambda choice: (self.least_bytes(choice), -choice.depth)):
+            looked_at = []
+            ends = [choice for choice in self.members if choice.config.recompute == self._most_recomputation]
+            for choice in sorted(ends, key=lambda choice: (self.least_bytes(choice), -choice.depth)):
                 if best is not None and (0, self.least_bytes(choice)) > self._size(best)[:2]:
                     break
-                if any(self._leaner(choice)):
+                if any(self._can(o.config.accumulate, o.config.recompute) for o in self._leaner(choice)):
                     continue
                 tried = self.estimated(choice)
-                if tried is not None and (best is None or self._size(tried) < self._size(best)):
-                    best = tried
+                if tried is not None:
+                    looked_at.append(tried)
+                    best = min(best or tried, tried, key=self._size)
             if best is None:
                 assert self._refused is not None
                 raise self._refused
-            most = best.choice
-            alike = [self.estimated(choice) for choice in self.members if self._most_recomputed(choice) is most]
-            self._least = min([*(tried for tried in alike if tried is not None), best], key=self._size)
+            most = self._size(best)[1]
+            if not isinstance(self._most_recomputation, float):  # of numbers, none holds less than the last
+                most = int(most * (1 + _NEAR))
+            near = {replace(t.choice.config, recompute=None) for t in looked_at if self._size(t)[:2] <= (0, most)}
+            near.add(replace(best.choice.config, recompute=None))
+            others = (
+                self.estimated(choice)
+                for choice in self.members
+                if replace(choice.config, recompute=None) in near and self.least_bytes(choice) <= most
+            )
+            self._least = min([best, *(other for other in others if other is not None)], key=self._size)
         return self._least
+
+    @cached_property
+    def _most_recomputation(self) -> Any:
+        """The last of the levels that the model can do."""
+        levels = dict.fromkeys(choice.config.recompute for choice in self.members)
+        possible = (level for level in reversed(levels) if any(self._can(a, level) for a, _ in self._first_of))
+        return next(possible, None)
+
+    def _can(self, accumulate: int, recompute: Any) -> bool:
+        """Whether the model can be divided into so many micro-batches, and has such activations."""
+        first = self._first_of.get((accumulate, recompute))
+        return first is not None and self.estimated(first) is not None
 
     def _size(self, tried: Tried) -> tuple[int, int, float, int]:
         """What is less: bytes, those that the host lacks before all, then seconds, then what is asked for on top."""
