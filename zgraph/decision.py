@@ -155,9 +155,12 @@ class _WaysOut:
         if OFFLOAD in self._search.fixed:
             return
         fixed, is_short = self._fixed(*CHAINED), False
-        for what in offloads(self._search.tier)[1:]:
-            if "gradients" in what and fixed[ACCUMULATE] == 1:
-                continue
+        ways = [what for what in offloads(self._search.tier)[1:] if "gradients" not in what or fixed[ACCUMULATE] > 1]
+        if self._search.tier == "disk":  # which has room for all
+            most = self._search.beside(fixed={**fixed, OFFLOAD: ways[-1]})
+            if most.within(self._budget, estimated=True) is None:
+                return
+        for what in ways:
             if self._search.tier == "host" and uses_disk(what) and not is_short:
                 continue  # the host has room for all that could go to a disk
             search = self._search.beside(fixed={**fixed, OFFLOAD: what})

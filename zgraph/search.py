@@ -170,8 +170,10 @@ class Search:
 
         Args:
             budget: bytes that a rank may take.
-            estimated: take it on its estimate, without working it out in full.
+            estimated: take it on its estimate, without working it out in full; whether any fits is asked first.
         """
+        if estimated and not self._seems_to_fit(self._least_of_all(), budget):
+            return None
         tie = count()
         waiting = {choice: len(choice.milder) for choice in self.members}
         known = dict.fromkeys(self.members, 0.0)  # seconds that it takes at least
@@ -183,7 +185,7 @@ class Search:
         for choice in self.members:
             if not choice.milder:
                 put(0.0, 0, choice, None)
-        known_before, some_fits = len(self.tried), False
+        known_before, some_fits = len(self.tried), estimated
         while queue:
             seconds, *_, choice, tried = heapq.heappop(queue)
             if tried is not None:
@@ -207,8 +209,8 @@ class Search:
                     put(known[later], 0, later, None)
         return None
 
-    def _seems_to_fit(self, tried: Tried, budget: float) -> bool:
-        return tried.num_bytes <= budget and not self.too_much_on_host(tried.estimate)
+    def _seems_to_fit(self, tried: Tried | None, budget: float) -> bool:
+        return tried is not None and tried.num_bytes <= budget and not self.too_much_on_host(tried.estimate)
 
     def fits(self, estimate: Estimate, budget: float) -> bool:
         """Whether what an estimate takes is within a budget, and the rank's share of its host's memory."""
@@ -224,15 +226,17 @@ class Search:
         Raises:
             OptionError, CaptureError: the model can do none.
         """
-        return self.exact(self._least_of_all().choice)
+        least = self._least_of_all()
+        if least is None:
+            assert self._refused is not None
+            raise self._refused
+        return self.exact(least.choice)
 
-    def _least_of_all(self) -> Tried:
+    def _least_of_all(self) -> Tried | None:
         """By estimates: of those with the most recomputation that nothing leaner stands beside, and of what is near.
 
         Less recomputation mostly holds no less, but may have the allocator take a little less, or have fewer nodes.
-
-        Raises:
-            OptionError, CaptureError: the model can do none.
+        None if the model can do none.
         """
         if self._least is None:
             best: Tried | None = None
@@ -248,8 +252,7 @@ class Search:
                     looked_at.append(tried)
                     best = min(best or tried, tried, key=self._size)
             if best is None:
-                assert self._refused is not None
-                raise self._refused
+                return None
             most = self._size(best)[1]
             if not isinstance(self._most_recomputation, float):  # of numbers, none holds less than the last
                 most = int(most * (1 + _NEAR))
