@@ -862,9 +862,9 @@ EDITS = [
     Edit(
         "masks of dropout are drawn again",
         "recompute_activations",
-        "        make_again(program, _calls(program, _Chosen(self, program).way()))\n",
+        "        make_again(program, _calls(program, chosen.way()))\n",
         "        draws = {node for node in program.graph.nodes if 'bernoulli' in str(node.target)}\n"
-        "        make_again(program, {*_calls(program, _Chosen(self, program).way()), *draws})\n",
+        "        make_again(program, {*_calls(program, chosen.way()), *draws})\n",
         Refusal.DRAWS,
     ),
 ]
