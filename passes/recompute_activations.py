@@ -154,9 +154,10 @@ class _Chosen:
                 optimal = self._way(found.choice)
                 if self._tried_bytes(optimal) <= most:
                     taken = optimal
-            told = f"what runs again takes {1e3 * taken.seconds:.3g} ms"
-            gap = found.gap(taken.seconds)
-            self.notes = (f"recompute_solver='milp': {told}, at most {gap:.1%} of it more than the best choice",)
+            bound = f"at most {found.gap(taken.seconds):.1%} of it more than the best choice"
+            if math.isinf(found.bound_s):
+                bound = "and no choice was foreseen to hold so little"
+            self.notes = (f"recompute_solver='milp': what runs again takes {1e3 * taken.seconds:.3g} ms, {bound}",)
         return taken
 
     def _most_bytes(self, level: float) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from typing import Any
 from unittest import mock
@@ -17,6 +18,7 @@ from tests.reference import world
 from tests.test_planner import ROWS, Stack, least_bytes, planned, rows
 from zgraph import captures
 from zgraph.budget import Budget, free_bytes
+from zgraph.config import ARGUMENTS, Config
 from zgraph.errors import BudgetError, OptionError, RankError
 from zgraph.planner import open_search
 
@@ -314,3 +316,11 @@ def test_memory_that_is_given_on_one_rank_is_what_the_ranks_disagree_on(ranks: R
 
 def test_more_memory_than_any_machine_has_is_ample(ranks: Ranks) -> None:
     ranks.run(given_on, (0, 1))
+
+
+def test_what_a_misspelt_option_may_have_meant_both_compile_and_plan_take() -> None:
+    for function in (zgraph.compile, zgraph.plan):
+        assert set(ARGUMENTS) <= inspect.signature(function).parameters.keys()
+    with pytest.raises(OptionError) as raised:
+        Config.from_options({"memory": "1GiB"})
+    assert "'memory'" not in str(raised.value.fix)

@@ -355,6 +355,7 @@ def test_an_operator_of_no_family_is_named() -> None:
         ({"shard_size": 2, "zero": 0}, OptionError, "divides nothing"),
         ({"nonsense": 4}, OptionError, "unknown option 'nonsense'"),
         ({"memroy": 4}, OptionError, "did you mean 'memory'?"),
+        ({"passes": ()}, OptionError, "unknown option 'passes'"),
         ({"hardware": None}, OptionError, "hardware is a NoneType"),
         ({"precision": "fp16", "loss_scale": "dynamic"}, OptionError, "loss_scale='dynamic'"),
         ({"memory": "8 zettabytes"}, OptionError, "TiB"),

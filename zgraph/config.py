@@ -54,8 +54,8 @@ RECOMPUTE = ("blocks", "operators")
 """What ``recompute`` may be besides a number and a list of modules."""
 
 
-ARGUMENTS = ("memory", "loss", "weight", "metrics", "passes", "plan", "progress")
-"""What ``zgraph.compile`` takes by name besides options."""
+ARGUMENTS = ("loss", "memory", "metrics", "weight")
+"""What ``zgraph.compile`` and ``zgraph.plan`` both take by name besides options."""
 
 _TINY = 2.0**-100
 """A loss scale that is far enough from what float32 has no normal numbers for."""
@@ -375,7 +375,7 @@ class Config:
         known = [field.name for field in fields(cls)]
         for name in options:
             if name not in known:
-                known += ARGUMENTS
+                known += [each for each in ARGUMENTS if each != name]  # which not every function takes
                 near = difflib.get_close_matches(name, known, n=1)
                 raise OptionError(
                     f"unknown option {name!r}",

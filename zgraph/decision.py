@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from zgraph.choices import ACCUMULATE, CHAINED, OFFLOAD, SEARCHED, offloads, searched
@@ -156,14 +157,18 @@ class _WaysOut:
             return
         fixed, is_short = self._fixed(*CHAINED), False
         ways = [what for what in offloads(self._search.tier)[1:] if "gradients" not in what or fixed[ACCUMULATE] > 1]
-        if self._search.tier == "disk":  # which has room for all
-            most = self._search.beside(fixed={**fixed, OFFLOAD: ways[-1]})
-            if most.within(self._budget, estimated=True) is None:
-                return
-        for what in ways:
+
+        @cache
+        def search_of(index: int) -> Search:
+            return self._search.beside(fixed={**fixed, OFFLOAD: ways[index]})
+
+        has_room = self._search.tier == "disk"  # for all
+        if has_room and search_of(len(ways) - 1).within(self._budget, estimated=True) is None:
+            return
+        for index, what in enumerate(ways):
             if self._search.tier == "host" and uses_disk(what) and not is_short:
                 continue  # the host has room for all that could go to a disk
-            search = self._search.beside(fixed={**fixed, OFFLOAD: what})
+            search = search_of(index)
             if (fits := search.within(self._budget, estimated=True)) is not None:
                 yield from self._way(f"{OFFLOAD}={what!r}", fits)
                 return

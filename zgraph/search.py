@@ -172,8 +172,6 @@ class Search:
             budget: bytes that a rank may take.
             estimated: take it on its estimate, without working it out in full; whether any fits is asked first.
         """
-        if estimated and not self._seems_to_fit(self._least_of_all(), budget):
-            return None
         tie = count()
         waiting = {choice: len(choice.milder) for choice in self.members}
         known = dict.fromkeys(self.members, 0.0)  # seconds that it takes at least
@@ -185,8 +183,12 @@ class Search:
         for choice in self.members:
             if not choice.milder:
                 put(0.0, 0, choice, None)
-        known_before, some_fits = len(self.tried), estimated
+        enough, some_fits = len(self.tried) + (0 if estimated else _PATIENCE), False
         while queue:
+            if not some_fits and len(self.tried) >= enough:
+                if not self._seems_to_fit(self._least_of_all(), budget):
+                    return None
+                some_fits = True
             seconds, *_, choice, tried = heapq.heappop(queue)
             if tried is not None:
                 last = tried if estimated else self.exact(choice)
@@ -198,10 +200,6 @@ class Search:
                 if self._seems_to_fit(tried, budget):
                     some_fits = True
                     put(tried.estimate.step_s, tried.estimate.peak_bytes, choice, tried)
-            if not some_fits and len(self.tried) >= known_before + _PATIENCE:
-                if not self._seems_to_fit(self._least_of_all(), budget):
-                    return None
-                some_fits = True
             for later in self._more_milder[choice]:
                 known[later] = max(known[later], seconds)
                 waiting[later] -= 1
