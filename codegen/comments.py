@@ -16,7 +16,7 @@ from zgraph import ops
 from zgraph.hardware import LOWER_TIERS
 from zgraph.layout import Bucket
 from zgraph.program import Phase, Program, describe, operand
-from zgraph.timeline import COMPUTE, INWARD, TRANSFER_LANES, lane_of
+from zgraph.timeline import COMPUTE, INWARD, PROCESSORS, TRANSFER_LANES, lane_of
 
 
 def header(program: Program, names: Mapping[fx.Node, str]) -> Iterator[str]:
@@ -48,6 +48,8 @@ def _parameters(bucket: Bucket) -> str:
 
 def _uses(program: Program, lane: str, count: int) -> str:
     plural = "" if count == 1 else "s"
+    if lane == PROCESSORS:
+        return f"{count} update{plural}"
     if lane not in TRANSFER_LANES:
         return f"{count} collective{plural} between {program.mesh.axes[lane]} ranks"
     return f"{count} {'read' if lane in INWARD.values() else 'write'}{plural}"

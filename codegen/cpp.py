@@ -116,8 +116,11 @@ class CppWriter(Writer):
         return f"__builtin_{name}{'f' if self.computing == torch.float32 else ''}"
 
 
-def compile_kernel(kernel: Kernel) -> Callable[..., list[Any]]:
+def compile_kernel(kernel: Kernel, num_threads: Callable[[], int] = torch.get_num_threads) -> Callable[..., list[Any]]:
     """A function of the kernel's inputs that runs it, and gives its results.
+
+    Args:
+        num_threads: how many threads a run has.
 
     Raises:
         OptionError: it cannot be compiled.
@@ -127,10 +130,10 @@ def compile_kernel(kernel: Kernel) -> Callable[..., list[Any]]:
     function = getattr(load(text), name)
     function.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.POINTER(_ADDRESS), ctypes.POINTER(ctypes.c_double)]
     function.restype = None
-    return partial(_run, kernel, function)
+    return partial(_run, kernel, function, num_threads)
 
 
-def _run(kernel: Kernel, function: Any, *inputs: Any) -> list[torch.Tensor]:
+def _run(kernel: Kernel, function: Any, num_threads: Callable[[], int], *inputs: Any) -> list[torch.Tensor]:
     # What has gaps is copied; state, which is written over, has none.
     given = [value.contiguous() if isinstance(value, torch.Tensor) and value.dim() else value for value in inputs]
     vectors = [value for value in given if isinstance(value, torch.Tensor) and value.dim()]
@@ -139,7 +142,7 @@ def _run(kernel: Kernel, function: Any, *inputs: Any) -> list[torch.Tensor]:
     addresses = [vector.data_ptr() for vector in (*vectors, *made)]
     function(
         len(vectors[0]),
-        torch.get_num_threads(),
+        num_threads(),
         (_ADDRESS * len(addresses))(*addresses),
         (ctypes.c_double * len(numbers))(*numbers),
     )

@@ -113,7 +113,7 @@ def _offload(config: Config, hardware: Hardware | None) -> tuple[Pass, ...]:
             f"offload={config.offload!r} is chosen by a budget, and none was given", fix="say what lies where, or None"
         )
     state = tuple((what, tier) for what, tier in sorted(config.offload.items()) if what != "activations")
-    passes: tuple[Pass, ...] = (Offload(state, hardware, config.load_ahead),) if state else ()
+    passes: tuple[Pass, ...] = (Offload(state, hardware, config.load_ahead, config.host_updates),) if state else ()
     if "activations" not in config.offload:
         return passes
     tier, waits = activations_on(config.offload)

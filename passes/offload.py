@@ -11,12 +11,14 @@ from itertools import accumulate, pairwise
 from torch import fx
 
 from zgraph import ops
+from zgraph.codegen.host_kernel import HostKernel
 from zgraph.cost import Costs
 from zgraph.errors import OptionError
 from zgraph.hardware import Hardware
 from zgraph.layout import Away
 from zgraph.liveness import held_bytes, lifetimes
 from zgraph.passes.copies import Copies, erase_unread, readers_of
+from zgraph.passes.host_updates import update_on_host
 from zgraph.pipeline import Pass
 from zgraph.program import Origin, Phase, Program, Role, Stage, operand
 
@@ -54,16 +56,21 @@ class Offload(Pass):
     Where it is told to, optimizer state on the host comes further ahead than one bucket, and goes later, as far as no
     more is live at the peak: buckets are of unlike sizes, and the link is not to rest while one of them comes or goes.
 
+    Or it does not come at all, nor parameters for their update: the host's processors update both where they lie
+    (``zgraph.passes.host_updates``; ZeRO-Offload, Ren et al., 2021, section 4).
+
     Args:
         what: any of ``"optimizer"``, ``"parameters"`` and ``"gradients"``, their sums over micro-batches; each with
             the tier that it lies on, ``"host"`` or ``"disk"``.
         hardware: the machine, as each rank finds it; all ranks are given the same.
         far: whether optimizer state comes further ahead.
+        host_updates: whether the host's processors make the updates that they can.
     """
 
     what: tuple[tuple[str, str], ...] = (("optimizer", "disk"),)
     hardware: Hardware | None = field(default=None, repr=False)
     far: bool = False
+    host_updates: bool = False
 
     takes = gives = Stage.INPLACE
 
@@ -76,6 +83,8 @@ class Offload(Pass):
             moved = [bucket.name for bucket in layout.buckets if bucket.trainable or what == "parameters"]
             away.append(Away(what, tier, tuple(moved)))
         program.layout = replace(layout, away=tuple(away))
+        if self.host_updates:
+            self._update_on_host(program)
         if program.layout.on_tiers("parameters"):
             _wait_before_others_come(program)
         for role in (Role.PARAM, Role.GRADIENT, Role.OPT_STATE):
@@ -84,6 +93,13 @@ class Offload(Pass):
             if stays:
                 is_far = self.far and role is Role.OPT_STATE and all(each.tier == "host" for each in stays)
                 self._stream(program, stays, order, is_far)
+
+    def _update_on_host(self, program: Program) -> None:
+        num = update_on_host(program)
+        assert program.layout is not None
+        updated = sum(bucket.trainable for bucket in program.layout.buckets)
+        if any(what is not None and what.role is Role.OPT_STATE for what in program.outputs):
+            program.notes += (f"the host's processors update {num} of {updated} buckets",)
 
     def _stream(self, program: Program, stays: list[_Stay], order: Mapping[fx.Node, int], is_far: bool) -> None:
         """Let each come before it is used, and go behind."""
@@ -272,7 +288,7 @@ def _of_parameters(program: Program, order: Mapping[fx.Node, int]) -> list[_Stay
     results = dict(zip(program.outputs, program.results(), strict=True))
     flats = {node: program.tier_of(node) for node, what in program.placeholders() if what.role is Role.PARAM}
     tiers = {flat: tier for flat, tier in flats.items() if tier is not None}
-    uses = {flat: sorted(readers_of(flat), key=order.__getitem__) for flat in tiers}
+    uses = {flat: sorted(filter(_in_memory, readers_of(flat)), key=order.__getitem__) for flat in tiers}
     kept: dict[fx.Node, list[fx.Node]] = {}
     found: list[tuple[fx.Node, list[fx.Node], fx.Node | None]] = []
     before: fx.Node | None = None  # where the last bucket but this one came into use
@@ -294,7 +310,8 @@ def _of_parameters(program: Program, order: Mapping[fx.Node, int]) -> list[_Stay
     for flat, readers, ahead in found:
         what = flat.meta["input"]
         new = results.get(what, flat)
-        written = {flat: new} if new is not flat and latest[flat] is readers else {}
+        comes_back = new is not flat and program.tier_of(new) is None
+        written = {flat: new} if comes_back and latest[flat] is readers else {}
         stays.append(_Stay(tiers[flat], what.name, {flat: readers}, written, order, ahead))
     return stays
 
@@ -309,12 +326,17 @@ def _of_state(role: Role, program: Program, order: Mapping[fx.Node, int]) -> lis
             states.setdefault((tier, what.name), []).append(node)
     stays = []
     for (tier, bucket), inputs in states.items():
-        users = {node: [user for user in node.users if user.op == "call_function"] for node in inputs}
+        users = {node: [user for user in node.users if _in_memory(user)] for node in inputs}
         new = {node: results.get(node.meta["input"], node) for node in inputs}
-        written = {node: result for node, result in new.items() if result is not node}
+        written = {node: result for node, result in new.items() if program.tier_of(result) is None}
         if written or any(users.values()):
             stays.append(_Stay(tier, bucket, {node: mine for node, mine in users.items() if mine}, written, order))
     return sorted(stays, key=lambda stay: order[stay.first])
+
+
+def _in_memory(user: fx.Node) -> bool:
+    """Whether a call reads what it is given in memory, and not where it lies."""
+    return user.op == "call_function" and not isinstance(user.target, HostKernel)
 
 
 def _wait_before_others_come(program: Program) -> None:

@@ -50,5 +50,6 @@ def _run(cpu: bool, ranks: int, slower: float) -> Run:
         collectives={kind: line(1e9, 2**12, 2**26) for kind in collectives},
         loops={"operations": line(2e10, 2**12, 2**20), "functions": line(1e9, 2**12, 2**20)} if cpu else {},
         host_link={} if cpu else {"pinned": line(2e10, 2**12, 2**26), "pageable": line(1e10, 2**12, 2**26)},
+        host_memory=[] if cpu or ranks > 1 else line(6e10, 2**24, 2**28),
         disk={"read": line(2e9, 2**12, 2**26), "write": line(1e9, 2**12, 2**26)} if ranks == 1 else {},
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -100,14 +101,21 @@ def assert_state_is_the_users(model: Any, optimizer: Any, plain: Any, saved: Map
         assert torch.equal(model(X), in_memory(X))
 
 
-def fail_and_go_on(offload: Mapping[str, str], failed: Callable[[], None] = lambda: None, **options: Any) -> None:
+def fail_and_go_on(
+    offload: Mapping[str, str],
+    failed: Callable[[], None] = lambda: None,
+    how: Mapping[str, Any] = MappingProxyType({}),
+    **options: Any,
+) -> None:
     """A step that fails in its middle, with and without what lies elsewhere, and then those that do not.
 
     Args:
         failed: looks on, behind the step that has failed.
+        how: options beside ``offload``.
+        options: of both.
     """
     models = []
-    for given in ({}, {"offload": offload}):
+    for given in ({}, {"offload": offload, **how}):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Embedding(5, 40), nn.Linear(40, 40))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -260,6 +260,28 @@ def test_what_lies_on_the_host_trains_bit_for_bit_as_on_the_gpu(
     assert (spilled_bytes(model.program, "host") > 0) == ("activations" in offload)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"zero": 3}, {"accumulate": 2}, {"precision": "bf16", "clip_norm": 0.1}], ids=str
+)
+@pytest.mark.parametrize("gradients", [{}, {"gradients": "host"}], ids=str)
+def test_the_hosts_processors_update_as_the_gpu_does(gradients: dict[str, str], options: dict[str, Any]) -> None:
+    if gradients and "accumulate" not in options:
+        pytest.skip("without micro-batches there are no sums of gradients")
+    (model, optimizer), (plain, theirs) = (
+        compiled_layers(offload={**STATE, **gradients}, host_updates=True, **options),
+        compiled_layers(**options),
+    )
+    for batch in [torch.randn(2048, 512, device=GPU) for _ in range(6)]:
+        torch.testing.assert_close(model.train_step(batch), plain.train_step(batch))
+    on_host = [kernel.language for kernel in model.kernels() if kernel.name.endswith("on_host")]
+    assert len(on_host) >= len(model.program.layout.buckets)
+    assert set(on_host) == {"C++"}
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, plain.state_dict()[name])
+    for found, expected in zip(tensors_of(optimizer).values(), tensors_of(theirs).values(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("offload", [ON_DISK, {"optimizer": "host", "parameters": "disk"}], ids=str)
 def test_what_lies_on_a_disk_trains_bit_for_bit_as_on_the_gpu(offload: dict[str, str]) -> None:
     if "activations" in offload:

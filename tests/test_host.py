@@ -39,9 +39,19 @@ class Play:
         streams: of the device.
         tier: where ``stored`` lies; the host if None.
         one_at_a_time: what is on its way, either way, is not moved again before it has been waited for.
+        adds_up: the host's processors are given work, too.
     """
 
-    def __init__(self, seed: int, streams: Streams, tier: Tier | None = None, *, one_at_a_time: bool = False) -> None:
+    def __init__(
+        self,
+        seed: int,
+        streams: Streams,
+        tier: Tier | None = None,
+        *,
+        one_at_a_time: bool = False,
+        adds_up: bool = False,
+    ) -> None:
+        self.adds_up = adds_up
         self.random, self.streams, self.one_at_a_time = random.Random(seed), streams, one_at_a_time
         self.tier = Host(CPU, streams) if tier is None else tier
         self.tier.reserve(8 * PAGE)
@@ -76,6 +86,16 @@ class Play:
         self.moving[slot] = self.stored[index].store(self.slots[slot])
         self.kept[index], self.on_their_way[slot] = self.expected[slot], index
 
+    def add_up(self, index: int, other: int) -> None:
+        """Let the host's processors add one to another."""
+        assert isinstance(self.tier, Host)
+
+        def work(value: torch.Tensor, more: torch.Tensor) -> None:
+            value += more
+
+        self.tier.run(work, [self.stored[index], self.stored[other]], [self.stored[index]])
+        self.kept[index] += self.kept[other]
+
     def wait(self, slot: int) -> None:
         self.moving.pop(slot).wait()
         self.on_their_way.pop(slot)
@@ -87,12 +107,14 @@ class Play:
         if slot in self.moving:
             return self.wait(slot)
         free = [s for s in range(len(self.slots)) if s not in self.moving]
-        action = self.random.choice(["change", "load", "store"])
+        action = self.random.choice(["change", "load", "store", *(["add_up"] if self.adds_up else [])])
         if action == "change":
             sources = self.random.sample(free, min(len(free), 2))
             return self.change(slot, self.random.randrange(100), tuple(sources))
         if self.one_at_a_time and index in self.on_their_way.values():
             return None
+        if action == "add_up":
+            return self.add_up(index, (index + 1) % len(self.stored))
         return getattr(self, action)(slot, index)  # type: ignore[no-any-return]
 
     def is_right(self, num: int) -> bool:
@@ -113,6 +135,12 @@ class Play:
 @few_examples(150)
 def test_values_are_right_in_any_order_in_which_streams_go_on(program: int, order: int) -> None:
     assert Play(program, Streams(order, at_once=False)).is_right(60)
+
+
+@given(st.integers(0, 2**32), st.integers(0, 2**32))
+@few_examples(150)
+def test_values_are_right_whatever_the_hosts_processors_do_meanwhile(program: int, order: int) -> None:
+    assert Play(program, Streams(order, at_once=False), adds_up=True).is_right(60)
 
 
 class Forgetful(Streams):
@@ -142,6 +170,18 @@ class Hasty(Streams):
 @pytest.mark.parametrize("which", [(Way.IN, 0), (Way.OUT, 0), (Way.IN, 1), (Way.OUT, 1)], ids=str)
 def test_without_any_of_the_events_some_order_is_wrong(which: tuple[Way, int]) -> None:
     assert not all(Play(seed, Forgetful(seed, which)).is_right(60) for seed in range(60))
+
+
+@pytest.mark.parametrize("forgotten", ["settle", "events"])
+def test_where_the_processors_do_not_wait_or_are_not_waited_for_some_order_is_wrong(
+    forgotten: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patches = {
+        "settle": lambda: monkeypatch.setattr(on_host.HostTensor, "_settle", lambda _: None),
+        "events": lambda: monkeypatch.setattr(Streams, "wait", lambda *_: None),
+    }
+    patches[forgotten]()
+    assert not all(Play(seed, Streams(seed, at_once=False), adds_up=True).is_right(60) for seed in range(60))
 
 
 def test_without_waiting_some_order_is_wrong() -> None:
@@ -279,3 +319,23 @@ def test_pages_are_locked_for_all_devices_and_let_go_when_copies_are_done(
     with pytest.raises(RuntimeError, match="cudaHostRegister gave error 2"):
         streams.pin(memory)
     assert seen, "what CUDA remembers of the error is told to nobody else"
+
+
+def test_what_the_processors_fail_at_is_told_to_whoever_needs_it() -> None:
+    host = Host(CPU, Streams())
+    host.reserve(2 * PAGE)
+    one, two = tensors(host, 5, 5)
+    one.write(torch.arange(5))
+    two.write(torch.arange(5))
+
+    def fail(_: torch.Tensor) -> None:
+        raise ArithmeticError("no")
+
+    host.run(fail, [one], [one])
+    host.finish()
+    for _ in range(2):
+        with pytest.raises(ArithmeticError, match="no"):
+            one.load()
+        with pytest.raises(ArithmeticError, match="no"):
+            one.store(torch.arange(5))
+    assert two.read().tolist() == [0, 1, 2, 3, 4]

@@ -21,6 +21,7 @@ from tests.test_offload_activations import X as ROWS
 from tests.test_offload_activations import compiled, losses, stack
 from tests.test_offload_training import assert_bitwise, train
 from zgraph import host, ops
+from zgraph.codegen.host_kernel import HostKernel
 from zgraph.config import WAITED_FOR
 from zgraph.errors import HostError
 from zgraph.footprint import spilled_bytes, state_on
@@ -101,6 +102,42 @@ def test_state_that_is_loaded_ahead_trains_bit_for_bit_as_on_the_device(
     assert ahead != one_ahead
 
 
+THERE: dict[str, dict[str, Any]] = {
+    "alone": {},
+    "added up on the device": {"accumulate": 2, "clip_norm": 0.1},
+    "added up there": {"accumulate": 2, "offload": SUMS_TOO},
+    "averaged": {"ema": 0.9, "precision": "bf16"},
+    "in slices": {"kernels": "eager", "clip_value": 0.01},
+    "with activations": {"offload": {**EVERYTHING, **SPILLED}},
+    "packed": {"state_precision": "int8"},
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "seed"),
+    [
+        ("alone", None),
+        ("alone", 1),
+        ("added up there", 2),
+        *(pytest.param(each, 3, marks=pytest.mark.slow) for each in THERE),
+    ],
+)
+def test_updates_on_the_host_train_bit_for_bit_as_on_the_device(
+    on_streams: Use, options: str, seed: int | None
+) -> None:
+    on_streams(seed)
+    given = {"offload": EVERYTHING, **THERE[options]}
+    found = train("gpt_tied", "adamw", host_updates=True, **given)
+    assert_bitwise(found, train("gpt_tied", "adamw", **{**given, "offload": None}))
+    last = found[3].program
+    on_host = [node for node in last.graph.nodes if isinstance(node.target, HostKernel)]
+    num = 0 if options == "packed" else len(last.layout.buckets)
+    assert len(on_host) == num
+    assert f"the host's processors update {num} of {len(last.layout.buckets)} buckets" in found[3].plan.notes
+    assert ("# starts on host processors" in found[3].source) == (num > 0)
+    assert sum(kernel.name.endswith("_on_host") for kernel in found[3].kernels()) == num
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "accumulated": {"accumulate": 2, "clip_norm": 0.1, "offload": SUMS_TOO},
     "packed": {"state_precision": "int8"},
@@ -139,11 +176,12 @@ def test_activations_train_bit_for_bit_as_on_the_device(
     assert any("on the host" in note for note in model.plan.notes)
 
 
+@pytest.mark.parametrize("updates", [False, True])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_state_stays_the_users(on_streams: Use, seed: int | None) -> None:
+def test_state_stays_the_users(on_streams: Use, seed: int | None, updates: bool) -> None:
     """Save, load, copy, load what was saved on the device, and be evaluated."""
     on_streams(seed)
-    (model, optimizer), (plain, theirs) = small(offload=EVERYTHING), small()
+    (model, optimizer), (plain, theirs) = small(offload=EVERYTHING, host_updates=updates), small()
     for _ in range(2):
         assert torch.equal(model.train_step(X), plain.train_step(X))
     assert all(param.is_meta for param in model.parameters())
@@ -157,13 +195,14 @@ def test_state_stays_the_users(on_streams: Use, seed: int | None) -> None:
         assert torch.equal(one, other)
 
 
-def test_a_step_that_fails_leaves_nothing_in_flight(on_streams: Use) -> None:
+@pytest.mark.parametrize("updates", [False, True])
+def test_a_step_that_fails_leaves_nothing_in_flight(on_streams: Use, updates: bool) -> None:
     made = on_streams(None)
 
     def failed() -> None:
         assert not any(made[-1]._queues.values())
 
-    fail_and_go_on(EVERYTHING, failed)
+    fail_and_go_on(EVERYTHING, failed, {"host_updates": updates})
 
 
 def test_what_has_no_room_on_the_host_is_refused_before_anything_changes(

@@ -150,7 +150,7 @@ def planned(**options: Any) -> zgraph.Plan:
 
 
 def test_a_plan_for_a_gpu_says_what_lies_on_the_host() -> None:
-    before, plan = planned(), planned(offload=ON_HOST)
+    before, plan = planned(), planned(offload=ON_HOST, host_updates=False)
     state = 3 * 8 * 4 * (64 * 64 + 64)
     (note,) = plan.notes
     assert note.startswith("390 KiB of each rank's parameters and optimizer state lie on the host; a step reads 487.8")
@@ -194,7 +194,7 @@ def chosen(memory: int, host_bytes: float = 2**40, world: int = 1, rows: int = 4
 
 def test_what_a_budget_has_no_room_for_goes_to_the_host_state_first() -> None:
     budget, found = 2**40, []
-    while (plan := chosen(budget, offload="auto")).fits:
+    while (plan := chosen(budget, offload="auto", host_updates=False)).fits:
         found.append(plan)
         budget = plan.chosen.reserved_bytes - 1
     assert [plan.options.get("offload") for plan in found if "activations" not in plan.options.get("offload", {})] == [
@@ -235,12 +235,13 @@ def test_where_it_would_help_a_refusal_says_so() -> None:
 
 
 def test_a_disk_has_what_the_host_has_no_room_for() -> None:
-    everything = chosen(1, offload="auto", offload_path="/var/tmp")
+    given = {"offload": "auto", "host_updates": False}
+    everything = chosen(1, **given, offload_path="/var/tmp")
     assert everything.options["offload"]["optimizer"] == "host"
     assert "offload_path" not in everything.options
-    less = chosen(1, everything.chosen.host_bytes - 1, offload="auto", offload_path="/var/tmp")
+    less = chosen(1, everything.chosen.host_bytes - 1, **given, offload_path="/var/tmp")
     assert less.options["offload"] == {**everything.options["offload"], "optimizer": "disk"}
     assert less.options["offload_path"] == "/var/tmp"
-    none = chosen(1, less.chosen.host_bytes - 1, offload="auto")
+    none = chosen(1, less.chosen.host_bytes - 1, **given)
     assert none.options["offload"] == {**less.options["offload"], "parameters": "disk"}
     assert everything.chosen.step_s < less.chosen.step_s < none.chosen.step_s

@@ -228,6 +228,7 @@ def _pass(bench: _Bench, directory: Path) -> Run:
         "collectives": lambda: _collectives(bench, comm),
         "loops": lambda: _loops(bench),
         "host_link": lambda: _host_link(bench),
+        "host_memory": lambda: _host_memory() if bench.device.type != "cpu" and bench.ranks == 1 else [],
         "disk": lambda: _disk(directory) if bench.ranks == 1 else {},
     }
     found: dict[str, Any] = {}
@@ -574,6 +575,25 @@ def _host_link(bench: _Bench) -> dict[str, list[list[float]]]:
                 samples.append((time.perf_counter() - start) / 2)
             rows.append([size, statistics.median(samples)])
         found[name] = rows
+    return found
+
+
+def _host_memory() -> list[list[float]]:
+    """Bytes and seconds of adding two tensors on all cores of the host."""
+    found: list[list[float]] = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(available_cores())
+    try:
+        for size in (4 * MIB, 64 * MIB):
+            one, two, three = (torch.ones(size // 4) for _ in range(3))
+            samples = []
+            for _ in range(5):
+                start = time.perf_counter()
+                torch.add(one, two, out=three)
+                samples.append(time.perf_counter() - start)
+            found.append([3 * size, statistics.median(samples)])
+    finally:
+        torch.set_num_threads(threads)
     return found
 
 

@@ -48,6 +48,7 @@ class Run:
             nothing on a GPU, and where there is no compiler.
         reads_peers: whether ranks read each other's memory for them.
         host_link: bytes, by ``"pinned"`` and ``"pageable"``; nothing on a CPU.
+        host_memory: bytes that all processors of the host read and write of its memory; nothing on a CPU.
         disk: bytes, by ``"read"`` and ``"write"``; in the run of one rank only.
     """
 
@@ -64,6 +65,7 @@ class Run:
     reads_peers: bool = False
     loops: dict[str, Rows] = field(default_factory=dict)
     host_link: dict[str, Rows] = field(default_factory=dict)
+    host_memory: Rows = field(default_factory=list)
     disk: dict[str, Rows] = field(default_factory=dict)
 
 
@@ -111,7 +113,7 @@ class Calibration:
         """The machine as one rank finds it, and on a CPU with ``variants`` for the other numbers of ranks."""
         several = self.runs[max(self.runs)]
         first = self.runs[min(self.runs)]
-        found = {ranks: self._of_run(run, several, first.disk) for ranks, run in self.runs.items()}
+        found = {ranks: self._of_run(run, several, first) for ranks, run in self.runs.items()}
         if self.device_type == "cpu":  # ranks share the memory
             found = {n: replace(one, memory_bytes=one.memory_bytes // n) for n, one in found.items()}
         alone = found[min(found)]
@@ -125,7 +127,7 @@ class Calibration:
         launch_s = min(run.launch_s, *(row[-1] for row in rows)) if self.device_type == "cpu" else 0.0
         return [(size, max(seconds - launch_s, seconds / 20)) for size, seconds in rows]
 
-    def _of_run(self, run: Run, several: Run, disk: Mapping[str, Rows]) -> Hardware:
+    def _of_run(self, run: Run, several: Run, first: Run) -> Hardware:
         assumed = self._assumed()
         best = {name: max(2 * b * m * n * k / s for b, m, n, k, s in rows) for name, rows in run.matmul.items()}
         collectives: dict[str, Collective | MeasuredCollective] = dict(assumed.collectives)
@@ -149,6 +151,7 @@ class Calibration:
             devices_per_node=self.devices,
             launch_s=run.launch_s,
             host_memory_bytes=self.host_memory_bytes,
+            host_bandwidth=_line(first.host_memory)[0] if first.host_memory else assumed.host_bandwidth,
             peak_flops=best,
             vector_flops={name: _rate(rows) for name, rows in run.vector.items()},
             matmuls={name: self._matmul(name, rows, launch_s) for name, rows in run.matmul.items()},
@@ -164,7 +167,7 @@ class Calibration:
             host_link=HostLink(link["pinned"][0], link["pageable"][0], link["pinned"][1])
             if link
             else assumed.host_link,
-            disk=Disk(_line(disk["read"])[0], _line(disk["write"])[0], _line(disk["read"])[1]),
+            disk=Disk(_line(first.disk["read"])[0], _line(first.disk["write"])[0], _line(first.disk["read"])[1]),
             sources=f"zgraph calibrate on {self.device} with torch {self.torch}",
         )
 
@@ -355,6 +358,7 @@ def _run(data: Any, where: str) -> Run:
         reads_peers=_boolean(run["reads_peers"], f"{where}.reads_peers"),
         loops=tables("loops") if "loops" in run else {},  # not measured before
         host_link=tables("host_link"),
+        host_memory=rows("host_memory") if run.get("host_memory") else [],  # likewise
         disk=tables("disk"),
     )
 

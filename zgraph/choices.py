@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from zgraph.config import BY_COST, WAITED_FOR, Config, may_load_ahead, uses_disk
+from zgraph.config import BY_COST, WAITED_FOR, Config, may_load_ahead, may_update_on_host, uses_disk
 from zgraph.errors import OptionError
 
 ACCUMULATE = "accumulate"
@@ -97,8 +97,9 @@ VARIED: dict[str, Variation] = {
     "tile_bytes": Variation((TILE_BYTES,), _gathers),
     "keep_gathered": Variation((True,), lambda config: _gathers(config) and config.accumulate > 1, {"zero": 2}),
     "load_ahead": Variation((True,), may_load_ahead),
+    "host_updates": Variation((True,), may_update_on_host),
 }
-ON_ANY_RANK = ("load_ahead",)
+ON_ANY_RANK = ("host_updates", "load_ahead")
 """Those that matter on a single rank, too."""
 
 STORED = ("zero", "shard_size", "bucket_bytes", OFFLOAD)

@@ -156,8 +156,9 @@ class CompiledModule(nn.Module):
 
         Returns:
             ``param_bytes``, ``optimizer_state_bytes``, ``buffer_bytes``; ``disk_bytes`` of parameters and optimizer
-            state that lie on a disk instead, ``spilled_bytes`` that activations have there, and ``disk_read_bytes`` and
-            ``disk_written_bytes`` of the last step; ``host_bytes`` and so on likewise of the host beside a GPU;
+            state that lie on a disk instead, ``spilled_bytes`` that activations have there, and gradients with
+            ``host_updates``, and ``disk_read_bytes`` and ``disk_written_bytes`` of the last step; ``host_bytes`` and so
+            on likewise of the host beside a GPU;
             ``arena_bytes`` that temporaries of all steps share on a CPU, and ``copied_bytes`` that the last step copied
             to put gradients side by side, as they could not be made there; ``collectives`` of the last step:
             operation -> ``count`` and ``bytes`` received or, for all_reduce, received and sent; ``num_nodes``,

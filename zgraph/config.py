@@ -148,11 +148,25 @@ def _check_offload(config: Config) -> None:
         raise OptionError("offload_path without offload", fix=fix)
     if path is not None and isinstance(given, dict) and not uses_disk(given):
         raise OptionError(f"offload_path, and with offload={given!r} nothing lies on a disk", fix="leave it out")
+    if config.host_updates and given != BY_COST and not may_update_on_host(config):
+        raise OptionError(
+            f"host_updates with offload={given!r}: it is for parameters and optimizer state on the host, and nothing "
+            "on a disk",
+            fix="say offload={'parameters': 'host', 'optimizer': 'host'}, or leave it out",
+        )
     if config.load_ahead and given != BY_COST and not may_load_ahead(config):
         raise OptionError(
             f"load_ahead with offload={given!r}: it is for optimizer state on the host, where no activations go there",
             fix="say offload={'optimizer': 'host'}, or leave it out",
         )
+
+
+def may_update_on_host(config: Config) -> bool:
+    """Whether parameters and all that is theirs may lie on the host, and what is spilled as well."""
+    given = config.offload
+    if not isinstance(given, dict) or uses_disk(given):
+        return False
+    return given.get("optimizer") == given.get("parameters") == "host"
 
 
 def uses_disk(offload: Mapping[str, str] | str | None) -> bool:
@@ -305,6 +319,10 @@ class Config:
         load_ahead: load optimizer state that lies on the host as far ahead of its update as adds nothing to what is
             live at the peak, and wait for its way back as late, instead of one bucket ahead. The link rests less;
             PyTorch's allocator may take more, as buckets of unlike sizes come and go in another order.
+        host_updates: let the processors of a GPU's host update parameters that lie on the host with all their state,
+            where they lie: a gradient goes there, and nothing comes but parameters for forward and backward. That takes
+            as many bytes more of the host as gradients have. What is not elementwise is updated on the GPU in any case.
+            Rounding may differ from a GPU's in the last bit.
         memory_first: compute in another order where that lowers the peak (``zgraph.passes.OrderByMemory``): values are
             made later, or read for the last time earlier, as what depends on what allows. Results stay the same, bit
             for bit. By default a step computes in the order of the model and of autograd.
@@ -356,6 +374,7 @@ class Config:
     offload: dict[str, str] | str | None = field(default=None, hash=False)
     offload_path: str | None = None
     load_ahead: bool = False
+    host_updates: bool = False
     memory_first: bool = False
     clip_norm: float | None = None
     clip_value: float | None = None
@@ -497,7 +516,14 @@ class Config:
                 "clip_norm and clip_value are both given", fix="choose one: clipping twice is not what either says"
             )
         check_numbers(config.numbers(), config)
-        for name in ("check_collectives", "check_memory", "keep_gathered", "load_ahead", "memory_first"):
+        for name in (
+            "check_collectives",
+            "check_memory",
+            "host_updates",
+            "keep_gathered",
+            "load_ahead",
+            "memory_first",
+        ):
             if not isinstance(getattr(config, name), bool):
                 raise OptionError(f"{name}={getattr(config, name)!r} is not a bool", fix="give True or False")
         if config.keep_gathered and (config.zero < 3 or config.accumulate == 1):

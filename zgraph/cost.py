@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from zgraph import ops
+from zgraph.codegen.host_kernel import HostKernel
 from zgraph.codegen.kernel import SLICES, Kernel, slice_on
 from zgraph.codegen.region import Region
 from zgraph.curves import maximum, minimum
@@ -23,7 +24,7 @@ from zgraph.hardware import Hardware
 from zgraph.into import into
 from zgraph.placement import Place
 from zgraph.program import REPLICA, Mesh, Program
-from zgraph.work import ATTENTION, DISK, FREE, HOST, LINK, LOOKUP, MATRIX, NOTHING, Size, Work, works
+from zgraph.work import ATTENTION, DISK, FREE, HOST, LINK, LOOKUP, MATRIX, NOTHING, PROCESSORS, Size, Work, works
 
 _AS_FAST_AS = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
 _COUNTED = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
@@ -106,6 +107,8 @@ class Costs:
 
     def _started(self, node: fx.Node) -> dict[str, Any]:
         """How a kernel is started: once where it is compiled, and otherwise operator by operator and slice by slice."""
+        if isinstance(node.target, HostKernel):
+            return {}
         if isinstance(node.target, Kernel) and node.target.language(self._hardware.device_type) != SLICES:
             return {"num_operators": 1, "sliced_numel": 0}
         return {"slice_numel": slice_on(self._hardware.device_type)}
@@ -158,6 +161,8 @@ def _alone(work: Work, hardware: Hardware) -> Size:
     if work.unit in (HOST, DISK):
         way = (work.unit, "device") if work.family == "load" else ("device", work.unit)
         return hardware.transfer_s(*way, work.num_bytes)
+    if work.unit == PROCESSORS:
+        return hardware.host_s(work.num_bytes)
     if work.unit == LOOKUP:
         return hardware.gather_s(work.num_bytes)
     dtype = rate_of(work.dtype)

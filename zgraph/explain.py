@@ -14,7 +14,7 @@ from typing import Any
 
 from zgraph.config import Config
 from zgraph.errors import OptionError
-from zgraph.hardware import LOWER_TIERS, MOVERS
+from zgraph.hardware import LOWER_TIERS, MOVERS, UPDATER
 from zgraph.plans import NO_WAY_OUT, Owner, Plan, show_bytes, show_options, show_s
 from zgraph.report import Report
 from zgraph.report.runs import unrolled
@@ -32,6 +32,7 @@ _LIMITS = {
     "the host": "The host, which issues calls, limits it",
     "the link to the host": "The link to the host limits it",
     "the disk": "The disk limits it",
+    UPDATER: "The host's processors, which update parameters, limit it",
 }
 
 

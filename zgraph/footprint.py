@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from zgraph import ops, scratch
+from zgraph.codegen.host_kernel import HostKernel
 from zgraph.codegen.region import Region
 from zgraph.fusion import Fusion
 from zgraph.hardware import Hardware
@@ -195,7 +196,7 @@ def _away(program: Program) -> Iterator[tuple[str, Holding]]:
         reads = [at[end] for wait in node.users for load in wait.users for end in (load, *load.users)]
         made, num_bytes = operand(node), node.meta["val"].nbytes
         origin: Origin = made.meta["origin"]
-        kept = Holding(_maker(made), Kind.ACTIVATIONS, num_bytes, at[node], max(reads), origin.module, origin.source)
+        kept = Holding(_maker(made), spilled_kind(node), num_bytes, at[node], max(reads), origin.module, origin.source)
         yield ops.tier_of(node), kept
 
 
@@ -220,6 +221,12 @@ def spilled_bytes(program: Program, tier: str | None = None) -> int:
     """Bytes that a run of a program keeps for a while on a lower tier; on all of them if None."""
     spills = program.graph.find_nodes(op="call_function", target=ops.spill)
     return sum(node.meta["val"].nbytes for node in spills if tier in (None, ops.tier_of(node)))
+
+
+def spilled_kind(spill: fx.Node) -> Kind:
+    """What is spilled: gradients, and what goes with them, are read there by the host's processors."""
+    is_read_there = any(isinstance(user.target, HostKernel) for wait in spill.users for user in wait.users)
+    return Kind.GRADIENTS if is_read_there else Kind.ACTIVATIONS
 
 
 def with_state(found: Footprint, last: Footprint) -> Footprint:

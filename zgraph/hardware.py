@@ -23,6 +23,12 @@ LOWER_TIERS = {"host": "the host", "disk": "a disk"}
 MOVERS = {"host": "the link to the host", "disk": "the disk"}
 """What moves tensors to each of them and back, in words."""
 
+UPDATER = "the host's processors"
+"""What updates what lies on the host, in words."""
+
+HOST_LATENCY_S = 5e-5
+"""Seconds until a thread of the host begins what it is given, and knows that copies are done; assumed."""
+
 TIERS = ("device", *LOWER_TIERS)
 TF32 = "tf32"
 
@@ -79,6 +85,7 @@ class Hardware:
         launch_s: seconds the host spends on one operator of eager PyTorch. A GPU works meanwhile on operators that were
             launched before, so there it is a lower bound of each operator's time, and on a CPU an addition to it.
         host_memory_bytes: of one node.
+        host_bandwidth: bytes per second that all processors of a node together read and write of it.
         peak_flops: operations per second of the matrix units as specified, by name of dtype, and of ``"tf32"``.
         vector_flops: operations per second of elementwise arithmetic that kernels reach, by name of dtype.
         matmuls: by name of dtype; a ``"tf32"`` is what float32 becomes where it is allowed.
@@ -104,6 +111,7 @@ class Hardware:
     devices_per_node: int
     launch_s: float
     host_memory_bytes: int
+    host_bandwidth: float
     peak_flops: Mapping[str, float] = field(hash=False)
     vector_flops: Mapping[str, float] = field(hash=False)
     matmuls: Mapping[str, Matmul] = field(hash=False)
@@ -210,6 +218,16 @@ class Hardware:
             seconds = seconds + self.disk.latency_s + num_bytes * self.devices_per_node / rate
         return seconds
 
+    def host_s(self, num_bytes: Number) -> Number:
+        """Seconds in which the host's processors go over so many bytes, while they do as much for its other devices.
+
+        What moves between the host and devices meanwhile takes nothing of that.
+
+        Args:
+            num_bytes: of one device, read plus written.
+        """
+        return HOST_LATENCY_S + num_bytes * self.devices_per_node / self.host_bandwidth
+
     def with_tf32(self) -> Hardware:
         """The same with products of float32 in TF32, as ``torch.set_float32_matmul_precision("high")`` allows.
 
@@ -257,6 +275,7 @@ def _slower(one: Hardware, factor: float) -> Hardware:
         one,
         memory_bytes=int(one.memory_bytes / factor),
         memory_bandwidth=one.memory_bandwidth / factor,
+        host_bandwidth=one.host_bandwidth / factor,
         peak_flops={name: rate / factor for name, rate in one.peak_flops.items()},
         vector_flops={name: rate / factor for name, rate in one.vector_flops.items()},
         matmuls={name: matmul.scaled(factor) for name, matmul in one.matmuls.items()},

@@ -9,6 +9,8 @@ waits for the device: what has to come before what is told to the streams, by ev
 * A load comes behind the store that wrote what it reads, and a store behind the loads of what it writes over.
 * Once a copy is waited for, what computing is given from then on comes behind it. Until then whoever has started it
   keeps the tensor on the device.
+* What the host's processors are given is done in a thread of its own, one after the other, behind the copies that have
+  been started from and to the same tensors. Who starts to load or store one of these waits until it is done.
 
 ``Streams`` is all that is asked of a device. What does it on CUDA is ``Cuda``.
 """
@@ -18,7 +20,8 @@ from __future__ import annotations
 import contextlib
 import enum
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -126,6 +129,8 @@ class Host(Tier):
         self.device, self.streams = device, streams
         self._pieces: list[tuple[int, torch.Tensor]] = []  # and the first byte of each
         self._last: dict[Way, Any] = {}  # the events of the last copies
+        self._processors: ThreadPoolExecutor | None = None
+        self._last_run: Future[None] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Host:
         """Memory of its own, for what is copied there."""
@@ -151,6 +156,8 @@ class Host(Tier):
     def finish(self) -> None:
         for event in self._last.values():
             self.streams.hold_up(event)
+        if self._last_run is not None:
+            self._last_run.exception()
 
     def memory(self, start: int, num_bytes: int) -> torch.Tensor:
         """Some bytes."""
@@ -161,6 +168,31 @@ class Host(Tier):
         """Start a copy behind some events and what has been computed; the event that it is done."""
         self._last[way] = self.streams.copy(way, target, source, [self.streams.computed(), *after])
         return self._last[way]
+
+    def run(self, function: Callable[..., Any], inputs: Sequence[Any], written: Sequence[HostTensor]) -> None:
+        """Let the host's processors call a function, when all that it is given is there; returns at once.
+
+        Args:
+            function: of tensors of a CPU and numbers.
+            inputs: what it is given: tensors that lie here, and numbers.
+            written: of these, what it writes over.
+        """
+        stored = [each for each in inputs if isinstance(each, HostTensor)]
+        events = [event for each in stored if (event := each._written) is not None]
+        events += [event for each in written if (event := each._read) is not None]
+        given = [each.value() if isinstance(each, HostTensor) else each for each in inputs]
+
+        def work() -> None:
+            for event in events:
+                self.streams.wait(event)
+            with torch.no_grad():
+                function(*given)
+
+        if self._processors is None:
+            self._processors = ThreadPoolExecutor(1, "zgraph-host")
+        self._last_run = self._processors.submit(work)
+        for each in stored:
+            each._run = self._last_run
 
     def _grow(self, more: int, num_bytes: int) -> int:
         try:
@@ -202,9 +234,21 @@ class HostTensor(Stored):
         self._memory = host.memory(start, self.nbytes)
         self._written: Any = None  # the event of the last store
         self._read: Any = None  # and of the last load
+        self._run: Future[None] | None = None  # what the processors were given last that reads or writes it
+
+    def value(self) -> torch.Tensor:
+        """Its memory as a tensor of a CPU."""
+        return self._memory.view(self.dtype).as_strided(self.shape, self.strides)
+
+    def _settle(self) -> None:
+        """Return when the processors are done with it."""
+        if self._run is not None:
+            self._run.result()
+            self._run = None
 
     def load(self, out: torch.Tensor | None = None) -> Copy:
         assert self._written is not None, "nothing was written there"
+        self._settle()
         host = self.tier
         result = out
         if result is None:
@@ -215,6 +259,7 @@ class HostTensor(Stored):
 
     def store(self, value: torch.Tensor) -> Copy:
         value = self._as_stored(value)
+        self._settle()
         self.tier.moved.written_bytes += self.nbytes
         after = [] if self._read is None else [self._read]
         self._written = self.tier.start(Way.OUT, self._memory, bytes_of(value), after)

@@ -62,6 +62,12 @@ PAGEABLE = 0.4
 PCIE = MappingProxyType({3: 15.75e9, 4: 31.5e9, 5: 63e9})
 """Bytes per second and direction of sixteen lanes, by generation; sheets."""
 
+CHANNELS = 12, 2
+"""Of memory of a host, for a node of several devices, whose host has two processors, and for a desktop; assumed."""
+
+CHANNEL = MappingProxyType({3: 21.3e9, 4: 25.6e9, 5: 38.4e9})
+"""Bytes per second of each, by the generation of PCIe that came with it: DDR4-2666, DDR4-3200 and DDR5-4800; sheets."""
+
 NVME = Disk(2.9e9, 2.04e9, 1e-4)
 """One consumer's drive; BW-137, BW-138. The latency is assumed, here and below."""
 
@@ -90,6 +96,7 @@ class Sheet:
         best: part of the peak that the best product reaches where it was measured; otherwise as the fit has it.
         sustained: part of the fitted rates of products and attention that the device's power allows.
         reduces_in_switch: whether NVLS is there.
+        channel: bytes per second of a channel of the host's memory, where it is newer than PCIe says.
         sources: rows.
     """
 
@@ -111,6 +118,7 @@ class Sheet:
     best: float | None = None
     sustained: float = 1.0
     reduces_in_switch: bool = False
+    channel: float | None = None
 
 
 def _tera(**rates: float) -> Mapping[str, float]:
@@ -281,6 +289,7 @@ SHEETS: Mapping[str, Sheet] = MappingProxyType(
             disk=NVME,
             sources="SP-010",
             attention=0.6,
+            channel=CHANNEL[5],
         ),
         "RTX-5090": Sheet(
             peaks=_tera(
@@ -406,6 +415,7 @@ def preset(name: str) -> Hardware:
         devices_per_node=sheet.devices,
         launch_s=LAUNCH_S,
         host_memory_bytes=sheet.host_gib * GIB,
+        host_bandwidth=STREAMED * (sheet.channel or CHANNEL[sheet.pcie]) * CHANNELS[sheet.devices == 1],
         peak_flops=sheet.peaks,
         vector_flops={
             "float32": VECTOR * sheet.vector,
@@ -523,6 +533,7 @@ def assumed_cpu(cores: int, total: int) -> Hardware:
         devices_per_node=cores,
         launch_s=1e-5,
         host_memory_bytes=total,
+        host_bandwidth=stream,
         peak_flops=rates,
         vector_flops={name: each / 10 for name, each in rates.items()},
         matmuls={

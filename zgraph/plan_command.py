@@ -109,6 +109,13 @@ _OPTIONS = (
         help="such as optimizer=disk,parameters=disk, or with host on GPUs, or auto",
     ),
     click.option(
+        "--host-updates",
+        type=_value,
+        metavar="True|False",
+        show_default="searched",
+        help="on a GPU's host, of its state",
+    ),
+    click.option(
         "--load-ahead", type=_value, metavar="True|False", show_default="searched", help="of state on a GPU's host"
     ),
     click.option("--unshard", type=_value, metavar="0-1", show_default="searched", help="part of parameters"),

@@ -14,12 +14,13 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from zgraph import ops
 from zgraph.batches import common_rows
 from zgraph.config import Config
 from zgraph.cost import Costs
 from zgraph.errors import BudgetError, StateError, first_line, quoted
 from zgraph.expected_error import NOTHING_MEASURED, ExpectedError, Spread, expected_error
-from zgraph.footprint import Footprint, Holding, Kind, spilled_bytes, state_on
+from zgraph.footprint import Footprint, Holding, Kind, spilled_bytes, spilled_kind, state_on
 from zgraph.hardware import LOWER_TIERS, Hardware
 from zgraph.lower import Lowered
 from zgraph.machines import ASSUMED, host_budget
@@ -405,7 +406,9 @@ def _tier_notes(lowered: Lowered, prediction: Prediction) -> Iterator[str]:
             continue
         named = {Role.PARAM: "parameters", Role.OPT_STATE: "optimizer state", Role.GRADIENT: "sums of gradients"}
         state = [words for role, words in named.items() if any(what.role is role for what in found)]
-        *first, last = [*state, *(["activations"] if spilled else [])]
+        spills = (n for each in lowered.programs for n in each.graph.find_nodes(op="call_function", target=ops.spill))
+        of_step = sorted({spilled_kind(node).value for node in spills if ops.tier_of(node) == tier})
+        *first, last = [*state, *of_step]
         kinds = f"{', '.join(first)} and {last}" if first else last
         read, written = (show_bytes(prediction.moved_bytes[way[tier]]) for way in (INWARD, OUTWARD))
         yield f"{show_bytes(stored)} of each rank's {kinds} lie on {where}; a step reads {read} and writes {written}"

@@ -291,6 +291,8 @@ class Program:
         """The lower tier where a value lies: what was spilled, and of some buckets, parameters and what is theirs."""
         if node.target is ops.wait:
             return ops.tier_of(operand(node)) if operand(node).target is ops.spill else None
+        if node.target is operator.getitem:
+            return getattr(operand(node).target, "tier", None)
         what: Input | None = node.meta.get("input")
         return None if what is None else self.kept_on(what, node.meta["val"])
 

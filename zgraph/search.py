@@ -69,7 +69,8 @@ _ADDS: tuple[tuple[str, Any], ...] = (
 """Options that hold more than their defaults."""
 
 _OF_STATE = (
-    "bucket_bytes", "in_flight", "keep_gathered", "load_ahead", MEMORY_FIRST, "shard_size", "tile_bytes", "unshard"
+    "bucket_bytes", "host_updates", "in_flight", "keep_gathered", "load_ahead", MEMORY_FIRST, "shard_size",
+    "tile_bytes", "unshard",
 )  # fmt: skip
 """Options that change nothing of what a rank holds that has everything."""
 

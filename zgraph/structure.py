@@ -162,13 +162,18 @@ def _check_collective(program: Program, node: fx.Node, after: str) -> None:
 
 
 def _check_tiers(program: Program, node: fx.Node, after: str) -> None:
-    """What lies on a lower tier is read by loads and written by stores of that tier alone; they have nothing else."""
+    """What lies on a lower tier is read by loads and written by stores of that tier alone; they have nothing else.
+
+    But for kernels that run there: all their tensors lie there.
+    """
     if node.target in ops.TRANSFERS and node.args[1:] not in _TIERS_GIVEN:
         raise broken(after, node, f"moves to or from {node.args[1:]}, and tiers are {', '.join(LOWER_TIERS)}")
+    runs_on = getattr(node.target, "tier", None)
     for source in node.all_input_nodes:
         is_away = node.target is ops.load or (node.target is ops.store and node.kwargs["out"] is source)
+        is_kernels = runs_on is not None and isinstance(source.meta["val"], torch.Tensor)
         found = program.tier_of(source)
-        if found != (ops.tier_of(node) if is_away else None):
+        if found != (ops.tier_of(node) if is_away else runs_on if is_kernels else None):
             where = f"lies on {LOWER_TIERS[found]}" if found else "is in memory"
             raise broken(after, node, f"is given {source.meta.get('input', source.name)}, which {where}")
 

@@ -3,9 +3,9 @@
 Each lane does one thing after another: ``issue`` (the host, which starts operators), ``compute``, and one for each axis
 of the mesh, whose process groups have links of their own: those inside of nodes, and those between them; besides ``disk
 in`` and ``disk out``, by which tensors come from a disk and go there, and ``host in`` and ``host out``, likewise of the
-host's memory, whose link moves as much each way at once. Node order is issue order. A collective or a
-transfer starts when it has been issued, what was computed before it is there, and its lane is free; a wait holds up the
-computing that is issued after it.
+host's memory, whose link moves as much each way at once; and ``host processors``, which compute what lies there. Node
+order is issue order. What does not compute on the device starts when it has been issued, what was computed before it is
+there, and its lane is free; a wait holds up the computing that is issued after it.
 
 Of the compute lane, from the start to the end of the last call on it, every second is one of three: its own work
 (``busy_s["compute"]``), waiting for communication or a lower tier (``exposed_s``), and waiting for the host to issue
@@ -29,6 +29,7 @@ from typing import Any
 from torch import fx
 
 from zgraph import ops
+from zgraph.codegen.host_kernel import HostKernel
 from zgraph.cost import Cost, Costs
 from zgraph.hardware import LOWER_TIERS, Hardware
 from zgraph.program import Program, operand, target_name
@@ -40,6 +41,8 @@ INWARD: dict[str, str] = {tier: f"{tier} in" for tier in LOWER_TIERS}
 OUTWARD: dict[str, str] = {tier: f"{tier} out" for tier in LOWER_TIERS}
 """The lanes from each lower tier, and to it."""
 
+PROCESSORS = "host processors"
+
 TRANSFER_LANES = frozenset({*INWARD.values(), *OUTWARD.values()})
 
 
@@ -49,7 +52,7 @@ class Event:
 
     Attributes:
         node: the call.
-        lane: ``compute``, the axis of the mesh whose links it uses, or a way from or to a lower tier.
+        lane: as ``lane_of`` has it.
         start_s, end_s: of the call; a wait lasts as long as it holds up its lane.
         cost: what it costs.
     """
@@ -91,7 +94,7 @@ class Issued:
     Attributes:
         node: which call.
         cost: what it costs.
-        lane: where it runs: ``compute``, an axis of the mesh, or a way from or to a lower tier.
+        lane: where it runs, as ``lane_of`` has it.
         waits_for: of a wait, which of the calls issued before it starts what it waits for.
     """
 
@@ -115,7 +118,9 @@ def issued(program: Program, cost_of: Callable[[fx.Node], Cost]) -> list[Issued]
 
 
 def lane_of(node: fx.Node) -> str:
-    """Where a call runs: ``compute``, an axis of the mesh, or a way from or to a lower tier."""
+    """Where a call runs: ``compute``, an axis of the mesh, a way from or to a lower tier, or ``host processors``."""
+    if isinstance(node.target, HostKernel):
+        return PROCESSORS
     if node.target in ops.TRANSFERS:
         return (INWARD if node.target is ops.load else OUTWARD)[ops.tier_of(node)]
     return ops.axis_of(node) if node.target in ops.STARTS else COMPUTE

@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from zgraph import ops
+from zgraph.codegen.host_kernel import HostKernel
 from zgraph.codegen.inductor import InductorRegion
 from zgraph.codegen.kernel import SLICE, Kernel
 from zgraph.codegen.owned import OwnedUpdate
@@ -33,8 +34,9 @@ Size = Any
 
 MATRIX, ATTENTION, VECTOR, LOOKUP, LINK, NOTHING = "matrix", "attention", "vector", "lookup", "link", "nothing"
 HOST, DISK = "host", "disk"
+PROCESSORS = "processors"
 """What does the work: matrix units, a fused attention, the rest of a device, its memory row by row, links between
-ranks, and what moves to and from a lower tier, named as that is."""
+ranks, what moves to and from a lower tier, named as that is, and the processors of a device's host."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Work:
 
     Attributes:
         family: of operators, in a word.
-        unit: one of MATRIX, ATTENTION, VECTOR, LOOKUP, LINK, HOST, DISK and NOTHING.
+        unit: one of MATRIX, ATTENTION, VECTOR, LOOKUP, LINK, HOST, DISK, PROCESSORS and NOTHING.
         flops: floating-point operations, but for ``transcendentals``.
         transcendentals: exponentials, logarithms, sines and the like.
         read_bytes, written_bytes: memory traffic, each argument read once; of a lower tier, from it and to it.
@@ -276,6 +278,8 @@ def _kernel(node: fx.Node, target: Kernel) -> Work:
     work = replace(_moving("kernel", node), in_place=None not in target.writes)
     if isinstance(target, Region):
         return _region(work, node, target)
+    if isinstance(target, HostKernel):
+        return replace(work, unit=PROCESSORS)
     inner = [node for node in target.body.nodes if node.op == "call_function" and _is_vector(node.meta["val"])]
     for one in inner:
         flops, transcendentals = _operations(one.target)

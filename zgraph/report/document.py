@@ -18,13 +18,14 @@ import torch
 from torch import fx
 
 from zgraph import ops
+from zgraph.codegen.host_kernel import HostKernel
 from zgraph.codegen.listing import weighed_as_data
 from zgraph.config import Config
 from zgraph.cost import Cost
 from zgraph.errors import StateError, first_line
 from zgraph.files import beside
 from zgraph.footprint import Kind
-from zgraph.hardware import MOVERS, Hardware
+from zgraph.hardware import MOVERS, UPDATER, Hardware
 from zgraph.lower import Lowered
 from zgraph.plans import Plan, show_bytes, show_s
 from zgraph.predict import costs_of
@@ -33,7 +34,7 @@ from zgraph.report.chrome_trace import chrome_trace
 from zgraph.report.page import page
 from zgraph.report.recorder import Recorder
 from zgraph.stopwatch import Measured
-from zgraph.timeline import COMPUTE, INWARD, OUTWARD, lane_of, play
+from zgraph.timeline import COMPUTE, INWARD, OUTWARD, PROCESSORS, lane_of, play
 
 SCHEMA, VERSION = "zgraph-report", 2
 
@@ -177,12 +178,13 @@ def make_report(
     repeats = (config.accumulate - 1, 1)[-len(names) :]
     calls = [node for made in lowered.programs for node in made.graph.nodes if node.target in ops.TRANSFERS]
     tiers = sorted(set(map(ops.tier_of, calls)))
+    updates_there = any(isinstance(node.target, HostKernel) for made in lowered.programs for node in made.graph.nodes)
     programs = [
         {
             "name": name,
             "repeats": times,
             **program,
-            "if_faster": if_faster(made, hardware, tiers),
+            "if_faster": if_faster(made, hardware, tiers, updates_there=updates_there),
             "kernels": weighed_as_data(made),
         }
         for name, times, program, made in zip(names, repeats, (*micro, last), lowered.programs, strict=True)
@@ -216,19 +218,23 @@ def make_report(
     return Report(document)
 
 
-def if_faster(program: Program, hardware: Hardware, tiers: Sequence[str]) -> dict[str, float]:
-    """Seconds that a program would take if computing, links, the host, or what moves to a tier were twice as fast.
+def if_faster(
+    program: Program, hardware: Hardware, tiers: Sequence[str], *, updates_there: bool = False
+) -> dict[str, float]:
+    """Seconds that a program would take if one of computing, links, the host, and what it has to do with tiers were
+    twice as fast.
 
     Args:
         program: one of a step.
         hardware: the machine.
         tiers: the lower ones that any program of the step moves something to or from.
+        updates_there: whether the host's processors update anything in any of them.
     """
     costs = costs_of(program, hardware)
 
     def step_s(*, computing: float = 1.0, links: float = 1.0, host: float = 1.0, faster: str = "") -> float:
         transfers = {lane[tier]: 0.5 if tier == faster else 1.0 for lane in (INWARD, OUTWARD) for tier in lane}
-        factors = {COMPUTE: computing, **transfers}
+        factors = {COMPUTE: computing, PROCESSORS: 0.5 if faster == PROCESSORS else 1.0, **transfers}
 
         def cost_of(node: fx.Node) -> Cost:
             cost = costs.of(node)
@@ -237,7 +243,8 @@ def if_faster(program: Program, hardware: Hardware, tiers: Sequence[str]) -> dic
         return play(program, replace(hardware, launch_s=hardware.launch_s * host), cost_of=cost_of).step_s
 
     found = {"computing": step_s(computing=0.5), "links": step_s(links=0.5), "the host": step_s(host=0.5)}
-    return {**found, **{MOVERS[tier]: step_s(faster=tier) for tier in tiers}}
+    processors = {UPDATER: step_s(faster=PROCESSORS)} if updates_there else {}
+    return {**found, **{MOVERS[tier]: step_s(faster=tier) for tier in tiers}, **processors}
 
 
 def would_free(config: Config, world: int) -> dict[str, str]:
