@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -76,6 +77,24 @@ def test_the_fastest_that_fits_is_taken_or_none_fits(captured: Program, world: i
     else:
         assert taken.estimate.reserved_bytes <= budget
         assert taken.estimate.step_s == pytest.approx(min(fitting))
+
+
+@pytest.mark.parametrize("reads_peers", [False, True])
+def test_choices_that_are_estimated_once_make_the_same_programs(reads_peers: bool) -> None:
+    world = 2
+    captured = network([("wide", 0), ("narrow", 1), ("wide", 2), ("narrow", 3)], rows=4, dtype=torch.float32)
+    hardware = replace(CPU.for_ranks(world), reads_peers=reads_peers)
+    of = Search(Given(captured), hardware, world, {"recompute": None})  # type: ignore[arg-type]
+    alike: dict[Config, dict[bytes, Prediction]] = {}
+    num_merged = 0
+    for choice in of.members:
+        lowered = lower(captured, choice.config, choice.config.mesh(world), None, (), hardware=hardware, prove=False)
+        known = alike.setdefault(of._alike(choice.config), {})
+        num_merged += bool(known)
+        known[lowered.digest()] = predict(lowered, hardware)
+    assert num_merged > 10
+    for known in alike.values():
+        assert len(known) == 1
 
 
 GIVEN: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
