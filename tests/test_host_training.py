@@ -47,7 +47,7 @@ def on_streams() -> Iterator[Callable[[int | None], list[Streams]]]:
             made.append(Streams(seed))
             return made[-1]
 
-        patches.append(mock.patch("zgraph.runtime.Cuda", streams))
+        patches.append(mock.patch("zgraph.lower_tiers.Cuda", streams))
         patches[-1].start()
         return made
 

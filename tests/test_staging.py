@@ -142,8 +142,8 @@ def beside_a_device() -> Iterator[Use]:
             def disk(path: str) -> StagedDisk:
                 return StagedDisk(path, CPU, Streams(seed))
 
-            patches.enter_context(mock.patch("zgraph.runtime.Cuda", side_effect=lambda _: Streams(seed)))
-            patches.enter_context(mock.patch("zgraph.runtime.Disk", disk))
+            patches.enter_context(mock.patch("zgraph.lower_tiers.Cuda", side_effect=lambda _: Streams(seed)))
+            patches.enter_context(mock.patch("zgraph.lower_tiers.Disk", disk))
             patches.enter_context(mock.patch("zgraph.passes.offload.check_tier"))
             patches.enter_context(mock.patch("zgraph.passes.offload_activations.check_tier"))
 

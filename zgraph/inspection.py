@@ -103,7 +103,7 @@ def stats_of(runtime: Runtime) -> dict[str, Any]:
         "param_bytes": _num_bytes(state.params.values()),
         "optimizer_state_bytes": _num_bytes(entries),
         **_away(runtime, stored),
-        "spilled_bytes": runtime.spill_room.num_bytes,
+        "spilled_bytes": runtime.lower_tiers.spill_room.num_bytes,
         "buffer_bytes": _num_bytes(runtime.model.buffers()),
         "arena_bytes": runtime.arena.num_bytes,
         "copied_bytes": last.copied_bytes(runtime.config.accumulate),
@@ -121,7 +121,7 @@ def _away(runtime: Runtime, stored: Sequence[Any]) -> dict[str, int]:
     found: dict[str, int] = {}
     for name in LOWER_TIERS:
         on_it = [value for value in stored if isinstance(value, Stored) and value.tier.name == name]
-        moved = runtime.moved.get(name, Moved())
+        moved = runtime.lower_tiers.moved.get(name, Moved())
         found[f"{name}_bytes"] = sum(value.nbytes for value in on_it)
         found[f"{name}_read_bytes"], found[f"{name}_written_bytes"] = moved.read_bytes, moved.written_bytes
     return found

@@ -41,19 +41,16 @@ from zgraph.comm import Comm
 from zgraph.compile_times import CAPTURE
 from zgraph.config import Config, check_numbers, uses_disk
 from zgraph.decision import AUTO, KERNELS, decide
-from zgraph.disk import DEFAULT_PATH, Disk
 from zgraph.eager import GatherOnUse
 from zgraph.errors import OptimizerError, OptionError, ZgraphError
 from zgraph.execute import Executable
 from zgraph.facts import ARGUMENTS, ATTRIBUTES, STEP_COUNTS, Facts, fact_of, hold, in_names, state_spec
-from zgraph.footprint import spilled_bytes, state_on
 from zgraph.groups import open_axes
-from zgraph.hardware import LOWER_TIERS, Hardware
+from zgraph.hardware import Hardware
 from zgraph.heap import release_free_memory
-from zgraph.host import Cuda, Host
 from zgraph.layout import Layout
 from zgraph.lower import Lowered, check_same_buckets, lower
-from zgraph.machines import ranks_here
+from zgraph.lower_tiers import LowerTiers
 from zgraph.memory_check import MemoryCheck
 from zgraph.metrics import Metric, by_name
 from zgraph.overwrites import check_overwrites
@@ -67,11 +64,8 @@ from zgraph.search import Search
 from zgraph.shared_memory import may_share
 from zgraph.sharing import shares
 from zgraph.skipping import GRADIENT_NORM, NUM_SKIPPED
-from zgraph.spilled import SpillRoom
-from zgraph.staging import StagedDisk
 from zgraph.state import TrainingState
 from zgraph.stopwatch import Measured, Stopwatch
-from zgraph.tiers import Moved, Tier, padded
 from zgraph.tracing import forget
 from zgraph.update import check_step, hyperparameters
 from zgraph.which_comm import make_comm
@@ -139,7 +133,6 @@ class Runtime:
     progress: bool = True
     cache: list[Compiled] = field(default_factory=list)  # in order of last use
     arena: Arena = field(default_factory=Arena)
-    spill_room: SpillRoom = field(default_factory=SpillRoom)
     comm: Comm | None = None
     _machine: str | None = None
     _is_one_host: bool = True  # all ranks can share memory, where any can
@@ -150,7 +143,6 @@ class Runtime:
     _num_skipped: int = 0
     _num_changes: Counter[str] = field(default_factory=Counter)
     _last: Compiled | None = None
-    moved: dict[str, Moved] = field(default_factory=dict)  # from and to lower tiers, by the last step
     _facts_seen: dict[str, str] = field(default_factory=dict)
     _capturing: bool = False
     _in_one_pass: bool = False  # vectors are quantised and packed, on all ranks
@@ -161,6 +153,7 @@ class Runtime:
         world = 1 if group is None else dist.get_world_size(group)
         self.mesh = self.config.mesh(world)
         self.state = TrainingState(self.model, self.optimizer, group, self.mesh)
+        self.lower_tiers = LowerTiers(self.state)
         self.numbers = self.config.numbers()
         self.agreement = self.state.agreement
         functions = functions_by_name(self.loss, self.weight, self.metrics)
@@ -218,9 +211,9 @@ class Runtime:
             self._compiled(key, call, values, facts, made, layout)
             for key, call in zip(keys[:-1], calls[:-1], strict=True)
         ]
-        needs_tier = bool(layout.away) or self.spill_room.num_bytes > 0
+        needs_tier = bool(layout.away) or self.lower_tiers.spill_room.num_bytes > 0
         if needs_tier and (made or layout != self.state.layout):
-            self._reserve(last)
+            self.lower_tiers.reserve(last.lowered, self.config.offload_path)
         if replaced or layout != self.state.layout:
             programs = (program for each in (*used, last) for program in each.lowered.programs)
             self.state.commit(layout, in_shared_memory=any(map(shares, programs)))
@@ -229,18 +222,12 @@ class Runtime:
         self._keep((*used, last))
         assert self.comm is not None
         self.comm.traffic.clear()
-        for tier in self.state.tiers.values():
-            tier.moved = Moved()
-        with self.agreement.no_return(), self.state.adding_up():
+        with self.lower_tiers.counting(), self.agreement.no_return(), self.state.adding_up():
             for compiled, call in zip(used, calls[:-1], strict=True):
                 assert compiled.micro is not None
                 self._to_run(compiled.micro).run(tensors_of(call), hypers)
             loss = self._to_run(last.executable).run(tensors_of(calls[-1]), hypers)
         self._num_to_time = max(self._num_to_time - 1, 0)
-        for name, tier in self.state.tiers.items():
-            self.moved[name], tier.moved = tier.moved, Moved()
-            with self.agreement.together():
-                tier.check()
         for call, compiled in made:
             facts = self.facts.read(call)
             if compiled.executable.program.reads_all_state():  # what created its state reads it from now on
@@ -276,42 +263,6 @@ class Runtime:
         self.facts.settle()
         made.append((call, compiled))
         return compiled
-
-    def _reserve(self, compiled: Compiled) -> None:
-        """Have room for all that is to lie on lower tiers, before any of it is moved there."""
-        program = compiled.executable.program
-        wanted: list[tuple[Tier, int, SpillRoom]] = []
-        try:
-            for name in LOWER_TIERS:
-                there = state_on(name, program)
-                has_spilled = any(spilled_bytes(each, name) for each in compiled.lowered.programs)
-                if not there and not has_spilled:
-                    continue
-                room = self.spill_room if has_spilled else SpillRoom()
-                num_bytes = sum(map(padded, there.values()))
-                if name in self.state.tiers and program.layout == self.state.layout:
-                    num_bytes -= self.state.tiers[name].used_bytes - room.taken_bytes  # it stays where it is
-                missing = max(num_bytes, 0) + room.missing_bytes
-                with self.agreement.together():
-                    tier = self.state.open_tier(name, partial(self._open_tier, name, compiled.layout.buckets[0].device))
-                    tier.check_room(missing, ranks_here(self.agreement.world))
-                wanted.append((tier, missing, room))
-            for tier, missing, room in reversed(
-                wanted
-            ):  # a disk says only now whether it has room, and takes no memory
-                with self.agreement.together():
-                    tier.reserve(missing)
-                    room.take(tier)
-        except ZgraphError:
-            self.spill_room.give_up()
-            raise
-
-    def _open_tier(self, name: str, device: torch.device) -> Tier:
-        """Where what does not lie in the memory that is computed in is to go."""
-        if name == "host":
-            return Host(device, Cuda(device))
-        path = self.config.offload_path or DEFAULT_PATH
-        return Disk(path) if device.type == "cpu" else StagedDisk(path, device, Cuda(device))
 
     def _keep(self, used: Sequence[Compiled]) -> None:
         """Count these as used last; of all steps those used last are kept. All ranks decide alike."""
@@ -417,8 +368,8 @@ class Runtime:
             if self.config.check_memory:
                 watch = MemoryCheck(program, staged=self.comm.is_staged, held=placement.elsewhere)
             step = write(program, placement, watch=watch)
-        self.spill_room.reserve(step.spilled_bytes)
-        return Executable(program, step, self.state, self.comm, self.arena, self.spill_room)
+        self.lower_tiers.spill_room.reserve(step.spilled_bytes)
+        return Executable(program, step, self.state, self.comm, self.arena, self.lower_tiers.spill_room)
 
     def _agree_on_kernels(self, programs: Sequence[Program]) -> None:
         """Run updates in slices on all ranks where one of them cannot compile: replicas are to be rounded alike."""

@@ -26,7 +26,7 @@ def on_streams(seed: int | None) -> list[Any]:
     """What lets a model on a CPU have a host, with streams whose order has a seed."""
     return [
         mock.patch("zgraph.passes.offload.check_tier"),
-        mock.patch("zgraph.runtime.Cuda", return_value=Streams(seed)),
+        mock.patch("zgraph.lower_tiers.Cuda", return_value=Streams(seed)),
     ]
 
 
