@@ -85,7 +85,7 @@ class Step:
     @property
     def spilled_bytes(self) -> int:
         """Of the room on a lower tier."""
-        return sum(padded(place.num_bytes) for place in self.spilled)
+        return max((place.start + padded(place.num_bytes) for place in self.spilled), default=0)
 
 
 def emit(

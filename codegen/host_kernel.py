@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch.distributed as dist
+
 from zgraph.codegen import cpp
-from zgraph.codegen.kernel import CPP, Kernel
+from zgraph.codegen.elementwise import first_vector
+from zgraph.codegen.kernel import CPP, SLICE, Kernel
 from zgraph.host import HostTensor
 from zgraph.machines import available_cores, ranks_here
 from zgraph.program import copy_graph
@@ -48,6 +52,11 @@ class HostKernel(Kernel):
     def runs_in(self, device_type: str) -> str:
         return super().runs_in(self.device_type)
 
+    @property
+    def is_fast(self) -> bool:
+        """Whether it goes over its vectors once, or they stay in caches."""
+        return self.language(self.device_type) == CPP or first_vector(self.body).numel() <= SLICE
+
     def _function(self, language: str) -> Callable[..., list[Any]]:
         if language == CPP and language not in self._functions:
             self._functions[language] = cpp.compile_kernel(self, _num_cores)
@@ -55,5 +64,6 @@ class HostKernel(Kernel):
 
 
 def _num_cores() -> int:
-    """Those of this process's share of the machine: ``torchrun`` gives torch one, for what waits for nothing else."""
-    return max(available_cores() // ranks_here(1), 1)
+    """Those of this process's share of the machine; torch itself is given one by ``torchrun``."""
+    ranks = ranks_here(dist.get_world_size() if dist.is_initialized() else 1)
+    return max(min(available_cores(), (os.cpu_count() or 1) // ranks), 1)

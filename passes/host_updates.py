@@ -26,7 +26,7 @@ def update_on_host(program: Program) -> int:
 
     What an update does on the device alone stays there: of sums of gradients that lie there, their last addition. An
     update stays as a whole if the device needs its results in this step, if it writes something on the device that
-    depends on what lies on the host, or if no fewer bytes would move.
+    depends on what lies on the host, if no fewer bytes would move, or if no loop in C++ would be made of it.
 
     Args:
         program: after its last lowering, which knows what lies on the host.
@@ -48,13 +48,16 @@ class _Update:
 
     Attributes:
         node: the call of its kernel.
-        there, here: calls of the kernel's body that run on the host, and on the device.
+        moved: what runs on the host.
+        takes: calls and inputs of the body that it is given.
+        here: calls of the body that run on the device.
         crossing: calls and inputs of the body that the host needs of the device.
         stored, kept: results that are written over what lies on the host, and on the device, each with its index.
     """
 
     node: fx.Node
-    there: list[fx.Node]
+    moved: HostKernel
+    takes: list[fx.Node]
     here: list[fx.Node]
     crossing: list[fx.Node]
     stored: dict[fx.Node, int]
@@ -80,9 +83,8 @@ class _Update:
         stored, kept = dict[fx.Node, int](), dict[fx.Node, int]()
         for index, (result, write) in enumerate(zip(results_of(kernel), kernel.writes, strict=True)):
             (stored if takes[write] in on_host else kept)[result] = index  # type: ignore[index]
-        moved = set(stored.values())
-        leaves = any(user.args[1] in moved and _is_read(user) for user in node.users)
-        if leaves or not stored or not on_host.isdisjoint(kept):
+        is_read = any(user.args[1] in set(stored.values()) and _is_read(user) for user in node.users)
+        if is_read or not stored or not on_host.isdisjoint(kept):
             return None
         there = [inner for inner in calls if inner in on_host or not kept]
         here = [inner for inner in calls if inner not in there]
@@ -96,7 +98,10 @@ class _Update:
         ]
         if _num_bytes(tensors) >= _num_bytes([*loaded, *stored]):
             return None
-        return cls(node, there, here, tensors, stored, kept)
+        body, outside = region(there, list(stored))
+        writes = tuple(outside.index(takes[kernel.writes[index]]) for index in stored.values())  # type: ignore[index]
+        moved = HostKernel(f"{kernel.name}_on_host", body, len(outside), writes, kernel.is_compiled)
+        return cls(node, moved, outside, here, tensors, stored, kept) if moved.is_fast else None
 
     def move(self, program: Program, there: dict[fx.Node, fx.Node], before: fx.Node) -> None:
         """Replace it.
@@ -123,11 +128,8 @@ class _Update:
             if value not in there:
                 start = program.call(ops.spill, value, HostKernel.tier, origin=origin, before=self.node)
                 there[value] = program.call(ops.wait, start, origin=origin, before=before)
-        body, outside = region(self.there, list(self.stored))
-        writes = tuple(outside.index(takes[kernel.writes[index]]) for index in self.stored.values())  # type: ignore[index]
-        second = HostKernel(f"{kernel.name}_on_host", body, len(outside), writes, kernel.is_compiled)
-        inputs = [there[given[inner]] if inner in self.crossing else given[inner] for inner in outside]
-        given |= zip(self.stored, _call(program, second, inputs, origin, before), strict=True)
+        inputs = [there[given[inner]] if inner in self.crossing else given[inner] for inner in self.takes]
+        given |= zip(self.stored, _call(program, self.moved, inputs, origin, before), strict=True)
         by_index = {index: given[result] for result, index in (*self.stored.items(), *self.kept.items())}
         for user in list(self.node.users):
             index = user.args[1]

@@ -98,7 +98,7 @@ class Offload(Pass):
         num = update_on_host(program)
         assert program.layout is not None
         updated = sum(bucket.trainable for bucket in program.layout.buckets)
-        if any(what is not None and what.role is Role.OPT_STATE for what in program.outputs):
+        if any(what is not None and what.role is Role.PARAM for what in program.outputs):
             program.notes += (f"the host's processors update {num} of {updated} buckets",)
 
     def _stream(self, program: Program, stays: list[_Stay], order: Mapping[fx.Node, int], is_far: bool) -> None:

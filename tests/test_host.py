@@ -177,7 +177,7 @@ def test_where_the_processors_do_not_wait_or_are_not_waited_for_some_order_is_wr
     forgotten: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     patches = {
-        "settle": lambda: monkeypatch.setattr(on_host.HostTensor, "_settle", lambda _: None),
+        "settle": lambda: monkeypatch.setattr(Host, "settle", lambda *_: None),
         "events": lambda: monkeypatch.setattr(Streams, "wait", lambda *_: None),
     }
     patches[forgotten]()
@@ -321,21 +321,29 @@ def test_pages_are_locked_for_all_devices_and_let_go_when_copies_are_done(
     assert seen, "what CUDA remembers of the error is told to nobody else"
 
 
-def test_what_the_processors_fail_at_is_told_to_whoever_needs_it() -> None:
+def test_what_the_processors_fail_at_is_told_once_and_never_read_until_it_is_stored_anew() -> None:
     host = Host(CPU, Streams())
-    host.reserve(2 * PAGE)
-    one, two = tensors(host, 5, 5)
-    one.write(torch.arange(5))
-    two.write(torch.arange(5))
+    host.reserve(3 * PAGE)
+    one, two, three = tensors(host, 5, 5, 5)
+    for each in (one, two, three):
+        each.write(torch.arange(5))
 
-    def fail(_: torch.Tensor) -> None:
+    def fail(*_: torch.Tensor) -> None:
         raise ArithmeticError("no")
 
+    def copy_over(target: torch.Tensor, source: torch.Tensor) -> None:
+        target.copy_(source)
+
     host.run(fail, [one], [one])
-    host.finish()
-    for _ in range(2):
-        with pytest.raises(ArithmeticError, match="no"):
-            one.load()
-        with pytest.raises(ArithmeticError, match="no"):
-            one.store(torch.arange(5))
-    assert two.read().tolist() == [0, 1, 2, 3, 4]
+    host.run(copy_over, [two, one], [two])  # of what is lost
+    host.run(copy_over, [three, three], [three])
+    for each in (one, two):
+        with pytest.raises(HostError, match="have failed to update what lies there"):
+            each.load()
+    with pytest.raises(HostError, match="the host's processors could not update what lies there: no") as caught:
+        host.check()
+    assert isinstance(caught.value.__cause__, ArithmeticError)
+    host.check()
+    one.write(torch.arange(5, 10))
+    assert one.read().tolist() == [5, 6, 7, 8, 9]
+    assert three.read().tolist() == [0, 1, 2, 3, 4]

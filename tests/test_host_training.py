@@ -6,6 +6,7 @@ computing is on the CPU. ``tests/test_cuda.py`` trains alike on a GPU.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -131,11 +132,53 @@ def test_updates_on_the_host_train_bit_for_bit_as_on_the_device(
     assert_bitwise(found, train("gpt_tied", "adamw", **{**given, "offload": None}))
     last = found[3].program
     on_host = [node for node in last.graph.nodes if isinstance(node.target, HostKernel)]
-    num = 0 if options == "packed" else len(last.layout.buckets)
+    num = 0 if options in ("packed", "in slices") else len(last.layout.buckets)
     assert len(on_host) == num
     assert f"the host's processors update {num} of {len(last.layout.buckets)} buckets" in found[3].plan.notes
     assert ("# starts on host processors" in found[3].source) == (num > 0)
     assert sum(kernel.name.endswith("_on_host") for kernel in found[3].kernels()) == num
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2, "offload": SUMS_TOO}], ids=str)
+def test_whoever_needs_an_update_waits_for_slow_processors(on_streams: Use, options: dict[str, Any]) -> None:
+    """Steps of several batches, and their micro-batches, spill their gradients to one room."""
+    on_streams(None)
+    given = {"offload": EVERYTHING, **options}
+    expected = train("gpt", "adamw", **{**given, "offload": None})
+    run = host.Host.run
+
+    def slowly(self: Any, function: Callable[..., Any], *others: Any) -> None:
+        def late(*inputs: Any) -> None:
+            time.sleep(0.005)
+            function(*inputs)
+
+        run(self, late, *others)
+
+    with mock.patch.object(host.Host, "run", slowly):
+        assert_bitwise(train("gpt", "adamw", host_updates=True, **given), expected)
+
+
+def test_an_update_that_fails_stops_this_step_or_the_next_and_its_parameters_are_never_read(on_streams: Use) -> None:
+    on_streams(None)
+    model, _ = small(offload=EVERYTHING, host_updates=True)
+    model.train_step(X)
+    run = host.Host.run
+
+    def failing(self: Any, _: Any, *others: Any) -> None:
+        def fail(*_: Any) -> None:
+            raise ArithmeticError("no")
+
+        run(self, fail, *others)
+
+    def train_on() -> None:
+        for _ in range(2):  # the second step needs what the first has not updated, if that is not told before
+            model.train_step(X)
+
+    told = r"could not update what lies there|have failed to update what lies there"
+    with mock.patch.object(host.Host, "run", failing), pytest.raises(HostError, match=told):
+        train_on()
+    with pytest.raises(HostError, match="have failed to update what lies there"):
+        model.state_dict()
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,17 +24,19 @@ from tests.test_offload import at, momentum
 from tests.test_tiers import chosen
 from zgraph import ops
 from zgraph.accumulation import micro_step
+from zgraph.codegen import host_kernel
 from zgraph.codegen.host_kernel import HostKernel
 from zgraph.codegen.kernel import Kernel
 from zgraph.config import Config
 from zgraph.cost import Costs
 from zgraph.errors import OptionError, VerifyError
 from zgraph.explain import explain
-from zgraph.footprint import Kind, footprint
+from zgraph.footprint import Kind, footprint, spilled_bytes
 from zgraph.lower import lower
 from zgraph.machines import preset
 from zgraph.passes import default_passes
 from zgraph.pipeline import Pass, run
+from zgraph.placement import ON_THEIR_WAY, spilled_places
 from zgraph.program import Mesh, Phase, Program, Role, operand, phase_of
 from zgraph.timeline import COMPUTE, INWARD, OUTWARD, PROCESSORS, play
 
@@ -133,7 +138,7 @@ def test_less_moves_than_where_the_device_updates(zero: int) -> None:
     assert moved(there) == (came - for_updates_bytes, went - num_bytes)  # gradients go instead of both
     footprints = [footprint(program) for program in (there, here)]
     gradients = [each for each in footprints[0].away["host"] if each.kind is Kind.GRADIENTS]
-    assert sum(each.num_bytes for each in gradients) == num_bytes
+    assert len(gradients) == ON_THEIR_WAY
     assert all(each.kind is not Kind.GRADIENTS for each in footprints[1].away["host"])
 
 
@@ -150,6 +155,23 @@ def test_an_update_takes_what_the_hosts_processors_need_for_its_bytes_beside_the
     slow = replace(GPU, host_bandwidth=1e3)
     of_updates = sum(Costs(program, slow).of(node).seconds for node in on_host(program))
     assert play(program, slow).step_s == pytest.approx(of_updates, rel=0.01)
+
+
+def test_the_host_has_room_for_few_gradients_and_none_lies_where_another_is_still_read() -> None:
+    for captured in (momentum(9), clipped(momentum(9), 0.1)):
+        program = lowered(captured)
+        at = {node: index for index, node in enumerate(program.graph.nodes)}
+        spans: dict[int, list[tuple[int, int]]] = {}
+        for node, place in spilled_places(program).items():
+            read = max(at[user] for wait in node.users for user in wait.users)
+            spans.setdefault(place.start, []).append((at[node], read))
+        numbers = [n for n in program.graph.find_nodes(op="call_function", target=ops.spill) if not n.meta["val"].dim()]
+        assert len(spans) == ON_THEIR_WAY + len(numbers)
+        for together in spans.values():
+            assert all(read < spilled for (_, read), (spilled, _) in pairwise(together))
+        others = [node for node in spilled_places(program) if node not in numbers]
+        most = max(node.meta["val"].nbytes for node in others)
+        assert spilled_bytes(program) == ON_THEIR_WAY * most + sum(node.meta["val"].nbytes for node in numbers)
 
 
 # The same step
@@ -214,13 +236,38 @@ def test_whether_the_host_updates_is_chosen_by_what_it_costs(host_bandwidth: flo
     assert plan.chosen.step_s == min(each.chosen.step_s for each in both)
 
 
+@pytest.mark.parametrize("memory", [2**40, 1])
+def test_updates_on_the_host_may_be_asked_for_where_it_is_open_what_lies_there(memory: int) -> None:
+    plan = chosen(memory, offload="auto", host_updates=True)
+    assert plan.options.get("host_updates", False) is (memory == 1)
+    assert ("offload" in plan.options) is (memory == 1)
+
+
+def test_an_update_that_would_run_in_slices_stays_on_the_device() -> None:
+    assert on_host(lowered(momentum(1)))
+    with mock.patch("zgraph.codegen.host_kernel.SLICE", 0), mock.patch("zgraph.codegen.kernel.SLICE", 0):
+        assert on_host(lowered(momentum(1)))
+        assert not on_host(lowered(momentum(1), kernels="eager"))
+        assert not on_host(lowered(in_single_precision())), "no loops in C++ have its exponentials"
+
+
+def test_a_rank_updates_with_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    for cores, ranks, expected in ((16, 1, 16), (16, 4, 4), (4, 4, 4), (2, 1, 2), (16, 32, 1)):
+        monkeypatch.setattr(host_kernel, "available_cores", lambda cores=cores: cores)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        assert host_kernel._num_cores() == expected
+
+
 def test_a_report_and_an_explanation_name_the_processors() -> None:
     offloaded = {"offload": ON_HOST, "host_updates": True}
     slow = report_of_blocks(hardware=replace(GPU, host_bandwidth=1e3), num=2, **offloaded)
     (program,) = slow.document["programs"]
     assert PROCESSORS in slow.document["tables"]["lanes"]
     assert program["if_faster"]["the host's processors"] == pytest.approx(program["passes"][-1]["step_s"] / 2, rel=0.01)
-    assert "The host's processors, which update parameters, limit it most." in str(explain(slow))
+    told = str(explain(slow))
+    assert "The host's processors, which update parameters, limit it most." in told
+    assert re.search(r"A step takes [\d.]+ s: [\d.]+ s waiting, in the end, for the host's processors \(\d+%\)", told)
     micro = report_of_blocks(hardware=GPU, num=2, accumulate=2, **offloaded)
     assert all("the host's processors" in each["if_faster"] for each in micro.document["programs"])
 
@@ -259,10 +306,16 @@ def update_one_with_the_gradient_of_the_other(program: Program) -> None:
     two.replace_input_with(gradients[1], gradients[0])
 
 
+def give_it_a_new_result(program: Program) -> None:
+    update = on_host(program)[0]
+    update.target = replace(update.target, writes=(None, *update.target.writes[1:]))
+
+
 REFUSED: dict[Callable[[Program], None], str] = {
     update_while_it_is_loaded: r"writes over what load\w* is still sending",
     load_what_was_updated_as_if_it_were_not: r"reads what update_bucket\d_on_host has written over",
     give_it_what_is_on_the_device: r"is given \w+, which is in memory",
+    give_it_a_new_result: "has a result that is written over nothing on the host",
     read_its_result_on_the_device: r"is given getitem\w*, which lies on the host",
 }
 

@@ -184,6 +184,9 @@ def family(
             given = {name: value for name, value in fixed.items() if name not in both}
             if fixed.get(OFFLOAD) == BY_COST and not uses_disk({**given, **both}.get(OFFLOAD)):
                 given.pop("offload_path", None)
+            for name in ON_ANY_RANK if fixed.get(OFFLOAD) == BY_COST else ():
+                if name in given and not VARIED[name].matters(_of_offload(given, both)):
+                    del given[name]
             try:
                 config = Config.from_options({**given, **both})
             except OptionError as error:
@@ -210,6 +213,11 @@ def family(
         raise refused
     assert found, "what cannot be asked for is refused"
     return list(found.values())
+
+
+def _of_offload(*options: Mapping[str, Any]) -> Config:
+    """A configuration that says where things lie, unchecked."""
+    return Config(offload={key: value for each in options for key, value in each.items()}.get(OFFLOAD))
 
 
 def _before(name: str, values: Sequence[Any], value: Any) -> Sequence[Any]:

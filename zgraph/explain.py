@@ -7,7 +7,7 @@ these options rather than others. The same for a step that ran, one that was pla
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -108,7 +108,7 @@ def _memory(document: Mapping[str, Any]) -> Iterator[str]:
 
 def _step(plan: Plan, document: Mapping[str, Any]) -> Iterator[str]:
     chosen = plan.chosen
-    parts: Counter[str] = Counter()
+    parts: dict[str, float] = defaultdict(float)
     families: Counter[str] = Counter()
     waiting = " or ".join(["waiting for links", *_movers(document)])
     for program in document["programs"]:
@@ -118,7 +118,10 @@ def _step(plan: Plan, document: Mapping[str, Any]) -> Iterator[str]:
         parts["computing"] += last["busy_s"].get("compute", 0.0) * times
         for family, seconds in _families(document, last["order"]).items():
             families[family] += seconds * times
-    told = [f"{show_s(each)} {name} ({each / chosen.step_s:.0%})" for name, each in parts.most_common() if each]
+    if any(UPDATER in program["if_faster"] for program in document["programs"]):
+        parts["waiting, in the end, for the host's processors"] += max(chosen.step_s - sum(parts.values()), 0.0)
+    largest = sorted(((each, name) for name, each in parts.items()), key=lambda part: -part[0])
+    told = [f"{show_s(each)} {name} ({each / chosen.step_s:.0%})" for each, name in largest if each]
     yield f"A step takes {show_s(chosen.step_s)}: {', '.join(told)}."
     if all("measured" in program for program in document["programs"]):
         took = sum(program["measured"]["end_s"][-1] * program["repeats"] for program in document["programs"])

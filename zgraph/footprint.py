@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import operator
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -25,7 +25,7 @@ from zgraph.fusion import Fusion
 from zgraph.hardware import Hardware
 from zgraph.liveness import held_bytes, lifetimes
 from zgraph.ops import root_of
-from zgraph.placement import Placement, place
+from zgraph.placement import Placement, place, spilled_places
 from zgraph.program import FlatGradient, Input, Origin, Phase, Program, Role, operand, target_name
 
 
@@ -192,12 +192,22 @@ def _away(program: Program) -> Iterator[tuple[str, Holding]]:
     for what, (tier, node) in _stored(program).items():
         first = 0 if node.op == "placeholder" else at[node]
         yield tier, Holding(str(what), _OF_ROLE[what.role], node.meta["val"].nbytes, first, len(at) - 1)
-    for node in program.graph.find_nodes(op="call_function", target=ops.spill):
-        reads = [at[end] for wait in node.users for load in wait.users for end in (load, *load.users)]
+    for nodes in _spilled_together(program):
+        reads = [at[end] for each in nodes for wait in each.users for load in wait.users for end in (load, *load.users)]
+        node = max(nodes, key=lambda each: each.meta["val"].nbytes)
         made, num_bytes = operand(node), node.meta["val"].nbytes
         origin: Origin = made.meta["origin"]
-        kept = Holding(_maker(made), spilled_kind(node), num_bytes, at[node], max(reads), origin.module, origin.source)
+        since = min(map(at.__getitem__, nodes))
+        kept = Holding(_maker(made), spilled_kind(node), num_bytes, since, max(reads), origin.module, origin.source)
         yield ops.tier_of(node), kept
+
+
+def _spilled_together(program: Program) -> Iterable[list[fx.Node]]:
+    """What is spilled, by its place."""
+    found: dict[int, list[fx.Node]] = {}
+    for node, there in spilled_places(program).items():
+        found.setdefault(there.start, []).append(node)
+    return found.values()
 
 
 def state_on(tier: str, program: Program) -> dict[Input, int]:
@@ -219,8 +229,11 @@ def _stored(program: Program) -> dict[Input, tuple[str, fx.Node]]:
 
 def spilled_bytes(program: Program, tier: str | None = None) -> int:
     """Bytes that a run of a program keeps for a while on a lower tier; on all of them if None."""
-    spills = program.graph.find_nodes(op="call_function", target=ops.spill)
-    return sum(node.meta["val"].nbytes for node in spills if tier in (None, ops.tier_of(node)))
+    return sum(
+        max(node.meta["val"].nbytes for node in nodes)
+        for nodes in _spilled_together(program)
+        if tier in (None, ops.tier_of(nodes[0]))
+    )
 
 
 def spilled_kind(spill: fx.Node) -> Kind:
@@ -286,8 +299,10 @@ def _kind(node: fx.Node, last: fx.Node) -> Kind:
         return Kind.GRADIENTS
     phase: Phase = node.meta["origin"].phase
     last_phase = last.meta["origin"].phase if last.op == "call_function" else Phase.UPDATE
-    is_spilled = any(user.target is ops.spill for user in node.users)
-    if is_spilled or (phase is Phase.FORWARD and last_phase is not Phase.FORWARD):
+    spill = next((user for user in node.users if user.target is ops.spill), None)
+    if spill is not None:
+        return spilled_kind(spill)
+    if phase is Phase.FORWARD and last_phase is not Phase.FORWARD:
         return Kind.ACTIVATIONS
     if any(user.target in ops.STARTS for user in node.users):
         return Kind.COMMUNICATION

@@ -1,7 +1,8 @@
 """Tensors in the memory of the host beside a device: page-locked, and moved by copies that computing runs beside.
 
-Memory is taken in few large pieces, and tensors lie in them. A copy each way runs on a stream of its own. Nothing here
-waits for the device: what has to come before what is told to the streams, by events.
+Memory is taken in few large pieces, and tensors lie in them. A copy each way runs on a stream of its own. But for what
+the host's processors do, nothing here waits for the device: what has to come before what is told to the streams, by
+events.
 
 * A copy, either way, comes behind all that computing was given before: what it reads has been made, and what it writes
   over is needed no more. So memory that PyTorch's allocator has handed out again is safe, which it does in the order of
@@ -20,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,7 +30,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from zgraph.errors import HostError
+from zgraph.errors import HostError, first_line
 from zgraph.machines import available_bytes, host_budget
 from zgraph.tiers import PAGE, Stored, Tier, bytes_of
 
@@ -107,8 +109,11 @@ class Cuda:
         torch.cuda.current_stream(self._device).wait_event(event)
 
     def wait(self, event: Any) -> None:
-        event.synchronize()
+        with torch.cuda.device(self._device):  # or a thread takes memory of the first device for it
+            event.synchronize()
 
+
+_FROM_SAVED = "restart from what was saved last"
 
 _PORTABLE = 1
 """cudaHostRegisterPortable: locked for all devices."""
@@ -130,7 +135,8 @@ class Host(Tier):
         self._pieces: list[tuple[int, torch.Tensor]] = []  # and the first byte of each
         self._last: dict[Way, Any] = {}  # the events of the last copies
         self._processors: ThreadPoolExecutor | None = None
-        self._last_run: Future[None] | None = None
+        self._failure: Exception | None = None  # of the processors, that nobody was told of
+        self._runs: deque[tuple[Future[None], list[HostTensor]]] = deque()  # those not known to be done
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Host:
         """Memory of its own, for what is copied there."""
@@ -151,13 +157,16 @@ class Host(Tier):
             )
 
     def check(self) -> None:
-        """What cannot be copied, the device tells by itself."""
+        """What cannot be copied, the device tells by itself; what the processors could not do is told here."""
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise HostError(
+                f"the host's processors could not update what lies there: {first_line(failure)}", fix=_FROM_SAVED
+            ) from failure
 
     def finish(self) -> None:
         for event in self._last.values():
             self.streams.hold_up(event)
-        if self._last_run is not None:
-            self._last_run.exception()
 
     def memory(self, start: int, num_bytes: int) -> torch.Tensor:
         """Some bytes."""
@@ -175,7 +184,7 @@ class Host(Tier):
         Args:
             function: of tensors of a CPU and numbers.
             inputs: what it is given: tensors that lie here, and numbers.
-            written: of these, what it writes over.
+            written: of these, what it writes over. It is lost if the function fails, until it is stored anew.
         """
         stored = [each for each in inputs if isinstance(each, HostTensor)]
         events = [event for each in stored if (event := each._written) is not None]
@@ -183,16 +192,29 @@ class Host(Tier):
         given = [each.value() if isinstance(each, HostTensor) else each for each in inputs]
 
         def work() -> None:
-            for event in events:
-                self.streams.wait(event)
-            with torch.no_grad():
-                function(*given)
+            try:
+                for event in events:
+                    self.streams.wait(event)
+                is_done = not any(each.is_lost for each in stored)
+                if is_done:
+                    with torch.no_grad():
+                        function(*given)
+            except Exception as error:  # noqa: BLE001 -- told by whoever checks, on all ranks
+                self._failure, is_done = self._failure or error, False
+            for each in written:
+                each.is_lost = not is_done
 
         if self._processors is None:
             self._processors = ThreadPoolExecutor(1, "zgraph-host")
-        self._last_run = self._processors.submit(work)
-        for each in stored:
-            each._run = self._last_run
+        self._runs.append((self._processors.submit(work), stored))
+
+    def settle(self, start: int, stop: int) -> None:
+        """Return when the processors are done with what lies in a range of bytes."""
+        while self._runs and self._runs[0][0].done():
+            self._runs.popleft()
+        for run, stored in self._runs:
+            if any(each.start < stop and start < each.start + each.nbytes for each in stored):
+                run.result()
 
     def _grow(self, more: int, num_bytes: int) -> int:
         try:
@@ -234,21 +256,17 @@ class HostTensor(Stored):
         self._memory = host.memory(start, self.nbytes)
         self._written: Any = None  # the event of the last store
         self._read: Any = None  # and of the last load
-        self._run: Future[None] | None = None  # what the processors were given last that reads or writes it
+        self.is_lost = False  # the processors have failed to write over it
 
     def value(self) -> torch.Tensor:
         """Its memory as a tensor of a CPU."""
         return self._memory.view(self.dtype).as_strided(self.shape, self.strides)
 
-    def _settle(self) -> None:
-        """Return when the processors are done with it."""
-        if self._run is not None:
-            self._run.result()
-            self._run = None
-
     def load(self, out: torch.Tensor | None = None) -> Copy:
         assert self._written is not None, "nothing was written there"
-        self._settle()
+        self.tier.settle(self.start, self.start + self.nbytes)
+        if self.is_lost:
+            raise HostError("the host's processors have failed to update what lies there", fix=_FROM_SAVED)
         host = self.tier
         result = out
         if result is None:
@@ -259,7 +277,8 @@ class HostTensor(Stored):
 
     def store(self, value: torch.Tensor) -> Copy:
         value = self._as_stored(value)
-        self._settle()
+        self.tier.settle(self.start, self.start + self.nbytes)
+        self.is_lost = False
         self.tier.moved.written_bytes += self.nbytes
         after = [] if self._read is None else [self._read]
         self._written = self.tier.start(Way.OUT, self._memory, bytes_of(value), after)

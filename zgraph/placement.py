@@ -13,6 +13,7 @@ knows; so there nothing is placed but the parts of flat gradients, each of which
 from __future__ import annotations
 
 import operator
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -66,13 +67,34 @@ class Place:
         return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
 
 
+ON_THEIR_WAY = 4
+"""How many gradients the host has room for until its processors have read them."""
+
+
 def spilled_places(program: Program) -> dict[fx.Node, Place]:
-    """Where what a program spills lies in its room on a lower tier: one after the other, each from a page on."""
-    places, start = {}, 0
-    for node in program.graph.find_nodes(op="call_function", target=ops.spill):
-        places[node] = _place_of(node, start)
-        start += padded(places[node].num_bytes)
-    return places
+    """Where what a program spills lies in its room on a lower tier: one after the other, each from a page on.
+
+    What is read there by one update alone may lie where another one was, whose update stands before: of
+    ``ON_THEIR_WAY`` that follow each other, none does.
+    """
+    spills = program.graph.find_nodes(op="call_function", target=ops.spill)
+    at = {node: index for index, node in enumerate(program.graph.nodes)}
+    before: deque[tuple[fx.Node, int]] = deque(maxlen=ON_THEIR_WAY)  # spills, and the positions of their updates
+    slot: dict[fx.Node, fx.Node] = {}  # the first that lies where each does
+    for node in spills:
+        readers = [user for wait in node.users for user in wait.users]
+        if len(readers) != 1 or getattr(readers[0].target, "tier", None) is None:
+            continue
+        slot[node] = node
+        if len(before) == ON_THEIR_WAY and before[0][1] < at[node]:
+            slot[node] = slot[before[0][0]]
+        before.append((node, at[readers[0]]))
+    sizes: dict[fx.Node, int] = {}
+    for node in spills:
+        first = slot.get(node, node)
+        sizes[first] = max(sizes.get(first, 0), padded(_place_of(node, 0).num_bytes))
+    starts = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
+    return {node: _place_of(node, starts[slot.get(node, node)]) for node in spills}
 
 
 @dataclass(frozen=True)

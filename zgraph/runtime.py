@@ -34,6 +34,7 @@ from zgraph.child import in_child
 from zgraph.choices import ACCUMULATE, OFFLOAD, STORED, searched
 from zgraph.codegen import quantizers
 from zgraph.codegen.emit import Watch, emit
+from zgraph.codegen.host_kernel import HostKernel
 from zgraph.codegen.kernel import Kernel
 from zgraph.codegen.quantizers import IN_ONE_PASS
 from zgraph.collector import collect_garbage, only_new_objects
@@ -305,7 +306,7 @@ class Runtime:
                 del program
                 collect_garbage(lowered.last.graph)
             phases.divide(lowered.records)
-            self._warn_if_not_tiled(lowered)
+            self._warn_of_no_use(lowered)
             digest = lowered.digest()
             self._check_budget(lowered)
         except Exception as caught:  # noqa: BLE001 -- whatever it is, the other ranks are told before this one stops
@@ -379,12 +380,14 @@ class Runtime:
             can = self.config.kernels != "eager" and quantizers.why_not(device_type) is None
             self._in_one_pass = bool(self.agreement.least(can))
         calls = [node for program in programs for node in program.graph.nodes if isinstance(node.target, Kernel)]
-        why = next((reason for node in calls if (reason := node.target.why_in_slices())), None)
-        if why is not None:
-            log.warning("zgraph: kernels run in slices, which takes longer, on all ranks: %s", why)
-        if not self.agreement.least(why is None):
-            for node in calls:
-                node.target = replace(node.target, is_compiled=False)
+        for device_type in sorted({node.target.device_type for node in calls}):
+            mine = [node for node in calls if node.target.device_type == device_type]
+            why = next((reason for node in mine if (reason := node.target.why_in_slices())), None)
+            if why is not None:
+                log.warning("zgraph: kernels run in slices, which takes longer, on all ranks: %s", why)
+            if not self.agreement.least(why is None):
+                for node in mine:
+                    node.target = replace(node.target, is_compiled=False)
 
     def _agree_on_machine(self, batch: Call) -> None:
         if self._machine is None:
@@ -440,8 +443,14 @@ class Runtime:
                     NUM_KEPT_STEPS,
                 )
 
-    def _warn_if_not_tiled(self, lowered: Lowered) -> None:
-        """Say that an option asks for tiles of which there are none."""
+    def _warn_of_no_use(self, lowered: Lowered) -> None:
+        """Say that an option asks for tiles, or updates on the host, of which there are none."""
+        moved = any(isinstance(node.target, HostKernel) for each in lowered.programs for node in each.graph.nodes)
+        if self.config.host_updates and not moved and self.agreement.rank == 0:
+            log.warning(
+                "zgraph: host_updates moves no update to the host: each is gathered in the same step, mixes elements, "
+                "cannot be compiled in C++, or would not move fewer bytes there"
+            )
         is_alike = any(r.name == "TileProducts" and r.num_nodes_before == r.num_nodes_after for r in lowered.records)
         if is_alike and self.agreement.rank == 0:
             log.warning(

@@ -169,6 +169,8 @@ def _check_tiers(program: Program, node: fx.Node, after: str) -> None:
     if node.target in ops.TRANSFERS and node.args[1:] not in _TIERS_GIVEN:
         raise broken(after, node, f"moves to or from {node.args[1:]}, and tiers are {', '.join(LOWER_TIERS)}")
     runs_on = getattr(node.target, "tier", None)
+    if runs_on is not None and None in node.target.writes:  # type: ignore[union-attr]
+        raise broken(after, node, f"has a result that is written over nothing on {LOWER_TIERS[runs_on]}")
     for source in node.all_input_nodes:
         is_away = node.target is ops.load or (node.target is ops.store and node.kwargs["out"] is source)
         is_kernels = runs_on is not None and isinstance(source.meta["val"], torch.Tensor)

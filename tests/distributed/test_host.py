@@ -14,6 +14,7 @@ from tests.ranks import Ranks
 from tests.reference import world
 from tests.streams import Streams
 from zgraph import host
+from zgraph.codegen.host_kernel import HostKernel
 from zgraph.errors import ZgraphError
 from zgraph.footprint import state_on
 from zgraph.tiers import padded
@@ -42,11 +43,13 @@ def train_beside_a_device() -> None:
     batch = X.chunk(num_ranks)[rank]
     first, second = on_streams(rank)
     with first, second:
-        model, plain = small(offload=EVERYTHING), small()
-        for _ in range(3):
-            assert torch.equal(model.train_step(batch), plain.train_step(batch))
-        assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
-        assert model.stats()["param_bytes"] == 0
+        for how in ({}, {"host_updates": True}):
+            model, plain = small(offload=EVERYTHING, **how), small()
+            for _ in range(3):
+                assert torch.equal(model.train_step(batch), plain.train_step(batch))
+            assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+            assert model.stats()["param_bytes"] == 0
+            assert any(isinstance(node.target, HostKernel) for node in model.program.graph.nodes) == bool(how)
 
 
 def test_ranks_train_bit_for_bit_as_on_devices(ranks: Ranks) -> None:
