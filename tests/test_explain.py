@@ -199,7 +199,7 @@ def applied(asked: dict[str, Any], change: str) -> dict[str, Any]:
     """The same with a suggestion taken."""
     if rows := re.match(r"(\d+) of \d+ rows in a batch(, )?", change):
         asked, change = {**asked, "batch": (asked["batch"][0][: int(rows[1])],)}, change[rows.end() :]
-    call = ast.parse(f"f({change.partition(', of ')[0]})", mode="eval").body
+    call = ast.parse(f"f({re.split(', of |, for ', change)[0]})", mode="eval").body
     assert isinstance(call, ast.Call)
     values = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
     if "hardware" in values:
