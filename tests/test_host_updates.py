@@ -20,7 +20,7 @@ from tests.offloading import Mistake
 from tests.programs import accumulated, assert_same_step, clipped, few_examples
 from tests.recipes import Recipe, build, recipes
 from tests.reporting import report_of_blocks
-from tests.test_offload import at, momentum
+from tests.test_offload import at, momentum, transfers
 from tests.test_tiers import chosen
 from zgraph import ops
 from zgraph.accumulation import micro_step
@@ -58,28 +58,12 @@ def on_host(program: Program) -> list[Any]:
     return [node for node in program.graph.nodes if isinstance(node.target, HostKernel)]
 
 
-def moves(program: Program) -> str:
-    """The calls that move something between the device and its host, or update it, in order."""
-    named: dict[Any, str] = {}
-    lines = []
-    for node in program.graph.nodes:
-        bucket = node.meta["origin"].module.removeprefix("bucket") if node.op == "call_function" else ""
-        if node.target in ops.TRANSFERS:
-            named[node] = f"{node.target._opname} {bucket}"
-            lines.append(named[node])
-        elif node.target is ops.wait and operand(node) in named:
-            lines.append(f"wait for {named[operand(node)]}")
-        elif hasattr(node.target, "writes"):
-            lines.append(f"update {bucket}{' on the host' if isinstance(node.target, HostKernel) else ''}")
-    return "\n".join(lines)
-
-
 # What moves
 
 
 def test_gradients_go_to_the_host_while_others_are_computed_and_nothing_comes_for_an_update() -> None:
     assert_expected_inline(
-        moves(lowered(momentum(2))),
+        transfers(lowered(momentum(2))),
         """\
 load 0
 load 1

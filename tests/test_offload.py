@@ -23,6 +23,7 @@ from tests.programs import Builder, accumulated, assert_same_step, blocks, clipp
 from tests.recipes import Recipe, build, recipes
 from zgraph import ops
 from zgraph.accumulation import micro_step
+from zgraph.codegen.host_kernel import HostKernel
 from zgraph.config import Config
 from zgraph.errors import VerifyError
 from zgraph.footprint import Kind, footprint, state_on
@@ -63,12 +64,13 @@ def transfers(program: Program) -> str:
     for node in program.graph.nodes:
         bucket = node.meta["origin"].module if node.op == "call_function" else ""
         if node.target in ops.TRANSFERS:
-            number[node] = f"{'load' if node.target is ops.load else 'store'} {bucket.removeprefix('bucket')}"
+            number[node] = f"{node.target._opname} {bucket.removeprefix('bucket')}"
             lines.append(number[node])
         elif node.target is ops.wait and operand(node) in number:
             lines.append(f"wait for {number[operand(node)]}")
         elif hasattr(node.target, "writes"):
-            lines.append(f"update {bucket.removeprefix('bucket')}")
+            where = " on the host" if isinstance(node.target, HostKernel) else ""
+            lines.append(f"update {bucket.removeprefix('bucket')}{where}")
     return "\n".join(lines)
 
 
