@@ -5,6 +5,7 @@
     python benchmarks/gpu.py --shape 2048,24,16,1024,50304,4      another: width, layers, heads, tokens, ...
     python benchmarks/gpu.py --peers eager zgraph-3:recompute=blocks --json OUT
     python benchmarks/gpu.py --peers fsdp2-offload zgraph-3:offload=optimizer+parameters:load_ahead=1
+    python benchmarks/gpu.py --peers fsdp2-offload zgraph-3:offload=optimizer+parameters:host_updates=1
 
 All train in bfloat16 on float32 parameters: autocast, FSDP2's mixed precision, zgraph's ``precision="bf16"``. Peers run
 one after the other, in turns; seconds are medians of steps timed by the device.
@@ -108,8 +109,8 @@ def options_of(name: str) -> dict[str, Any]:
     options: dict[str, Any] = {"precision": "bf16", **parse_peer(name).build.keywords}  # type: ignore[attr-defined]
     if options.get("offload", "auto") != "auto":
         options["offload"] = dict.fromkeys(options["offload"].split("+"), "host")
-    if "load_ahead" in options:
-        options["load_ahead"] = bool(options["load_ahead"])
+    for switch in {"host_updates", "load_ahead"} & options.keys():
+        options[switch] = bool(options[switch])
     return options
 
 
