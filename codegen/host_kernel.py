@@ -14,7 +14,6 @@ from zgraph.codegen.elementwise import first_vector
 from zgraph.codegen.kernel import CPP, SLICE, Kernel
 from zgraph.host import HostTensor
 from zgraph.machines import available_cores, ranks_here
-from zgraph.program import copy_graph
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,9 +28,6 @@ class HostKernel(Kernel):
     """
 
     tier: ClassVar[str] = "host"
-
-    def copy(self) -> HostKernel:
-        return HostKernel(self.name, copy_graph(self.body), self.num_inputs, self.writes, self.is_compiled)
 
     def __call__(self, *inputs: Any) -> list[Any]:
         """Run on what lies on the host, or at once on tensors, real or fake."""

@@ -8,7 +8,7 @@ stay in cache, so a chain of a dozen operators reads and writes memory once and 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -75,7 +75,7 @@ class Kernel:
 
     def copy(self) -> Kernel:
         """A kernel with a body of its own."""
-        return Kernel(self.name, copy_graph(self.body), self.num_inputs, self.writes, self.is_compiled)
+        return replace(self, body=copy_graph(self.body), _functions={})
 
     def __call__(self, *inputs: Any) -> list[torch.Tensor]:
         """Run on real tensors, or infer on fake ones."""

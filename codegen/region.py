@@ -24,7 +24,7 @@ from zgraph.codegen.lowering import lower
 from zgraph.codegen.region_cpp import RegionCppWriter
 from zgraph.codegen.region_triton import RegionTritonWriter
 from zgraph.codegen.source import SourceWriter
-from zgraph.program import copy_graph, describe
+from zgraph.program import describe
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +37,6 @@ class Region(Kernel):
     def __str__(self) -> str:
         over = f" over {list(self.writes)}" if any(write is not None for write in self.writes) else ""
         return f"{self.name}{{{expressions(self.body)}{over}}}"
-
-    def copy(self) -> Region:
-        return replace(self, body=copy_graph(self.body), _functions={})
 
     def __call__(self, *inputs: Any, outs: Sequence[torch.Tensor | None] = ()) -> list[torch.Tensor]:
         """Run on real tensors, or infer on fake ones.

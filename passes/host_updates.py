@@ -35,7 +35,7 @@ def update_on_host(program: Program) -> int:
         How many updates have moved.
     """
     updates = [node for node in program.graph.nodes if type(node.target) is Kernel and phase_of(node) is Phase.UPDATE]
-    moving = [each for each in map(_Update.of, [program] * len(updates), updates) if each is not None]
+    moving = [found for node in updates if (found := _Update.of(program, node)) is not None]
     there: dict[fx.Node, fx.Node] = {}
     for index, each in enumerate(moving):
         each.move(program, there, moving[index + 1].node if index + 1 < len(moving) else program.output_node)
@@ -83,7 +83,7 @@ class _Update:
         stored, kept = dict[fx.Node, int](), dict[fx.Node, int]()
         for index, (result, write) in enumerate(zip(results_of(kernel), kernel.writes, strict=True)):
             (stored if takes[write] in on_host else kept)[result] = index  # type: ignore[index]
-        is_read = any(user.args[1] in set(stored.values()) and _is_read(user) for user in node.users)
+        is_read = any(user.args[1] in stored.values() and _is_read(user) for user in node.users)
         if is_read or not stored or not on_host.isdisjoint(kept):
             return None
         there = [inner for inner in calls if inner in on_host or not kept]

@@ -320,8 +320,8 @@ class Config:
             live at the peak, and wait for its way back as late, instead of one bucket ahead. The link rests less;
             PyTorch's allocator may take more, as buckets of unlike sizes come and go in another order.
         host_updates: let the processors of a GPU's host update parameters that lie on the host with all their state,
-            where they lie: a gradient goes there, and nothing comes but parameters for forward and backward. That takes
-            as many bytes more of the host as gradients have. What is not elementwise is updated on the GPU in any case.
+            where they lie: a gradient goes there, and nothing comes but parameters for forward and backward. The host
+            has room for a few gradients on their way. What is not elementwise is updated on the GPU in any case.
             Rounding may differ from a GPU's in the last bit.
         memory_first: compute in another order where that lowers the peak (``zgraph.passes.OrderByMemory``): values are
             made later, or read for the last time earlier, as what depends on what allows. Results stay the same, bit

@@ -16,7 +16,6 @@ import torch
 from torch import fx
 
 from zgraph import ops
-from zgraph.codegen.host_kernel import HostKernel
 from zgraph.codegen.kernel import SLICES, Kernel, slice_on
 from zgraph.codegen.region import Region
 from zgraph.curves import maximum, minimum
@@ -107,8 +106,6 @@ class Costs:
 
     def _started(self, node: fx.Node) -> dict[str, Any]:
         """How a kernel is started: once where it is compiled, and otherwise operator by operator and slice by slice."""
-        if isinstance(node.target, HostKernel):
-            return {}
         if isinstance(node.target, Kernel) and node.target.language(self._hardware.device_type) != SLICES:
             return {"num_operators": 1, "sliced_numel": 0}
         return {"slice_numel": slice_on(self._hardware.device_type)}

@@ -68,9 +68,8 @@ class LowerTiers:
                     tier = self._state.open_tier(name, partial(_open, name, device, path or DEFAULT_PATH))
                     tier.check_room(missing, ranks_here(agreement.world))
                 wanted.append((tier, missing, room))
-            for tier, missing, room in reversed(
-                wanted
-            ):  # a disk says only now whether it has room, and takes no memory
+            # A disk says only now whether it has room, and takes no memory: it comes first.
+            for tier, missing, room in reversed(wanted):
                 with agreement.together():
                     tier.reserve(missing)
                     room.take(tier)
