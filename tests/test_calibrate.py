@@ -261,6 +261,23 @@ def test_the_median_of_passes_is_kept() -> None:
     assert calibrate.middle(runs) == replace(first, memory=[[1.0, 5.0], [2.0, 3.0]], launch_s=2.0)
 
 
+def test_the_hosts_memory_is_measured_on_all_cores_and_threads_are_as_before() -> None:
+    threads = torch.get_num_threads()
+    rows = calibrate._host_memory()
+    assert torch.get_num_threads() == threads
+    assert [num_bytes for num_bytes, _ in rows] == [3 * 4 * 2**20, 3 * 64 * 2**20]
+    assert all(seconds > 0 for _, seconds in rows)
+
+
+def test_a_gpus_host_is_as_fast_as_was_measured_and_as_its_table_says_where_it_was_not() -> None:
+    measured = made_up("cuda")
+    assert measured.hardware().host_bandwidth == pytest.approx(6e10)
+    alone = replace(measured.runs[1], host_memory=[])
+    assumed = replace(measured, runs={**measured.runs, 1: alone}).hardware()
+    assert assumed.host_bandwidth == preset("L40S").host_bandwidth
+    assert measured.hardware().host_s(6e8) == pytest.approx(0.02, rel=0.01)  # of two devices at once
+
+
 def test_the_file_that_a_disk_is_measured_by_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "DISK_BYTES", 2 * calibrate.MIB)
     move, seen = calibrate._move_all, []
