@@ -2,6 +2,8 @@
 
     python benchmarks/offload.py                    the small GPT on two ranks
     python benchmarks/offload.py --model medium     the 135.6M GPT
+    python benchmarks/offload.py --model 1024,4,16,16,512,1 --bucket-bytes 64MiB --nothing-ahead
+                                                    few tokens, so that the disk has as much to do as the processors
     python benchmarks/offload.py --quick            a tiny one: does it run?
     python benchmarks/offload.py --cap 1GiB         the largest GPT that trains under a cap on each rank, beside peers'
     python benchmarks/offload.py --cap 1GiB --json FILE     and one JSON line for each peer, for trainable.py to draw
@@ -22,21 +24,30 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from threading import BrokenBarrierError
 from typing import TYPE_CHECKING
 
 from memory import load_malloc_counter
 
 if TYPE_CHECKING:
+    from multiprocessing.synchronize import Barrier
+
     from comparison import Settings
     from models import Shape
+    from torch import Tensor
+
+    from zgraph.disk import DiskTensor, DiskTransfer
 
 BLOCK = 2**24
 ROUNDS = 3
+DISK_TIMEOUT_S = 600
+"""In which the disk has to move what a step moves."""
 
 WAYS = {
     "activations on disk": ("activations",),
@@ -86,6 +97,10 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="a tiny model and two rounds: does it run?")
     parser.add_argument("--path", default="/var/tmp", help="a directory on the disk; default: %(default)s")
     parser.add_argument("--ranks", type=int, default=2, help="default: 2")
+    parser.add_argument("--bucket-bytes", metavar="BYTES", help="of zgraph with something on the disk")
+    parser.add_argument(
+        "--nothing-ahead", action="store_true", help="DeepSpeed reads and writes nothing ahead, as where it fails to"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="measured steps of each; default: 5")
     options = parser.parse_args(arguments)
     shape, rounds = (SHAPES["tiny"], 2) if options.quick else (options.model or SHAPES["small"], options.rounds)
@@ -97,10 +112,15 @@ def run(arguments: Sequence[str]) -> int:
     entries = [Entry("in memory", in_memory)]
     for name, what in WAYS.items():
         build = partial(in_memory.build, offload=dict.fromkeys(what, "disk"), offload_path=options.path)
+        if options.bucket_bytes is not None:
+            build = partial(build, bucket_bytes=options.bucket_bytes)
         entries.append(Entry(name, replace(in_memory, build=build)))
     with tempfile.TemporaryDirectory(prefix="zgraph-bench-", dir=options.path) as directory:
         theirs = {
-            name: Entry(f"DeepSpeed, {name}", deepspeed_on_disk(f"{directory}/{index}", *WAYS[name]))
+            name: Entry(
+                f"DeepSpeed, {name}",
+                deepspeed_on_disk(f"{directory}/{index}", *WAYS[name], ahead=not options.nothing_ahead),
+            )
             for index, name in enumerate(LIKE_DEEPSPEED)
         }
         if not prepare_deepspeed():
@@ -229,51 +249,77 @@ def run_capped(cap: str, path: str, shape: Shape, settings: Settings, lines: Pat
 def time_disk(path: str, num_ranks: int, read_bytes: int, written_bytes: int) -> float:
     """Seconds in which all ranks at once read and write so many bytes each, both at a time; no less are read."""
     context = get_context("fork")
-    ready, go = context.Barrier(num_ranks + 1), context.Barrier(num_ranks + 1)
+    ready, go, done = (context.Barrier(num_ranks + 1) for _ in range(3))
     processes = [
-        context.Process(target=_move, args=(path, read_bytes, written_bytes, ready, go)) for _ in range(num_ranks)
+        context.Process(target=_move, args=(path, read_bytes, written_bytes, (ready, go, done)))
+        for _ in range(num_ranks)
     ]
     for process in processes:
         process.start()
-    ready.wait()
-    start = time.perf_counter()
-    go.wait()
-    for process in processes:
-        process.join()
-        if process.exitcode:
-            raise RuntimeError(f"moving bytes ended with exit code {process.exitcode}")
-    return time.perf_counter() - start
+    try:
+        ready.wait(DISK_TIMEOUT_S)
+        start = time.perf_counter()
+        go.wait(DISK_TIMEOUT_S)
+        done.wait(DISK_TIMEOUT_S)
+        return time.perf_counter() - start
+    except BrokenBarrierError:
+        raise RuntimeError("moving bytes with nothing to compute failed") from None
+    finally:
+        for process in processes:
+            process.join()
 
 
-def _move(path: str, read_bytes: int, written_bytes: int, ready: object, go: object) -> None:
+def _move(path: str, read_bytes: int, written_bytes: int, barriers: tuple[Barrier, Barrier, Barrier]) -> None:
+    """Read so much, and write no more than that, two transfers of a ``BLOCK`` each way on their way."""
     import torch
 
     from zgraph.disk import Disk
     from zgraph.tiers import PAGE
 
-    disk = Disk(path)
-    sizes = [BLOCK] * (read_bytes // BLOCK) + ([read_bytes % BLOCK] if read_bytes % BLOCK else [])
-    disk.reserve(read_bytes + PAGE)
-    tensors = [disk.allocate(size, torch.uint8) for size in sizes]
-    memory = torch.zeros(2 * BLOCK + PAGE, dtype=torch.uint8)
-    source, target = memory[-memory.data_ptr() % PAGE :][: 2 * BLOCK].split(
-        BLOCK
-    )  # as in an arena, they begin at a page
-    for tensor, size in zip(tensors, sizes, strict=True):
-        tensor.write(source[:size])
-    ready.wait()  # type: ignore[attr-defined]
-    go.wait()  # type: ignore[attr-defined]
-    storing = None
-    for tensor, size in zip(tensors, sizes, strict=True):
-        loading = tensor.load(target[:size])
-        if storing is not None:
-            storing.wait()
-        loading.wait()
-        storing = tensor.store(source[:size]) if written_bytes > 0 else None
-        written_bytes -= size
-    if storing is not None:
-        storing.wait()
-    disk.check()
+    ready, go, done = barriers
+    try:
+        disk = Disk(path)
+        sizes = [BLOCK] * (read_bytes // BLOCK) + ([read_bytes % BLOCK] if read_bytes % BLOCK else [])
+        disk.reserve(read_bytes + PAGE * len(sizes))
+        tensors = [disk.allocate(size, torch.uint8) for size in sizes]
+        memory = torch.zeros(3 * BLOCK + PAGE, dtype=torch.uint8)
+        in_pages = memory[-memory.data_ptr() % PAGE :][: 3 * BLOCK]  # as in an arena, they begin at a page
+        source, *targets = in_pages.split(BLOCK)
+        for tensor, size in zip(tensors, sizes, strict=True):
+            tensor.write(source[:size])
+        ready.wait(DISK_TIMEOUT_S)
+        go.wait(DISK_TIMEOUT_S)
+        loads: deque[tuple[DiskTransfer, DiskTensor, int]] = deque()
+        stores: deque[DiskTransfer] = deque()
+        for tensor, size in zip(tensors, sizes, strict=True):
+            if len(loads) == len(targets):
+                written_bytes -= _pass_on(loads, stores, source, written_bytes)
+            loads.append((tensor.load(targets[0][:size]), tensor, size))
+            targets.reverse()
+        while loads:
+            written_bytes -= _pass_on(loads, stores, source, written_bytes)
+        while stores:
+            stores.popleft().wait()
+        disk.check()
+        done.wait(DISK_TIMEOUT_S)
+    except BaseException:
+        for barrier in barriers:
+            barrier.abort()
+        raise
+
+
+def _pass_on(
+    loads: deque[tuple[DiskTransfer, DiskTensor, int]], stores: deque[DiskTransfer], source: Tensor, left: int
+) -> int:
+    """Wait for the first load, and write the same again if there are bytes left to write; how many it starts to."""
+    loading, tensor, size = loads.popleft()
+    loading.wait()
+    if left <= 0:
+        return 0
+    if len(stores) == 2:
+        stores.popleft().wait()
+    stores.append(tensor.store(source[:size]))
+    return size
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import mmap
 import os
 import threading
 import weakref
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +22,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from isal import isal_zlib
 
 from zgraph.errors import DiskError
 from zgraph.files import passing_name, remove_left_behind
@@ -149,7 +149,7 @@ class Disk(Tier):
                     piece[:] = whole[: len(piece)]
             if not self.is_direct:
                 os.posix_fadvise(self._fd, start, len(data), os.POSIX_FADV_DONTNEED)
-        if zlib.crc32(data.data) != crc:
+        if isal_zlib.crc32(data.data) != crc:
             raise DiskError(
                 f"the disk ({self.path}) gave back other bytes than were written: the CRC of {len(data)} bytes at "
                 f"{start} differs",
@@ -168,7 +168,7 @@ class Disk(Tier):
             if not self.is_direct:  # only what is on the disk can leave the page cache
                 os.fdatasync(self._fd)
                 os.posix_fadvise(self._fd, start, len(data), os.POSIX_FADV_DONTNEED)
-        return zlib.crc32(data.data)
+        return isal_zlib.crc32(data.data)
 
     def _pieces(self, data: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
         """What is moved at once, each with its offset: all of it, but for the part of a page at the end."""
