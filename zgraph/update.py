@@ -1,6 +1,7 @@
 """Trace an optimizer's own ``step()`` into a functional graph, with its hyperparameters as scalar inputs.
 
-Nothing is known about particular optimizers. The plain per-parameter code path runs on fake tensors; every float in
+Nothing is known about particular optimizers, but that torch's own do the same to parameters of one form
+(``zgraph.alike``). The plain per-parameter code path runs on fake tensors; every float in
 ``param_groups`` is a symbolic number, so ``1 - lr * weight_decay`` becomes Python-scalar nodes that compute in
 double precision exactly as eager does. Conditions on such numbers (``if weight_decay != 0``) become guards.
 """
@@ -27,6 +28,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from torch.utils import _pytree as pytree
 
 from zgraph import ops
+from zgraph.alike import copied, representatives
 from zgraph.attributes import contents, is_same
 from zgraph.errors import OptimizerError, ZgraphError, first_line, quoted
 from zgraph.functional import make_functional
@@ -201,6 +203,20 @@ def trace_update(
     Raises:
         OptimizerError: the update depends on values of tensors, or fails on fake tensors.
     """
+    like = representatives(optimizer, params, trained, state)
+    traced = [name for name in trained if like[name] == name]
+    update = _trace_with_fallback(optimizer, params, traced, state, device)
+    return update if traced == list(trained) else copied(update, like)
+
+
+def _trace_with_fallback(
+    optimizer: torch.optim.Optimizer,
+    params: dict[str, torch.nn.Parameter],
+    trained: Sequence[str],
+    state: StateSpec,
+    device: torch.device,
+) -> Update:
+    """Trace the plain path, or where that decides by values, the one for CUDA graphs."""
     trace_with = partial(_trace_once, optimizer, params, trained, device=device)
     try:
         return _trace_both(trace_with, trained, state)
