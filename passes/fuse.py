@@ -8,6 +8,7 @@ wait. Whether a kernel is faster than its calls is for the machine to say, where
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -68,10 +69,14 @@ class FuseRegions(Pass):
         (device_type,) = device_types
         kept: set[fx.Node] = set()
         program.weighed = ()
+        plain: _Lowered | None = None
         for compiler in self.compilers:
-            program.weighed += self._chosen(program, compiler, device_type, kept)
+            weighed, plain = self._chosen(program, compiler, device_type, kept, plain)
+            program.weighed += weighed
 
-    def _chosen(self, program: Program, compiler: str, device_type: str, kept: set[fx.Node]) -> tuple[Weighed, ...]:
+    def _chosen(
+        self, program: Program, compiler: str, device_type: str, kept: set[fx.Node], plain: _Lowered | None
+    ) -> tuple[tuple[Weighed, ...], _Lowered | None]:
         """Make kernels of what one compiler has words for.
 
         Args:
@@ -79,12 +84,16 @@ class FuseRegions(Pass):
             compiler: one of ``compilers``.
             device_type: where the program computes.
             kept: calls that stay as they are, which more may become.
+            plain: the program as it will run, if that is known.
+
+        Returns:
+            What was weighed, and the changed program as it will run, if that is known.
         """
         may_write = partial(_CAN_WRITE[compiler], device_type=device_type)
         found = groups(program, may_write, kept)
         if not found:
-            return ()
-        plain = self._lowered(program)
+            return (), plain
+        changed = plain = plain or self._lowered(program)
         bound = int(max(plain.held) * (1 + MORE))
         position = {node: index for index, node in enumerate(program.graph.nodes)}
         weighed: dict[int, Weighed] = {}  # by where the last of its calls is
@@ -111,10 +120,11 @@ class FuseRegions(Pass):
             kept.update(node for group, _ in refused for node in group.nodes)
             if not refused:
                 weighed |= {position[g.nodes[-1]]: v for g, v in zip(found, verdicts, strict=True)}
+                _fuse(program, found, compiler)
+                changed = fused.of_another(dict(zip(program.graph.nodes, trial.graph.nodes, strict=True)))
                 break
             found = groups(program, may_write, kept)
-        _fuse(program, found, compiler)
-        return tuple(weighed[at] for at in sorted(weighed))
+        return tuple(weighed[at] for at in sorted(weighed)), changed
 
     def _verdict(self, group: Group, plain: _Lowered, call: fx.Node, fused: _Lowered) -> Weighed:
         """Whether a region is faster than its calls."""
@@ -152,6 +162,12 @@ class _Lowered:
         self.program, self.twins = program, {node: twin for node, twin in twins.items() if twin in here}
         self.lives = lifetimes(program)
         self.held = held_bytes(self.lives, len(program.graph.nodes))
+
+    def of_another(self, same: Mapping[fx.Node, fx.Node]) -> _Lowered:
+        """The same for a program whose nodes are like those that it was made of, given each with the one it is like."""
+        another = copy.copy(self)
+        another.twins = {node: self.twins[like] for node, like in same.items() if like in self.twins}
+        return another
 
 
 def _guilty(lowered: _Lowered, calls: Sequence[fx.Node], bound: int, part: int) -> set[int]:
