@@ -278,6 +278,7 @@ def _move(path: str, read_bytes: int, written_bytes: int, barriers: tuple[Barrie
 
     ready, go, done = barriers
     try:
+        assert written_bytes <= read_bytes, "what is written is what was read"
         disk = Disk(path)
         sizes = [BLOCK] * (read_bytes // BLOCK) + ([read_bytes % BLOCK] if read_bytes % BLOCK else [])
         disk.reserve(read_bytes + PAGE * len(sizes))

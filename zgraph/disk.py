@@ -87,7 +87,11 @@ class Disk(Tier):
 
     def _grow(self, more: int, num_bytes: int) -> int:
         with self._explained(f"reserve {num_bytes} bytes, {more} more than there are,"):
-            os.posix_fallocate(self._fd, self.num_bytes, more)
+            try:
+                os.posix_fallocate(self._fd, self.num_bytes, more)
+            except OSError:
+                os.ftruncate(self._fd, self.num_bytes)  # a part of it may have been taken
+                raise
         return self.num_bytes
 
     def check(self) -> None:
@@ -244,7 +248,7 @@ class DiskTensor(Stored):
         ready, crcs = disk.ready(), self._crcs
         blocks = self._blocks(result)
         jobs = [disk.submit(disk.load, block, start, crcs[index], ready) for index, block, start in blocks]
-        return DiskTransfer(jobs, result, disk)
+        return DiskTransfer(jobs, result, disk, source=self)
 
     def store(self, value: torch.Tensor) -> DiskTransfer:
         """Start to write ``value``, which must stay as it is until that has been waited for.
@@ -255,10 +259,10 @@ class DiskTensor(Stored):
         value = self._as_stored(value)
         self._unwritten = None
         self.tier.moved.written_bytes += self.nbytes
-        self._crcs = [None] * len(self._crcs)
+        crcs = self._crcs = [None] * len(self._crcs)  # a store before this one, if it is not done, keeps its own
         ready = self.tier.ready()
         self._writing = [
-            self.tier.submit(self._write_block, index, block, start, ready)
+            self.tier.submit(self._write_block, crcs, index, block, start, ready)
             for index, block, start in self._blocks(value)
         ]
         return DiskTransfer(self._writing, self, self.tier, value)
@@ -274,8 +278,8 @@ class DiskTensor(Stored):
         if self._room is not None:
             self._unwritten = value.clone()
 
-    def _write_block(self, index: int, block: torch.Tensor, start: int, ready: Any) -> None:
-        self._crcs[index] = self.tier.store(block, start, ready)
+    def _write_block(self, crcs: list[int | None], index: int, block: torch.Tensor, start: int, ready: Any) -> None:
+        crcs[index] = self.tier.store(block, start, ready)
 
 
 @dataclass
@@ -285,12 +289,14 @@ class DiskTransfer:
     Attributes:
         result: what is read, or the ``DiskTensor`` that is written.
         keep: what is written.
+        source: the ``DiskTensor`` that is read, whose room is not another's meanwhile.
     """
 
     jobs: list[Job]
     result: Any
     disk: Disk = field(repr=False)
     keep: torch.Tensor | None = None
+    source: DiskTensor | None = field(default=None, repr=False)
 
     def wait(self) -> Any:
         """What was read, or the ``DiskTensor`` that was written, once all of it has arrived.
@@ -309,7 +315,7 @@ class DiskTransfer:
                 self.result.keep_unwritten(self.keep)
             elif error is not None:
                 raise error
-        self.keep = None
+        self.keep = self.source = None
         return self.result
 
 

@@ -23,7 +23,6 @@ import enum
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -33,6 +32,7 @@ import torch
 from zgraph.errors import HostError, first_line
 from zgraph.machines import available_bytes, host_budget
 from zgraph.tiers import PAGE, Stored, Tier, bytes_of
+from zgraph.workers import Job, Workers
 
 
 class Way(enum.Enum):
@@ -134,9 +134,9 @@ class Host(Tier):
         self.device, self.streams = device, streams
         self._pieces: list[tuple[int, torch.Tensor]] = []  # and the first byte of each
         self._last: dict[Way, Any] = {}  # the events of the last copies
-        self._processors: ThreadPoolExecutor | None = None
+        self._processors: Workers | None = None
         self._failure: Exception | None = None  # of the processors, that nobody was told of
-        self._runs: deque[tuple[Future[None], list[HostTensor]]] = deque()  # those not known to be done
+        self._runs: deque[tuple[Job, list[HostTensor]]] = deque()  # those not known to be done
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Host:
         """Memory of its own, for what is copied there."""
@@ -195,26 +195,28 @@ class Host(Tier):
             try:
                 for event in events:
                     self.streams.wait(event)
-                is_done = not any(each.is_lost for each in stored)
-                if is_done:
+                failure = next((each.failure for each in stored if each.failure is not None), None)
+                if failure is None:
                     with torch.no_grad():
                         function(*given)
             except Exception as error:  # noqa: BLE001 -- told by whoever checks, on all ranks
-                self._failure, is_done = self._failure or error, False
+                failure = error
+                self._failure = self._failure or error
             for each in written:
-                each.is_lost = not is_done
+                each.failure = failure
 
         if self._processors is None:
-            self._processors = ThreadPoolExecutor(1, "zgraph-host")
-        self._runs.append((self._processors.submit(work), stored))
+            self._processors = Workers(1, "zgraph-host")
+            weakref.finalize(self, self._processors.end)
+        self._runs.append((self._processors.start(work), stored))
 
     def settle(self, start: int, stop: int) -> None:
         """Return when the processors are done with what lies in a range of bytes."""
-        while self._runs and self._runs[0][0].done():
+        while self._runs and self._runs[0][0].is_done:
             self._runs.popleft()
         for run, stored in self._runs:
             if any(each.start < stop and start < each.start + each.nbytes for each in stored):
-                run.result()
+                run.wait()
 
     def _grow(self, more: int, num_bytes: int) -> int:
         try:
@@ -256,7 +258,7 @@ class HostTensor(Stored):
         self._memory = host.memory(start, self.nbytes)
         self._written: Any = None  # the event of the last store
         self._read: Any = None  # and of the last load
-        self.is_lost = False  # the processors have failed to write over it
+        self.failure: Exception | None = None  # by which the processors have not written over it
 
     def value(self) -> torch.Tensor:
         """Its memory as a tensor of a CPU."""
@@ -265,8 +267,11 @@ class HostTensor(Stored):
     def load(self, out: torch.Tensor | None = None) -> Copy:
         assert self._written is not None, "nothing was written there"
         self.tier.settle(self.start, self.start + self.nbytes)
-        if self.is_lost:
-            raise HostError("the host's processors have failed to update what lies there", fix=_FROM_SAVED)
+        if self.failure is not None:
+            raise HostError(
+                f"the host's processors have failed to update what lies there: {first_line(self.failure)}",
+                fix=_FROM_SAVED,
+            ) from self.failure
         host = self.tier
         result = out
         if result is None:
@@ -278,7 +283,7 @@ class HostTensor(Stored):
     def store(self, value: torch.Tensor) -> Copy:
         value = self._as_stored(value)
         self.tier.settle(self.start, self.start + self.nbytes)
-        self.is_lost = False
+        self.failure = None
         self.tier.moved.written_bytes += self.nbytes
         after = [] if self._read is None else [self._read]
         self._written = self.tier.start(Way.OUT, self._memory, bytes_of(value), after)

@@ -8,6 +8,7 @@ call leaves them whole wherever it is interrupted.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -58,20 +59,28 @@ class Workers:
     """
 
     def __init__(self, num: int, name: str) -> None:
-        self._num = num
+        self._num, self._process = num, os.getpid()
         self._jobs = _Jobs()
         for _ in range(num):
             threading.Thread(target=_serve, args=(self._jobs,), name=name, daemon=True).start()
 
     def start(self, work: Callable[[], None]) -> Job:
-        """Have one of them do some work."""
+        """Have one of them do some work.
+
+        Raises:
+            RuntimeError: this process was forked from theirs, and has no threads but the one that forked it.
+        """
+        if os.getpid() != self._process:
+            raise RuntimeError("a forked process cannot use what its parent has on a disk or on the host")
         job = Job(work)
         self._jobs.waiting.append(job)
         self._jobs.calls.put(True)
         return job
 
     def finish(self) -> None:
-        """Wait for all that was started, also by a call of ``start`` that was interrupted."""
+        """Wait for all that was started, also by a call of ``start`` that was interrupted; not in a forked process."""
+        if os.getpid() != self._process:
+            return
         self._jobs.calls.put(True)
         for job in self._jobs.unfinished():
             job.wait()
