@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -385,15 +386,68 @@ def test_another_layout_does_not_initialise_again(ranks):
     ranks.run(train_then_change_layout, world=2)
 
 
-def test_values_for_what_is_on_meta_are_refused_until_it_is_initialised():
-    """torch warns and drops them, and training would start from other values than those that were saved."""
+def tuned(build: Callable[[], nn.Module], saved: dict[str, Any], **options: Any) -> tuple[Any, Any]:
+    """A model that is given saved values before its first step, and its optimizer."""
+    model = build()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    loss = lambda y, x: (y - x).square().mean()  # noqa: E731
+    model = zgraph.compile(model, optimizer, loss=loss, **options)
+    assert model.load_state_dict(saved) == nn.Linear(3, 3).load_state_dict(saved)
+    return model, optimizer
+
+
+def load_before_the_first_step(offload: dict[str, str] | None) -> None:
+    torch.manual_seed(1)
+    saved = {name: value.clone() for name, value in nn.Linear(3, 3).state_dict().items()}
+    whole, theirs = tuned(lambda: nn.Linear(3, 3), saved, zero=3)
+    model, optimizer = tuned(lambda: on_meta(lambda: nn.Linear(3, 3)), saved, zero=3, offload=offload)
+    x = torch.ones(2, 3) + (dist.get_rank() if dist.is_initialized() else 0)
+    for _ in range(3):
+        assert torch.equal(model.train_step(x), whole.train_step(x))
+    torch.testing.assert_close(dict(model.state_dict()), dict(whole.state_dict()), rtol=0, atol=0)
+    found, expected = optimizer.state_dict()["state"], theirs.state_dict()["state"]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    model.load_state_dict(saved)
+    torch.testing.assert_close(dict(model.state_dict()), saved, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("offload", [None, {"parameters": "disk", "optimizer": "disk"}], ids=["in memory", "on a disk"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_values_for_what_is_on_meta_are_loaded_when_it_is_initialised(ranks, world, offload):
+    """Fine-tuning starts from them, and the optimizer has seen no others."""
+    ranks.run(load_before_the_first_step, offload, world=world)
+
+
+def load_on_one_rank() -> None:
+    model = on_meta(lambda: nn.Linear(3, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model = zgraph.compile(model, optimizer, loss=lambda y, x: (y - x).square().mean())
+    if dist.get_rank() == 1:
+        model.load_state_dict(nn.Linear(3, 3).state_dict())
+    with pytest.raises(RankError, match="disagree on what load_state_dict was given before it"):
+        model.train_step(torch.ones(2, 3))
+    assert all(param.is_meta for param in model.parameters())
+
+
+def test_values_for_what_is_on_meta_are_given_on_all_ranks(ranks):
+    ranks.run(load_on_one_rank, world=2)
+
+
+def test_values_that_cannot_be_loaded_are_refused_where_they_are_given():
     saved = nn.Linear(3, 3).state_dict()
     model = on_meta(lambda: nn.Linear(3, 3))
     zgraph.compile(model, torch.optim.SGD(model.parameters(), lr=0.0), loss=lambda y, x: (y - x).square().mean())
-    with pytest.raises(StateError, match=r"weight is on meta, where there is no memory yet") as refusal:
-        model.load_state_dict(saved)
-    assert "train_step once" in refusal.value.fix
+    for bad in ({"weight": saved["weight"]}, {**saved, "bias": torch.ones(2)}, {**saved, "extra": torch.ones(1)}):
+        with pytest.raises(RuntimeError, match=r"bias|extra"):
+            model.load_state_dict(bad)
+    with pytest.raises(StateError, match="would replace weight, which the optimizer holds"):
+        model.load_state_dict(saved, assign=True)
+    with pytest.raises(StateError, match="the value of weight is on meta"):
+        model.load_state_dict(dict(on_meta(lambda: nn.Linear(3, 3)).named_parameters()))
     model.load_state_dict({}, strict=False)
-    model.train_step(torch.ones(2, 3))
     model.load_state_dict(saved)
+    model.train_step(torch.ones(2, 3))
     torch.testing.assert_close(dict(model.state_dict()), dict(saved), rtol=0, atol=0)
+    only_evaluated = zgraph.compile(on_meta(lambda: nn.Linear(3, 3)))
+    with pytest.raises(StateError, match="weight is on meta, where there is no memory"):
+        only_evaluated.load_state_dict(saved)

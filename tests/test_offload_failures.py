@@ -82,6 +82,12 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any], reason:
         small(**options)
 
 
+def test_a_directory_may_be_a_path(disk_path: Path) -> None:
+    model, _ = small(offload=ON_DISK, offload_path=disk_path)
+    model.train_step(X)
+    assert model._zgraph.state.tiers["disk"].path == disk_path
+
+
 def test_a_directory_that_is_not_there_is_refused_before_anything_changes(disk_path: Path) -> None:
     model, _ = small(offload=ON_DISK, offload_path=str(disk_path / "missing"))
     before = {name: value.clone() for name, value in model.state_dict().items()}

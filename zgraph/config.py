@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -409,6 +410,8 @@ class Config:
             values["bucket_bytes"] = parse_bytes(values["bucket_bytes"], "bucket_bytes")
         if values.get("tile_bytes") is not None:
             values["tile_bytes"] = parse_bytes(values["tile_bytes"], "tile_bytes")
+        if isinstance(values.get("offload_path"), os.PathLike):
+            values["offload_path"] = os.fspath(values["offload_path"])
         config = cls(**values)
         for name, low, high in _RANGES:
             value = getattr(config, name)

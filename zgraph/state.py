@@ -7,6 +7,8 @@ whole buckets, on meta (a shape without memory) where buckets are divided or lie
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -72,6 +74,7 @@ class TrainingState:
         self._placed: dict[str, nn.Parameter] = {}
         self._interrupted: BaseException | None = None  # while values moved, of which some may be nowhere now
         self._memory: dict[str, tuple[int, bool] | None] = {}
+        self._to_load: list[tuple[Callable[..., Any], Mapping[str, Any], bool]] = []  # when there is memory for it
 
     @property
     def divided(self) -> bool:
@@ -128,6 +131,8 @@ class TrainingState:
     def commit(self, layout: Layout, *, in_shared_memory: bool = False) -> None:
         """Move parameters and optimizer state into the buckets of ``layout``, and initialise what is on meta.
 
+        What ``load_state_dict`` was given for what was on meta is loaded then.
+
         The first call makes rank 0's parameters and buffers those of all ranks. A later one, with another layout,
         keeps every value; rank 0's values of parameters that have been ``replaced`` become those of all ranks.
         Gradients are dropped: a compiled step makes its own.
@@ -150,6 +155,9 @@ class TrainingState:
                 self._take_in(replaced)
             return
         kept = current.keys() - set(replaced)
+        if self.layout is None:
+            waiting = [sorted(values) for _, values, _ in self._to_load]
+            self.agreement.check("model.train_step()", {"what load_state_dict was given before it": repr(waiting)})
         with self.agreement.together():
             meta_modules = find_meta_modules(self.model, except_for=[current[name] for name in kept])
             forms = self._optimizer_state.forms(current)
@@ -168,6 +176,9 @@ class TrainingState:
                 self._share_buffers()
         self.layout, self.params, self._placed, self.gradients = layout, new.tensors, current, {}
         self._memory = {name: _memory(param) for name, param in current.items()}
+        with self._moving():
+            while self._to_load:
+                self.load_state_dict(*self._to_load.pop(0))
 
     def _shared(self, layout: Layout) -> dict[str, torch.Tensor]:
         """This rank's part of each bucket, in memory that the ranks share that divide them."""
@@ -302,10 +313,11 @@ class TrainingState:
         """Run the module's own ``load_state_dict`` method, ``original``; each rank stores its part.
 
         Nothing is written unless all of torch's checks pass, so hooks that run after loading see the values from
-        before. Involves no other rank.
+        before. Involves no other rank. Values for what is still on meta are checked now, and written when the first
+        step has initialised the model; all ranks give them then.
 
         Raises:
-            StateError: ``assign=True``; or a value for what is still on meta, where torch would drop it.
+            StateError: ``assign=True``; or a value for what is on meta, without an optimizer, or on meta itself.
             RuntimeError: torch's own, listing missing and unexpected keys and mismatched shapes.
         """
         if self.layout is None:
@@ -313,13 +325,27 @@ class TrainingState:
                 *self.model.named_parameters(remove_duplicate=False),
                 *self.model.named_buffers(remove_duplicate=False),
             )
-            lost = [] if assign else [name for name, tensor in named if tensor.is_meta and name in state_dict]
-            if lost:
+            waiting = [name for name, tensor in named if tensor.is_meta and name in state_dict]
+            if not waiting or (assign and self.optimizer is None):
+                return original(state_dict, strict=strict, assign=assign)
+            if self.optimizer is None:
                 raise StateError(
-                    f"{lost[0]} is on meta, where there is no memory yet to load a value into",
-                    fix="call train_step once, which initialises the model, then load; or build it on a real device",
+                    f"{waiting[0]} is on meta, where there is no memory to load a value into",
+                    fix="give assign=True, or build the model on a real device",
                 )
-            return original(state_dict, strict=strict, assign=assign)
+            if assign:
+                raise StateError(
+                    f"load_state_dict(assign=True) would replace {waiting[0]}, which the optimizer holds",
+                    fix="leave assign out: the values are loaded when the first step has initialised the model",
+                )
+            for name in waiting:
+                if isinstance(value := state_dict[name], torch.Tensor) and value.is_meta:
+                    raise StateError(f"the value of {name} is on meta, so there is none", fix="load real tensors")
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*copying from a non-meta parameter.*", UserWarning)
+                result = original(state_dict, strict=strict)
+            self._to_load.append((original, copy.copy(state_dict), strict))
+            return result
         if assign:
             raise StateError(
                 "load_state_dict(assign=True) would replace the model's parameters, which are stored in buckets",
