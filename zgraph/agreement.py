@@ -8,6 +8,7 @@ explanation instead.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from zgraph.errors import RankError
 from zgraph.groups import HeldGroup, backends
 
 _MAX_BYTES = 4096
+_NUMBERS = itertools.count()
 
 
 class Agreement:
@@ -38,6 +40,7 @@ class Agreement:
         if group is not None and backends(group).get("cpu") != "gloo":
             self._group = dist.new_group(dist.get_process_group_ranks(group), backend="gloo")
         self._behind: BaseException | None = None
+        self._number = next(_NUMBERS) if group is not None else None  # ranks make those of groups in the same order
 
     def check(self, operation: str, facts: Mapping[str, str] | None = None, error: Exception | None = None) -> None:
         """Raise on all ranks, naming the first fact that differs, unless all do the same with the same facts.
@@ -83,13 +86,35 @@ class Agreement:
 
     @contextmanager
     def no_return(self) -> Iterator[None]:
-        """Around what takes all ranks to its end: this rank is behind the others for good if it fails inside."""
+        """Around what takes all ranks to its end: this rank is behind the others for good if it fails inside.
+
+        The others are told why, for when they meet that this one has stopped.
+
+        Raises:
+            RankError: another rank has stopped first, and this one has met that; with that rank's reason.
+        """
         try:
             yield
         except BaseException as error:
-            if self._group is not None:
+            if self._group is None:
+                raise
+            first = self._told_first(error)
+            if first is None or not _is_of_another(error):
                 self._behind = error
-            raise
+                raise
+            self._behind = first
+            raise first from error
+
+    def _told_first(self, error: BaseException) -> RankError | None:
+        """Say why this rank stops, unless another has said so before; what that was."""
+        assert self._group is not None
+        mine = f"{self.rank} {type(error).__name__}: {error}"[:_MAX_BYTES]
+        try:
+            told = self._group.get_group_store().compare_set(f"zgraph stopped {self._number}", "", mine)
+        except RuntimeError:  # the store went with the rank that had it
+            return None
+        rank, _, reason = told.decode(errors="replace").partition(" ")
+        return None if rank == str(self.rank) else _failed(int(rank), reason)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -175,6 +200,9 @@ class Agreement:
         try:
             dist.all_gather(theirs, mine, group=self._group)
         except RuntimeError as error:  # what gloo raises when a peer is gone
+            first = self._told_first(error)
+            if first is not None:
+                raise first from error
             raise RankError(
                 f"another rank has stopped: {error}", fix="look for the first error among the ranks' outputs"
             ) from error
@@ -239,6 +267,11 @@ class CheckedComm:
 
     def shard(self, full: torch.Tensor) -> torch.Tensor:
         return self._comm.shard(full)
+
+
+def _is_of_another(error: BaseException) -> bool:
+    """Whether an error is that of a collective that another rank does not take part in."""
+    return isinstance(error, RankError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _failed(rank: int, message: str) -> RankError:

@@ -6,9 +6,11 @@ import errno
 import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import zgraph
@@ -163,6 +165,28 @@ def write_where_one_disk_fails() -> None:
 
 def test_a_write_that_fails_on_one_rank_stops_all_with_the_reason(ranks: Ranks) -> None:
     ranks.run(write_where_one_disk_fails)
+
+
+def read_where_one_disk_fails() -> None:
+    rank, _ = world()
+    model = small()
+    model.train_step(X)
+    if rank == 1:
+        with (
+            mock.patch("os.preadv", side_effect=OSError(errno.EIO, "no")),
+            pytest.raises(DiskError, match="cannot read"),
+        ):
+            model.train_step(X)
+        dist.destroy_process_group()  # as when the process ends
+        return
+    with pytest.raises(RankError, match=r"rank 1 failed: DiskError: cannot read .* bytes at .*: Input/output error"):
+        model.train_step(X)
+    with pytest.raises(RankError, match="rank 1 failed: DiskError: cannot read"):
+        model.train_step(X)
+
+
+def test_a_read_that_fails_on_one_rank_is_the_reason_of_all(ranks: Ranks) -> None:
+    ranks.run(read_where_one_disk_fails, timeout_s=60)
 
 
 def share_a_directory(path: str) -> None:
