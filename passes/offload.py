@@ -6,7 +6,7 @@ import operator
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, zip_longest
 
 from torch import fx
 
@@ -104,8 +104,10 @@ class Offload(Pass):
     def _stream(self, program: Program, stays: list[_Stay], order: Mapping[fx.Node, int], is_far: bool) -> None:
         """Let each come before it is used, and go behind."""
         load = self._load_far if is_far else self._load
-        for each in load(program, stays, order):
-            each.finish(program, program.output_node)
+        # What is still there may be everything, where updates wait for a norm: it goes while others are updated.
+        left = sorted(load(program, stays, order), key=lambda each: order[each.last])
+        for each, later in zip_longest(left, left[IN_MEMORY:-1]):
+            each.finish(program, program.output_node if later is None else later.last)
         for flat in {state: None for each in stays for state in each.readers}:
             erase_unread(flat)
 
@@ -147,15 +149,17 @@ class Offload(Pass):
         Returns:
             What is still in memory then.
         """
-        staying, gates = deque(stays), dict[fx.Node, fx.Node]()
+        staying, gates = list[_Stay](), dict[fx.Node, fx.Node]()
         start = self._early(program, stays[: AHEAD + 1])
         for each in stays:
             each.store(program)
         for i, each in enumerate(stays):
             at = start if i <= AHEAD else each.ahead or stays[i - AHEAD].first
             before = gates.get(at, at)
-            while len(stays) - len(staying) <= i - IN_MEMORY and order[staying[0].last] < order[at]:
-                staying.popleft().finish(program, before)
+            gone = [old for old in staying[: 1 - IN_MEMORY] if order[old.last] < order[at]]
+            for old in gone:
+                old.finish(program, before)
+            staying = [*(old for old in staying if old not in gone), each]
             gates.setdefault(each.first, each.load(program, before))
         return staying
 

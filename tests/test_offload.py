@@ -127,9 +127,9 @@ store 1
 wait for load 0
 update 0
 store 0
-wait for store 1
-wait for store 2
 wait for store 3
+wait for store 2
+wait for store 1
 wait for store 0""",
     )
 

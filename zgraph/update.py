@@ -205,28 +205,17 @@ def trace_update(
     """
     like = representatives(optimizer, params, trained, state)
     traced = [name for name in trained if like[name] == name]
-    update = _trace_with_fallback(optimizer, params, traced, state, device)
-    return update if traced == list(trained) else copied(update, like)
-
-
-def _trace_with_fallback(
-    optimizer: torch.optim.Optimizer,
-    params: dict[str, torch.nn.Parameter],
-    trained: Sequence[str],
-    state: StateSpec,
-    device: torch.device,
-) -> Update:
-    """Trace the plain path, or where that decides by values, the one for CUDA graphs."""
-    trace_with = partial(_trace_once, optimizer, params, trained, device=device)
+    trace_with = partial(_trace_once, optimizer, params, traced, device=device)
     try:
-        return _trace_both(trace_with, trained, state)
+        update = _trace_both(trace_with, traced, state)
     except OptimizerError as error:
         if not any("capturable" in group for group in optimizer.param_groups):
             raise
         try:
-            return _trace_both(partial(trace_with, capturable=True), trained, state)
+            update = _trace_both(partial(trace_with, capturable=True), traced, state)
         except OptimizerError:
             raise error from None
+    return update if traced == list(trained) else copied(update, like)
 
 
 def _trace_both(trace_with: Callable[[StateSpec], Update], trained: Sequence[str], state: StateSpec) -> Update:
