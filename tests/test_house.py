@@ -67,7 +67,7 @@ def test_the_wheel_says_what_it_is(wheel: zipfile.ZipFile) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert set(metadata["Requires-Python"].split(",")) == {">=3.10", "<3.14"}
     required = {re.split(r"\W", line)[0] for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line}
-    assert required == {"torch", "click", "networkx", "numpy", "rich", "sympy", "triton"}
+    assert required == {"torch", "click", "isal", "networkx", "numpy", "rich", "sympy", "triton"}
     assert any(name.endswith("/licenses/LICENSE") for name in wheel.namelist())
 
 
