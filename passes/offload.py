@@ -104,7 +104,8 @@ class Offload(Pass):
     def _stream(self, program: Program, stays: list[_Stay], order: Mapping[fx.Node, int], is_far: bool) -> None:
         """Let each come before it is used, and go behind."""
         load = self._load_far if is_far else self._load
-        # What is still there may be everything, where updates wait for a norm: it goes while others are updated.
+        # What is still there may be everything, where updates wait for a norm: it goes while others are updated, but
+        # for so many as are in memory otherwise, too, and the last one.
         left = sorted(load(program, stays, order), key=lambda each: order[each.last])
         for each, later in zip_longest(left, left[IN_MEMORY:-1]):
             each.finish(program, program.output_node if later is None else later.last)

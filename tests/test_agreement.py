@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from tests.ranks import Ranks
 from zgraph.agreement import Agreement
-from zgraph.errors import RankError
+from zgraph.errors import RankError, StoppedError
 
 
 def agreement() -> Agreement:
@@ -97,6 +97,38 @@ def fall_behind() -> None:
 
 def test_a_rank_that_is_behind_for_good_says_why(ranks: Ranks) -> None:
     ranks.run(fall_behind, timeout_s=60)
+
+
+def stop_after(first: int) -> None:
+    ranks = agreement()
+    if ranks.rank == first:
+        with pytest.raises(KeyError), ranks.no_return():
+            raise KeyError("a bug of the user's")
+        dist.barrier()
+    else:
+        dist.barrier()
+        with pytest.raises(RankError, match=f"^rank {first} failed: KeyError") as told, ranks.no_return():
+            raise StoppedError("the other is gone")
+        assert isinstance(told.value.__cause__, StoppedError)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_rank_that_meets_that_another_has_stopped_says_why_that_has(ranks: Ranks, first: int) -> None:
+    ranks.run(stop_after, first, timeout_s=60)
+
+
+def differ() -> None:
+    told = agreement()
+    if told.rank == 1:
+        dist.barrier()
+    with pytest.raises(RankError, match=f"^mine is {told.rank}"), told.no_return():
+        raise RankError(f"mine is {told.rank}")
+    if told.rank == 0:
+        dist.barrier()
+
+
+def test_what_all_ranks_have_found_each_says_by_itself(ranks: Ranks) -> None:
+    ranks.run(differ, timeout_s=60)
 
 
 def test_a_single_process_agrees_with_itself_whatever_has_failed() -> None:

@@ -13,16 +13,18 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 
 from zgraph.comm import Comm
-from zgraph.errors import RankError
+from zgraph.errors import RankError, StoppedError
 from zgraph.groups import HeldGroup, backends
 
 _MAX_BYTES = 4096
-_NUMBERS = itertools.count()
+_made: WeakKeyDictionary[dist.ProcessGroup, itertools.count[int]] = WeakKeyDictionary()
+"""Numbers for those of each group, which ranks make in the same order."""
 
 
 class Agreement:
@@ -40,7 +42,7 @@ class Agreement:
         if group is not None and backends(group).get("cpu") != "gloo":
             self._group = dist.new_group(dist.get_process_group_ranks(group), backend="gloo")
         self._behind: BaseException | None = None
-        self._number = next(_NUMBERS) if group is not None else None  # ranks make those of groups in the same order
+        self._number = 0 if group is None else next(_made.setdefault(group, itertools.count()))
 
     def check(self, operation: str, facts: Mapping[str, str] | None = None, error: Exception | None = None) -> None:
         """Raise on all ranks, naming the first fact that differs, unless all do the same with the same facts.
@@ -203,7 +205,7 @@ class Agreement:
             first = self._told_first(error)
             if first is not None:
                 raise first from error
-            raise RankError(
+            raise StoppedError(
                 f"another rank has stopped: {error}", fix="look for the first error among the ranks' outputs"
             ) from error
         return [bytes(t.tolist()) for t in theirs]
@@ -271,7 +273,7 @@ class CheckedComm:
 
 def _is_of_another(error: BaseException) -> bool:
     """Whether an error is that of a collective that another rank does not take part in."""
-    return isinstance(error, RankError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    return isinstance(error, StoppedError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _failed(rank: int, message: str) -> RankError:

@@ -8,7 +8,8 @@ name, its place or its neighbours, so of these every parameter is traced.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -67,17 +68,13 @@ def copied(update: Update, like: Mapping[str, str]) -> Update:
     """
     owners = _owners(update)
     graph = fx.Graph()
-    copies: dict[str, dict[fx.Node, fx.Node]] = {name: {} for name in like}
     shared: dict[fx.Node, fx.Node] = {}
+    copies: dict[str | None, MutableMapping[fx.Node, fx.Node]] = {None: shared}
+    copies |= {name: ChainMap({}, shared) for name in like}
 
     def copy(node: fx.Node, name: str | None) -> None:
-        known = shared if name is None else {**shared, **copies[name]}
-        made = copy_node(node, graph, known)
-        if name is None:
-            shared[node] = made
-            return
-        copies[name][node] = made
-        if node.op == "placeholder":
+        made = copies[name][node] = copy_node(node, graph, copies[name])
+        if name is not None and node.op == "placeholder":
             made.meta["val"] = _another(node.meta["val"])
             if "input" in node.meta:
                 made.meta["input"] = replace(node.meta["input"], name=name)
@@ -96,10 +93,9 @@ def copied(update: Update, like: Mapping[str, str]) -> Update:
         for name, representative in like.items():
             for node in calls.get(representative, ()):
                 copy(node, name)
-    everything = {name: {**shared, **mine} for name, mine in copies.items()}
     of_representatives = _by_name(update.results)
     results = {
-        replace(what, name=name): everything[name][value] if isinstance(value, fx.Node) else value
+        replace(what, name=name): copies[name][value] if isinstance(value, fx.Node) else value
         for name, representative in like.items()
         for what, value in of_representatives[representative]
     }

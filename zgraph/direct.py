@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from zgraph.comm import MESSAGE_BYTES, Group, PointToPointComm, Traffic, Transfer
-from zgraph.errors import RankError
+from zgraph.errors import RankError, StoppedError
 from zgraph.peer_memory import PeerMemory
 from zgraph.shared_memory import whole_of
 
@@ -104,7 +104,7 @@ class _Messages:
         try:
             work.wait()
         except RuntimeError as error:  # what gloo raises when a peer is gone, or does not answer in time
-            raise RankError(
+            raise StoppedError(
                 f"rank {peer} has stopped before the end of {self._what}: {error}",
                 fix="look for the first error among the ranks' outputs",
             ) from error

@@ -48,6 +48,10 @@ class RankError(ZgraphError):
     """The ranks of a job disagree, or another rank failed."""
 
 
+class StoppedError(RankError):
+    """Another rank has stopped before the end of what all take part in; this one has met that."""
+
+
 class BudgetError(ZgraphError, MemoryError):
     """No choice of options fits the memory that a rank may take, or a step took more than was planned."""
 

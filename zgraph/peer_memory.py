@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
-from zgraph.errors import RankError
+from zgraph.errors import StoppedError
 
 log = logging.getLogger("zgraph")
 
@@ -93,12 +93,12 @@ class PeerMemory:
             what: is read, for the error.
 
         Raises:
-            RankError: the rank is gone, or its memory cannot be read any more.
+            StoppedError: the rank is gone, or its memory cannot be read any more.
         """
         try:
             read_memory(self._pids[rank], address, out)
         except OSError as error:
-            raise RankError(
+            raise StoppedError(
                 f"rank {rank} has stopped: its {out.nbytes:,} bytes of {what} cannot be read ({error.strerror})",
                 fix="look for the first error among the ranks' outputs",
             ) from error
