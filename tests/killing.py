@@ -147,6 +147,7 @@ def same_bits(one: Any, other: Any) -> bool:
 
 
 def main(path: Path, num: int) -> None:
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork, and whoever was forked would wait for them
     for name in ("notes.txt", "all.pt.partial", "all.pt.1.partial.txt", ".zgraph-mine", "zgraph-training"):
         (path / name).write_text("theirs")
     fork, draw, watch = multiprocessing.get_context("fork"), random.Random(0), Watch()
