@@ -73,19 +73,22 @@ class Step:
             and where something is spilled, ``room`` comes behind these.
         places: what ``arena`` has a tensor for each.
         copied_bytes: see ``zgraph.placement.Placement``.
-        spilled: what ``room`` has a ``Stored`` for each.
+        spilled: what ``room`` has a ``Stored`` for each: the tier that it lies on, and where in the room there.
     """
 
     source: str
     function: Callable[..., list[Any]]
     places: tuple[Place, ...]
     copied_bytes: int
-    spilled: tuple[Place, ...] = ()
+    spilled: tuple[tuple[str, Place], ...] = ()
 
     @property
-    def spilled_bytes(self) -> int:
-        """Of the room on a lower tier."""
-        return max((place.start + padded(place.num_bytes) for place in self.spilled), default=0)
+    def spilled_bytes(self) -> dict[str, int]:
+        """Of the rooms on lower tiers."""
+        found: dict[str, int] = {}
+        for tier, place in self.spilled:
+            found[tier] = max(found.get(tier, 0), place.start + padded(place.num_bytes))
+        return found
 
 
 def emit(
@@ -142,13 +145,16 @@ def emit(
             lines.append(f"    del {', '.join(dead)}")
     lines += arena.legend()
     if slots:
-        lines.append("    # Places in a room on a lower tier:")
+        lines.append("    # Places in rooms on lower tiers:")
     for node, name in slots.items():
-        lines.append(f"    #   {name}: {describe(spilled[node].like())} from byte {spilled[node].start} on")
+        form = describe(spilled[node].like())
+        lines.append(f"    #   {name}: {form} from byte {spilled[node].start} on, {ops.tier_of(node)}")
     source = "\n".join(lines) + "\n"
     function = writer.compile(source, "step", f"<zgraph step {id(program):x}>")
     copied = copied_bytes(program, {}) if placement is None else placement.copied_bytes
-    return Step(source, function, arena.given, copied, tuple(spilled.values()))
+    return Step(
+        source, function, arena.given, copied, tuple((ops.tier_of(node), there) for node, there in spilled.items())
+    )
 
 
 def _copies(writer: SourceWriter, node: fx.Node, names: Mapping[fx.Node, str], arena: _Arena) -> Iterator[str]:

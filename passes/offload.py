@@ -19,6 +19,7 @@ from zgraph.layout import Away
 from zgraph.liveness import held_bytes, lifetimes
 from zgraph.passes.copies import Copies, erase_unread, readers_of
 from zgraph.passes.host_updates import update_on_host
+from zgraph.passes.offload_gradients import offload_gradients
 from zgraph.pipeline import Pass
 from zgraph.program import Origin, Phase, Program, Role, Stage, operand
 
@@ -60,8 +61,8 @@ class Offload(Pass):
     (``zgraph.passes.host_updates``; ZeRO-Offload, Ren et al., 2021, section 4).
 
     Args:
-        what: any of ``"optimizer"``, ``"parameters"`` and ``"gradients"``, their sums over micro-batches; each with
-            the tier that it lies on, ``"host"`` or ``"disk"``.
+        what: any of ``"optimizer"``, ``"parameters"`` and ``"gradients"``, their sums over micro-batches and what waits
+            for the norm of them all; each with the tier that it lies on, ``"host"`` or ``"disk"``.
         hardware: the machine, as each rank finds it; all ranks are given the same.
         far: whether optimizer state comes further ahead.
         host_updates: whether the host's processors make the updates that they can.
@@ -88,6 +89,8 @@ class Offload(Pass):
         if program.layout.on_tiers("parameters"):
             _wait_before_others_come(program)
         for role in (Role.PARAM, Role.GRADIENT, Role.OPT_STATE):
+            if role is Role.OPT_STATE and "gradients" in dict(self.what):
+                offload_gradients(program, dict(self.what)["gradients"])
             order = {node: i for i, node in enumerate(program.graph.nodes)}
             stays = _of_parameters(program, order) if role is Role.PARAM else _of_state(role, program, order)
             if stays:

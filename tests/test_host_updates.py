@@ -158,6 +158,21 @@ def test_the_host_has_room_for_few_gradients_and_none_lies_where_another_is_stil
         assert spilled_bytes(program) == ON_THEIR_WAY * most + sum(node.meta["val"].nbytes for node in numbers)
 
 
+def test_gradients_that_wait_for_their_norm_wait_on_the_host() -> None:
+    """Each goes behind its part of the norm, and not before its update."""
+    captured = clipped(momentum(3), 0.1)
+    early, late = (lowered(captured, clip_norm=0.1, offload=offload) for offload in (SUMS_TOO, ON_HOST))
+    for program, has_gone in ((early, True), (late, False)):
+        assert_same_step(program, captured, late=True)
+        at = {node: index for index, node in enumerate(program.graph.nodes)}
+        (norm,) = program.graph.find_nodes(op="call_function", target=aten.sqrt.default)
+        spills = program.graph.find_nodes(op="call_function", target=ops.spill)
+        gradients = [node for node in spills if node.meta["val"].dim()]
+        assert len(gradients) == 6
+        assert all((at[node] < at[norm]) == has_gone for node in gradients)
+    assert spilled_bytes(early) > spilled_bytes(late)
+
+
 # The same step
 
 

@@ -76,6 +76,8 @@ def test_a_reshape_lies_in_its_source_only_if_it_need_not_copy() -> None:
     assert shares_memory(b.forward(aten.reshape.default, part, [2, 2, 2]))
     assert not shares_memory(b.forward(aten.reshape.default, turned, [12]))
     assert not shares_memory(b.forward(aten.reshape.default, part, [8]))
+    repeated = b.forward(aten.expand.default, b.input(Role.BATCH, "1", shape=[1, 1, 7]), [3, 1, 7])
+    assert not shares_memory(b.forward(aten.reshape.default, repeated, [21]))
 
 
 def test_what_is_written_in_place_lies_where_it_is_written() -> None:

@@ -27,11 +27,12 @@ from zgraph.codegen.host_kernel import HostKernel
 from zgraph.config import Config
 from zgraph.errors import VerifyError
 from zgraph.footprint import Kind, footprint, state_on
-from zgraph.liveness import held_bytes, lifetimes
+from zgraph.liveness import held_bytes, lifetimes, owners
 from zgraph.lower import Lowered, lower
 from zgraph.machines import preset
 from zgraph.passes import Offload, default_passes
 from zgraph.passes.offload import AHEAD, IN_MEMORY, KEPT
+from zgraph.passes.offload_gradients import IN_MEMORY as GRADIENTS_IN_MEMORY
 from zgraph.pipeline import Pass, run
 from zgraph.placement import place
 from zgraph.predict import predict
@@ -193,6 +194,56 @@ def test_no_more_buckets_have_state_in_memory_than_is_said(num: int, norm: bool)
     assert len(loaded) == 2 * num
     at_once = [sum(life.first <= at <= life.last for life in loaded) for at in range(program.num_nodes())]
     assert max(at_once) == min(IN_MEMORY, 2 * num)
+
+
+def test_a_gradient_that_waits_for_the_norm_goes_behind_its_part_of_it_and_comes_for_its_update() -> None:
+    """The first stays, for its update begins as soon as the norm is known."""
+    program = lowered(clipped(momentum(3), 0.1), offload={"gradients": "disk"}, clip_norm=0.1)
+    assert_expected_inline(
+        transfers(program),
+        """\
+spill 4
+spill 3
+spill 2
+wait for spill 4
+spill 1
+wait for spill 3
+spill 0
+load 4
+update 5
+wait for spill 2
+wait for spill 1
+wait for spill 0
+load 3
+wait for load 4
+update 4
+load 2
+wait for load 3
+update 3
+load 1
+wait for load 2
+update 2
+load 0
+wait for load 1
+update 1
+wait for load 0
+update 0""",
+    )
+
+
+@pytest.mark.parametrize(("zero", "world"), [(0, 1), (0, 3), (1, 3), (3, 2)])
+@pytest.mark.parametrize("limit", [None, 0.1])
+def test_few_gradients_are_in_memory_while_their_norm_is_not_known(zero: int, world: int, limit: float | None) -> None:
+    captured = momentum(5) if limit is None else clipped(momentum(5), limit)
+    program = lowered(captured, zero, world, offload=SUMS_TOO, clip_norm=0.1)
+    assert_same_step(program, captured, late=True)
+    spills = program.graph.find_nodes(op="call_function", target=ops.spill)
+    assert len(spills) == (0 if limit is None else 2 * 5 - 1)
+    owner = owners(program)
+    gradients = {owner[operand(node)] for node in program.graph.find_nodes(op="call_function", target=ops.square_sum)}
+    lives = [life for life in lifetimes(program) if life.node in gradients]
+    at_once = [sum(life.first <= at <= life.last for life in lives) for at in range(program.num_nodes())]
+    assert max(at_once, default=0) <= 1 + GRADIENTS_IN_MEMORY
 
 
 def unlike(num_kept: int = 1) -> tuple[Program, tuple[Program, Program]]:
@@ -400,7 +451,7 @@ def test_a_step_is_the_same_however_much_of_it_is_divided(zero: int, offload: di
 @pytest.mark.parametrize("limit", [None, 0.1])
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_steps_that_add_gradients_up_on_a_disk_are_the_same(zero: int, limit: float | None) -> None:
-    captured = accumulated(momentum(3), 2, limit=limit)
+    captured = accumulated(momentum(5), 2, limit=limit)
     config = Config(zero, 1, 1, accumulate=2, offload=SUMS_TOO, clip_norm=limit)
     both = lower(captured, config, Mesh(3), None, ())
     assert both.micro is not None
@@ -413,8 +464,8 @@ def test_steps_that_add_gradients_up_on_a_disk_are_the_same(zero: int, limit: fl
         assert set(sums) <= {node.kwargs["out"] for node in stores}
         held = [life for life in lifetimes(program) if life.node.target is ops.load and operand(life.node) in sums]
         at_once = [sum(life.first <= at <= life.last for life in held) for at in range(program.num_nodes())]
-        is_held = limit is not None and program is both.last  # until the norm of all of them is known
-        assert max(at_once) <= (len(sums) if is_held else IN_MEMORY)
+        waits = limit is not None and program is both.last  # for the norm of all of them
+        assert max(at_once) <= (1 + GRADIENTS_IN_MEMORY if waits else IN_MEMORY)
 
 
 def test_micro_batches_have_the_same_buckets_on_disk() -> None:

@@ -27,7 +27,7 @@ from tests.test_offload_training import assert_bitwise, train
 from zgraph.config import WAITED_FOR
 from zgraph.disk import BLOCK_BYTES, DEFAULT_PATH
 from zgraph.errors import DiskError, HostError
-from zgraph.footprint import spilled_bytes, state_on
+from zgraph.footprint import Kind, footprint, spilled_bytes, state_on
 from zgraph.host import Way
 from zgraph.staging import StagedDisk
 
@@ -187,6 +187,22 @@ def test_activations_go_to_a_disk_and_state_to_the_host(beside_a_device: Use, se
     assert stats["host_bytes"] == sum(state_on("host", model.program).values()) > 0
     assert stats["spilled_bytes"] >= spilled_bytes(model.program)
     assert [sorted(model._zgraph.state.tiers)] == [["disk", "host"]]
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+def test_gradients_wait_on_a_disk_and_activations_on_the_host(beside_a_device: Use, seed: int | None) -> None:
+    beside_a_device(seed)
+    offload = {"gradients": "disk", "activations": WAITED_FOR["host"]}
+    options = {"clip_norm": 0.01, "bucket_bytes": 1}
+    plain, model = compiled(stack(), **options), compiled(stack(), offload=offload, **options)
+    assert all(map(torch.equal, losses(plain, ROWS, ROWS, ROWS), losses(model, ROWS, ROWS, ROWS)))
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+    stats = model.stats()
+    for tier in ("host", "disk"):
+        assert stats[f"{tier}_read_bytes"] == stats[f"{tier}_written_bytes"] == spilled_bytes(model.program, tier) > 0
+    on_tiers = footprint(model.program).away
+    assert {each.kind for each in on_tiers["disk"]} == {Kind.GRADIENTS}
+    assert {each.kind for each in on_tiers["host"]} == {Kind.ACTIVATIONS}
 
 
 def test_state_stays_the_users(beside_a_device: Use) -> None:

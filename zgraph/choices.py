@@ -29,8 +29,8 @@ def offloads(tier: str) -> tuple[Any, ...]:
     """What may lie on a lower tier, by options.
 
     Activations as far as nothing waits for them, and state, which is needed once in a step, before parameters, which
-    are needed twice or more; then activations for which computing waits; last of all, where there are micro-batches,
-    sums of gradients, which are needed and written in each of them. Where that is the host's memory, and it has no room
+    are needed twice or more; then activations for which computing waits; last of all gradients, where there are
+    micro-batches, in each of which their sums are needed and written, or where they wait for their norm. Where that is the host's memory, and it has no room
     for all, a disk behind it has optimizer state, then parameters, too.
     """
     state = {"optimizer": tier}

@@ -137,10 +137,10 @@ def _check_offload(config: Config) -> None:
             if tier not in OFFLOADED[what]:
                 known = " or ".join(map(repr, OFFLOADED[what]))
                 raise OptionError(f"offload={given!r}: {what!r} can lie on {known}, not on {tier!r}", fix=fix)
-    if isinstance(given, dict) and "gradients" in given and config.accumulate == 1:
+    if isinstance(given, dict) and "gradients" in given and not keeps_gradients(config):
         raise OptionError(
-            "offload of gradients with accumulate=1, the default, where each dies in the update of its bucket",
-            fix="give accumulate=2 or more, or leave gradients out",
+            "offload of gradients without accumulate or clip_norm, where each dies in the update of its bucket",
+            fix="leave gradients out, or give accumulate=2 or more, or clip_norm",
         )
     path: Any = config.offload_path
     if path is not None and (not isinstance(path, str) or not path or "\0" in path):
@@ -160,6 +160,11 @@ def _check_offload(config: Config) -> None:
             f"load_ahead with offload={given!r}: it is for optimizer state on the host, where no activations go there",
             fix="say offload={'optimizer': 'host'}, or leave it out",
         )
+
+
+def keeps_gradients(config: Config) -> bool:
+    """Whether gradients live longer than to the update of their bucket: for their sum, or until all are known."""
+    return config.accumulate > 1 or config.clip_norm is not None or config.scales_loss
 
 
 def may_update_on_host(config: Config) -> bool:
@@ -310,8 +315,9 @@ class Config:
             "host", "optimizer": "disk"}``. ``{"optimizer": "disk"}``
             keeps vectors of optimizer state on a disk: each bucket's come from there for its update, and go back, while
             others are computed. ``"parameters": "disk"`` does so with what each rank stores of parameters, which come
-            for forward, for backward and for their update. ``"gradients": "disk"``, with ``accumulate``, does so with
-            their sums over micro-batches. ``"activations": "disk"`` spills what forward leaves for
+            for forward, for backward and for their update. ``"gradients": "disk"`` does so with
+            their sums over micro-batches (``accumulate``), and with gradients that wait until all are known
+            (``clip_norm``, and float16). ``"activations": "disk"`` spills what forward leaves for
             backward, as much as the disk is predicted to take and give back while other calls compute; ``"disk, waited
             for"`` spills all that lowers the peak, and lets them wait. With ``memory=``, ``"auto"`` keeps
             there what the budget has no room for, where that is faster than other ways to take less memory.

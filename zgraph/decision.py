@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from zgraph.choices import ACCUMULATE, CHAINED, OFFLOAD, SEARCHED, offloads, searched
-from zgraph.config import Config, uses_disk
+from zgraph.config import Config, keeps_gradients, uses_disk
 from zgraph.errors import OptionError, ZgraphError
 from zgraph.hardware import Hardware
 from zgraph.machines import PRESETS, preset
@@ -156,7 +156,8 @@ class _WaysOut:
         if OFFLOAD in self._search.fixed:
             return
         fixed, is_short = self._fixed(*CHAINED), False
-        ways = [what for what in offloads(self._search.tier)[1:] if "gradients" not in what or fixed[ACCUMULATE] > 1]
+        has_gradients = keeps_gradients(replace(self._least.choice.config, accumulate=fixed[ACCUMULATE]))
+        ways = [what for what in offloads(self._search.tier)[1:] if has_gradients or "gradients" not in what]
 
         @cache
         def search_of(index: int) -> Search:

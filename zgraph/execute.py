@@ -17,7 +17,7 @@ from zgraph.layout import Bucket
 from zgraph.packed import pack, unpacked_numel
 from zgraph.program import Input, Program, Role, StateInit
 from zgraph.skipping import NUM_SKIPPED
-from zgraph.spilled import SpillRoom
+from zgraph.spilled import SpillRooms
 from zgraph.state import TrainingState
 from zgraph.tiers import Stored
 
@@ -26,10 +26,10 @@ class Executable:
     """A lowered program bound to the state it updates and the ranks it runs on."""
 
     def __init__(
-        self, program: Program, step: Step, state: TrainingState, comm: Comm, arena: Arena, spill_room: SpillRoom
+        self, program: Program, step: Step, state: TrainingState, comm: Comm, arena: Arena, spill_rooms: SpillRooms
     ) -> None:
         self.program, self.step = program, step
-        self._state, self._comm, self._arena, self._spill_room = state, comm, arena, spill_room
+        self._state, self._comm, self._arena, self._spill_rooms = state, comm, arena, spill_rooms
         self._divided: Comm = comm.axes.get(program.mesh.shard_axis, comm)  # among the ranks that divide state
         self._values = {what: node.meta["val"] for node, what in program.placeholders()}
 
@@ -46,7 +46,7 @@ class Executable:
         with torch.no_grad():
             inputs = [self._fetch(what, batch, hypers) for what in self._values]
             arena = (self._arena.tensors(self.step),) if self.step.places else ()
-            room = (self._spill_room.tensors(self.step),) if self.step.spilled else ()
+            room = (self._spill_rooms.tensors(self.step),) if self.step.spilled else ()
             # In grad mode, as in eager: nn.LSTM's operator keeps what its backward needs only there. No input requires
             # a gradient, so autograd records nothing.
             try:

@@ -19,14 +19,13 @@ import torch
 from torch import fx
 
 from zgraph import ops, scratch
-from zgraph.codegen.host_kernel import HostKernel
 from zgraph.codegen.region import Region
 from zgraph.fusion import Fusion
 from zgraph.hardware import Hardware
 from zgraph.liveness import held_bytes, lifetimes
 from zgraph.ops import root_of
 from zgraph.placement import Placement, place, spilled_places
-from zgraph.program import FlatGradient, Input, Origin, Phase, Program, Role, operand, target_name
+from zgraph.program import FlatGradient, Input, Origin, Phase, Program, Role, operand, phase_of, target_name
 
 
 class Kind(enum.Enum):
@@ -204,9 +203,9 @@ def _away(program: Program) -> Iterator[tuple[str, Holding]]:
 
 def _spilled_together(program: Program) -> Iterable[list[fx.Node]]:
     """What is spilled, by its place."""
-    found: dict[int, list[fx.Node]] = {}
+    found: dict[tuple[str, int], list[fx.Node]] = {}
     for node, there in spilled_places(program).items():
-        found.setdefault(there.start, []).append(node)
+        found.setdefault((ops.tier_of(node), there.start), []).append(node)
     return found.values()
 
 
@@ -237,9 +236,8 @@ def spilled_bytes(program: Program, tier: str | None = None) -> int:
 
 
 def spilled_kind(spill: fx.Node) -> Kind:
-    """What is spilled: gradients, and what goes with them, are read there by the host's processors."""
-    is_read_there = any(isinstance(user.target, HostKernel) for wait in spill.users for user in wait.users)
-    return Kind.GRADIENTS if is_read_there else Kind.ACTIVATIONS
+    """What is spilled: what forward has made, or gradients and what goes with them."""
+    return Kind.ACTIVATIONS if phase_of(operand(spill)) is Phase.FORWARD else Kind.GRADIENTS
 
 
 def with_state(found: Footprint, last: Footprint) -> Footprint:
@@ -290,7 +288,7 @@ def _kind(node: fx.Node, last: fx.Node) -> Kind:
         return Kind.GATHERED
     if node.target is ops.load:
         what = operand(node).meta.get("input")
-        return Kind.ACTIVATIONS if what is None else _OF_ROLE[what.role]
+        return spilled_kind(operand(operand(node))) if what is None else _OF_ROLE[what.role]
     if node.target is ops.dequantize or _is_widened(node):
         return Kind.GATHERED
     if node.target is ops.all_to_all:

@@ -103,7 +103,7 @@ def stats_of(runtime: Runtime) -> dict[str, Any]:
         "param_bytes": _num_bytes(state.params.values()),
         "optimizer_state_bytes": _num_bytes(entries),
         **_away(runtime, stored),
-        "spilled_bytes": runtime.lower_tiers.spill_room.num_bytes,
+        "spilled_bytes": runtime.lower_tiers.spill_rooms.num_bytes,
         "buffer_bytes": _num_bytes(runtime.model.buffers()),
         "arena_bytes": runtime.arena.num_bytes,
         "copied_bytes": last.copied_bytes(runtime.config.accumulate),

@@ -85,8 +85,8 @@ def _copies(node: fx.Node, source: fx.Node) -> bool:
         return not val.is_contiguous(memory_format=asked)
     if node.target is not aten.reshape.default or val.is_contiguous():
         return False
-    try:
-        val.view(node.meta["val"].shape)
+    try:  # a fake tensor's view takes strides of 0 for others beside dimensions of one element
+        torch.empty_strided(val.shape, val.stride(), device="meta").view(node.meta["val"].shape)
     except (RuntimeError, ValueError):
         return True
     return False

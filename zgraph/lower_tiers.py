@@ -18,7 +18,7 @@ from zgraph.hardware import LOWER_TIERS
 from zgraph.host import Cuda, Host
 from zgraph.lower import Lowered
 from zgraph.machines import ranks_here
-from zgraph.spilled import SpillRoom
+from zgraph.spilled import SpillRooms
 from zgraph.staging import StagedDisk
 from zgraph.state import TrainingState
 from zgraph.tiers import Moved, Tier, padded
@@ -31,13 +31,13 @@ class LowerTiers:
         state: of the model.
 
     Attributes:
-        spill_room: where steps spill to.
+        spill_rooms: where steps spill to.
         moved: from and to each tier, by the last step.
     """
 
     def __init__(self, state: TrainingState) -> None:
         self._state = state
-        self.spill_room = SpillRoom()
+        self.spill_rooms = SpillRooms()
         self.moved: dict[str, Moved] = {}
 
     def reserve(self, lowered: Lowered, path: str | None) -> None:
@@ -52,14 +52,13 @@ class LowerTiers:
         """
         agreement, layout = self._state.agreement, lowered.layout
         device = layout.buckets[0].device
-        wanted: list[tuple[Tier, int, SpillRoom]] = []
+        wanted: list[tuple[str, Tier, int]] = []
         try:
             for name in LOWER_TIERS:
                 there = state_on(name, lowered.last)
-                has_spilled = any(spilled_bytes(each, name) for each in lowered.programs)
-                if not there and not has_spilled:
+                if not there and not any(spilled_bytes(each, name) for each in lowered.programs):
                     continue
-                room = self.spill_room if has_spilled else SpillRoom()
+                room = self.spill_rooms.on(name)
                 num_bytes = sum(map(padded, there.values()))
                 if name in self._state.tiers and layout == self._state.layout:
                     num_bytes -= self._state.tiers[name].used_bytes - room.taken_bytes  # it stays where it is
@@ -67,14 +66,14 @@ class LowerTiers:
                 with agreement.together():
                     tier = self._state.open_tier(name, partial(_open, name, device, path or DEFAULT_PATH))
                     tier.check_room(missing, ranks_here(agreement.world))
-                wanted.append((tier, missing, room))
+                wanted.append((name, tier, missing))
             # A disk says only now whether it has room, and takes no memory: it comes first.
-            for tier, missing, room in reversed(wanted):
+            for name, tier, missing in reversed(wanted):
                 with agreement.together():
                     tier.reserve(missing)
-                    room.take(tier)
+                    self.spill_rooms.take(name, tier)
         except ZgraphError:
-            self.spill_room.give_up()
+            self.spill_rooms.give_up()
             raise
 
     @contextmanager

@@ -72,7 +72,7 @@ ON_THEIR_WAY = 4
 
 
 def spilled_places(program: Program) -> dict[fx.Node, Place]:
-    """Where what a program spills lies in its room on a lower tier: one after the other, each from a page on.
+    """Where what a program spills lies in its rooms on lower tiers: one after the other, each from a page on.
 
     What is read there by one update alone may lie where another one was, whose update stands before: of
     ``ON_THEIR_WAY`` that follow each other, none does.
@@ -93,7 +93,10 @@ def spilled_places(program: Program) -> dict[fx.Node, Place]:
     for node in spills:
         first = slot.get(node, node)
         sizes[first] = max(sizes.get(first, 0), padded(_place_of(node, 0).num_bytes))
-    starts = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
+    starts: dict[fx.Node, int] = {}
+    for tier in set(map(ops.tier_of, sizes)):
+        there = [node for node in sizes if ops.tier_of(node) == tier]
+        starts |= zip(there, accumulate((sizes[node] for node in there), initial=0), strict=False)
     return {node: _place_of(node, starts[slot.get(node, node)]) for node in spills}
 
 

@@ -212,7 +212,7 @@ class Runtime:
             self._compiled(key, call, values, facts, made, layout)
             for key, call in zip(keys[:-1], calls[:-1], strict=True)
         ]
-        needs_tier = bool(layout.away) or self.lower_tiers.spill_room.num_bytes > 0
+        needs_tier = bool(layout.away) or self.lower_tiers.spill_rooms.num_bytes > 0
         if needs_tier and (made or layout != self.state.layout):
             self.lower_tiers.reserve(last.lowered, self.config.offload_path)
         if replaced or layout != self.state.layout:
@@ -369,8 +369,8 @@ class Runtime:
             if self.config.check_memory:
                 watch = MemoryCheck(program, staged=self.comm.is_staged, held=placement.elsewhere)
             step = write(program, placement, watch=watch)
-        self.lower_tiers.spill_room.reserve(step.spilled_bytes)
-        return Executable(program, step, self.state, self.comm, self.arena, self.lower_tiers.spill_room)
+        self.lower_tiers.spill_rooms.reserve(step.spilled_bytes)
+        return Executable(program, step, self.state, self.comm, self.arena, self.lower_tiers.spill_rooms)
 
     def _agree_on_kernels(self, programs: Sequence[Program]) -> None:
         """Run updates in slices on all ranks where one of them cannot compile: replicas are to be rounded alike."""

@@ -81,6 +81,8 @@ def train_both_ways(zero: int, optimizer: str, offload: dict[str, str], **option
                 (3, "lion", ON_DISK, {"check_collectives": True, "ema": 0.9}),
                 (0, "adamw_groups", EVERYTHING, {}),
                 (1, "adamw", EVERYTHING, {}),
+                (3, "adamw", {**EVERYTHING, "gradients": "disk"}, {"clip_norm": 0.1, "check_memory": True}),
+                (2, "sgd_momentum", {**ON_DISK, "gradients": "disk"}, {"precision": "fp16"}),
                 (2, "sgd_momentum", EVERYTHING, {"accumulate": 2}),
                 (3, "muon_and_adam", EVERYTHING, {"ema": 0.9, "precision": "bf16"}),
                 (3, "adamw", EVERYTHING, {"accumulate": 2, "keep_gathered": True}),
