@@ -59,7 +59,7 @@ def test_optimizer_state_that_torch_cannot_load_leaves_the_parameters_as_they_ar
         ),
         (
             {"offload": {"gradients": "disk"}},
-            "gradients without accumulate or clip_norm, where each dies in the update of its bucket",
+            "gradients with accumulate=1 and without clip_norm, where each dies in the update of its bucket",
         ),
         ({"offload": {"optimizer": "tape"}}, "'optimizer' can lie on 'host' or 'disk', not on 'tape'"),
         ({"offload": {"optimizer": "host"}, "offload_path": "/tmp"}, "offload_path, and .* nothing lies on a disk"),

@@ -30,8 +30,8 @@ def offloads(tier: str) -> tuple[Any, ...]:
 
     Activations as far as nothing waits for them, and state, which is needed once in a step, before parameters, which
     are needed twice or more; then activations for which computing waits; last of all gradients, where there are
-    micro-batches, in each of which their sums are needed and written, or where they wait for their norm. Where that is the host's memory, and it has no room
-    for all, a disk behind it has optimizer state, then parameters, too.
+    micro-batches, in each of which their sums are needed and written, or where they wait for their norm. Where that is
+    the host's memory, and it has no room for all, a disk behind it has optimizer state, then parameters, too.
     """
     state = {"optimizer": tier}
     all_state = {**state, "parameters": tier}

@@ -139,8 +139,8 @@ def _check_offload(config: Config) -> None:
                 raise OptionError(f"offload={given!r}: {what!r} can lie on {known}, not on {tier!r}", fix=fix)
     if isinstance(given, dict) and "gradients" in given and not keeps_gradients(config):
         raise OptionError(
-            "offload of gradients without accumulate or clip_norm, where each dies in the update of its bucket",
-            fix="leave gradients out, or give accumulate=2 or more, or clip_norm",
+            "offload of gradients with accumulate=1 and without clip_norm, where each dies in the update of its bucket",
+            fix="leave gradients out, or give accumulate=2 or more or clip_norm",
         )
     path: Any = config.offload_path
     if path is not None and (not isinstance(path, str) or not path or "\0" in path):
