@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -416,6 +418,99 @@ def load_before_the_first_step(offload: dict[str, str] | None) -> None:
 def test_values_for_what_is_on_meta_are_loaded_when_it_is_initialised(ranks, world, offload):
     """Fine-tuning starts from them, and the optimizer has seen no others."""
     ranks.run(load_before_the_first_step, offload, world=world)
+
+
+class Scaled(nn.Module):
+    """Nobody can initialise its scale but whoever has values for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 3))
+        self.register_buffer("shift", torch.arange(3.0))
+        self.inner = nn.Sequential(*(nn.Linear(3, 3) for _ in range(3)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) * self.scale + self.shift
+
+
+def go_on_from_what_was_saved(
+    kind: type[torch.optim.Optimizer], offload: dict[str, str] | None, model_first: bool, **options: Any
+) -> None:
+    """Neither memory nor time is spent on values that nobody needs."""
+
+    def compiled(model: nn.Module, **more: Any) -> tuple[Any, Any]:
+        optimizer = kind(model.parameters(), lr=0.1)
+        loss = lambda y, x: (y - x).square().mean()  # noqa: E731
+        return zgraph.compile(model, optimizer, loss=loss, zero=3, bucket_bytes=1, **options, **more), optimizer
+
+    torch.manual_seed(1)
+    whole, theirs = compiled(Scaled())
+    x = torch.ones(2, 3) + (dist.get_rank() if dist.is_initialized() else 0)
+    for _ in range(2):
+        whole.train_step(x)
+    saved, progress = copy.deepcopy((dict(whole.state_dict()), theirs.state_dict()))
+    model, optimizer = compiled(on_meta(Scaled), offload=offload)
+    for load in (True, False) if model_first else (False, True):
+        if load:
+            model.load_state_dict(saved)
+        else:
+            optimizer.load_state_dict(progress)
+    assert all(param.is_meta for param in model.parameters())
+    state = torch.get_rng_state()
+    with mock.patch.object(nn.Linear, "reset_parameters", side_effect=AssertionError("for nothing")):
+        losses = [model.train_step(x) for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(loss, whole.train_step(x)) for loss in losses)
+    torch.testing.assert_close(dict(model.state_dict()), dict(whole.state_dict()), rtol=0, atol=0)
+    found, expected = optimizer.state_dict()["state"], theirs.state_dict()["state"]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+ON_DISK = {"parameters": "disk", "optimizer": "disk"}
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "offload", "model_first", "options"),
+    [
+        (torch.optim.AdamW, None, True, {}),
+        (torch.optim.AdamW, ON_DISK, False, {"ema": 0.9}),
+        (torch.optim.Adagrad, ON_DISK, True, {}),  # its constructor makes state
+        (torch.optim.SGD, None, False, {"state_precision": None}),
+    ],
+    ids=str,
+)
+def test_training_goes_on_from_what_was_saved_with_a_model_on_meta(ranks, world, kind, offload, model_first, options):
+    ranks.run(go_on_from_what_was_saved, kind, offload, model_first, world=world, **options)
+
+
+def test_a_module_is_initialised_unless_values_of_all_its_tensors_are_loaded():
+    saved = Scaled().state_dict()
+    loss = lambda y, x: (y - x).square().mean()  # noqa: E731
+    for name in ("scale", "shift"):
+        model = on_meta(Scaled)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        zgraph.compile(model, optimizer, loss=loss)
+        model.load_state_dict({key: value for key, value in saved.items() if key != name}, strict=False)
+        with pytest.raises(StateError, match=r"no reset_parameters\(\) to initialise them: the model \(CompiledScaled\)"):
+            model.train_step(torch.ones(2, 3))
+        assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+        model.load_state_dict(saved)
+        model.train_step(torch.ones(2, 3))
+        torch.testing.assert_close(dict(model.state_dict()), dict(saved), rtol=0, atol=0)
+
+
+def test_a_value_that_a_hook_takes_away_is_none_that_is_loaded():
+    model = on_meta(lambda: nn.Linear(3, 3))
+    zgraph.compile(model, torch.optim.SGD(model.parameters(), lr=0.0), loss=lambda y, x: (y - x).square().mean())
+    model.register_load_state_dict_pre_hook(lambda module, values, *_: values.pop("bias", None))
+    saved = nn.Linear(3, 3).state_dict()
+    model.load_state_dict(saved, strict=False)
+    torch.manual_seed(5)
+    model.train_step(torch.ones(2, 3))
+    torch.manual_seed(5)
+    assert torch.equal(model.state_dict()["bias"], nn.Linear(3, 3).bias)
+    assert torch.equal(model.state_dict()["weight"], saved["weight"])
 
 
 def load_on_one_rank() -> None:

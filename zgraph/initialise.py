@@ -60,24 +60,27 @@ class MetaModule:
             ) from error
 
 
-def find_meta_modules(model: nn.Module, *, except_for: Iterable[nn.Parameter] = ()) -> list[MetaModule]:
+def find_meta_modules(
+    model: nn.Module, *, except_for: Iterable[nn.Parameter] = (), loaded: Iterable[torch.Tensor] = ()
+) -> list[MetaModule]:
     """Modules that need initialising, in the order of ``model.modules()``.
 
     Args:
         model: the model.
         except_for: parameters that are on meta because their values are stored elsewhere.
+        loaded: parameters and buffers that are given values next: a module that has no others needs none before.
 
     Raises:
         StateError: some of them have no ``reset_parameters``.
     """
-    known = {id(p) for p in except_for}
+    known, waiting = {id(p) for p in except_for}, {id(tensor) for tensor in loaded}
     found, helpless = [], []
     for path, module in model.named_modules():
         params = {
             name: p for name, p in module._parameters.items() if p is not None and p.is_meta and id(p) not in known
         }
         buffers = {name: b for name, b in module._buffers.items() if b is not None and b.is_meta}
-        if params or buffers:
+        if not waiting.issuperset(map(id, (*params.values(), *buffers.values()))):
             found.append(MetaModule(path, module, params, buffers))
             if not any(callable(getattr(module, name, None)) for name in ("reset_parameters", "_reset_parameters")):
                 helpless.append(found[-1])
@@ -86,8 +89,8 @@ def find_meta_modules(model: nn.Module, *, except_for: Iterable[nn.Parameter] = 
         more = f"; and {len(helpless) - 5} more" if len(helpless) > 5 else ""
         raise StateError(
             f"modules that have tensors on meta have no reset_parameters() to initialise them: {listed}{more}",
-            fix="give each a reset_parameters() that fills all its parameters and buffers, or build the model on a "
-            "real device",
+            fix="give each a reset_parameters() that fills all its parameters and buffers, or load values of all of them "
+            "before the first step, or build the model on a real device",
         )
     return found
 

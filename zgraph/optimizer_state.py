@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from zgraph.agreement import Agreement
 from zgraph.averages import WEIGHT_EMA, dtype_of_average
@@ -81,9 +82,18 @@ class OptimizerState:
         self._optimizer, self._group, self._agreement = optimizer, None, agreement
         self._layout = Layout((), world=1)
         self._params: Params = {}
-        self._hooked = False
-        self._averages: dict[str, torch.Tensor] = {}  # that are being loaded
-        self._lent: list[nn.Parameter] = []  # that have memory while state is being loaded
+        self._is_hooked = False
+        self._hooks: list[RemovableHandle] = []  # until then
+        self._averages: list[tuple[torch.Tensor, torch.Tensor]] = []  # of parameters, that are being loaded
+        self._lent: list[torch.Tensor] = []  # that have memory while state is being loaded
+
+    def lend_to_load(self) -> None:
+        """Let the user load state before there is a layout, though parameters are on meta."""
+        if self._optimizer is not None:
+            self._hooks = [
+                self._optimizer.register_load_state_dict_pre_hook(self._before_first_load),
+                self._optimizer.register_load_state_dict_post_hook(self._after_first_load),
+            ]
 
     def forms(self, params: Params) -> Forms:
         """The state that exists, in the user's optimizer or stored. Involves no other rank.
@@ -223,19 +233,22 @@ class OptimizerState:
             raise StateError(
                 f"{type(optimizer).__name__} created state on meta, where it has no values, and {why}",
                 fix="build the model on a real device before the optimizer, or create the state in step(); if it was "
-                "loaded, call train_step once before optimizer.load_state_dict",
+                "loaded, call zgraph.compile before optimizer.load_state_dict",
             )
         return state
 
     # -- torch's own format -------------------------------------------------------------------------------
 
     def _hook(self) -> None:
-        if self._optimizer is not None and not self._hooked:
-            self._optimizer.register_state_dict_pre_hook(self._before_save)
-            self._optimizer.register_state_dict_post_hook(self._after_save)
-            self._optimizer.register_load_state_dict_pre_hook(self._before_load)
-            self._optimizer.register_load_state_dict_post_hook(self._after_load)
-            self._hooked = True
+        if self._optimizer is None or self._is_hooked:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self._optimizer.register_state_dict_pre_hook(self._before_save)
+        self._optimizer.register_state_dict_post_hook(self._after_save)
+        self._optimizer.register_load_state_dict_pre_hook(self._before_load)
+        self._optimizer.register_load_state_dict_post_hook(self._after_load)
+        self._is_hooked = True
 
     @torch.no_grad()
     def _before_save(self, optimizer: torch.optim.Optimizer) -> None:
@@ -274,33 +287,44 @@ class OptimizerState:
 
     def _before_load(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         """Refuse what does not fit before torch changes anything."""
-        saved = [len(group["params"]) for group in state_dict["param_groups"]]
-        params = [param for group in optimizer.param_groups for param in group["params"]]
-        if saved != [len(group["params"]) for group in optimizer.param_groups]:
-            return  # torch refuses it
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        by_key = _by_key(optimizer, state_dict)
+        if by_key is None:
+            return
         names = {id(p): name for name, p in self._params.items()}
-        by_key = {key: names[id(param)] for key, param in zip(keys, params, strict=True) if id(param) in names}
         given = {}
-        averages: dict[str, torch.Tensor] = {}  # which torch rounds to the parameter's dtype
         for key, entries in state_dict["state"].items():
-            if key not in by_key:
+            if key not in by_key or id(by_key[key]) not in names:
                 raise StateError(
                     f"the loaded optimizer state has an entry {key!r} that belongs to no parameter of the model",
                     fix="zgraph stores state that belongs to parameters; remove the entry from state_dict['state']",
                 )
-            given[by_key[key]] = entries
-            if WEIGHT_EMA in entries:
-                averages[by_key[key]] = entries[WEIGHT_EMA]
+            given[names[id(by_key[key])]] = entries
         check_agreement(self._layout, _forms_of(given, self._params))
-        self._averages = averages
+        self._lend(
+            by_key, state_dict, {id(param): self._layout.find(name)[0].device for name, param in self._params.items()}
+        )
+
+    def _before_first_load(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        by_key = _by_key(optimizer, state_dict)
+        if by_key is not None:
+            self._lend(by_key, state_dict, {})
+
+    def _after_first_load(self, optimizer: torch.optim.Optimizer) -> None:
+        self._restore_averages(optimizer)
         self.take_back()
-        self._lent = [param for param in self._params.values() if param.is_meta]
-        for name, param in self._params.items():
-            if param.is_meta:
-                # torch moves loaded state to the device of its parameter, which must be a real one meanwhile.
-                device = self._layout.find(name)[0].device
-                place(param, torch.zeros((), dtype=param.dtype, device=device).expand(param.shape))
+
+    def _lend(
+        self, by_key: Mapping[Any, torch.Tensor], state_dict: dict[str, Any], devices: Mapping[int, torch.device]
+    ) -> None:
+        """Have parameters on a real device, to which torch moves what is loaded; a CPU unless ``devices`` say which."""
+        # Averages are noted, for torch rounds them to the parameter's dtype.
+        saved = ((by_key[key], entries) for key, entries in state_dict["state"].items() if key in by_key)
+        self._averages = [(param, entries[WEIGHT_EMA]) for param, entries in saved if WEIGHT_EMA in entries]
+        self.take_back()
+        self._lent = [param for param in by_key.values() if param.is_meta]
+        for param in self._lent:
+            device = devices.get(id(param), torch.device("cpu"))
+            place(param, torch.zeros((), dtype=param.dtype, device=device).expand(param.shape))
 
     def take_back(self) -> None:
         """Parameters that stand on a real device while torch loads: they go back to meta, also where it has failed."""
@@ -309,13 +333,26 @@ class OptimizerState:
         self._lent = []
 
     def _after_load(self, optimizer: torch.optim.Optimizer) -> None:
-        for name, average in self._averages.items():
-            state = optimizer.state[self._params[name]]
-            state[WEIGHT_EMA] = average.to(state[WEIGHT_EMA].device)
-        self._averages = {}
+        self._restore_averages(optimizer)
         self.take_back()
         self.stored = {bucket.name: {} for bucket in self._layout.buckets}
         self.move(self._layout, self._params, self.forms(self._params), self._group)
+
+    def _restore_averages(self, optimizer: torch.optim.Optimizer) -> None:
+        for param, average in self._averages:
+            state = optimizer.state[param]
+            state[WEIGHT_EMA] = average.to(state[WEIGHT_EMA].device)
+        self._averages = []
+
+
+def _by_key(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[Any, torch.Tensor] | None:
+    """The optimizer's parameters, by what a state that is loaded calls them; None where torch refuses that state."""
+    if [len(each["params"]) for each in state_dict["param_groups"]] != [
+        len(group["params"]) for group in optimizer.param_groups
+    ]:
+        return None
+    keys = (key for each in state_dict["param_groups"] for key in each["params"])
+    return dict(zip(keys, (param for group in optimizer.param_groups for param in group["params"]), strict=True))
 
 
 class _Unpacked(Mapping[str, torch.Tensor]):

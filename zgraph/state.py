@@ -8,9 +8,9 @@ whole buckets, on meta (a shape without memory) where buckets are divided or lie
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +30,22 @@ from zgraph.layout import Layout
 from zgraph.optimizer_state import Forms, OptimizerState, Value, check_agreement
 from zgraph.program import Input, Mesh
 from zgraph.tiers import Stored, Tier
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """What was given to ``load_state_dict`` before the first step.
+
+    Attributes:
+        original: the module's own method.
+        values, strict: as they were given.
+        targets: parameters and buffers on meta that it gives values.
+    """
+
+    original: Callable[..., Any]
+    values: Mapping[str, Any]
+    strict: bool
+    targets: tuple[torch.Tensor, ...]
 
 
 class TrainingState:
@@ -71,10 +87,12 @@ class TrainingState:
         self.recipe: dict[str, torch.Tensor] = {}
         self.agreement = Agreement(group)
         self._optimizer_state = OptimizerState(optimizer, self.agreement)
+        if any(param.is_meta for param in model.parameters()):
+            self._optimizer_state.lend_to_load()
         self._placed: dict[str, nn.Parameter] = {}
         self._interrupted: BaseException | None = None  # while values moved, of which some may be nowhere now
         self._memory: dict[str, tuple[int, bool] | None] = {}
-        self._to_load: list[tuple[Callable[..., Any], Mapping[str, Any], bool]] = []  # when there is memory for it
+        self._to_load: list[_Waiting] = []  # until there is memory for it
 
     @property
     def divided(self) -> bool:
@@ -131,7 +149,8 @@ class TrainingState:
     def commit(self, layout: Layout, *, in_shared_memory: bool = False) -> None:
         """Move parameters and optimizer state into the buckets of ``layout``, and initialise what is on meta.
 
-        What ``load_state_dict`` was given for what was on meta is loaded then.
+        What ``load_state_dict`` was given for what was on meta is loaded then; a module all of whose values are given
+        so is not initialised.
 
         The first call makes rank 0's parameters and buffers those of all ranks. A later one, with another layout,
         keeps every value; rank 0's values of parameters that have been ``replaced`` become those of all ranks.
@@ -156,10 +175,11 @@ class TrainingState:
             return
         kept = current.keys() - set(replaced)
         if self.layout is None:
-            waiting = [sorted(values) for _, values, _ in self._to_load]
-            self.agreement.check("model.train_step()", {"what load_state_dict was given before it": repr(waiting)})
+            given = [sorted(each.values) for each in self._to_load]
+            self.agreement.check("model.train_step()", {"what load_state_dict was given before it": repr(given)})
         with self.agreement.together():
-            meta_modules = find_meta_modules(self.model, except_for=[current[name] for name in kept])
+            loaded = [tensor for each in self._to_load for tensor in each.targets]
+            meta_modules = find_meta_modules(self.model, except_for=[current[name] for name in kept], loaded=loaded)
             forms = self._optimizer_state.forms(current)
             check_agreement(layout, forms)
 
@@ -173,12 +193,13 @@ class TrainingState:
             new.flush()
             self._optimizer_state.move(layout, current, forms, self.shard_group)
             if self.layout is None:
-                self._share_buffers()
+                self._share_buffers(layout)
         self.layout, self.params, self._placed, self.gradients = layout, new.tensors, current, {}
         self._memory = {name: _memory(param) for name, param in current.items()}
         with self._moving():
             while self._to_load:
-                self.load_state_dict(*self._to_load.pop(0))
+                waiting = self._to_load.pop(0)
+                self.load_state_dict(waiting.original, waiting.values, waiting.strict)
 
     def _shared(self, layout: Layout) -> dict[str, torch.Tensor]:
         """This rank's part of each bucket, in memory that the ranks share that divide them."""
@@ -230,6 +251,10 @@ class TrainingState:
                 param = params.get(segment.name)
                 if param is None:
                     continue
+                if param.is_meta and segment.name not in kept:  # its value is loaded next
+                    if not new.is_away(segment.name):
+                        place(param, new.read(segment.name))
+                    continue
                 if old is not None and segment.name in kept and old.is_away(segment.name):
                     value = old.read(segment.name)
                 else:
@@ -240,9 +265,12 @@ class TrainingState:
                 new.write(segment.name, value)
                 place(param, without_memory(param) if new.is_away(segment.name) else new.read(segment.name))
 
-    def _share_buffers(self) -> None:
-        """Make rank 0's buffers those of all ranks."""
+    def _share_buffers(self, layout: Layout) -> None:
+        """Make rank 0's buffers those of all ranks; those on meta, whose values are loaded next, have memory then."""
         for buffer in self.model.buffers():
+            if buffer.is_meta:
+                place(buffer, torch.empty(buffer.shape, dtype=buffer.dtype, device=layout.buckets[0].device))
+                continue
             if not buffer.is_contiguous():
                 buffer.data = buffer.data.contiguous()  # an expanded one has elements in common: no receiving it
             broadcast(buffer, self.group)
@@ -341,10 +369,13 @@ class TrainingState:
             for name in waiting:
                 if isinstance(value := state_dict[name], torch.Tensor) and value.is_meta:
                     raise StateError(f"the value of {name} is on meta, so there is none", fix="load real tensors")
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".*copying from a non-meta parameter.*", UserWarning)
-                result = original(state_dict, strict=strict)
-            self._to_load.append((original, copy.copy(state_dict), strict))
+            result, copies = self._copies(original, state_dict, strict)
+            with torch.no_grad():
+                for target, value in copies:
+                    if not target.is_meta:
+                        target.copy_(value)
+            targets = tuple(target for target, _ in copies if target.is_meta)
+            self._to_load.append(_Waiting(original, copy.copy(state_dict), strict, targets))
             return result
         if assign:
             raise StateError(
@@ -353,17 +384,23 @@ class TrainingState:
             )
         stored = self.stored_params()
         names = {id(param): name for name, param in self._placed.items() if stored.is_away(name)}
-        deferred = _DeferredCopies([*self._placed.values(), *self.model.buffers()])
-        with torch.no_grad(), _copying_not_swapping(), deferred:
-            result = original(state_dict, strict=strict)
+        result, copies = self._copies(original, state_dict, strict)
         with torch.no_grad():
-            for target, value in deferred.copies:
+            for target, value in copies:
                 if id(target) in names:
                     stored.write(names[id(target)], value)
                 else:
                     target.copy_(value)
             stored.flush()
         return result
+
+    def _copies(
+        self, original: Callable[..., Any], state_dict: Mapping[str, Any], strict: bool
+    ) -> tuple[Any, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """What the module's own ``load_state_dict`` returns, and what it would copy, each with where to."""
+        deferred = _DeferredCopies([*self.model.parameters(), *self.model.buffers()])
+        with torch.no_grad(), _copying_not_swapping(), deferred:
+            return original(state_dict, strict=strict), deferred.copies
 
     def stored_params(self, num_cached: int = 1) -> FlatTensors:
         """The parameters as they are stored; see ``FlatTensors`` for ``num_cached``."""
