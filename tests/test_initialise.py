@@ -492,7 +492,9 @@ def test_a_module_is_initialised_unless_values_of_all_its_tensors_are_loaded():
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         zgraph.compile(model, optimizer, loss=loss)
         model.load_state_dict({key: value for key, value in saved.items() if key != name}, strict=False)
-        with pytest.raises(StateError, match=r"no reset_parameters\(\) to initialise them: the model \(CompiledScaled\)"):
+        with pytest.raises(
+            StateError, match=r"no reset_parameters\(\) to initialise them: the model \(CompiledScaled\)"
+        ):
             model.train_step(torch.ones(2, 3))
         assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
         model.load_state_dict(saved)
@@ -503,7 +505,7 @@ def test_a_module_is_initialised_unless_values_of_all_its_tensors_are_loaded():
 def test_a_value_that_a_hook_takes_away_is_none_that_is_loaded():
     model = on_meta(lambda: nn.Linear(3, 3))
     zgraph.compile(model, torch.optim.SGD(model.parameters(), lr=0.0), loss=lambda y, x: (y - x).square().mean())
-    model.register_load_state_dict_pre_hook(lambda module, values, *_: values.pop("bias", None))
+    model.register_load_state_dict_pre_hook(lambda _, values, *__: values.pop("bias", None))
     saved = nn.Linear(3, 3).state_dict()
     model.load_state_dict(saved, strict=False)
     torch.manual_seed(5)

@@ -22,6 +22,7 @@ from zgraph.planner import plan
 from zgraph.plans import Plan
 from zgraph.program import Program, Stage
 from zgraph.progress import Progress
+from zgraph.saving import save
 from zgraph.simulate import SimulatedRanks, simulate_ranks
 from zgraph.terms import Axiom
 from zgraph.which_hardware import find_hardware
@@ -51,5 +52,6 @@ __all__ = [
     "compile",
     "find_hardware",
     "plan",
+    "save",
     "simulate_ranks",
 ]

@@ -89,7 +89,7 @@ def find_meta_modules(
         more = f"; and {len(helpless) - 5} more" if len(helpless) > 5 else ""
         raise StateError(
             f"modules that have tensors on meta have no reset_parameters() to initialise them: {listed}{more}",
-            fix="give each a reset_parameters() that fills all its parameters and buffers, or load values of all of them "
+            fix="give each a reset_parameters() that fills all its parameters and buffers, or load all their values "
             "before the first step, or build the model on a real device",
         )
     return found

@@ -125,6 +125,12 @@ class Layout:
         return self._index[name]
 
     @cached_property
+    def order(self) -> dict[str, int]:
+        """By parameter: in the order of the buckets, and within them."""
+        names = (segment.name for bucket in self.buckets for segment in bucket.segments)
+        return {name: index for index, name in enumerate(names)}
+
+    @cached_property
     def by_name(self) -> dict[str, Bucket]:
         """Buckets by their names."""
         return {bucket.name: bucket for bucket in self.buckets}

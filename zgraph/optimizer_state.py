@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,7 @@ from zgraph.groups import HeldGroup
 from zgraph.layout import Bucket, Layout
 from zgraph.packed import pack, unpack
 from zgraph.tiers import Stored, Tier
+from zgraph.unread import Unread
 
 Value = torch.Tensor | Stored | int | float | None
 """One entry of a parameter's optimizer state."""
@@ -82,6 +84,7 @@ class OptimizerState:
         self._optimizer, self._group, self._agreement = optimizer, None, agreement
         self._layout = Layout((), world=1)
         self._params: Params = {}
+        self._to_read: dict[str, FlatTensors] | None = None  # by key, while a state_dict is made that has not been read
         self._is_hooked = False
         self._hooks: list[RemovableHandle] = []  # until then
         self._averages: list[tuple[torch.Tensor, torch.Tensor]] = []  # of parameters, that are being loaded
@@ -255,15 +258,38 @@ class OptimizerState:
         values = [value for entries in self.stored.values() for value in entries.values()]
         if self._layout.shard_state and self._layout.world > 1 and any(map(_is_flat, values)):
             self._agreement.check("optimizer.state_dict()")
-        full: dict[int, dict[str, Value]] = {}
+        full: dict[int, dict[str, Value | Unread]] = {}
         for bucket in self._layout.buckets:
             for key in self.stored[bucket.name]:
-                for name, value in self._full(bucket, key):
+                for name, value in self._full(bucket, key) if self._to_read is None else self._unread(bucket, key):
                     full.setdefault(id(self._params[name]), {})[key] = value
         for group in optimizer.param_groups:
             for param in group["params"]:
                 if id(param) in full:
                     optimizer.state[param] = full[id(param)]
+
+    def unread(self) -> dict[str, Any]:
+        """What ``optimizer.state_dict`` gives, with what is to be read in the place of tensors like parameters."""
+        assert self._optimizer is not None
+        self._to_read = {}
+        try:
+            return self._optimizer.state_dict()
+        finally:
+            self._to_read = None
+
+    def _unread(self, bucket: Bucket, key: str) -> Iterator[tuple[str, Value | Unread]]:
+        """By parameter, what an entry of a bucket is read of."""
+        value = self.stored[bucket.name][key]
+        if not _is_flat(value):
+            yield from self._full(bucket, key)
+            return
+        assert self._to_read is not None
+        flat = self._to_read.setdefault(key, self._flat(key))
+        form = stored_form(value, packed=self._layout.packs(bucket.name, key))
+        assert form.dtype is not None
+        for name in (segment.name for segment in bucket.segments):
+            shape = flat.layout.find(name)[1].shape
+            yield name, Unread(shape, form.dtype, partial(flat.read, name), self._layout.order[name])
 
     @torch.no_grad()
     def full(self, key: str) -> dict[int, Value]:

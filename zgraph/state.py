@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from zgraph.layout import Layout
 from zgraph.optimizer_state import Forms, OptimizerState, Value, check_agreement
 from zgraph.program import Input, Mesh
 from zgraph.tiers import Stored, Tier
+from zgraph.unread import Unread
 
 
 @dataclass(frozen=True)
@@ -330,6 +332,34 @@ class TrainingState:
             result = original(*args, **kwargs)
             result.update({key: value.detach() for key, value in result.items() if isinstance(value, nn.Parameter)})
         return result
+
+    def unread(self, original: Callable[..., dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """What the model's ``state_dict`` and the optimizer's give, with what is to be read in the place of tensors.
+
+        Args:
+            original: the module's own ``state_dict``.
+
+        Raises:
+            StateError: a value was made of a parameter that has no memory.
+            RankError: state is divided, and another rank has called something else.
+        """
+        self.check_whole()
+        assert self.layout is not None
+        params, order = self.stored_params(), self.layout.order
+        unread = {
+            id(param): Unread(tuple(param.shape), param.dtype, partial(params.read, name), order[name])
+            for name, param in self._placed.items()
+        }
+        found = original(keep_vars=True)
+        for key, value in found.items():
+            if id(value) in unread:
+                found[key] = unread[id(value)]
+            elif isinstance(value, torch.Tensor) and value.is_meta:
+                raise StateError(
+                    f"state_dict() makes {key!r} of parameters, which have no memory meanwhile",
+                    fix="save model.state_dict() with torch.save",
+                )
+        return {"model": found, "optimizer": self._optimizer_state.unread()}
 
     def load_state_dict(
         self,
