@@ -318,6 +318,20 @@ def test_a_copy_in_a_single_process_trains_on_its_own() -> None:
     assert losses == [model.train_step(INDEX) for _ in range(2)]
 
 
+def test_an_optimizer_that_is_copied_with_its_model_has_its_state() -> None:
+    """Though torch copies no hooks, by which state is saved and loaded."""
+    model, optimizer = compiled()
+    model.train_step(INDEX)
+    for copied in (copy.deepcopy((model, optimizer)), copy.deepcopy((optimizer, model))[::-1]):
+        other, theirs = copied
+        torch.testing.assert_close(theirs.state_dict(), optimizer.state_dict(), rtol=0, atol=0)
+        saved = copy.deepcopy((other.state_dict(), theirs.state_dict()))
+        loss = other.train_step(INDEX)
+        other.load_state_dict(saved[0])
+        theirs.load_state_dict(saved[1])
+        assert torch.equal(other.train_step(INDEX), loss)
+
+
 def copy_on_two_ranks() -> None:
     model, _ = compiled()
     with pytest.raises(StateError, match="process group"):

@@ -88,6 +88,30 @@ def test_a_directory_may_be_a_path(disk_path: Path) -> None:
     assert model._zgraph.state.tiers["disk"].path == disk_path
 
 
+def test_a_directory_may_be_below_the_users(disk_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(disk_path.parent))
+    model, _ = small(offload=ON_DISK, offload_path=f"~/{disk_path.name}")
+    model.train_step(X)
+    assert model._zgraph.state.tiers["disk"].path == disk_path
+
+
+@pytest.mark.parametrize(
+    ("offload", "fix"),
+    [
+        ({"optimiser": "disk"}, "say 'optimizer'"),
+        ({"activation": "disk"}, "say 'activations'"),
+        ({"parameters": "dsk"}, "say 'disk'"),
+        ({"activations": "disk waited for"}, "say 'disk, waited for'"),
+        ({"parameters": "tape"}, "say one of them for 'parameters'"),
+        ({"everything": "disk"}, "give offload={'optimizer': 'disk'}, or None"),
+    ],
+)
+def test_what_may_be_misspelt_has_a_way_out_of_its_own(offload: dict[str, str], fix: str) -> None:
+    with pytest.raises(OptionError) as refusal:
+        small(offload=offload)
+    assert refusal.value.fix == fix
+
+
 def test_a_directory_that_is_not_there_is_refused_before_anything_changes(disk_path: Path) -> None:
     model, _ = small(offload=ON_DISK, offload_path=str(disk_path / "missing"))
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -314,6 +314,7 @@ class CompiledModule(nn.Module):
         memo |= {id(runtime.cache): [], id(runtime.timed): {}, id(runtime._last): None}
         copied = memo[id(self)] = self.__class__.__new__(self.__class__)
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        copied.__dict__["_zgraph"].state.has_been_copied()
         return copied
 
 

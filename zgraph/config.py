@@ -133,10 +133,16 @@ def _check_offload(config: Config) -> None:
         for what, tier in given.items():
             if what not in OFFLOADED:
                 known = ", ".join(map(repr, OFFLOADED))
-                raise OptionError(f"offload={given!r}: {what!r} is none of what can be moved: {known}", fix=fix)
+                raise OptionError(
+                    f"offload={given!r}: {what!r} is none of what can be moved: {known}",
+                    fix=_nearest(what, OFFLOADED, fix),
+                )
             if tier not in OFFLOADED[what]:
                 known = " or ".join(map(repr, OFFLOADED[what]))
-                raise OptionError(f"offload={given!r}: {what!r} can lie on {known}, not on {tier!r}", fix=fix)
+                raise OptionError(
+                    f"offload={given!r}: {what!r} can lie on {known}, not on {tier!r}",
+                    fix=_nearest(tier, OFFLOADED[what], f"say one of them for {what!r}"),
+                )
     if isinstance(given, dict) and "gradients" in given and not keeps_gradients(config):
         raise OptionError(
             "offload of gradients with accumulate=1 and without clip_norm, where each dies in the update of its bucket",
@@ -160,6 +166,12 @@ def _check_offload(config: Config) -> None:
             f"load_ahead with offload={given!r}: it is for optimizer state on the host, where no activations go there",
             fix="say offload={'optimizer': 'host'}, or leave it out",
         )
+
+
+def _nearest(given: Any, known: Iterable[str], otherwise: str) -> str:
+    """A way out for what may be misspelt."""
+    near = difflib.get_close_matches(str(given), list(known), n=1)
+    return f"say {near[0]!r}" if near else otherwise
 
 
 def keeps_gradients(config: Config) -> bool:
@@ -416,8 +428,8 @@ class Config:
             values["bucket_bytes"] = parse_bytes(values["bucket_bytes"], "bucket_bytes")
         if values.get("tile_bytes") is not None:
             values["tile_bytes"] = parse_bytes(values["tile_bytes"], "tile_bytes")
-        if isinstance(values.get("offload_path"), os.PathLike):
-            values["offload_path"] = os.fspath(values["offload_path"])
+        if isinstance(values.get("offload_path"), (str, os.PathLike)):
+            values["offload_path"] = os.path.expanduser(values["offload_path"])
         config = cls(**values)
         for name, low, high in _RANGES:
             value = getattr(config, name)

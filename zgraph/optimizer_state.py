@@ -98,6 +98,14 @@ class OptimizerState:
                 self._optimizer.register_load_state_dict_post_hook(self._after_first_load),
             ]
 
+    def has_been_copied(self) -> None:
+        """So has the optimizer, but not its hooks, which torch leaves out."""
+        if self._is_hooked:
+            self._is_hooked = False
+            self._hook()
+        elif self._hooks:
+            self.lend_to_load()
+
     def forms(self, params: Params) -> Forms:
         """The state that exists, in the user's optimizer or stored. Involves no other rank.
 

@@ -96,6 +96,10 @@ class TrainingState:
         self._memory: dict[str, tuple[int, bool] | None] = {}
         self._to_load: list[_Waiting] = []  # until there is memory for it
 
+    def has_been_copied(self) -> None:
+        """This state is one of a copy of the model, whose optimizer is a copy, too."""
+        self._optimizer_state.has_been_copied()
+
     @property
     def divided(self) -> bool:
         """Whether a rank has no more than its part of the parameters, and reading them takes all ranks."""
