@@ -7,7 +7,7 @@ from zgraph.calibration import Calibration, Run
 from zgraph.curves import Matmul
 
 LAUNCH_S = 2e-6
-CPU_MATMUL = Matmul(1e11, 4, 4, 2e10, 1e-6, ramp_m=3.0, ramp_n=6.0, ramp_k=9.0, overlap=0.8)
+CPU_MATMUL = Matmul(1e11, 4, 4, 2e10, 1e-6, ramp_m=3.0, ramp_n=6.0, ramp_k=9.0, overlap=0.8, packed_per_s=1e10)
 GPU_MATMUL = Matmul(5e14, 4, 4, 1e12, 4e-6, units=100, tile=128, quantisation=0.3, ramp_k=100.0, overlap=0.8)
 
 

@@ -62,6 +62,9 @@ CPU_SHAPES = (
     *((1, 1, n, n) for n in (256, 1024, 2048)),
     *((1, m, 1024, 256) for m in (8, 64, 512, 2048)),
     *((1, m, 256, 1024) for m in (8, 64, 512, 2048)),
+    *((1, m, 1024, 4096) for m in (16, 64)),
+    (1, 16, 4096, 1024),
+    (1, 1024, 4096, 16),
     *((1, 512, 32, k) for k in (128, 2048)),
     *((1, 64, 2048, k) for k in (64, 512)),
     *((16, n, n, 64) for n in (32, 128, 256)),
@@ -426,9 +429,10 @@ def _products_of(bench: _Bench, dtype: torch.dtype, most: int | None) -> list[li
 
         def product(batch: int = batch, m: int = m, n: int = n, k: int = k) -> Callable[[], torch.Tensor]:
             left, right = bench.tensor(batch, m, k, dtype=dtype), bench.tensor(batch, k, n, dtype=dtype)
+            made = bench.tensor(batch, m, n, dtype=dtype)  # in an arena: new memory takes time of its own
             if batch == 1:
-                return partial(aten.mm.default, left[0], right[0])
-            return partial(aten.bmm.default, left, right)
+                return partial(aten.mm.out, left[0], right[0], out=made[0])
+            return partial(aten.bmm.out, left, right, out=made)
 
         num_bytes = batch * (m * k + k * n + m * n) * dtype.itemsize
         rows.append([batch, m, n, k, bench.seconds(product, num_bytes)])

@@ -184,17 +184,17 @@ class Calibration:
         on_gpu = self.device_type == "cuda"
 
         def make(parameters: Sequence[float]) -> Matmul:
-            rate, bytes_per_s, fixed_s, ramp_k, overlap, first, second = parameters
+            rate, bytes_per_s, fixed_s, ramp_k, overlap, first, second, packed_per_s = parameters
             common = Matmul(rate, element, element, bytes_per_s, fixed_s, ramp_k=ramp_k, overlap=overlap)
             if on_gpu:
                 return replace(common, units=self.units, tile=128, quantisation=first)
-            return replace(common, ramp_m=first, ramp_n=second)
+            return replace(common, ramp_m=first, ramp_n=second, packed_per_s=packed_per_s)
 
         def times(parameters: Sequence[float]) -> list[float]:
             model = make(parameters)
             return [launch_s + model.seconds(*map(int, row[:4])) for row in rows]
 
-        start = (best, best / 10, 1e-6, 8.0, 0.9, 0.3 if on_gpu else 2.0, 8.0)
+        start = (best, best / 10, 1e-6, 8.0, 0.9, 0.3 if on_gpu else 2.0, 8.0, best / 10)
         ramp = (1e-1, 200.0)
         bounds = (
             (best / 3, best * 1.2),
@@ -204,6 +204,7 @@ class Calibration:
             (1e-3, 1.0),
             (1e-3, 1.0) if on_gpu else ramp,
             ramp,
+            (best / 1e3, best * 10),
         )
         return make(fit(times, [row[4] for row in rows], start, bounds))
 

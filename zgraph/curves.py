@@ -108,7 +108,9 @@ class Matmul:
     Arithmetic takes ``2 * batch * (m + ramp_m) * (n + ramp_n) * (k + ramp_k) / rate``, with m and n rounded up to
     tiles, and the number of tiles rounded up to a multiple of ``units`` as far as ``quantisation`` says: kernels are
     chosen among several sizes of tile and split k, so the loss is a part of what one tile size would lose. Memory takes
-    its bytes over ``bytes_per_s``. The longer of the two hides ``overlap`` of the shorter.
+    its bytes over ``bytes_per_s``. The longer of the two hides ``overlap`` of the shorter. Before, a library on a CPU
+    copies operands to where the elements of a tile follow each other, unless one of them is a vector (Goto and van de
+    Geijn, 2008, "Anatomy of high-performance matrix multiplication"): for few rows, that is what takes long.
 
     Attributes:
         rate: operations per second that large products come near to.
@@ -120,6 +122,7 @@ class Matmul:
         bytes_per_s: rate at which operands and result move.
         in_bytes: bytes of an element of an operand; ``out_bytes``, of the result.
         overlap: from 0, arithmetic and movement take turns, to 1, the shorter is hidden.
+        packed_per_s: bytes of operands that are copied in a second; infinite where none are.
     """
 
     rate: float
@@ -134,6 +137,7 @@ class Matmul:
     ramp_n: float = 0.0
     ramp_k: float = 0.0
     overlap: float = 1.0
+    packed_per_s: float = math.inf
 
     def seconds(self, batch: Number, m: Number, n: Number, k: Number) -> Number:
         """How long one product takes, launching it not included."""
@@ -146,12 +150,18 @@ class Matmul:
         num_bytes = batch * (self.in_bytes * (m * k + k * n) + self.out_bytes * m * n)
         movement = num_bytes / self.bytes_per_s
         longer = maximum(arithmetic, movement)
-        return self.fixed_s + self.overlap * longer + (1 - self.overlap) * (arithmetic + movement)
+        is_vector = is_plain(m, n) and min(m, n) == 1
+        packing = 0.0 if is_vector else batch * self.in_bytes * (m * k + k * n) / self.packed_per_s
+        return self.fixed_s + packing + self.overlap * longer + (1 - self.overlap) * (arithmetic + movement)
 
     def scaled(self, factor: float) -> Matmul:
         """The same taking ``factor`` times as long."""
         return replace(
-            self, rate=self.rate / factor, bytes_per_s=self.bytes_per_s / factor, fixed_s=self.fixed_s * factor
+            self,
+            rate=self.rate / factor,
+            bytes_per_s=self.bytes_per_s / factor,
+            fixed_s=self.fixed_s * factor,
+            packed_per_s=self.packed_per_s / factor,
         )
 
 
