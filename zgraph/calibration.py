@@ -9,9 +9,10 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ class Calibration:
             host_bandwidth=_line(first.host_memory)[0] if first.host_memory else assumed.host_bandwidth,
             peak_flops=best,
             vector_flops={name: _rate(rows) for name, rows in run.vector.items()},
-            matmuls={name: self._matmul(name, rows, launch_s) for name, rows in run.matmul.items()},
+            matmuls=_Fitted({name: partial(self._matmul, name, rows, launch_s) for name, rows in run.matmul.items()}),
             attention={name: Curve.through(self._without_launch(run, rows)) for name, rows in run.attention.items()},
             memory=Curve.through(self._without_launch(run, run.memory)),
             memory_in_place=in_place,
@@ -207,6 +208,28 @@ class Calibration:
             (best / 1e3, best * 10),
         )
         return make(fit(times, [row[4] for row in rows], start, bounds))
+
+
+class _Fitted(Mapping[str, Matmul]):
+    """Models of products by dtype, each fitted when it is first asked for: that takes a tenth of a second."""
+
+    def __init__(self, fits: Mapping[str, Callable[[], Matmul]]) -> None:
+        self._fits = fits
+        self._fitted: dict[str, Matmul] = {}
+
+    def __getitem__(self, name: str) -> Matmul:
+        if name not in self._fitted:
+            self._fitted[name] = self._fits[name]()
+        return self._fitted[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._fits
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fits)
+
+    def __len__(self) -> int:
+        return len(self._fits)
 
 
 def _rate(rows: Rows) -> float:
