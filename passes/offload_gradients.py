@@ -45,16 +45,19 @@ def offload_gradients(program: Program, tier: str) -> None:
     waiting = _Waiting(program, nodes, norm)
     by_use = sorted(waiting.begins, key=lambda idle: idle.again)
     if len(by_use) <= IN_MEMORY + 1:
+        if by_use:
+            program.notes += (f"{len(by_use)} gradients wait for their norm in memory, as so few are there at once",)
         return
     load_at = dict(zip(by_use[1:], [norm, *(idle.again for idle in by_use[1:])], strict=False))
-    in_time = list(waiting.begins.values())[IN_MEMORY:]
     trips = []
-    for idle, stored_at in zip_longest(waiting.begins, in_time):
+    for idle, begin in zip_longest(waiting.begins, list(waiting.begins.values())[IN_MEMORY:]):
         if (spill := waiting.to_be_used_there(idle)) is not None:
             nodes[idle.read + 1].prepend(spill)
-            nodes[norm if stored_at is None else stored_at].prepend(*spill.users)
+            nodes[norm if begin is None else max(begin, idle.read + 1)].prepend(*spill.users)
         elif idle in load_at:
-            trips.append(Trip(idle, by_use[1].again if stored_at is None else stored_at, load_at[idle]))
+            stored_at = by_use[1].again if begin is None else max(begin, idle.read + 1)
+            if stored_at < idle.again:
+                trips.append(Trip(idle, stored_at, max(stored_at, load_at[idle])))
     make(program, trips, tier)
 
 
@@ -62,14 +65,13 @@ class _Waiting:
     """Gradients that are read for their norm, and again when it is known.
 
     Attributes:
-        begins: the position from which on each has memory, in order.
+        begins: the position from which on each has memory, in the order in which their parts of the norm are known.
     """
 
     def __init__(self, program: Program, nodes: list[fx.Node], norm: int) -> None:
         self._program, self._nodes, self._norm = program, nodes, norm
         self._place = {node: i for i, node in enumerate(nodes)}
-        found = sorted(self._find(), key=lambda each: each[1])
-        self.begins = dict(found)
+        self.begins = dict(sorted(self._find(), key=lambda each: each[0].read))
 
     def to_be_used_there(self, idle: Idle) -> fx.Node | None:
         """The call by which it goes to where an update is made, if that is all it is needed for."""
@@ -83,7 +85,10 @@ class _Waiting:
         for life in lifetimes(self._program):
             if life.is_beside or not life.first < self._norm < life.last:
                 continue
-            family = last_value([node for node in families[life.node] if self._place[node] < self._norm])
+            early = [node for node in families[life.node] if self._place[node] < self._norm]
+            if not early:
+                continue
+            family = last_value(early)
             readers, late = readers_of(family), self._late(family)
             is_read = any(reader.target is ops.square_sum for reader in readers)
             if late and is_read and _can_go(life, family) and self._program.output_node not in readers:

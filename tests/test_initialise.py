@@ -493,13 +493,55 @@ def test_a_module_is_initialised_unless_values_of_all_its_tensors_are_loaded():
         zgraph.compile(model, optimizer, loss=loss)
         model.load_state_dict({key: value for key, value in saved.items() if key != name}, strict=False)
         with pytest.raises(
-            StateError, match=r"no reset_parameters\(\) to initialise them: the model \(CompiledScaled\)"
+            StateError, match=rf"no reset_parameters\(\) to initialise them: the model \(CompiledScaled\): {name}\n"
         ):
             model.train_step(torch.ones(2, 3))
         assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
         model.load_state_dict(saved)
         model.train_step(torch.ones(2, 3))
         torch.testing.assert_close(dict(model.state_dict()), dict(saved), rtol=0, atol=0)
+
+
+def test_what_is_loaded_is_not_there_before_the_first_step_and_must_stay_as_it_is():
+    saved = {name: value.clone() for name, value in nn.Linear(3, 3).state_dict().items()}
+    model = on_meta(lambda: nn.Linear(3, 3))
+    zgraph.compile(model, torch.optim.SGD(model.parameters(), lr=0.0), loss=lambda y, x: (y - x).square().mean())
+    model.load_state_dict(saved)
+    with pytest.raises(StateError, match=r"state_dict\(\) before the first step, which loads what load_state_dict"):
+        model.state_dict()
+    with torch.no_grad(), pytest.raises(StateError, match="calling the model before the first step"):
+        model(torch.ones(2, 3))
+    saved["bias"].zero_()
+    with pytest.raises(StateError, match="bias of what load_state_dict was given has been written to before the first"):
+        model.train_step(torch.ones(2, 3))
+    assert all(param.is_meta for param in model.parameters())
+
+
+def test_what_was_not_on_meta_is_loaded_once():
+    model = nn.Sequential(nn.Linear(3, 3), on_meta(lambda: nn.Linear(3, 3)))
+    zgraph.compile(model, torch.optim.SGD(model.parameters(), lr=0.0), loss=lambda y, x: (y - x).square().mean())
+    model.load_state_dict(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).state_dict())
+    with torch.no_grad():
+        model[0].weight.fill_(3)
+    model.train_step(torch.ones(2, 3))
+    assert (model.state_dict()["0.weight"] == 3).all()
+
+
+def test_a_model_is_loaded_though_state_was_refused_before():
+    model = on_meta(lambda: nn.Linear(3, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    zgraph.compile(model, optimizer, loss=lambda y, x: (y - x).square().mean())
+
+    def refuse(*_: Any) -> None:
+        raise ValueError("refused")
+
+    optimizer.register_load_state_dict_pre_hook(refuse)
+    with pytest.raises(ValueError, match="refused"):
+        optimizer.load_state_dict(torch.optim.SGD(nn.Linear(3, 3).parameters()).state_dict())
+    saved = nn.Linear(3, 3).state_dict()
+    model.load_state_dict(saved)
+    model.train_step(torch.ones(2, 3))
+    torch.testing.assert_close(dict(model.state_dict()), dict(saved), rtol=0, atol=0)
 
 
 def test_a_value_that_a_hook_takes_away_is_none_that_is_loaded():

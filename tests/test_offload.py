@@ -246,6 +246,48 @@ def test_few_gradients_are_in_memory_while_their_norm_is_not_known(zero: int, wo
     assert max(at_once, default=0) <= 1 + GRADIENTS_IN_MEMORY
 
 
+class Tied(nn.Module):
+    """The first parameter's gradient has memory from the start of backward on, and is whole at its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(512, 64)
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(8))
+        self.head = nn.Linear(64, 512, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(x)
+        for layer in self.layers:
+            x = x + layer(x).relu()
+        return self.head(x)
+
+
+@pytest.mark.parametrize("kernels", ["zgraph", "auto", "eager"])
+def test_gradients_wait_on_a_disk_whatever_order_they_are_made_in(kernels: str) -> None:
+    found = []
+    for offload in (None, SUMS_TOO):
+        torch.manual_seed(0)
+        model: Any = Tied()
+        optimizer = torch.optim.AdamW(model.parameters())
+        options: dict[str, Any] = {"clip_norm": 1.0, "bucket_bytes": 17000, "kernels": kernels, "offload": offload}
+        zgraph.compile(model, optimizer, loss=mean_square, **options)
+        losses = [model.train_step(torch.arange(64).view(4, 16)) for _ in range(2)]
+        found.append((losses, model.state_dict()))
+    assert all(map(torch.equal, found[0][0], found[1][0]))
+    assert all(torch.equal(value, found[1][1][name]) for name, value in found[0][1].items())
+    assert model.stats()["spilled_bytes"] > 4 * 64 * 64 * 4
+
+
+def test_few_gradients_wait_in_memory_and_the_plan_says_so() -> None:
+    model: Any = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    optimizer = torch.optim.SGD(model.parameters())
+    zgraph.compile(model, optimizer, loss=mean_square, clip_norm=1.0, offload={"gradients": "disk"})
+    model.train_step(torch.ones(2, 6))
+    assert model.stats()["spilled_bytes"] == 0
+    assert any("wait for their norm in memory" in note for note in model.plan.notes)
+
+
 def unlike(num_kept: int = 1) -> tuple[Program, tuple[Program, Program]]:
     """Buckets of unlike sizes, beside so many numbers that are kept until the last but one is updated.
 

@@ -23,7 +23,7 @@ from zgraph.files import beside, user_cache
 from zgraph.fitting import fit
 from zgraph.hardware import Disk, Hardware, HostLink, LoopRates
 
-SCHEMA = 2
+SCHEMA = 3
 
 Rows = list[list[float]]
 """Points: sizes, and seconds last."""

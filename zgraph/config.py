@@ -146,7 +146,7 @@ def _check_offload(config: Config) -> None:
     if isinstance(given, dict) and "gradients" in given and not keeps_gradients(config):
         raise OptionError(
             "offload of gradients with accumulate=1 and without clip_norm, where each dies in the update of its bucket",
-            fix="leave gradients out, or give accumulate=2 or more or clip_norm",
+            fix="leave gradients out, or give accumulate=2 or more, clip_norm, or precision='fp16'",
         )
     path: Any = config.offload_path
     if path is not None and (not isinstance(path, str) or not path or "\0" in path):

@@ -150,8 +150,8 @@ class Matmul:
         num_bytes = batch * (self.in_bytes * (m * k + k * n) + self.out_bytes * m * n)
         movement = num_bytes / self.bytes_per_s
         longer = maximum(arithmetic, movement)
-        is_vector = is_plain(m, n) and min(m, n) == 1
-        packing = 0.0 if is_vector else batch * self.in_bytes * (m * k + k * n) / self.packed_per_s
+        is_packed = minimum(minimum(m, n) - 1, 1)  # 0 if one of them is a vector
+        packing = is_packed * batch * self.in_bytes * (m * k + k * n) / self.packed_per_s
         return self.fixed_s + packing + self.overlap * longer + (1 - self.overlap) * (arithmetic + movement)
 
     def scaled(self, factor: float) -> Matmul:

@@ -74,7 +74,7 @@ def find_meta_modules(
         StateError: some of them have no ``reset_parameters``.
     """
     known, waiting = {id(p) for p in except_for}, {id(tensor) for tensor in loaded}
-    found, helpless = [], []
+    found, helpless = [], list[str]()
     for path, module in model.named_modules():
         params = {
             name: p for name, p in module._parameters.items() if p is not None and p.is_meta and id(p) not in known
@@ -83,9 +83,12 @@ def find_meta_modules(
         if not waiting.issuperset(map(id, (*params.values(), *buffers.values()))):
             found.append(MetaModule(path, module, params, buffers))
             if not any(callable(getattr(module, name, None)) for name in ("reset_parameters", "_reset_parameters")):
-                helpless.append(found[-1])
+                missing = [name for name, each in (*params.items(), *buffers.items()) if id(each) not in waiting]
+                unsaved = module._non_persistent_buffers_set
+                told = (f"{name} (which no state_dict has)" if name in unsaved else name for name in missing)
+                helpless.append(f"{found[-1]}: {', '.join(told)}")
     if helpless:
-        listed = "; ".join(f"{m}: {', '.join([*m.params, *m.buffers])}" for m in helpless[:5])
+        listed = "; ".join(helpless[:5])
         more = f"; and {len(helpless) - 5} more" if len(helpless) > 5 else ""
         raise StateError(
             f"modules that have tensors on meta have no reset_parameters() to initialise them: {listed}{more}",

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from zgraph.agreement import Agreement
 from zgraph.averages import WEIGHT_EMA, dtype_of_average
-from zgraph.errors import StateError
+from zgraph.errors import StateError, first_line
 from zgraph.flat import FlatTensors, place, without_memory
 from zgraph.groups import HeldGroup
 from zgraph.layout import Bucket, Layout
@@ -264,7 +264,8 @@ class OptimizerState:
     @torch.no_grad()
     def _before_save(self, optimizer: torch.optim.Optimizer) -> None:
         values = [value for entries in self.stored.values() for value in entries.values()]
-        if self._layout.shard_state and self._layout.world > 1 and any(map(_is_flat, values)):
+        is_divided = self._layout.shard_state and self._layout.world > 1 and any(map(_is_flat, values))
+        if is_divided and self._to_read is None:
             self._agreement.check("optimizer.state_dict()")
         full: dict[int, dict[str, Value | Unread]] = {}
         for bucket in self._layout.buckets:
@@ -277,13 +278,23 @@ class OptimizerState:
                     optimizer.state[param] = full[id(param)]
 
     def unread(self) -> dict[str, Any]:
-        """What ``optimizer.state_dict`` gives, with what is to be read in the place of tensors like parameters."""
+        """What ``optimizer.state_dict`` gives, with what is to be read in the place of tensors like parameters.
+
+        Raises:
+            StateError: a hook, or the optimizer's own method, needs tensors.
+        """
         assert self._optimizer is not None
         self._to_read = {}
         try:
             return self._optimizer.state_dict()
+        except Exception as error:
+            raise StateError(
+                f"optimizer.state_dict() failed where tensors are not read yet: {first_line(error)}",
+                fix="save model.state_dict() and optimizer.state_dict() with torch.save",
+            ) from error
         finally:
             self._to_read = None
+            self._optimizer.state.clear()
 
     def _unread(self, bucket: Bucket, key: str) -> Iterator[tuple[str, Value | Unread]]:
         """By parameter, what an entry of a bucket is read of."""

@@ -630,6 +630,7 @@ class Runtime:
             )
         self.state.check_whole()
         if self.state.layout is None:
+            self.state.check_loaded("calling the model")
             return nullcontext()
         if self.state.divided:
             self.agreement.check("model()")

@@ -10,10 +10,11 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import stat
 import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch.serialization import _get_storage_alignment
 from torch.storage import _dtype_to_storage_type_map
 
 from zgraph.compiler import CompiledModule
-from zgraph.errors import OptionError, StateError, first_line
+from zgraph.errors import OptionError, StateError, ZgraphError, first_line
 from zgraph.files import beside
 from zgraph.unread import Unread
 
@@ -42,30 +43,37 @@ def save(model: Any, path: str | os.PathLike[str], others: Mapping[str, Any] | N
     Args:
         model: a compiled one that has done a step.
         path: of the file.
-        others: what else to save, by name, such as a number of steps: what ``torch.save`` can save.
+        others: what else to save, by name, such as a number of steps. Tensors become plain ones, as of ``detach()``.
 
     Raises:
-        OptionError: ``model`` is none that ``zgraph.compile`` gave, or one of the ``others`` is called as the model is.
+        OptionError: ``model`` is none that ``zgraph.compile`` gave, ``path`` is none of a file, or one of the
+            ``others`` is called as the model is.
         ZgraphError: no step has been compiled yet.
-        StateError: the file cannot be written, or something is none that can be saved so; on all ranks.
+        StateError: the file cannot be written, or something is none that can be saved so: a hook, or a method of the
+            user's, computes what a ``state_dict`` has. It is raised on all ranks.
         RankError: another rank has called something else, or has failed.
     """
     if not isinstance(model, CompiledModule):
-        raise OptionError(f"a {type(model).__name__} is no model that zgraph.compile gave", fix="use torch.save")
-    for name in TAKEN:
-        if name in (others or {}):
-            raise OptionError(f"others={name!r} is what the file has of the model itself", fix="choose another name")
+        raise OptionError(
+            f"a {type(model).__name__} is no model that zgraph.compile gave",
+            fix="zgraph.save(model, path), or torch.save for what is not compiled",
+        )
     runtime = model.__dict__["_zgraph"]
     runtime.last()
     state, agreement = runtime.state, runtime.agreement
-    agreement.check("zgraph.save()")
-    held = {**state.unread(super(CompiledModule, model).state_dict), **(others or {})}
+    target = Path()
+    error: ZgraphError | None = None
+    try:
+        target = _target(path, others)
+    except OptionError as refused:
+        error = refused
+    agreement.check("zgraph.save()", error=error)
     with ExitStack() as opened:
         file: _File | None = None
         with agreement.together():
-            pickled = _pickled(held)
+            pickled = _pickled({**state.unread(super(CompiledModule, model).state_dict), **(others or {})})
             if agreement.rank == 0:
-                file = opened.enter_context(_new_file(Path(path)))
+                file = opened.enter_context(_new_file(target))
                 file.begin(pickled.text)
         with agreement.no_return(), torch.no_grad():
             for name, unread in pickled.in_order():
@@ -75,6 +83,25 @@ def save(model: Any, path: str | os.PathLike[str], others: Mapping[str, Any] | N
         with agreement.together():
             if file is not None:
                 file.finish()
+
+
+def _target(path: Any, others: Any) -> Path:
+    """The file that is written, where a link leads to.
+
+    Raises:
+        OptionError: there can be none, or one of the ``others`` is called as the model is.
+    """
+    if not isinstance(path, (str, os.PathLike)) or isinstance(path, bytes):
+        raise OptionError(f"a file cannot be at a {type(path).__name__}", fix="zgraph.save(model, path)")
+    target = Path(path).expanduser().resolve()
+    if target.is_dir():
+        raise OptionError(f"{path} is a directory", fix="give the name of a file in it")
+    if not isinstance(others, (Mapping, type(None))):
+        raise OptionError(f"others={others!r} has no names", fix="give a dictionary, such as {'steps': 3}")
+    for name in TAKEN:
+        if name in (others or {}):
+            raise OptionError(f"others={name!r} is what the file has of the model itself", fix="choose another name")
+    return target
 
 
 @dataclass(frozen=True)
@@ -199,7 +226,14 @@ class _File:
         self._writer.write_end_of_file()
         with _told(self._path):
             self._sink.finish()
+            with suppress(FileNotFoundError):
+                self._partial.chmod(stat.S_IMODE(self._path.stat().st_mode))  # it may be for some eyes only
             self._partial.replace(self._path)
+            directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
 
 
 @contextmanager
@@ -242,6 +276,11 @@ class _Sink:
         return num_bytes
 
     def finish(self) -> None:
-        """Raises: OSError: something could not be written."""
+        """Have all of it on the disk, before it gets its name.
+
+        Raises:
+            OSError: something could not be written.
+        """
         if self._error is not None:
             raise self._error
+        os.fsync(self._file.fileno())

@@ -42,12 +42,29 @@ class _Waiting:
         original: the module's own method.
         values, strict: as they were given.
         targets: parameters and buffers on meta that it gives values.
+        versions: of the values then, by name.
     """
 
     original: Callable[..., Any]
     values: Mapping[str, Any]
     strict: bool
     targets: tuple[torch.Tensor, ...]
+    versions: Mapping[str, int]
+
+    def check(self) -> None:
+        """Raises: StateError: a value is another one now."""
+        for name, version in _versions(self.values).items():
+            if version != self.versions[name]:
+                raise StateError(
+                    f"{name} of what load_state_dict was given has been written to before the first step loads it",
+                    fix="leave it as it is until then, or load it again",
+                )
+
+
+def _versions(values: Mapping[str, Any]) -> dict[str, int]:
+    """How often each tensor has been written to."""
+    tensors = ((name, value) for name, value in values.items() if isinstance(value, torch.Tensor))
+    return {name: value._version for name, value in tensors if not value.is_inference()}
 
 
 class TrainingState:
@@ -184,6 +201,8 @@ class TrainingState:
             given = [sorted(each.values) for each in self._to_load]
             self.agreement.check("model.train_step()", {"what load_state_dict was given before it": repr(given)})
         with self.agreement.together():
+            for each in self._to_load:
+                each.check()
             loaded = [tensor for each in self._to_load for tensor in each.targets]
             meta_modules = find_meta_modules(self.model, except_for=[current[name] for name in kept], loaded=loaded)
             forms = self._optimizer_state.forms(current)
@@ -205,7 +224,9 @@ class TrainingState:
         with self._moving():
             while self._to_load:
                 waiting = self._to_load.pop(0)
-                self.load_state_dict(waiting.original, waiting.values, waiting.strict)
+                self._load(
+                    waiting.original, waiting.values, waiting.strict, only={id(each) for each in waiting.targets}
+                )
 
     def _shared(self, layout: Layout) -> dict[str, torch.Tensor]:
         """This rank's part of each bucket, in memory that the ranks share that divide them."""
@@ -234,6 +255,18 @@ class TrainingState:
                 f"the model was left in parts when moving its state failed: {self._interrupted!r}",
                 fix="build the model again, and load what was saved last",
             ) from self._interrupted
+
+    def check_loaded(self, operation: str) -> None:
+        """Refuse to read what has been loaded, but is not there before the first step.
+
+        Raises:
+            StateError: it is so.
+        """
+        if self._to_load:
+            raise StateError(
+                f"{operation} before the first step, which loads what load_state_dict was given for a model on meta",
+                fix="call train_step before, or build the model on a real device",
+            )
 
     @contextmanager
     def adding_up(self) -> Iterator[None]:
@@ -326,8 +359,11 @@ class TrainingState:
 
         Raises:
             RankError: parameters are divided, and another rank has called something else.
+            StateError: values were loaded for what is on meta, and no step has been made that has them.
         """
         self.check_whole()
+        self.check_loaded("state_dict()")
+        self._optimizer_state.take_back()
         if self.layout is None or not any(map(self.stored_params().is_away, self._placed)):
             return original(*args, **kwargs)
         if self.divided:
@@ -344,25 +380,27 @@ class TrainingState:
             original: the module's own ``state_dict``.
 
         Raises:
-            StateError: a value was made of a parameter that has no memory.
-            RankError: state is divided, and another rank has called something else.
+            StateError: the model, or a hook, computes what is saved, and parameters have no memory meanwhile; or the
+                optimizer's ``state_dict`` has failed.
         """
         self.check_whole()
+        self._optimizer_state.take_back()
         assert self.layout is not None
         params, order = self.stored_params(), self.layout.order
         unread = {
             id(param): Unread(tuple(param.shape), param.dtype, partial(params.read, name), order[name])
             for name, param in self._placed.items()
+            if params.is_away(name)
         }
+        if unread and (computing := _computing(self.model)):
+            raise StateError(
+                f"{computing} decides what is saved, and would see parameters without memory",
+                fix="save model.state_dict() and optimizer.state_dict() with torch.save",
+            )
         found = original(keep_vars=True)
         for key, value in found.items():
             if id(value) in unread:
                 found[key] = unread[id(value)]
-            elif isinstance(value, torch.Tensor) and value.is_meta:
-                raise StateError(
-                    f"state_dict() makes {key!r} of parameters, which have no memory meanwhile",
-                    fix="save model.state_dict() with torch.save",
-                )
         return {"model": found, "optimizer": self._optimizer_state.unread()}
 
     def load_state_dict(
@@ -382,6 +420,7 @@ class TrainingState:
             StateError: ``assign=True``; or a value for what is on meta, without an optimizer, or on meta itself.
             RuntimeError: torch's own, listing missing and unexpected keys and mismatched shapes.
         """
+        self._optimizer_state.take_back()
         if self.layout is None:
             named = (
                 *self.model.named_parameters(remove_duplicate=False),
@@ -409,18 +448,31 @@ class TrainingState:
                     if not target.is_meta:
                         target.copy_(value)
             targets = tuple(target for target, _ in copies if target.is_meta)
-            self._to_load.append(_Waiting(original, copy.copy(state_dict), strict, targets))
+            versions = _versions(state_dict)
+            self._to_load.append(_Waiting(original, copy.copy(state_dict), strict, targets, versions))
             return result
         if assign:
             raise StateError(
                 "load_state_dict(assign=True) would replace the model's parameters, which are stored in buckets",
                 fix="leave assign out: values are copied to where each rank stores them",
             )
+        return self._load(original, state_dict, strict)
+
+    def _load(
+        self,
+        original: Callable[..., Any],
+        state_dict: Mapping[str, Any],
+        strict: bool,
+        only: Collection[int] | None = None,
+    ) -> Any:
+        """Store this rank's part of what the module's own method loads; of these tensors alone, by ``id``, if said."""
         stored = self.stored_params()
         names = {id(param): name for name, param in self._placed.items() if stored.is_away(name)}
         result, copies = self._copies(original, state_dict, strict)
         with torch.no_grad():
             for target, value in copies:
+                if only is not None and id(target) not in only:
+                    continue
                 if id(target) in names:
                     stored.write(names[id(target)], value)
                 else:
@@ -465,6 +517,19 @@ class TrainingState:
         finally:
             for param in away.values():
                 place(param, without_memory(param))
+
+
+def _computing(model: nn.Module) -> str:
+    """What else than torch's own ``state_dict`` has a part in the model's, in words."""
+    for path, module in model.named_modules():
+        own = "_save_to_state_dict" if type(module)._save_to_state_dict is not nn.Module._save_to_state_dict else ""
+        if path and type(module).state_dict is not nn.Module.state_dict:
+            own = "state_dict"
+        if module._state_dict_hooks or module._state_dict_pre_hooks:
+            own = "a hook"
+        if own:
+            return f"{own} of {path or 'the model'}"
+    return ""
 
 
 def _memory(param: torch.Tensor) -> tuple[int, bool] | None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import zgraph
 from tests.ranks import Ranks
 from tests.test_saving import assert_as_torch_saves, trained
-from zgraph.errors import RankError, StateError
+from zgraph.errors import OptionError, RankError, StateError
 
 STATE = {"optimizer": "disk"}
 ON_DISK = {**STATE, "parameters": "disk"}
@@ -41,6 +41,9 @@ def save_where_that_cannot_be(path: Path) -> None:
     with pytest.raises(RankError, match=r"rank 0 has called zgraph\.save\(\), rank 1 .*model\.state_dict\(\)"):
         zgraph.save(model, path / "all.pt") if dist.get_rank() == 0 else model.state_dict()
     assert not list(path.iterdir())
+    wrong = path if dist.get_rank() == 1 else path / "all.pt"
+    with pytest.raises(OptionError if dist.get_rank() == 1 else RankError, match="is a directory"):
+        zgraph.save(model, wrong)
     zgraph.save(model, path / "all.pt")
     assert torch.load(path / "all.pt").keys() == {"model", "optimizer"}
 
