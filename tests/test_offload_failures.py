@@ -102,8 +102,8 @@ def test_a_directory_may_be_below_the_users(disk_path: Path, monkeypatch: pytest
         ({"activation": "disk"}, "say 'activations'"),
         ({"parameters": "dsk"}, "say 'disk'"),
         ({"activations": "disk waited for"}, "say 'disk, waited for'"),
-        ({"parameters": "tape"}, "say one of them for 'parameters'"),
-        ({"everything": "disk"}, "give offload={'optimizer': 'disk'}, or None"),
+        ({"parameters": "tape"}, "say one of them for 'parameters': 'disk' on a CPU"),
+        ({"everything": "disk"}, "give offload={'optimizer': 'disk', 'parameters': 'disk'}, or one of them, or None"),
     ],
 )
 def test_what_may_be_misspelt_has_a_way_out_of_its_own(offload: dict[str, str], fix: str) -> None:

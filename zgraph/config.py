@@ -125,7 +125,7 @@ def activations_on(offload: Mapping[str, str]) -> tuple[str, bool]:
 
 
 def _check_offload(config: Config) -> None:
-    fix = "give offload={'optimizer': 'disk'}, or None"
+    fix = "give offload={'optimizer': 'disk', 'parameters': 'disk'}, or one of them, or None"
     given: Any = config.offload
     if given is not None and given != BY_COST:
         if not isinstance(given, dict) or not given:
@@ -141,7 +141,7 @@ def _check_offload(config: Config) -> None:
                 known = " or ".join(map(repr, OFFLOADED[what]))
                 raise OptionError(
                     f"offload={given!r}: {what!r} can lie on {known}, not on {tier!r}",
-                    fix=_nearest(tier, OFFLOADED[what], f"say one of them for {what!r}"),
+                    fix=_nearest(tier, OFFLOADED[what], f"say one of them for {what!r}: 'disk' on a CPU"),
                 )
     if isinstance(given, dict) and "gradients" in given and not keeps_gradients(config):
         raise OptionError(
