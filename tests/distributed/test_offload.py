@@ -60,10 +60,8 @@ def train_both_ways(zero: int, optimizer: str, offload: dict[str, str], **option
     assert on_disk == sum(plain.stats()[what] - stats[what] for what in whats)
     assert (stats["param_bytes"] == 0) == ("parameters" in offload)
     if options.get("accumulate", 1) == 1:
-        predicted = model.plan.notes[0]
-        assert predicted.endswith(
-            f"reads {show_bytes(stats['disk_read_bytes'])} and writes {show_bytes(stats['disk_written_bytes'])}"
-        )
+        moved = f"reads {show_bytes(stats['disk_read_bytes'])} and writes {show_bytes(stats['disk_written_bytes'])}"
+        assert any(note.endswith(moved) for note in model.plan.notes), (moved, model.plan.notes)
 
 
 @pytest.mark.parametrize(
