@@ -88,14 +88,11 @@ class Offload(Pass):
             self._update_on_host(program)
         if program.layout.on_tiers("parameters"):
             _wait_before_others_come(program)
-        for role in (Role.PARAM, Role.GRADIENT, Role.OPT_STATE):
-            if role is Role.OPT_STATE and "gradients" in dict(self.what):
-                offload_gradients(program, dict(self.what)["gradients"])
-            order = {node: i for i, node in enumerate(program.graph.nodes)}
-            stays = _of_parameters(program, order) if role is Role.PARAM else _of_state(role, program, order)
-            if stays:
-                is_far = self.far and role is Role.OPT_STATE and all(each.tier == "host" for each in stays)
-                self._stream(program, stays, order, is_far)
+        self._stream(program, Role.PARAM)
+        self._stream(program, Role.GRADIENT)
+        if "gradients" in dict(self.what):
+            offload_gradients(program, dict(self.what)["gradients"])
+        self._stream(program, Role.OPT_STATE)  # last: how far ahead it comes depends on what else is held
 
     def _update_on_host(self, program: Program) -> None:
         num = update_on_host(program)
@@ -104,8 +101,13 @@ class Offload(Pass):
         if any(what is not None and what.role is Role.PARAM for what in program.outputs):
             program.notes += (f"the host's processors update {num} of {updated} buckets",)
 
-    def _stream(self, program: Program, stays: list[_Stay], order: Mapping[fx.Node, int], is_far: bool) -> None:
-        """Let each come before it is used, and go behind."""
+    def _stream(self, program: Program, role: Role) -> None:
+        """Let all of one role come before it is used, bucket by bucket, and go behind."""
+        order = {node: i for i, node in enumerate(program.graph.nodes)}
+        stays = _of_parameters(program, order) if role is Role.PARAM else _of_state(role, program, order)
+        if not stays:
+            return
+        is_far = self.far and role is Role.OPT_STATE and all(each.tier == "host" for each in stays)
         load = self._load_far if is_far else self._load
         # What is still there may be everything, where updates wait for a norm: it goes while others are updated, but
         # for so many as are in memory otherwise, too, and the last one.

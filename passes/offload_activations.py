@@ -13,9 +13,9 @@ from torch import fx
 
 from zgraph import ops
 from zgraph.hardware import Hardware
-from zgraph.liveness import Lifetime, lifetimes, owners, written
+from zgraph.liveness import Lifetime, lifetimes, written
 from zgraph.passes.offload import MARGIN, check_tier
-from zgraph.passes.trips import Idle, Trip, done_at, last_value, make, readers_of
+from zgraph.passes.trips import Idle, Trip, done_at, families, last_value, make, readers_of
 from zgraph.pipeline import Pass
 from zgraph.placement import SMALLEST_BYTES
 from zgraph.program import Phase, Program, Stage, phase_of
@@ -108,14 +108,12 @@ class _Choice:
         return timeline.step_s
 
     def _find(self, lives: Iterable[Lifetime]) -> Iterator[Idle]:
-        families: dict[fx.Node, list[fx.Node]] = {}
-        for node, owner in owners(self._program).items():
-            families.setdefault(owner, []).append(node)
+        together = families(self._program)
         changed = {memory for node in self._nodes if node.op == "call_function" for memory in written(node)}
         for life in lives:
             if life.is_beside:  # what a call works in, which is gone with it
                 continue
-            kept, *views = last_value(families[life.node])
+            kept, *views = last_value(together[life.node])
             if not self._can_go(life, kept) or not changed.isdisjoint((kept, *views)):
                 continue
             if any(len(node.all_input_nodes) > 1 for node in views):

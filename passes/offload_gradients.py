@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from zgraph import ops
-from zgraph.liveness import Lifetime, lifetimes, owners
-from zgraph.passes.trips import Idle, Trip, done_at, last_value, make, readers_of
+from zgraph.liveness import Lifetime, lifetimes
+from zgraph.passes.trips import Idle, Trip, done_at, families, last_value, make, readers_of
 from zgraph.program import Program
 from zgraph.skipping import GRADIENT_NORM
 
@@ -79,13 +79,11 @@ class _Waiting:
         return late[0] if len(late) == 1 and late[0].target is ops.spill else None
 
     def _find(self) -> Iterator[tuple[Idle, int]]:
-        families: dict[fx.Node, list[fx.Node]] = {}
-        for node, owner in owners(self._program).items():
-            families.setdefault(owner, []).append(node)
+        together = families(self._program)
         for life in lifetimes(self._program):
             if life.is_beside or not life.first < self._norm < life.last:
                 continue
-            early = [node for node in families[life.node] if self._place[node] < self._norm]
+            early = [node for node in together[life.node] if self._place[node] < self._norm]
             if not early:
                 continue
             family = last_value(early)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from zgraph import ops
+from zgraph.liveness import owners
 from zgraph.program import Phase, Program, Target, operand, phase_of
 
 
@@ -47,6 +48,14 @@ class Trip:
     idle: Idle
     stored_at: int
     load_at: int
+
+
+def families(program: Program) -> dict[fx.Node, list[fx.Node]]:
+    """By the node that allocated it, all that lies in some memory, in order."""
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node, owner in owners(program).items():
+        found.setdefault(owner, []).append(node)
+    return found
 
 
 def last_value(family: Sequence[fx.Node]) -> Sequence[fx.Node]:

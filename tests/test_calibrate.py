@@ -107,7 +107,7 @@ def damaged(change: Callable[[dict[str, Any]], object]) -> str:
         ("{", "is not JSON"),
         ("[]", "is not a calibration: it has no schema"),
         ("{}", "is not a calibration: it has no schema"),
-        (damaged(lambda data: data.update(schema=1)), "is of schema 1; this zgraph reads 2"),
+        (damaged(lambda data: data.update(schema=1)), "is of schema 1; this zgraph reads 3"),
         (damaged(lambda data: data.pop("runs")), "is damaged: no 'runs'"),
         (damaged(lambda data: data.update(runs={})), "is damaged: runs is empty"),
         (damaged(lambda data: data.update(runs=[])), "is damaged: runs is not an object"),

@@ -517,6 +517,17 @@ def test_what_is_loaded_is_not_there_before_the_first_step_and_must_stay_as_it_i
     assert all(param.is_meta for param in model.parameters())
 
 
+def test_a_copy_of_a_model_that_waits_for_values_has_them():
+    saved = nn.Linear(3, 3).state_dict()
+    model = on_meta(lambda: nn.Linear(3, 3))
+    zgraph.compile(model, torch.optim.SGD(model.parameters(), lr=0.0), loss=lambda y, x: (y - x).square().mean())
+    model.load_state_dict(saved)
+    copied = copy.deepcopy(model)
+    for each in (copied, model):
+        each.train_step(torch.ones(2, 3))
+        torch.testing.assert_close(dict(each.state_dict()), dict(saved), rtol=0, atol=0)
+
+
 def test_what_was_not_on_meta_is_loaded_once():
     model = nn.Sequential(nn.Linear(3, 3), on_meta(lambda: nn.Linear(3, 3)))
     zgraph.compile(model, torch.optim.SGD(model.parameters(), lr=0.0), loss=lambda y, x: (y - x).square().mean())

@@ -19,7 +19,7 @@ from typing import Any
 from zgraph import machines
 from zgraph.curves import Collective, Curve, Matmul, MeasuredCollective
 from zgraph.errors import StateError, first_line
-from zgraph.files import beside, user_cache
+from zgraph.files import beside, user_cache, writing
 from zgraph.fitting import fit
 from zgraph.hardware import Disk, Hardware, HostLink, LoopRates
 
@@ -276,14 +276,12 @@ def saved_path() -> Path | None:
 @contextmanager
 def _writing(path: Path) -> Iterator[Path]:
     """A file beside ``path`` that can be written, and become it."""
-    try:
+    with writing(path, "choose another --output"):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         path.parent.mkdir(parents=True, exist_ok=True)
         with beside(path) as partial:
             yield partial
-    except OSError as error:
-        raise StateError(f"{path} cannot be written: {error.strerror}", fix="choose another --output") from error
 
 
 def check_writable(path: Path) -> None:

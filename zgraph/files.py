@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from zgraph.errors import StateError
+
 PASSING = "zgraph-of-process-"
 """How the name of what belongs to one process begins; see ``passing_name``."""
 
@@ -40,6 +42,23 @@ def user_cache() -> Path:
         RuntimeError: neither is known.
     """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zgraph"
+
+
+@contextmanager
+def writing(path: str | Path, fix: str) -> Iterator[None]:
+    """Around what writes a file for a user.
+
+    Args:
+        path: as the user knows it.
+        fix: a way out.
+
+    Raises:
+        StateError: the system has refused something.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StateError(f"{path} cannot be written: {error.strerror}", fix=fix) from error
 
 
 @contextmanager

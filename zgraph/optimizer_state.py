@@ -303,7 +303,9 @@ class OptimizerState:
             yield from self._full(bucket, key)
             return
         assert self._to_read is not None
-        flat = self._to_read.setdefault(key, self._flat(key))
+        if key not in self._to_read:
+            self._to_read[key] = self._flat(key)
+        flat = self._to_read[key]
         form = stored_form(value, packed=self._layout.packs(bucket.name, key))
         assert form.dtype is not None
         for name in (segment.name for segment in bucket.segments):

@@ -29,7 +29,8 @@ from torch import nn
 
 from zgraph import compile_times
 from zgraph.compile_times import Compile, Estimate
-from zgraph.errors import OptionError, StateError
+from zgraph.errors import OptionError
+from zgraph.files import writing
 from zgraph.pipeline import Pass, PassRecord, Watch
 from zgraph.plans import show_bytes, show_s
 from zgraph.program import Program
@@ -308,10 +309,8 @@ class _Sink:
 
 class _Jsonl(_Sink):
     def __init__(self, path: str | Path) -> None:
-        try:
+        with writing(path, "choose another jsonl"):
             self._file: TextIO = Path(path).open("a", buffering=1)  # noqa: SIM115 -- it is closed with the loop
-        except OSError as error:
-            raise StateError(f"{path} cannot be written: {error.strerror}", fix="choose another jsonl") from error
 
     def tell(self, step: int, told: Mapping[str, float]) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in told.items()}

@@ -26,8 +26,10 @@ from torch.storage import _dtype_to_storage_type_map
 
 from zgraph.compiler import CompiledModule
 from zgraph.errors import OptionError, StateError, ZgraphError, first_line
-from zgraph.files import beside
+from zgraph.files import beside, writing
 from zgraph.unread import Unread
+
+_FIX = "give a directory that exists and has room"
 
 TAKEN = ("model", "optimizer")
 """What the file has under these names: both ``state_dict``."""
@@ -91,7 +93,7 @@ def _target(path: Any, others: Any) -> Path:
     Raises:
         OptionError: there can be none, or one of the ``others`` is called as the model is.
     """
-    if not isinstance(path, (str, os.PathLike)) or isinstance(path, bytes):
+    if not isinstance(path, (str, os.PathLike)) or "\0" in str(path):
         raise OptionError(f"a file cannot be at a {type(path).__name__}", fix="zgraph.save(model, path)")
     target = Path(path).expanduser().resolve()
     if target.is_dir():
@@ -224,7 +226,7 @@ class _File:
             StateError: it could not be written.
         """
         self._writer.write_end_of_file()
-        with _told(self._path):
+        with writing(self._path, _FIX):
             self._sink.finish()
             with suppress(FileNotFoundError):
                 self._partial.chmod(stat.S_IMODE(self._path.stat().st_mode))  # it may be for some eyes only
@@ -240,20 +242,10 @@ class _File:
 def _new_file(path: Path) -> Iterator[_File]:
     """Raises: StateError: there can be none."""
     with ExitStack() as opened:
-        with _told(path):
+        with writing(path, _FIX):
             partial = opened.enter_context(beside(path))
             sink = _Sink(opened.enter_context(partial.open("wb", buffering=0)))
         yield _File(path, partial, sink)
-
-
-@contextmanager
-def _told(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StateError(
-            f"{path} cannot be written: {first_line(error)}", fix="give a directory that exists and has room"
-        ) from error
 
 
 class _Sink:

@@ -8,63 +8,28 @@ whole buckets, on meta (a shape without memory) where buckets are divided or lie
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from zgraph import shared_memory
 from zgraph.accumulation import ADD_UP
 from zgraph.agreement import Agreement
-from zgraph.eager import getter
 from zgraph.errors import StateError
 from zgraph.flat import FlatTensors, broadcast, place, without_memory
 from zgraph.groups import HeldGroup, axis_group, open_axes
 from zgraph.initialise import find_meta_modules, initialise
 from zgraph.layout import Layout
+from zgraph.loading import Waiting, copies_of
 from zgraph.optimizer_state import Forms, OptimizerState, Value, check_agreement
 from zgraph.program import Input, Mesh
 from zgraph.tiers import Stored, Tier
 from zgraph.unread import Unread
-
-
-@dataclass(frozen=True)
-class _Waiting:
-    """What was given to ``load_state_dict`` before the first step.
-
-    Attributes:
-        original: the module's own method.
-        values, strict: as they were given.
-        targets: parameters and buffers on meta that it gives values.
-        versions: of the values then, by name.
-    """
-
-    original: Callable[..., Any]
-    values: Mapping[str, Any]
-    strict: bool
-    targets: tuple[torch.Tensor, ...]
-    versions: Mapping[str, int]
-
-    def check(self) -> None:
-        """Raises: StateError: a value is another one now."""
-        for name, version in _versions(self.values).items():
-            if version != self.versions[name]:
-                raise StateError(
-                    f"{name} of what load_state_dict was given has been written to before the first step loads it",
-                    fix="leave it as it is until then, or load it again",
-                )
-
-
-def _versions(values: Mapping[str, Any]) -> dict[str, int]:
-    """How often each tensor has been written to."""
-    tensors = ((name, value) for name, value in values.items() if isinstance(value, torch.Tensor))
-    return {name: value._version for name, value in tensors if not value.is_inference()}
 
 
 class TrainingState:
@@ -111,7 +76,7 @@ class TrainingState:
         self._placed: dict[str, nn.Parameter] = {}
         self._interrupted: BaseException | None = None  # while values moved, of which some may be nowhere now
         self._memory: dict[str, tuple[int, bool] | None] = {}
-        self._to_load: list[_Waiting] = []  # until there is memory for it
+        self._to_load: list[Waiting] = []  # until there is memory for it
 
     def has_been_copied(self) -> None:
         """This state is one of a copy of the model, whose optimizer is a copy, too."""
@@ -442,14 +407,13 @@ class TrainingState:
             for name in waiting:
                 if isinstance(value := state_dict[name], torch.Tensor) and value.is_meta:
                     raise StateError(f"the value of {name} is on meta, so there is none", fix="load real tensors")
-            result, copies = self._copies(original, state_dict, strict)
+            result, copies = copies_of(self.model, original, state_dict, strict)
             with torch.no_grad():
                 for target, value in copies:
                     if not target.is_meta:
                         target.copy_(value)
             targets = tuple(target for target, _ in copies if target.is_meta)
-            versions = _versions(state_dict)
-            self._to_load.append(_Waiting(original, copy.copy(state_dict), strict, targets, versions))
+            self._to_load.append(Waiting(original, copy.copy(state_dict), strict, targets))
             return result
         if assign:
             raise StateError(
@@ -468,7 +432,7 @@ class TrainingState:
         """Store this rank's part of what the module's own method loads; of these tensors alone, by ``id``, if said."""
         stored = self.stored_params()
         names = {id(param): name for name, param in self._placed.items() if stored.is_away(name)}
-        result, copies = self._copies(original, state_dict, strict)
+        result, copies = copies_of(self.model, original, state_dict, strict)
         with torch.no_grad():
             for target, value in copies:
                 if only is not None and id(target) not in only:
@@ -479,14 +443,6 @@ class TrainingState:
                     target.copy_(value)
             stored.flush()
         return result
-
-    def _copies(
-        self, original: Callable[..., Any], state_dict: Mapping[str, Any], strict: bool
-    ) -> tuple[Any, list[tuple[torch.Tensor, torch.Tensor]]]:
-        """What the module's own ``load_state_dict`` returns, and what it would copy, each with where to."""
-        deferred = _DeferredCopies([*self.model.parameters(), *self.model.buffers()])
-        with torch.no_grad(), _copying_not_swapping(), deferred:
-            return original(state_dict, strict=strict), deferred.copies
 
     def stored_params(self, num_cached: int = 1) -> FlatTensors:
         """The parameters as they are stored; see ``FlatTensors`` for ``num_cached``."""
@@ -535,41 +491,3 @@ def _computing(model: nn.Module) -> str:
 def _memory(param: torch.Tensor) -> tuple[int, bool] | None:
     """Where the elements are; None for those that are nowhere."""
     return None if param.is_meta else (param.data_ptr(), param.is_contiguous())
-
-
-@contextmanager
-def _copying_not_swapping() -> Iterator[None]:
-    """``load_state_dict`` copies to parameters, whatever the user chose for plain modules."""
-    chosen = torch.__future__.get_swap_module_params_on_conversion()
-    torch.__future__.set_swap_module_params_on_conversion(False)
-    try:
-        yield
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(chosen)
-
-
-class _DeferredCopies(TorchFunctionMode):
-    """While active, copies to the given tensors are noted instead of made."""
-
-    def __init__(self, targets: Iterable[torch.Tensor]) -> None:
-        super().__init__()
-        self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._targets = {id(target) for target in targets}
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if args and id(args[0]) in self._targets:
-            if func == getter("is_meta"):
-                return False  # or torch warns that copying to it has no effect
-            if func == torch.Tensor.copy_:
-                target, value = args
-                if value.is_meta:
-                    raise NotImplementedError("it is on meta, which has no values")  # torch adds which one it is
-                self.copies.append((target, value))
-                return target
-        return func(*args, **(kwargs or {}))
